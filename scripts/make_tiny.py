@@ -1,0 +1,140 @@
+"""Make `assets/flux-tiny`: a tiny but complete FLUX pipeline, every part trained on generated fill50k pictures and captions.
+
+    python scripts/make_tiny.py                    # all stages, about an hour and a half on two cores
+    python scripts/make_tiny.py --stage vae        # or text, transformer
+
+Pairs of colours that `fill50k.is_held_out` holds out are in no stage's data. Weights are stored in bfloat16.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+
+from fluxlite.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
+from fluxlite.data import fill50k
+
+SIZE = 64
+ASSETS = Path(__file__).parent.parent / "assets" / "flux-tiny"
+
+
+def cosine(progress, warmup=0.02):
+    return min(1.0, progress / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def fit(parameters, step, *, minutes, lr, log_every=200):
+    """AdamW with a cosine schedule over wall time; `step()` returns a loss; keeps and returns the mean of the last weights."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+    shadow = [p.detach().clone() for p in parameters]
+    start, count = time.time(), 0
+    while (progress := (time.time() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * cosine(progress)
+        loss = step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        count += 1
+        decay = min(0.995, (1 + count) / (10 + count))
+        torch._foreach_lerp_(shadow, parameters, 1 - decay)
+        if count % log_every == 0:
+            print(f"{progress:5.1%} of {minutes} min, step {count}, loss {loss.item():.5f}", flush=True)
+    with torch.no_grad():
+        for p, s in zip(parameters, shadow):
+            p.copy_(s)
+
+
+def save_module(folder, tensors, config, name):
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in tensors.items()}
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# --- autoencoder -------------------------------------------------------------------------------------------------------------
+
+
+def picture_batches(batch, seed):
+    """Endless batches of training pictures, (batch, 3, SIZE, SIZE) in [-1, 1], drawn afresh."""
+    choices, index = fill50k.pairs(held_out=False), 0
+    while True:
+        rows = [fill50k.draw_sample(index + i, size=SIZE, seed=seed, choices=choices)[0] for i in range(batch)]
+        index += batch
+        yield torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def make_vae(minutes):
+    torch.manual_seed(0)
+    config = AutoencoderConfig(block_out_channels=(32, 48, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=4)
+    vae = Autoencoder(config).to(memory_format=torch.channels_last)
+    batches = picture_batches(32, seed=1)
+
+    def step():
+        images = next(batches).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, logvar = vae.posterior(images)
+            out = vae.decoder(sample_posterior(mean, logvar, torch.randn_like(mean)))
+        error = out.float() - images
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return error.abs().mean() + error.square().mean() + 5e-4 * kl
+
+    fit(vae.parameters(), step, minutes=minutes, lr=2e-3)
+    vae = vae.to(memory_format=torch.contiguous_format).to(torch.bfloat16).float()
+    with torch.no_grad():
+        images = torch.cat([next(batches) for _ in range(16)])
+        mean, logvar = vae.posterior(images)
+        sample = sample_posterior(mean, logvar, torch.randn_like(mean))
+        config.shift_factor, config.scaling_factor = round(sample.mean().item(), 4), round(1 / sample.std().item(), 4)
+        error = (vae.decode(vae.encode(images)) - images) * 127.5
+    print(f"reconstruction: mean |error| {error.abs().mean():.2f} of 255; latents {config}")
+    save_module(ASSETS / "vae", vae.state_dict(), diffusers_vae_config(config), "diffusion_pytorch_model.safetensors")
+
+
+def diffusers_vae_config(config):
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.30.0",
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": 3,
+        "out_channels": 3,
+        "sample_size": SIZE,
+        "force_upcast": True,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": True,
+        "latents_mean": None,
+        "latents_std": None,
+        **asdict(config),
+    }
+
+
+# --- driver ------------------------------------------------------------------------------------------------------------------
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=["all", "vae", "text", "transformer"], default="all")
+    parser.add_argument("--vae-minutes", type=float, default=20)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    if args.stage in ("all", "vae"):
+        make_vae(args.vae_minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""The fill50k set of the ControlNet paper (arXiv 2302.05543), generated: circles of one named colour on another.
+
+Each sample is a target `.jpg`, a control `.png` (the circle's white outline on black) and a caption `.txt`, in WebDataset tars.
+A sample depends on (seed, index, size) alone. Ordered colour pairs that `is_held_out` are never written.
+
+    python -m fluxlite.data.fill50k --dst fill50k_tarfiles --count 50000 --size 512
+    python -m fluxlite.data.fill50k --dst fill50k_tarfiles --source training/fill50k     # the original download
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+from webdataset import TarWriter
+
+# The CSS colour names as captions spell them; synonyms (aqua, fuchsia, grey spellings) once only.
+COLOURS = dict(
+    line.rsplit(" ", 1)
+    for line in """
+alice blue f0f8ff|antique white faebd7|aquamarine 7fffd4|azure f0ffff|beige f5f5dc|bisque ffe4c4|black 000000|blanched almond ffebcd
+blue 0000ff|blue violet 8a2be2|brown a52a2a|burly wood deb887|cadet blue 5f9ea0|chartreuse 7fff00|chocolate d2691e|coral ff7f50
+cornflower blue 6495ed|cornsilk fff8dc|crimson dc143c|cyan 00ffff|dark blue 00008b|dark cyan 008b8b|dark golden rod b8860b
+dark gray a9a9a9|dark green 006400|dark khaki bdb76b|dark magenta 8b008b|dark olive green 556b2f|dark orange ff8c00
+dark orchid 9932cc|dark red 8b0000|dark salmon e9967a|dark sea green 8fbc8f|dark slate blue 483d8b|dark slate gray 2f4f4f
+dark turquoise 00ced1|dark violet 9400d3|deep pink ff1493|deep sky blue 00bfff|dim gray 696969|dodger blue 1e90ff|fire brick b22222
+floral white fffaf0|forest green 228b22|gainsboro dcdcdc|ghost white f8f8ff|gold ffd700|golden rod daa520|gray 808080|green 008000
+green yellow adff2f|honeydew f0fff0|hot pink ff69b4|indian red cd5c5c|indigo 4b0082|ivory fffff0|khaki f0e68c|lavender e6e6fa
+lavender blush fff0f5|lawn green 7cfc00|lemon chiffon fffacd|light blue add8e6|light coral f08080|light cyan e0ffff
+light golden rod yellow fafad2|light gray d3d3d3|light green 90ee90|light pink ffb6c1|light salmon ffa07a|light sea green 20b2aa
+light sky blue 87cefa|light slate gray 778899|light steel blue b0c4de|light yellow ffffe0|lime 00ff00|lime green 32cd32
+linen faf0e6|magenta ff00ff|maroon 800000|medium aquamarine 66cdaa|medium blue 0000cd|medium orchid ba55d3|medium purple 9370db
+medium sea green 3cb371|medium slate blue 7b68ee|medium spring green 00fa9a|medium turquoise 48d1cc|medium violet red c71585
+midnight blue 191970|mint cream f5fffa|misty rose ffe4e1|moccasin ffe4b5|navajo white ffdead|navy 000080|old lace fdf5e6|olive 808000
+olive drab 6b8e23|orange ffa500|orange red ff4500|orchid da70d6|pale golden rod eee8aa|pale green 98fb98|pale turquoise afeeee
+pale violet red db7093|papaya whip ffefd5|peach puff ffdab9|peru cd853f|pink ffc0cb|plum dda0dd|powder blue b0e0e6|purple 800080
+rebecca purple 663399|red ff0000|rosy brown bc8f8f|royal blue 4169e1|saddle brown 8b4513|salmon fa8072|sandy brown f4a460
+sea green 2e8b57|sea shell fff5ee|sienna a0522d|silver c0c0c0|sky blue 87ceeb|slate blue 6a5acd|slate gray 708090|snow fffafa
+spring green 00ff7f|steel blue 4682b4|tan d2b48c|teal 008080|thistle d8bfd8|tomato ff6347|turquoise 40e0d0|violet ee82ee
+wheat f5deb3|white ffffff|white smoke f5f5f5|yellow ffff00|yellow green 9acd32
+""".replace("\n", "|").split("|")
+    if line
+)
+RADIUS = (0.12, 0.28)  # of the picture's side
+HELD_OUT_FRACTION = 0.05
+
+
+def rgb(name):
+    """The colour `name` as an array of three numbers in [0, 255]."""
+    return np.array([int(COLOURS[name][i : i + 2], 16) for i in (0, 2, 4)], np.float64)
+
+
+def caption(circle, background):
+    """The caption of the original set: `pale golden rod circle with old lace background`."""
+    return f"{circle} circle with {background} background"
+
+
+def is_held_out(circle, background):
+    """Whether this pair of colours, in either order, is kept out of every training in this project (about 5 % are)."""
+    return zlib.crc32("|".join(sorted((circle, background))).encode()) < HELD_OUT_FRACTION * 2**32
+
+
+def pairs(held_out):
+    """All ordered pairs of different colour names that are, or are not, held out."""
+    return [(a, b) for a in COLOURS for b in COLOURS if a != b and is_held_out(a, b) == held_out]
+
+
+def draw_disc(size, *, centre, radius):
+    """Coverage in [0, 1] of a disc, antialiased over one pixel: (size, size); `centre` (x, y) and `radius` in pixels."""
+    y, x = np.mgrid[:size, :size] + 0.5
+    return np.clip(radius + 0.5 - np.hypot(x - centre[0], y - centre[1]), 0, 1)
+
+
+def draw_sample(index, *, size, seed, held_out=False, choices=None):
+    """Sample `index`: target and control as (size, size, 3) uint8 arrays, and its caption."""
+    rng = np.random.default_rng((seed, index))
+    choices = choices or pairs(held_out)
+    circle, background = choices[rng.integers(len(choices))]
+    radius = rng.uniform(*RADIUS) * size
+    centre = rng.uniform(radius, size - radius, 2)
+    disc = draw_disc(size, centre=centre, radius=radius)[..., None]
+    target = disc * rgb(circle) + (1 - disc) * rgb(background)
+    width = max(1.0, size / 256)
+    outer, inner = (draw_disc(size, centre=centre, radius=radius + s * width / 2) for s in (1, -1))
+    control = np.repeat((outer - inner)[..., None] * 255, 3, axis=2)
+    return np.rint(target).astype(np.uint8), np.rint(control).astype(np.uint8), caption(circle, background)
+
+
+def _encode(array, kind):
+    stream = io.BytesIO()
+    options = {"quality": 95, "subsampling": 0} if kind == "jpeg" else {}
+    Image.fromarray(array).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def generated_samples(count, *, size, seed, held_out=False):
+    """`count` samples as WebDataset dictionaries."""
+    choices = pairs(held_out)
+    for index in range(count):
+        target, control, text = draw_sample(index, size=size, seed=seed, choices=choices)
+        yield {"__key__": f"{index:06d}", "jpg": _encode(target, "jpeg"), "png": _encode(control, "png"), "txt": text.encode()}
+
+
+def imported_samples(source):
+    """The original download (`prompt.json`, `source/`, `target/`) as WebDataset dictionaries, held-out pairs left out.
+
+    Raises `ValueError` where `prompt.json` is missing; a picture that it names and that is missing raises FileNotFoundError.
+    """
+    source = Path(source)
+    if not (source / "prompt.json").is_file():
+        raise ValueError(f"{source} has no prompt.json: name the folder that holds prompt.json, source/ and target/")
+    with open(source / "prompt.json") as lines:
+        for index, line in enumerate(lines):
+            row = json.loads(line)
+            names = row["prompt"].removesuffix(" background").split(" circle with ")
+            if len(names) == 2 and is_held_out(*names):
+                continue
+            target = Image.open(source / row["target"]).convert("RGB")
+            yield {
+                "__key__": f"{index:06d}",
+                "jpg": _encode(np.asarray(target), "jpeg"),
+                "png": (source / row["source"]).read_bytes(),
+                "txt": row["prompt"].encode(),
+            }
+
+
+def write_shards(samples, dst, *, count=None, per_shard=1000):
+    """Write WebDataset dictionaries as `dst/000000.tar` …; returns `dst`.
+
+    The folder is written aside and renamed, so a killed run leaves nothing that looks whole, and of several processes that
+    meet here one wins and the others take its result: the bytes are the same.
+    """
+    dst = Path(dst)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}-"))
+    try:
+        writer, written = None, 0
+        for sample in tqdm(samples, total=count, desc=f"writing {dst}", unit="picture"):
+            if written % per_shard == 0:
+                if writer:
+                    writer.close()
+                writer = TarWriter(str(aside / f"{written // per_shard:06d}.tar"), mtime=0, user="", group="")
+            writer.write(sample)
+            written += 1
+        if writer is None:
+            raise ValueError(f"no samples to write to {dst}")
+        writer.close()
+        os.chmod(aside, 0o755)
+        try:
+            os.rename(aside, dst)
+        except OSError:
+            if not any(dst.glob("*.tar")):
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return dst
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write fill50k as WebDataset tars: generated, or from the original download.")
+    parser.add_argument("--dst", required=True, help="folder to write; must not exist")
+    parser.add_argument("--count", type=int, default=50_000, help="pictures to draw")
+    parser.add_argument("--size", type=int, default=512, help="side of the pictures in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out", action="store_true", help="draw the pairs of colours that training never sees")
+    parser.add_argument("--per-shard", type=int, default=1000, help="pictures per tar")
+    parser.add_argument("--source", help="import this folder (prompt.json, source/, target/) and draw nothing")
+    args = parser.parse_args()
+    if Path(args.dst).exists():
+        parser.error(f"{args.dst} exists: remove it or name another folder")
+    if args.source:
+        samples, count = imported_samples(args.source), None
+    else:
+        samples = generated_samples(args.count, size=args.size, seed=args.seed, held_out=args.held_out)
+        count = args.count
+    write_shards(samples, args.dst, count=count, per_shard=args.per_shard)
+
+
+if __name__ == "__main__":
+    main()
