@@ -1,0 +1,115 @@
+"""The rectified flow: x_t = (1 − t)·x0 + t·noise, whose velocity noise − x0 the transformer predicts; t = 1 is noise.
+
+One file for training, validation and sampling. Everything here is float32, whatever the transformer computes in.
+
+B batch, L image tokens, C channels of a token.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from fluxlite import draws
+
+DENSITIES = ("logit_normal", "uniform", "mode")
+VALIDATION_T = tuple(i / 8 for i in range(8))
+
+
+@dataclass
+class FlowConfig:
+    """How t and guidance are drawn in training."""
+
+    density: str = field(default="logit_normal", metadata={"help": "density of t: logit_normal, uniform or mode (arXiv 2403.03206)"})
+    logit_mean: float = field(default=0.0, metadata={"help": "mean of logit(t) for logit_normal"})
+    logit_std: float = field(default=1.0, metadata={"help": "standard deviation of logit(t) for logit_normal"})
+    mode_scale: float = field(default=1.29, metadata={"help": "strength of the mode density, in [-1, 1.75]"})
+    shift: str = field(default="resolution", metadata={"help": "time shift: resolution (from the number of tokens), none, or a number mu"})
+    guidance: str = field(
+        default="1.0", metadata={"help": "guidance in training: a constant, or uniform[a,b]", "verbatim": True}
+    )
+
+    def validate(self):
+        if self.density not in DENSITIES:
+            raise ValueError(f"flow.density={self.density}: choose one of {', '.join(DENSITIES)}")
+        if self.logit_std <= 0:
+            raise ValueError(f"flow.logit_std={self.logit_std} must be positive")
+        training_mu(self.shift, 256)
+        guidance_range(self.guidance)
+
+
+def time_shift_mu(num_image_tokens):
+    """FLUX's mu: linear in the packed length, 0.5 at 256 tokens and 1.15 at 4096 (BFL's sampler)."""
+    return 0.5 + (num_image_tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+
+
+def shift_time(t, mu):
+    """Shift t in [0, 1] towards noise: e^mu·t / (1 + (e^mu − 1)·t)."""
+    return math.exp(mu) * t / (1 + (math.exp(mu) - 1) * t)
+
+
+def training_mu(shift, num_image_tokens):
+    """The mu of `flow.shift`: a number, 0 for "none", or from the resolution."""
+    if shift == "resolution":
+        return time_shift_mu(num_image_tokens)
+    if shift == "none":
+        return 0.0
+    try:
+        return float(shift)
+    except ValueError:
+        raise ValueError(f"flow.shift={shift}: choose resolution, none, or a number") from None
+
+
+def guidance_range(policy):
+    """`"3.5"` or `"uniform[1,7]"` as (low, high)."""
+    text = policy.replace(" ", "")
+    try:
+        if text.startswith("uniform[") and text.endswith("]"):
+            low, high = (float(x) for x in text[len("uniform[") : -1].split(","))
+        else:
+            low = high = float(text)
+    except ValueError:
+        raise ValueError(f"flow.guidance={policy}: write a number, or uniform[a,b]") from None
+    if not low <= high:
+        raise ValueError(f"flow.guidance={policy}: the range is empty")
+    return low, high
+
+
+def sample_t(config, num_image_tokens, *, seed, indices):
+    """Training times (B,), one for each global sample index, shifted for the resolution."""
+    if config.density == "logit_normal":
+        z = draws.normal((), seed=seed, indices=indices, stream="t")
+        t = torch.sigmoid(config.logit_mean + config.logit_std * z)
+    else:
+        t = draws.uniform(seed=seed, indices=indices, stream="t")
+        if config.density == "mode":
+            t = 1 - t - config.mode_scale * (torch.cos(math.pi / 2 * t) ** 2 - 1 + t)
+    return shift_time(t, training_mu(config.shift, num_image_tokens))
+
+
+def sample_guidance(config, *, seed, indices):
+    """Training guidance (B,)."""
+    low, high = guidance_range(config.guidance)
+    return low + (high - low) * draws.uniform(seed=seed, indices=indices, stream="guidance")
+
+
+def add_noise(x0, noise, t):
+    """Clean tokens (B, L, C) at times t (B,): (1 − t)·x0 + t·noise."""
+    t = t.view(-1, *[1] * (x0.ndim - 1))
+    return (1 - t) * x0 + t * noise
+
+
+def velocity_loss(velocity, x0, noise):
+    """Mean squared error against noise − x0, one number a sample: (B,)."""
+    return (velocity.float() - (noise - x0)).square().flatten(1).mean(dim=1)
+
+
+def schedule(steps, mu):
+    """Sampling times, (steps + 1,) from 1 to 0, shifted by mu; 0 for schnell."""
+    t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    return torch.cat([shift_time(t, mu), torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def euler_step(x, velocity, t, t_next):
+    """One step of dx/dt = velocity from t to t_next, in float32."""
+    return x + (t_next - t) * velocity.float()

@@ -1,0 +1,283 @@
+"""FLUX.1's transformer: a velocity for image tokens, given text tokens, a pooled text vector, t and guidance.
+
+`Flux.forward` is the paper's figure. What depends on the step alone (`modulate`) is apart from what depends on the latents
+(`velocity`): training calls `forward`, sampling computes the modulation of all steps at once and calls `velocity`.
+
+B batch, L tokens (text first, then image), H hidden width, N heads, D head width.
+
+Layout of the weights, chosen for running (`convert` pays for it):
+* `qkv` rows are ordered head by head, (N, [q, k, v], D), so that any split by heads is a plain split of rows.
+* RoPE rotates (i, i + D/2) pairs: the rows of q and k, their biases and norm scales hold a head's even channels, then its odd.
+* The single block's attention and MLP halves are separate linears; their products are added, and the bias belongs to the MLP's.
+* All modulation is one linear outside the blocks: 27 % of the parameters, 0.009 % of the FLOPs.
+"""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ATTENTION = {
+    "auto": None,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+SINUSOID = 256
+
+
+@dataclass
+class FluxConfig:
+    """The shape of a Flux; the defaults are FLUX.1-dev's."""
+
+    num_double_blocks: int = field(default=19, metadata={"help": "blocks with separate text and image weights"})
+    num_single_blocks: int = field(default=38, metadata={"help": "blocks with one set of weights for both"})
+    hidden_size: int = field(default=3072, metadata={"help": "width of a token inside the network"})
+    num_heads: int = field(default=24, metadata={"help": "attention heads; hidden_size / num_heads must be the sum of rope_axes"})
+    mlp_ratio: int = field(default=4, metadata={"help": "width of the MLPs over hidden_size"})
+    in_channels: int = field(default=64, metadata={"help": "channels of an input token: latent channels x 4"})
+    out_channels: int = field(default=64, metadata={"help": "channels of an output token"})
+    text_width: int = field(default=4096, metadata={"help": "width of the T5 encoder's output"})
+    pooled_width: int = field(default=768, metadata={"help": "width of CLIP's pooled output"})
+    guidance_embed: bool = field(default=True, metadata={"help": "whether guidance is an input (dev) or not (schnell)"})
+    rope_axes: tuple = field(default=(16, 56, 56), metadata={"help": "head channels that rotate with each position axis"})
+    rope_theta: float = field(default=10_000, metadata={"help": "base of the rotation frequencies"})
+
+    def validate(self):
+        """Raise `ValueError` for a shape that no Flux can have."""
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}")
+        if sum(self.rope_axes) != self.hidden_size // self.num_heads or any(a % 2 for a in self.rope_axes):
+            raise ValueError(
+                f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head width, {self.hidden_size // self.num_heads}"
+            )
+
+    @property
+    def modulation_chunks(self):
+        """Vectors of width H that modulate the network: 6 a stream of a double block, 3 a single block, 2 at the end."""
+        return 12 * self.num_double_blocks + 3 * self.num_single_blocks + 2
+
+
+def sinusoid(x):
+    """Embed x (B,) as (B, 256): cos before sin of 1000·x times frequencies from 1 to 1/10,000, in float32."""
+    half = SINUSOID // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angles = 1000 * x.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def rope_table(ids, config):
+    """Rotations for positions ids (L, axes): cos and sin, each (L, D/2), float32 from float64 angles."""
+    angles = []
+    for axis, width in enumerate(config.rope_axes):
+        exponents = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
+        angles.append(ids[:, axis, None].double() * config.rope_theta**-exponents)
+    angles = torch.cat(angles, dim=-1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x, rope):
+    """Rotate x (B, N, L, D) by a table of (L, D/2) pairs, in float32."""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+def attend(q, k, v, rope, backend="auto"):
+    """Attention of normed q, k and v (B, N, L, D) after rotation: (B, L, N·D)."""
+    chosen = ATTENTION[backend]
+    with sdpa_kernel(chosen) if chosen is not None else nullcontext():
+        out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
+    return rearrange(out, "b n l d -> b l (n d)")
+
+
+def modulated_norm(x, shift, scale):
+    """LayerNorm without weights, then (1 + scale)·x + shift; shift and scale are (B, 1, H)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class MLP(nn.Module):
+    """Linear, tanh GELU or SiLU, linear."""
+
+    def __init__(self, width_in, hidden, width_out, activation):
+        super().__init__()
+        self.linear_in = nn.Linear(width_in, hidden)
+        self.linear_out = nn.Linear(hidden, width_out)
+        self.activation = activation
+
+    def forward(self, x):
+        return self.linear_out(self.activation(self.linear_in(x.to(self.linear_in.weight.dtype))))
+
+
+def gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
+class QKV(nn.Module):
+    """One stream's queries, keys and values, the first two normed per head."""
+
+    def __init__(self, hidden, num_heads):
+        super().__init__()
+        self.linear = nn.Linear(hidden, 3 * hidden)
+        self.q_norm = nn.RMSNorm(hidden // num_heads, eps=1e-6)
+        self.k_norm = nn.RMSNorm(hidden // num_heads, eps=1e-6)
+
+    def forward(self, x):
+        head = self.q_norm.weight.shape[0]
+        q, k, v = rearrange(self.linear(x), "b l (n three d) -> three b n l d", three=3, d=head)
+        return self.q_norm(q), self.k_norm(k), v
+
+
+class Stream(nn.Module):
+    """What a double block holds for one of text and image."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = config.hidden_size
+        self.qkv = QKV(hidden, config.num_heads)
+        self.proj = nn.Linear(hidden, hidden)
+        self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu)
+
+    def queries(self, x, modulation):
+        shift, scale = modulation[:2]
+        return self.qkv(modulated_norm(x, shift, scale))
+
+    def finish(self, x, attention, modulation):
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        x = x + gate * self.proj(attention)
+        return x + mlp_gate * self.mlp(modulated_norm(x, mlp_shift, mlp_scale))
+
+
+class DoubleBlock(nn.Module):
+    """Text and image with weights of their own, joined in attention."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.img = Stream(config)
+        self.txt = Stream(config)
+
+    def forward(self, img, txt, modulation, rope, attention="auto"):
+        """img (B, L_img, H) and txt (B, L_txt, H), modulation (12, B, 1, H): the image's six, then the text's."""
+        img_mod, txt_mod = modulation[:6], modulation[6:]
+        txt_qkv, img_qkv = self.txt.queries(txt, txt_mod), self.img.queries(img, img_mod)
+        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))
+        txt_out, img_out = attend(q, k, v, rope, attention).split([txt.shape[1], img.shape[1]], dim=1)
+        return self.img.finish(img, img_out, img_mod), self.txt.finish(txt, txt_out, txt_mod)
+
+
+class SingleBlock(nn.Module):
+    """Attention and MLP side by side over the joint sequence."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = config.hidden_size
+        self.qkv = QKV(hidden, config.num_heads)
+        self.proj = nn.Linear(hidden, hidden, bias=False)
+        self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu)
+
+    def forward(self, x, modulation, rope, attention="auto"):
+        """x (B, L, H), modulation (3, B, 1, H)."""
+        shift, scale, gate = modulation
+        h = modulated_norm(x, shift, scale)
+        return x + gate * (self.proj(attend(*self.qkv(h), rope, attention)) + self.mlp(h))
+
+
+class Flux(nn.Module):
+    """The rectified-flow transformer of FLUX.1."""
+
+    def __init__(self, config, attention="auto"):
+        super().__init__()
+        config.validate()
+        self.config, self.attention = config, attention
+        hidden = config.hidden_size
+        self.img_in = nn.Linear(config.in_channels, hidden)
+        self.txt_in = nn.Linear(config.text_width, hidden)
+        self.time_in = MLP(SINUSOID, hidden, hidden, F.silu)
+        self.guidance_in = MLP(SINUSOID, hidden, hidden, F.silu) if config.guidance_embed else None
+        self.pooled_in = MLP(config.pooled_width, hidden, hidden, F.silu)
+        self.modulation = nn.Linear(hidden, config.modulation_chunks * hidden)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_blocks))
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_blocks))
+        self.out = nn.Linear(hidden, config.out_channels)
+
+    def forward(self, img, txt, rope, *, t, pooled, guidance=None, residuals=None):
+        """Velocity (B, L_img, out_channels) of noisy tokens img (B, L_img, in_channels).
+
+        txt (B, L_txt, text_width) and pooled (B, pooled_width) are the encoders' outputs, t and guidance (B,) float32 with
+        t in [0, 1], rope the `rope_table` of text and image. `residuals` are two lists, of tensors (B, L_img, H) to add to the
+        image after each double and each single block. Matches diffusers' FluxTransformer2DModel.
+        """
+        return self.velocity(img, self.txt_in(self.cast(txt)), rope, self.modulate(t, pooled, guidance), residuals)
+
+    def modulate(self, t, pooled, guidance=None):
+        """Every shift, scale and gate of the network for B steps or samples: (chunks, B, 1, H)."""
+        if (guidance is None) == self.config.guidance_embed:
+            raise ValueError("guidance must be given to a model with guidance_embed, and to no other")
+        vec = self.time_in(sinusoid(t)) + self.pooled_in(pooled)
+        if guidance is not None:
+            vec = vec + self.guidance_in(sinusoid(guidance))
+        return rearrange(self.modulation(F.silu(vec)), "b (m h) -> m b 1 h", m=self.config.modulation_chunks)
+
+    def velocity(self, img, txt, rope, modulation, residuals=None):
+        """`forward` from text tokens (B, L_txt, H) that `txt_in` has projected and a modulation that `modulate` has computed."""
+        double, single, (shift, scale) = self.split_modulation(modulation)
+        after_double, after_single = residuals or ((), ())
+        img = self.img_in(self.cast(img))
+        for i, (block, mod) in enumerate(zip(self.double_blocks, double)):
+            img, txt = block(img, txt, mod, rope, self.attention)
+            if i < len(after_double):
+                img = img + after_double[i]
+        x = torch.cat([txt, img], dim=1)
+        for i, (block, mod) in enumerate(zip(self.single_blocks, single)):
+            x = block(x, mod, rope, self.attention)
+            if i < len(after_single):
+                x = x + F.pad(after_single[i], (0, 0, txt.shape[1], 0))
+        return self.out(modulated_norm(x[:, txt.shape[1] :], shift, scale))
+
+    def split_modulation(self, modulation):
+        """(chunks, B, 1, H) as the double blocks' slices of 12, the single blocks' of 3, and the last (shift, scale)."""
+        doubles, singles = 12 * self.config.num_double_blocks, 3 * self.config.num_single_blocks
+        double, single, last = modulation.split([doubles, singles, 2])
+        return double.split(12), single.split(3), last
+
+    def cast(self, x):
+        return x.to(self.img_in.weight.dtype)
+
+    def initialise(self, generator=None):
+        """DiT's initialisation (arXiv 2212.09748): xavier linears, embedders N(0, 0.02), modulation and output zero."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif parameter.ndim == 1 or name.startswith(("modulation.", "out.")):
+                nn.init.zeros_(parameter)
+            elif name.startswith(("time_in.", "guidance_in.", "pooled_in.")):
+                nn.init.normal_(parameter, std=0.02, generator=generator)
+            else:
+                nn.init.xavier_uniform_(parameter, generator=generator)
+        return self
+
+    def num_parameters(self):
+        """Parameters, embedders and modulation included: 11,901,408,320 for FLUX.1-dev."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward_flops(self, num_text_tokens, num_image_tokens):
+        """Floating-point operations of one sample's forward, two to a multiply-add; a training step takes three times as many.
+
+        A double block's stream has H·3H + H·H + 2·rH·H weights, 12H² at MLP ratio r = 4, and each token passes one stream; a
+        single block has as many. So linears cost 2·L·(4 + 2r)·H² a block, and attention 4·L²·H a block (q·k and weights·v).
+        Modulation and embedders run once a sample.
+        """
+        c = self.config
+        blocks, tokens, hidden = c.num_double_blocks + c.num_single_blocks, num_text_tokens + num_image_tokens, c.hidden_size
+        linears = 2 * tokens * (4 + 2 * c.mlp_ratio) * hidden**2 * blocks
+        attention = 4 * tokens**2 * hidden * blocks
+        modulation = 2 * c.modulation_chunks * hidden**2
+        vec = 2 * hidden * ((SINUSOID + hidden) * (2 if c.guidance_embed else 1) + c.pooled_width + hidden)
+        ends = 2 * hidden * (num_text_tokens * c.text_width + num_image_tokens * (c.in_channels + c.out_channels))
+        return linears + attention + modulation + vec + ends
