@@ -1,0 +1,104 @@
+"""The optimizer, its schedule, clipping and the moving average of the weights."""
+
+import fnmatch
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and what surrounds it."""
+
+    lr: float = field(default=1e-4, metadata={"help": "peak learning rate"})
+    beta1: float = field(default=0.9, metadata={"help": "AdamW's decay of the gradient's mean"})
+    beta2: float = field(default=0.95, metadata={"help": "AdamW's decay of the gradient's square"})
+    eps: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
+    weight_decay: float = field(default=0.01, metadata={"help": "decoupled weight decay of matrices; biases and norms have none"})
+    warmup: int = field(default=500, metadata={"help": "steps of linear warm-up"})
+    schedule: str = field(default="constant", metadata={"help": "after the warm-up: constant, cosine or linear, down to min_lr_ratio"})
+    min_lr_ratio: float = field(default=0.0, metadata={"help": "where cosine and linear end, as a share of lr"})
+    clip: float = field(default=1.0, metadata={"help": "largest norm of the whole gradient; 0 for none"})
+    ema_decay: float = field(default=0.0, metadata={"help": "decay of the moving average of the weights, 0 for none; it warms up"})
+    trainable: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "name patterns of the parameters to train"})
+    freeze: list[str] = field(default_factory=list, metadata={"help": "name patterns of parameters to freeze, after trainable"})
+
+    def validate(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optim.schedule={self.schedule}: choose one of {', '.join(SCHEDULES)}")
+        for name in ("lr", "weight_decay", "warmup", "clip"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optim.ema_decay={self.ema_decay} must be in [0, 1)")
+
+
+def freeze(model, config):
+    """Set `requires_grad` by the name patterns; raises `ValueError` for a pattern that matches nothing or if none is left."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in [*config.trainable, *config.freeze]:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"optim.trainable / optim.freeze: no parameter matches {pattern}; names look like {names[len(names) // 2]}")
+    for name, parameter in model.named_parameters():
+        chosen = any(fnmatch.fnmatchcase(name, p) for p in config.trainable)
+        parameter.requires_grad_(chosen and not any(fnmatch.fnmatchcase(name, p) for p in config.freeze))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("optim.trainable and optim.freeze leave nothing to train")
+
+
+def make_optimizer(model, config):
+    """AdamW over the trainable parameters; weight decay on matrices only."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    betas = (config.beta1, config.beta2)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def learning_rate(config, step, total_steps):
+    """The learning rate of step 0, 1, …"""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = min(1.0, (step - config.warmup) / max(1, total_steps - config.warmup))
+    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[config.schedule]
+    return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
+
+
+def clip_gradients(model, config):
+    """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor."""
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+class EMA:
+    """A moving average of the trainable weights, sharded as they are, in float32."""
+
+    def __init__(self, model, decay):
+        self.decay = decay
+        self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.average = {name: p.detach().clone() for name, p in self.live.items()}
+
+    @torch.no_grad()
+    def update(self, step):
+        """After optimizer step 0, 1, …: the decay rises as (1 + n) / (10 + n), so that the random start is forgotten."""
+        decay = min(self.decay, (2 + step) / (11 + step))
+        for average, live in zip(_local(self.average), _local(self.live)):
+            average.lerp_(live, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange the average and the live weights, in place; call it twice to have both back."""
+        for average, live in zip(_local(self.average), _local(self.live)):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+
+def _local(tensors):
+    return [(t.to_local() if hasattr(t, "to_local") else t).detach() for t in tensors.values()]

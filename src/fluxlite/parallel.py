@@ -1,0 +1,88 @@
+"""Parallelism, applied to a model from outside: process group, mesh and FSDP2, all in wrap order.
+
+One process without torchrun is a mesh of one and runs the same code.
+"""
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+@dataclass
+class ParallelConfig:
+    """The mesh."""
+
+    dp_shard: int = field(default=-1, metadata={"help": "ranks that share one copy of the weights (FSDP2); -1: all that are left"})
+    tp: int = field(default=1, metadata={"help": "tensor-parallel ranks"})
+    timeout_s: int = field(default=600, metadata={"help": "seconds after which a rank that waits for another gives up"})
+
+    def validate(self):
+        if self.tp != 1:
+            raise ValueError(f"parallel.tp={self.tp}: tensor parallelism is not in this version yet; set parallel.tp=1")
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        if self.dp_shard not in (-1, world):
+            raise ValueError(f"parallel.dp_shard={self.dp_shard} must be the number of processes, {world}, or -1")
+
+
+def default_device():
+    """The machine's accelerator, or the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bf16(device):
+    """Whether the device computes in bfloat16 in hardware."""
+    if str(device).startswith("cuda"):
+        return torch.cuda.get_device_capability() >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+def start(config, device):
+    """Join torchrun's process group, or make one of this process alone; returns this rank's device and the mesh."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend, timeout = {"cuda": "nccl", "cpu": "gloo"}[device.type], timedelta(seconds=config.timeout_s)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    return device, init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+
+
+def stop():
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(model, mesh, dtype):
+    """FSDP2 with a unit a block; float32 master weights and reduction, compute in `dtype`.
+
+    Inputs are not cast: t, guidance and RoPE tables stay float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in [*model.double_blocks, *model.single_blocks]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def mean_over_ranks(value):
+    """A float32 scalar tensor averaged over all ranks."""
+    value = value.detach().float().clone()
+    dist.all_reduce(value)
+    return value / dist.get_world_size()
+
+
+def any_rank(flag, device):
+    """Whether `flag` is true on any rank."""
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value)

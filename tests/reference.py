@@ -1,0 +1,50 @@
+"""What tests share: small models of the reference libraries with every parameter random, and relative errors."""
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from fluxlite import convert
+from fluxlite.model import Flux
+
+
+def randomise(module, seed=0):
+    """Fill every parameter with random non-trivial values: zero initialisation would hide most of the network."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if "norm" in name and p.ndim == 1 and name.endswith("weight"):
+                p.copy_(1 + 0.3 * torch.randn(p.shape, generator=generator))
+            else:
+                fan_in = p[0].numel() if p.ndim > 1 else 10
+                p.copy_(torch.randn(p.shape, generator=generator) / fan_in**0.5)
+    return module
+
+
+def diffusers_flux(*, guidance=True, doubles=2, singles=3, **changes):
+    """A small FluxTransformer2DModel with random parameters."""
+    values = dict(
+        num_layers=doubles,
+        num_single_layers=singles,
+        attention_head_dim=16,
+        num_attention_heads=3,
+        in_channels=12,
+        joint_attention_dim=20,
+        pooled_projection_dim=14,
+        guidance_embeds=guidance,
+        axes_dims_rope=(4, 6, 6),
+    )
+    return randomise(FluxTransformer2DModel(**(values | changes)))
+
+
+def ours_from(theirs):
+    """Our Flux with the parameters of a FluxTransformer2DModel."""
+    config = convert.config_from_diffusers(theirs.config)
+    state = theirs.state_dict()
+    model = Flux(config)
+    model.load_state_dict(dict(convert.to_fluxlite(state, state.__getitem__, config, "diffusers")), strict=True)
+    return model
+
+
+def relative_error(ours, theirs):
+    """‖ours − theirs‖ / ‖theirs‖."""
+    return ((ours - theirs).norm() / theirs.norm()).item()

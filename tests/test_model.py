@@ -1,0 +1,163 @@
+import itertools
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from reference import diffusers_flux, ours_from, randomise, relative_error
+
+from fluxlite import convert
+from fluxlite.latents import position_ids
+from fluxlite.model import ATTENTION, Flux, FluxConfig, rope_table, sinusoid
+
+
+def inputs(config, *, batch=3, height=6, width=10, num_text_tokens=5, dtype=torch.float32):
+    """(img, txt, pooled, t, guidance, ids): odd sizes, float32 times."""
+    g = torch.Generator().manual_seed(1)
+    img = torch.randn(batch, height * width // 4, config.in_channels, generator=g).to(dtype)
+    txt = torch.randn(batch, num_text_tokens, config.text_width, generator=g).to(dtype)
+    pooled = torch.randn(batch, config.pooled_width, generator=g).to(dtype)
+    t = torch.rand(batch, generator=g)
+    guidance = 1 + 6 * torch.rand(batch, generator=g) if config.guidance_embed else None
+    return img, txt, pooled, t, guidance, position_ids(height, width, num_text_tokens)
+
+
+def run_ours(model, img, txt, pooled, t, guidance, ids):
+    return model(img, txt, rope_table(ids, model.config), t=t, pooled=pooled, guidance=guidance)
+
+
+def run_theirs(model, img, txt, pooled, t, guidance, ids):
+    num_text = txt.shape[1]
+    return model(
+        hidden_states=img,
+        encoder_hidden_states=txt,
+        pooled_projections=pooled,
+        timestep=t,
+        guidance=guidance,
+        txt_ids=ids[:num_text].float(),
+        img_ids=ids[num_text:].float(),
+        return_dict=False,
+    )[0]
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("doubles,singles", [(2, 3), (1, 0), (0, 2)])
+def test_forward_and_gradients_match_diffusers(guidance, doubles, singles):
+    theirs = diffusers_flux(guidance=guidance, doubles=doubles, singles=singles)
+    ours = ours_from(theirs)
+    values = inputs(ours.config)
+    expected, got = run_theirs(theirs, *values), run_ours(ours, *values)
+    assert relative_error(got, expected) < 1e-5
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2))
+    (expected * weights).sum().backward()
+    (got * weights).sum().backward()
+    reference = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    if singles:  # behind the last double block alone, the text stream's tail gets no gradient in either
+        assert len(reference) == len(list(theirs.parameters()))
+    gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    if not singles:
+        gradients |= {name: torch.zeros_like(p) for name, p in ours.named_parameters() if p.grad is None}
+    converted = dict(convert.from_fluxlite(gradients, gradients.__getitem__, ours.config, "diffusers"))
+    for name, gradient in reference.items():
+        if name.endswith(("to_k.bias", "add_k_proj.bias")) or gradient.norm() > 0:
+            assert gradient.norm() > 0 or not singles, name
+            assert relative_error(converted[name], gradient) < 2e-5, name
+
+
+def test_conversion_round_trip_is_identical():
+    theirs = diffusers_flux()
+    state, ours = theirs.state_dict(), ours_from(theirs)
+    mine = ours.state_dict()
+    back = dict(convert.from_fluxlite(mine, mine.__getitem__, ours.config, "diffusers"))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[k], state[k]) for k in state)
+
+
+def test_unknown_and_missing_keys_raise():
+    theirs = diffusers_flux()
+    state, config = theirs.state_dict(), convert.config_from_diffusers(theirs.config)
+    extra = state | {"transformer_blocks.0.surplus": torch.zeros(1)}
+    with pytest.raises(ValueError, match="surplus"):
+        next(convert.to_fluxlite(extra, extra.__getitem__, config, "diffusers"))
+    del state["proj_out.bias"]
+    with pytest.raises(ValueError, match="proj_out.bias"):
+        next(convert.to_fluxlite(state, state.__getitem__, config, "diffusers"))
+
+
+@pytest.mark.parametrize("guidance,count", [(True, 11_901_408_320), (False, 11_891_178_560)])
+def test_dev_and_schnell_have_the_keys_shapes_and_size_of_diffusers(guidance, count):
+    with torch.device("meta"):
+        theirs = FluxTransformer2DModel(guidance_embeds=guidance)
+        ours = Flux(FluxConfig(guidance_embed=guidance))
+        assert ours.num_parameters() == count == sum(p.numel() for p in theirs.parameters())
+        state = ours.state_dict()
+        converted = dict(convert.from_fluxlite(state, state.__getitem__, ours.config, "diffusers"))
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+@pytest.mark.parametrize("backend", ["flash", "math"])
+def test_attention_backends_agree(backend):
+    model = ours_from(diffusers_flux())
+    values = inputs(model.config)
+    reference = run_ours(model, *values)
+    model.attention = backend
+    assert relative_error(run_ours(model, *values), reference) < 1e-5
+    assert backend in ATTENTION
+
+
+def test_times_keep_float32_beside_bfloat16_weights():
+    """t = 0.7502 rounds to 0.75 in bf16; diffusers' bf16 pipeline even makes 752 of 750."""
+    a, b = sinusoid(torch.tensor([0.7502, 0.75]))
+    assert (a - b).abs().max() > 0.1
+    model = ours_from(diffusers_flux()).to(torch.bfloat16)
+    img, txt, pooled, _, guidance, ids = inputs(model.config, dtype=torch.bfloat16)
+    outputs = [run_ours(model, img, txt, pooled, torch.full((3,), t), guidance, ids) for t in (0.7502, 0.75)]
+    assert not torch.equal(*outputs)
+
+
+def test_precomputed_modulation_is_identical():
+    model = ours_from(diffusers_flux())
+    img, txt, pooled, t, guidance, ids = inputs(model.config)
+    rope = rope_table(ids, model.config)
+    direct = model(img, txt, rope, t=t, pooled=pooled, guidance=guidance)
+    modulation = model.modulate(t, pooled, guidance)
+    assert torch.equal(model.velocity(img, model.txt_in(txt), rope, modulation), direct)
+
+
+def test_residuals_are_added_after_each_block():
+    model = ours_from(diffusers_flux(doubles=1, singles=1))
+    values = inputs(model.config)
+    img, txt, pooled, t, guidance, ids = values
+    rope, hidden = rope_table(ids, model.config), model.config.hidden_size
+    plain = run_ours(model, *values)
+    for place, offset in itertools.product((0, 1), (0.0, 1.0)):
+        residuals = [[], []]
+        residuals[place] = [torch.full((3, img.shape[1], hidden), offset)]
+        got = model(img, txt, rope, t=t, pooled=pooled, guidance=guidance, residuals=residuals)
+        assert torch.equal(got, plain) == (offset == 0.0)
+
+
+def test_initialisation_predicts_zero_and_learns_the_rest():
+    model = Flux(FluxConfig(1, 1, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6))).initialise(torch.Generator().manual_seed(0))
+    values = inputs(model.config)
+    assert run_ours(model, *values).abs().max() == 0
+    assert all(p.std() > 0 for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith(("modulation", "out")))
+
+
+def test_flops_match_a_count_of_the_operators():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = randomise(Flux(FluxConfig(2, 3, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6))))
+    values = inputs(model.config, batch=1)
+    model.attention = "math"
+    with FlopCounterMode(display=False) as counter:
+        run_ours(model, *values)
+    assert abs(counter.get_total_flops() / model.forward_flops(5, 15) - 1) < 0.01
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(ValueError, match="rope_axes"):
+        Flux(FluxConfig(1, 1, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 8)))
+    with pytest.raises(ValueError, match="guidance"):
+        ours = ours_from(diffusers_flux())
+        img, txt, pooled, t, _, ids = inputs(ours.config)
+        run_ours(ours, img, txt, pooled, t, None, ids)
