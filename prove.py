@@ -1,0 +1,126 @@
+"""Measure whether a model has learnt fill50k: circles and backgrounds of the named colours, for pairs that it never saw together.
+
+    python prove.py                                     # the shipped tiny pipeline
+    python prove.py --checkpoint runs/mine --num 500
+
+Draws a picture for each of `--num` held-out pairs of colours, measures it (`fluxlite.data.circles`), and compares with two
+controls: the same pictures under each other's prompts, and pairs whose two colours change places under the same seed.
+Writes proof.json and grid.png, prints a table and, last, one JSON line.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from fluxlite.data.circles import MAX_COLOUR_ERROR, MIN_IOU, colour_difference, measure
+from fluxlite.data.fill50k import caption, pairs, rgb
+from fluxlite.metrics import contact_sheet
+
+MIN_DIFFERENCE = 25.0  # ΔE between the two colours of a pair: more than twice MAX_COLOUR_ERROR, so that no colour can pass for both
+
+
+def choose_pairs(num, seed):
+    """`num` different held-out (circle, background) pairs of clearly different colours, the same for the same seed."""
+    candidates = [(a, b) for a, b in pairs(held_out=True) if colour_difference(rgb(a), rgb(b)) > MIN_DIFFERENCE]
+    if not 2 <= num <= len(candidates):
+        raise ValueError(f"num={num} must be between 2 and {len(candidates)}, the held-out pairs of clearly different colours")
+    return [candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))[:num]]
+
+
+def share(results, key):
+    return sum(result[key] for result in results) / len(results)
+
+
+def prove(draw, *, num, num_swaps, seed):
+    """The report of a model that `draw(prompts)` → PIL pictures stands for, the pictures, and one measurement for each.
+
+    `draw` must give the picture at a position the same noise in every call, so that a swapped pair shares its noise.
+    """
+    chosen = choose_pairs(num, seed)
+    num_swaps = min(num_swaps, num)
+    began = time.perf_counter()
+    pictures = draw([caption(*pair) for pair in chosen])
+    seconds = time.perf_counter() - began
+    results = [{"prompt": caption(*pair), **measure(picture, *pair)} for picture, pair in zip(pictures, chosen, strict=True)]
+    shuffled = [measure(picture, *pair) for picture, pair in zip(pictures, chosen[1:] + chosen[:1])]  # everyone gets a neighbour's
+    swapped = [pair[::-1] for pair in chosen[:num_swaps]]
+    swapped_pictures = draw([caption(*pair) for pair in swapped]) if swapped else []
+    swaps = [measure(picture, *pair) for picture, pair in zip(swapped_pictures, swapped, strict=True)]
+    report = {
+        **{key: share(results, key) for key in ("right", "colours", "shape")},
+        **{f"shuffled_{key}": share(shuffled, key) for key in ("right", "colours", "shape")},
+        "swap": sum(a["colours"] and b["colours"] for a, b in zip(results, swaps)) / num_swaps if num_swaps else None,
+        "median_circle_error": float(np.median([result["circle_error"] for result in results])),
+        "median_background_error": float(np.median([result["background_error"] for result in results])),
+        "median_iou": float(np.median([result["iou"] for result in results])),
+        "num": num,
+        "num_swaps": num_swaps,
+        "seconds_per_picture": seconds / num,
+    }
+    return report, pictures, results
+
+
+def format_table(report):
+    """The report as lines for a person."""
+    rows = [
+        ("", "own prompt", "shuffled"),
+        *(
+            (label, f"{report[key]:.1%}", f"{report['shuffled_' + key]:.1%}")
+            for key, label in (
+                ("colours", f"both colours right (ΔE2000 ≤ {MAX_COLOUR_ERROR:g})"),
+                ("shape", f"one circle (IoU ≥ {MIN_IOU:g})"),
+                ("right", "right in both"),
+            )
+        ),
+        *([("both colours right, also swapped", f"{report['swap']:.1%}", "")] if report["num_swaps"] else []),
+        ("median ΔE2000: circle, background", f"{report['median_circle_error']:.1f}, {report['median_background_error']:.1f}", ""),
+        ("median IoU with the best circle", f"{report['median_iou']:.3f}", ""),
+        ("seconds per picture", f"{report['seconds_per_picture']:.2f}", ""),
+    ]
+    return "\n".join(f"{label:<36}{own:>12}{shuffled:>12}".rstrip() for label, own, shuffled in rows)
+
+
+def verdict(result):
+    wrong = [key for key in ("colours", "shape") if not result[key]]
+    return f"{result['prompt']}\n{'wrong ' + ' and '.join(wrong) if wrong else 'right'}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Measure whether a model has learnt fill50k.")
+    parser.add_argument("--checkpoint", help="folder or file of a run (default: the shipped tiny pipeline)")
+    parser.add_argument("--num", type=int, default=200, help="held-out pairs of colours to draw")
+    parser.add_argument("--swaps", type=int, default=50, help="of these, how many are drawn again with their colours swapped")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--guidance", type=float, default=1.0, help="value of the guidance embedding")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of pairs and of the noise")
+    parser.add_argument("--batch", type=int, default=50, help="pictures drawn at once")
+    parser.add_argument("--output", type=Path, default=Path("outputs/proof"), help="folder for proof.json and grid.png")
+    args = parser.parse_args()
+
+    def draw(prompts):
+        import fluxlite
+
+        return fluxlite.generate(
+            prompts, checkpoint=args.checkpoint, seed=args.seed, steps=args.steps, guidance=args.guidance, batch=args.batch
+        )
+
+    try:
+        report, pictures, results = prove(draw, num=args.num, num_swaps=args.swaps, seed=args.seed)
+    except ValueError as error:
+        parser.error(str(error))
+    settings = {key: value for key, value in vars(args).items() if key in ("checkpoint", "steps", "guidance", "seed")}
+    report = {**report, **settings}
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "proof.json").write_text(json.dumps({**report, "pictures": results}, indent=1))
+    shown = min(len(pictures), 48)
+    contact_sheet(pictures[:shown], columns=8, captions=[verdict(r) for r in results[:shown]]).save(args.output / "grid.png")
+    print(format_table(report))
+    print(f"pictures: {args.output / 'grid.png'}, measurements: {args.output / 'proof.json'}")
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fluxlite
+from fluxlite.data import circles
+from fluxlite.data.fill50k import draw_disc, draw_sample, rgb
+
+PROVE = Path(__file__).parents[1] / "prove.py"
+NUM = 60
+
+
+@pytest.fixture(scope="module")
+def script():
+    return runpy.run_path(str(PROVE))
+
+
+def paint(coverage, circle, background):
+    """A picture of `circle` where `coverage` (H, W) is 1 and of `background` where it is 0."""
+    coverage = np.asarray(coverage, np.float64)[..., None]
+    return Image.fromarray(np.rint(coverage * rgb(circle) + (1 - coverage) * rgb(background)).astype(np.uint8))
+
+
+def names(prompt):
+    return prompt.removesuffix(" background").split(" circle with ")
+
+
+def as_jpeg(picture):
+    stream = io.BytesIO()
+    picture.save(stream, "jpeg", quality=95)
+    return Image.open(stream)
+
+
+def perfect(prompts):
+    """What a perfect model draws: the generator's pictures, the same place for the same position."""
+    return [Image.fromarray(draw_sample(i, size=64, seed=7, choices=[tuple(names(p))])[0]) for i, p in enumerate(prompts)]
+
+
+def square(side, *, corner=(15, 20)):
+    mask = np.zeros((64, 64), bool)
+    mask[corner[1] : corner[1] + side, corner[0] : corner[0] + side] = True
+    return mask
+
+
+@pytest.mark.parametrize("through", [lambda picture: picture, as_jpeg], ids=["exact", "jpeg"])
+def test_generated_pictures_are_right(script, through):
+    chosen = script["choose_pairs"](200, 3)
+    prompts = [script["caption"](*pair) for pair in chosen]
+    results = [circles.measure(through(picture), *pair) for picture, pair in zip(perfect(prompts), chosen)]
+    assert np.mean([result["right"] for result in results]) > 0.98
+    assert min(result["iou"] for result in results) > 0.9
+
+
+def test_circle_is_found_where_it_was_drawn():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        radius = rng.uniform(0.12, 0.28) * 64
+        centre = rng.uniform(radius, 64 - radius, 2)
+        mask = draw_disc(64, centre=centre, radius=radius) > 0.5
+        mask[::63, ::63] = True  # specks in the corners
+        found, found_radius, iou = circles.fit_circle(mask)
+        assert np.hypot(*(found - centre)) < 0.5 and abs(found_radius - radius) < 0.5 and iou > 0.9
+
+
+def test_no_figure_has_no_circle():
+    assert circles.fit_circle(np.zeros((64, 64), bool)) is None
+    result = circles.measure(Image.new("RGB", (64, 64), "red"), "blue", "red")
+    assert not result["colours"] and not result["shape"] and result["centre"] is None
+
+
+@pytest.mark.parametrize("side", [14, 20, 28])
+def test_square_is_no_circle(side):
+    result = circles.measure(paint(square(side), "red", "blue"), "red", "blue")
+    assert result["colours"] and not result["shape"] and result["iou"] < circles.MIN_IOU
+
+
+def test_two_discs_are_no_circle():
+    discs = draw_disc(64, centre=(17, 17), radius=12) + draw_disc(64, centre=(48, 48), radius=10)
+    result = circles.measure(paint(discs, "red", "blue"), "red", "blue")
+    assert result["colours"] and not result["shape"]
+
+
+def test_disc_cut_by_the_border_is_no_circle():
+    result = circles.measure(paint(draw_disc(64, centre=(2, 32), radius=16), "red", "blue"), "red", "blue")
+    assert result["colours"] and not result["shape"]
+
+
+@pytest.mark.parametrize("radius", [4, 26])
+def test_disc_of_a_wrong_size_is_refused(radius):
+    result = circles.measure(paint(draw_disc(64, centre=(32, 32), radius=radius), "red", "blue"), "red", "blue")
+    assert result["iou"] > 0.9 and not result["shape"]
+
+
+@pytest.mark.parametrize(("circle", "background"), [("green", "blue"), ("red", "white"), ("blue", "red"), ("salmon", "blue")])
+def test_wrong_colours_are_refused(circle, background):
+    picture = paint(draw_disc(64, centre=(30, 30), radius=12), "red", "blue")
+    assert circles.measure(picture, "red", "blue")["right"]
+    assert not circles.measure(picture, circle, background)["colours"]
+
+
+def test_perfect_pictures_prove_it_and_shuffled_prompts_do_not(script):
+    report, pictures, results = script["prove"](perfect, num=NUM, num_swaps=20, seed=0)
+    assert report["right"] > 0.98 and report["swap"] > 0.98
+    assert report["shuffled_colours"] < 0.05 and report["shuffled_right"] < 0.05
+    assert len(pictures) == len(results) == NUM
+
+
+def test_model_that_confuses_circle_and_background_fails_the_swap(script):
+    def unbound(prompts):  # knows the two colours, not which is which
+        return perfect([script["caption"](*sorted(names(prompt))) for prompt in prompts])
+
+    report, _, _ = script["prove"](unbound, num=NUM, num_swaps=20, seed=0)
+    assert report["swap"] == 0 and 0.2 < report["colours"] < 0.8
+
+
+def test_pairs_depend_on_the_seed_alone_and_are_held_out(script):
+    chosen = script["choose_pairs"](NUM, 5)
+    assert chosen == script["choose_pairs"](NUM, 5) != script["choose_pairs"](NUM, 6)
+    assert len(set(chosen)) == NUM and all(pair in script["pairs"](held_out=True) for pair in chosen)
+    assert all(circles.colour_difference(rgb(a), rgb(b)) > 25 for a, b in chosen)
+    with pytest.raises(ValueError, match="num=100000"):
+        script["choose_pairs"](100_000, 5)
+
+
+def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(fluxlite, "generate", lambda prompts, **how: asked.append(how) or perfect(prompts), raising=False)
+    monkeypatch.setattr(
+        sys, "argv", ["prove.py", "--num", "6", "--swaps", "2", "--steps", "3", "--output", str(tmp_path / "proof")]
+    )
+    runpy.run_path(str(PROVE), run_name="__main__")
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    saved = json.loads((tmp_path / "proof" / "proof.json").read_text())
+    assert line["right"] == saved["right"] == 1 and line["num_swaps"] == 2 and len(saved["pictures"]) == 6
+    assert Image.open(tmp_path / "proof" / "grid.png").width == 8 + 6 * (128 + 8)
+    assert asked == [{"checkpoint": None, "seed": 0, "steps": 3, "guidance": 1.0, "batch": 50}] * 2
