@@ -130,7 +130,7 @@ def test_pairs_depend_on_the_seed_alone_and_are_held_out(script):
 
 def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setattr(fluxlite, "generate", lambda prompts, **how: asked.append(how) or perfect(prompts), raising=False)
+    monkeypatch.setitem(vars(fluxlite), "generate", lambda prompts, progress, **how: asked.append(how) or perfect(prompts))
     monkeypatch.setattr(
         sys, "argv", ["prove.py", "--num", "6", "--swaps", "2", "--steps", "3", "--output", str(tmp_path / "proof")]
     )
@@ -139,4 +139,4 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
     saved = json.loads((tmp_path / "proof" / "proof.json").read_text())
     assert line["right"] == saved["right"] == 1 and line["num_swaps"] == 2 and len(saved["pictures"]) == 6
     assert Image.open(tmp_path / "proof" / "grid.png").width == 8 + 6 * (128 + 8)
-    assert asked == [{"checkpoint": None, "seed": 0, "steps": 3, "guidance": 1.0, "batch": 50}] * 2
+    assert asked == [{"seed": 0, "steps": 3, "guidance": 1.0, "batch": 50}] * 2

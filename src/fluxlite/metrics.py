@@ -118,27 +118,26 @@ class Metrics:
                 require_package(package, f"metrics.{package}")
         self.config, self.folder, self.enabled = config, Path(folder), enabled
         self.total_steps, self.start_step = total_steps, start_step
-        self.file = self.writer = self.wandb = self.bar = None
+        self.writer = self.wandb = self.bar = None
         self.shown, self.began = {}, time.perf_counter()
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         rewind_metrics(self.folder, start_step)
-        self.file = open(self.folder / "metrics.jsonl", "a")
         if config.tensorboard:
             self.writer = open_tensorboard(self.folder, start_step, run_config or {})
         if config.wandb:
             self.wandb = open_wandb(self.folder, start_step, run_config or {})
         if config.progress and sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True)
+            self.bar = tqdm(total=total_steps, initial=start_step, unit=" steps", dynamic_ncols=True)
 
     def log(self, step, values):
         """Write `values` (name → number) of `step` to all logs; floats are exact in the file."""
         if not self.enabled:
             return
         values = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self.file.flush()
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
@@ -174,12 +173,12 @@ class Metrics:
 
     def close(self):
         """Flush and close everything; may be called again."""
-        for thing in (self.bar, self.file, self.writer):
+        for thing in (self.bar, self.writer):
             if thing is not None:
                 thing.close()
         if self.wandb:
             self.wandb.finish()
-        self.file = self.writer = self.wandb = self.bar = None
+        self.writer = self.wandb = self.bar = None
         self.enabled = False
 
 
