@@ -113,6 +113,8 @@ class Metrics:
     """
 
     def __init__(self, config, folder, *, total_steps, start_step=0, run_config=None, enabled=True):
+        if config.log_every < 1:
+            raise ValueError(f"metrics.log_every={config.log_every} must be at least 1")
         for package in ("tensorboard", "wandb"):
             if getattr(config, package):
                 require_package(package, f"metrics.{package}")
