@@ -83,7 +83,9 @@ def test_wandb_goes_on_under_its_id(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(metrics, "require_package", lambda *a: None)
     for start in (0, 5, 0):
-        run_metrics = Metrics(MetricsConfig(False, wandb=True, progress=False), tmp_path, total_steps=9, start_step=start)
+        run_metrics = Metrics(
+            MetricsConfig(tensorboard=False, wandb=True, progress=False), tmp_path, total_steps=9, start_step=start
+        )
         run_metrics.log(6, {"loss": 0.5})
         run_metrics.image(6, "samples", Image.new("RGB", (4, 4)))
         run_metrics.close()

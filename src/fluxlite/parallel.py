@@ -24,9 +24,18 @@ class ParallelConfig:
     def validate(self):
         if self.tp != 1:
             raise ValueError(f"parallel.tp={self.tp}: tensor parallelism is not in this version yet; set parallel.tp=1")
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        if self.dp_shard not in (-1, world):
-            raise ValueError(f"parallel.dp_shard={self.dp_shard} must be the number of processes, {world}, or -1")
+        if self.dp_shard not in (-1, world_size()):
+            raise ValueError(f"parallel.dp_shard={self.dp_shard} must be the number of processes, {world_size()}, or -1")
+
+
+def world_size():
+    """Processes of this run, before and after the process group exists."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """This process's number, before and after the process group exists."""
+    return int(os.environ.get("RANK", 0))
 
 
 def default_device():

@@ -85,7 +85,8 @@ def default_settings(checkpoint):
     path = Path(resolve(checkpoint)).expanduser()
     if ckpt.is_run(path):
         saved = ckpt.read_meta(ckpt.last_checkpoint(path) or path)["config"]
-        return saved["sample"]["settings"] | {"max_sequence_length": saved["model"]["max_sequence_length"]}
+        settings = {k: saved["sample"][k] for k in ("steps", "guidance")} | {k: saved["data"][k] for k in ("height", "width")}
+        return settings | {"max_sequence_length": saved["model"]["max_sequence_length"]}
     folder = path if (path / "transformer").is_dir() else path.parent
     if (folder / "fluxlite.json").is_file():
         return json.loads((folder / "fluxlite.json").read_text())

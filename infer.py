@@ -1,0 +1,92 @@
+"""Draw pictures: `python infer.py prompt="red circle with blue background"`; `--help` lists the rest."""
+
+import json
+import logging
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+from fluxlite.config import InferConfig, run_script
+
+USAGE = """
+Draw pictures with a FLUX pipeline.
+
+  python infer.py prompt="red circle with blue background"           the tiny pipeline that is shipped
+  python infer.py prompt="a fox" prompt="an owl" images_per_prompt=4
+  python infer.py prompt_file=prompts.txt model.checkpoint=runs/laptop output=pictures
+  python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev height=512 width=512
+
+Prompts and paths are taken as the shell gives them: no quoting for Hydra is needed.
+"""
+
+
+def prompts_of(config):
+    """The prompts of the command line, then those of the file."""
+    lines = Path(config.prompt_file).read_text(encoding="utf-8").splitlines() if config.prompt_file else []
+    prompts = [*config.prompt, *(line for line in lines if line.strip())]
+    if not prompts:
+        raise ValueError(f"prompt_file={config.prompt_file} holds no prompt")
+    return prompts
+
+
+def free_path(folder, name, suffix=".png"):
+    """A path in `folder` that does not exist yet; letters that could escape the folder are replaced."""
+    stem = re.sub(r"[^\w]+", "-", name).strip("-")[:60].encode()[:120].decode(errors="ignore") or "picture"
+    number, path = 1, folder / f"{stem}{suffix}"
+    while path.exists():
+        number, path = number + 1, folder / f"{stem}-{number + 1}{suffix}"
+    return path
+
+
+def save(picture, path, settings):
+    """Write a PNG with its settings as JSON in the text chunk `fluxlite`."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("fluxlite", json.dumps(settings, ensure_ascii=False))
+    picture.save(path, pnginfo=info)
+
+
+def body(config):
+    import torch
+    from tqdm import tqdm
+
+    from fluxlite.metrics import contact_sheet
+    from fluxlite.pipeline import generate
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    prompts, folder = prompts_of(config), Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {k: getattr(config, k) for k in ("height", "width", "steps", "guidance") if getattr(config, k) is not None}
+    options |= {k: getattr(config.model, k) for k in ("t5", "clip", "autoencoder", "ema", "attention")}
+    if config.model.max_sequence_length:
+        options["max_sequence_length"] = config.model.max_sequence_length
+    pictures = generate(
+        prompts,
+        checkpoint=config.model.checkpoint,
+        negative_prompt=config.negative_prompt,
+        images_per_prompt=config.images_per_prompt,
+        seed=config.seed,
+        batch=config.batch,
+        true_cfg=config.true_cfg,
+        shift=config.shift,
+        device=config.device,
+        dtype=getattr(torch, config.dtype),
+        progress=lambda steps: tqdm(steps, desc="drawing", unit="step"),
+        **options,
+    )
+    texts = [text for text in prompts for _ in range(config.images_per_prompt)]
+    settings = asdict(config) | {"prompt": None}
+    for number, (text, picture) in enumerate(zip(texts, pictures)):
+        own = {"prompt": text, "prompt_number": number // config.images_per_prompt, "picture_number": number % config.images_per_prompt}
+        path = free_path(folder, text)
+        save(picture, path, settings | own)
+        print(path)
+    if len(pictures) > 1:
+        path = free_path(folder, "contact-sheet")
+        contact_sheet(pictures, captions=texts).save(path)
+        print(path)
+
+
+if __name__ == "__main__":
+    run_script(InferConfig, "infer", USAGE, body)

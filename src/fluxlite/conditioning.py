@@ -1,0 +1,217 @@
+"""Prompts to what the transformer is conditioned on: T5's tokens and CLIP's pooled vector, as diffusers' FluxPipeline encodes them.
+
+The only module that imports transformers, and only when encoders are loaded. Either encoder is named by a folder (a whole pipeline,
+or an encoder with its tokenizer inside it or beside it) or by a repository of the Hugging Face hub, `owner/name[/folder]`.
+
+    encoders = load_text_encoders("assets/flux-tiny", "assets/flux-tiny", device="cpu", dtype=torch.float32)
+    txt, pooled = encoders.encode(["red circle with blue background"], max_sequence_length=16)
+
+Shapes: B prompts, L tokens, D width of T5, P width of CLIP.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+log = logging.getLogger("fluxlite")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What tells the two encoders apart on disk."""
+
+    key: str  # the setting that names it
+    encoder: str  # its folder in a pipeline
+    tokenizer: str
+    tokenizer_files: tuple  # any of these makes a tokenizer
+    model_types: tuple  # in config.json
+    other_weights: tuple  # prefixes of weights that full models have and this part does not
+
+
+T5 = Kind(
+    key="model.t5",
+    encoder="text_encoder_2",
+    tokenizer="tokenizer_2",
+    tokenizer_files=("tokenizer.json", "spiece.model"),
+    model_types=("t5",),
+    other_weights=("decoder.", "lm_head."),
+)
+CLIP = Kind(
+    key="model.clip",
+    encoder="text_encoder",
+    tokenizer="tokenizer",
+    tokenizer_files=("tokenizer.json", "vocab.json"),
+    model_types=("clip_text_model", "clip"),
+    other_weights=("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "text_model.embeddings.position_ids"),
+)
+
+
+class TextEncoders:
+    """A T5 encoder and a CLIP text model with their tokenizers; made by `load_text_encoders`."""
+
+    def __init__(self, t5, t5_tokenizer, clip, clip_tokenizer, folders):
+        self.t5, self.t5_tokenizer = t5, t5_tokenizer
+        self.clip, self.clip_tokenizer = clip, clip_tokenizer
+        self.folders = folders
+        self.text_width = t5.config.d_model
+        self.pooled_width = clip.config.hidden_size
+        self._reported = set()
+
+    @torch.no_grad()  # not inference mode, whose tensors cannot take part in a training step
+    def encode(self, prompts, max_sequence_length):
+        """T5's tokens (B, L, D) and CLIP's pooled vectors (B, P) of a list of prompts, with L = `max_sequence_length`.
+
+        T5 sees its padding unmasked; CLIP takes the first `model_max_length` (77) tokens. Matches FluxPipeline.encode_prompt.
+        """
+        if not prompts or isinstance(prompts, str):
+            raise ValueError(f"prompts={prompts!r} must be a list of at least one string")
+        clip_length = self.clip_tokenizer.model_max_length
+        seen = f"T5 still reads up to {max_sequence_length} tokens"
+        clip_ids = self._tokenize("CLIP", self.clip_tokenizer, prompts, clip_length, seen)
+        remedy = "raise the maximum sequence length or shorten the prompt"
+        t5_ids = self._tokenize("T5", self.t5_tokenizer, prompts, max_sequence_length, remedy)
+        txt = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
+        pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output
+        return txt.to(self.t5.dtype), pooled.to(self.clip.dtype)
+
+    def _tokenize(self, name, tokenizer, prompts, length, remark):
+        """Token ids (B, length); the first prompt that does not fit is reported once."""
+        if name not in self._reported:
+            whole = tokenizer(prompts, verbose=False).input_ids
+            longest = max(range(len(whole)), key=lambda i: len(whole[i]))
+            if len(whole[longest]) > length:
+                self._reported.add(name)
+                text = prompts[longest] if len(prompts[longest]) <= 60 else prompts[longest][:57] + "..."
+                log.warning("%s reads %d of the %d tokens of %r: %s", name, length, len(whole[longest]), text, remark)
+        return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+    @cached_property
+    def digest(self):
+        """Sixteen hexadecimal digits that name the weights, settings and tokenizers of both encoders, wherever they lie.
+
+        Reads every file once, some ten seconds for T5-XXL.
+        """
+        total = hashlib.sha256()
+        for folder in self.folders:
+            for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".model", ".safetensors", ".txt")):
+                with open(path, "rb") as file:
+                    total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        return total.hexdigest()[:16]
+
+
+def load_text_encoders(t5, clip, *, device, dtype):
+    """Load T5 from `t5` and CLIP from `clip`, each a folder or a hub repository, frozen, on `device` and in `dtype`.
+
+    Raises `ValueError` that names `model.t5` or `model.clip` where one cannot be found, fetched or loaded whole.
+    """
+    t5_folder, t5_tokenizer_folder = locate(t5, T5)
+    clip_folder, clip_tokenizer_folder = locate(clip, CLIP)
+    with quiet_transformers():
+        from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+        t5_tokenizer = T5TokenizerFast.from_pretrained(t5_tokenizer_folder, local_files_only=True)
+        clip_tokenizer = CLIPTokenizer.from_pretrained(clip_tokenizer_folder, local_files_only=True)
+        t5 = load_model(T5EncoderModel, t5_folder, T5, dtype).to(device)
+        clip = load_model(CLIPTextModel, clip_folder, CLIP, dtype).to(device)
+    folders = (t5_folder, t5_tokenizer_folder, clip_folder, clip_tokenizer_folder)
+    return TextEncoders(t5, t5_tokenizer, clip, clip_tokenizer, folders)
+
+
+def load_model(cls, folder, kind, dtype):
+    """The transformers model `cls` in `folder`, every weight accounted for, in evaluation mode and without gradients."""
+    from safetensors import SafetensorError
+
+    try:
+        model, info = cls.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{kind.key}: the weights in {folder} are incomplete or damaged ({one_line(error)}); fetch them again") from error
+    faults = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(k for k in info["unexpected_keys"] if not k.startswith(kind.other_weights)),
+        "of another shape": sorted(str(k[0]) for k in info["mismatched_keys"]),
+    }
+    for fault, names in faults.items():
+        if names:
+            raise ValueError(f"{kind.key}: {folder} has {len(names)} weights {fault} for its config.json, {names[0]} among them")
+    return model.eval().requires_grad_(False)
+
+
+# --- where the files are -----------------------------------------------------------------------------------------------------
+
+
+def locate(where, kind):
+    """The folder of the encoder and that of its tokenizer: inside the encoder's, else beside it, else in the pipeline's."""
+    if not where:
+        raise ValueError(f"{kind.key}={where} names no text encoder: set it to a pipeline's folder or hub repository")
+    folder = Path(where).expanduser()
+    folder = folder if folder.is_dir() else download(str(where), kind)
+    root = folder if (folder / kind.encoder).is_dir() else folder.parent
+    encoder = folder / kind.encoder if root == folder else folder
+    if not (encoder / "config.json").is_file():
+        raise ValueError(f"{kind.key}={where} has neither {kind.encoder}/config.json nor config.json: name the folder of a pipeline or of a text encoder")
+    model_type = json.loads((encoder / "config.json").read_text()).get("model_type")
+    if model_type not in kind.model_types:
+        raise ValueError(f"{kind.key}={where} holds a model of type {model_type}, not {kind.model_types[0]}: name another folder")
+    if not any(encoder.glob("*.safetensors")):
+        raise ValueError(f"{kind.key}={where} has no weights: {encoder} needs .safetensors files")
+    for tokenizer in (encoder, root / kind.tokenizer):
+        if any((tokenizer / name).is_file() for name in kind.tokenizer_files):
+            return encoder, tokenizer
+    files = " or ".join(kind.tokenizer_files)
+    raise ValueError(f"{kind.key}={where} has no tokenizer: put {files} into {encoder} or into {root / kind.tokenizer}")
+
+
+def download(where, kind):
+    """Fetch the encoder and the tokenizer of `owner/name[/folder]` from the hub, or take them from its cache; returns the folder."""
+    owner, name, *inside = [*where.split("/"), "", ""][: max(2, where.count("/") + 1)]
+    if not owner or not name or owner[0] in ".~" or Path(owner).is_dir() or len(inside) > 1:
+        raise ValueError(f"{kind.key}={where} is no folder: name one, such as assets/flux-tiny, or a hub repository owner/name")
+    with quiet_transformers():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    repository, folder = f"{owner}/{name}", inside[0] if inside else kind.encoder
+    patterns = [f"{folder}/*.{suffix}" for suffix in ("json", "model", "safetensors", "txt")] + [f"{kind.tokenizer}/*"]
+    if not inside:  # a repository of one encoder; never *.safetensors, which in a pipeline's root are other models
+        patterns += "config.json tokenizer.json tokenizer_config.json special_tokens_map.json spiece.model vocab.json merges.txt".split()
+        patterns += ["model.safetensors", "model.safetensors.index.json", "model-0*-of-*.safetensors"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=5)).joinpath(*inside)
+    except GatedRepoError as error:
+        remedy = f"is gated: accept its licence at https://huggingface.co/{repository}, then run `hf auth login` or set HF_TOKEN"
+        raise ValueError(f"{kind.key}={where} {remedy}") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{kind.key}={where} is no folder and no public hub repository: check the name, or `hf auth login`") from error
+    except OSError as error:
+        remedy = "name a folder, such as assets/flux-tiny, or check the connection"
+        raise ValueError(f"{kind.key}={where} is no folder, and the hub does not answer ({one_line(error)}): {remedy}") from error
+
+
+def one_line(error):
+    """The first line of an error's text, shortened."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Without transformers' progress bars and warnings, which concern its own authors; what is wrong is raised here."""
+    from transformers.utils import logging as their_log
+
+    verbosity, bars = their_log.get_verbosity(), their_log.is_progress_bar_enabled()
+    their_log.set_verbosity_error()
+    their_log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        their_log.set_verbosity(verbosity)
+        if bars:
+            their_log.enable_progress_bar()

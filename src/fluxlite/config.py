@@ -1,0 +1,290 @@
+"""From the command line to typed configurations: Hydra composes YAML, dataclasses check it.
+
+Every key has a dataclass field, which lies beside the code that uses it; a key that none has is an error that names the nearest.
+Values of prompts and paths reach the program as the shell gave them: Hydra's grammar never sees them.
+"""
+
+import dataclasses
+import difflib
+import json
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fluxlite import parallel, sampling
+from fluxlite.checkpoint import CheckpointConfig
+from fluxlite.data import DataConfig
+from fluxlite.flow import FlowConfig
+from fluxlite.metrics import MetricsConfig
+from fluxlite.model import ATTENTION, FluxConfig
+from fluxlite.optim import OptimConfig
+from fluxlite.parallel import ParallelConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+DTYPES = ("float32", "bfloat16")
+
+
+def verbatim(default, help):
+    """A field whose value is taken from the command line as it stands."""
+    return field(default=default, metadata={"help": help, "verbatim": True})
+
+
+@dataclass
+class PartsConfig:
+    """Where the parts of a pipeline come from."""
+
+    checkpoint: str | None = verbatim(None, "transformer: a pipeline folder, a transformer's, a run or a file; flux-tiny is shipped")
+    t5: str | None = verbatim(None, "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped")
+    clip: str | None = verbatim(None, "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped")
+    autoencoder: str | None = verbatim(None, "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped")
+    ema: bool = field(default=True, metadata={"help": "use the moving average of a run, where it has one"})
+    attention: str = field(default="auto", metadata={"help": f"attention kernel: {', '.join(ATTENTION)}"})
+    max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens that prompts are padded and cut to"})
+
+
+@dataclass
+class ModelConfig(PartsConfig, FluxConfig):
+    """A transformer's shape and the parts around it."""
+
+    def shape(self):
+        """The `FluxConfig` alone."""
+        return FluxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(FluxConfig)})
+
+
+@dataclass
+class SampleGridConfig:
+    """Pictures drawn while training."""
+
+    every: int = field(default=1000, metadata={"help": "steps between grids of pictures; 0 for the last step only"})
+    count: int = field(default=16, metadata={"help": "pictures in a grid; the prompts are the validation set's first"})
+    steps: int = field(default=20, metadata={"help": "Euler steps of a picture"})
+    guidance: float = field(default=3.5, metadata={"help": "guidance embedding of a picture, for models that have one"})
+
+
+@dataclass
+class TrainConfig:
+    """Everything that `train.py` takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    sample: SampleGridConfig = field(default_factory=SampleGridConfig)
+    steps: int = field(default=30_000, metadata={"help": "optimizer steps"})
+    validate_every: int = field(default=500, metadata={"help": "steps between validations; 0 for the last step only"})
+    seed: int = field(default=0, metadata={"help": "seed of every random draw"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
+    dtype: str | None = field(default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"})
+    output: str = verbatim("runs/train", "folder of the run: config, metrics, pictures, checkpoints")
+    resume: str | None = field(default=None, metadata={"help": "auto: go on from the last checkpoint in output, if there is one"})
+
+    def validate(self):
+        check_machine(self)
+        self.model.shape().validate()
+        for group in (self.data, self.flow, self.optim, self.parallel, self.checkpoint):
+            group.validate()
+        sampling.check_size(self.data.height, self.data.width)
+        ranks = parallel.world_size()
+        slice_size = ranks * self.data.micro_batch
+        if self.data.global_batch % slice_size:
+            raise ValueError(
+                f"data.global_batch={self.data.global_batch} must be a multiple of processes x data.micro_batch = "
+                f"{ranks} x {self.data.micro_batch} = {slice_size}: set data.global_batch={-(-self.data.global_batch // slice_size) * slice_size}"
+            )
+        missing = [f"model.{part}=" for part in ("t5", "clip", "autoencoder") if not getattr(self.model, part)]
+        if missing and (self.data.kind != "mock" or len(missing) < 3):
+            raise ValueError(f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for each")
+        if self.resume not in (None, "auto"):
+            raise ValueError(f"resume={self.resume}: the only value is auto; the run's folder is output={self.output}")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+
+
+@dataclass
+class InferConfig:
+    """Everything that `infer.py` takes."""
+
+    model: PartsConfig = field(default_factory=PartsConfig)
+    prompt: list[str] = field(default_factory=list, metadata={"help": "what to draw; give it several times for several", "verbatim": True})
+    prompt_file: str | None = verbatim(None, "a text file with a prompt a line")
+    negative_prompt: str = verbatim("", "what to steer away from, with true_cfg above 1")
+    images_per_prompt: int = field(default=1, metadata={"help": "pictures of each prompt"})
+    height: int | None = field(default=None, metadata={"help": "height in pixels; null: the checkpoint's own, else 1024"})
+    width: int | None = field(default=None, metadata={"help": "width in pixels; null: the checkpoint's own, else 1024"})
+    steps: int | None = field(default=None, metadata={"help": "Euler steps; null: the checkpoint's own, else 28 (schnell 4)"})
+    guidance: float | None = field(default=None, metadata={"help": "guidance embedding; null: the checkpoint's own, else 3.5"})
+    true_cfg: float = field(default=1.0, metadata={"help": "classifier-free guidance away from negative_prompt; 1 for none"})
+    shift: str = field(default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"})
+    seed: int = field(default=0, metadata={"help": "picture i of prompt j depends on (seed, j, i) alone"})
+    batch: int = field(default=8, metadata={"help": "pictures drawn at once"})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
+    dtype: str | None = field(default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"})
+    output: str = verbatim("outputs", "folder for the pictures; existing ones are never overwritten")
+
+    def validate(self):
+        check_machine(self)
+        if not self.prompt and not self.prompt_file:
+            raise ValueError('prompt= is missing: name what to draw, as in prompt="red circle with blue background"')
+        if self.prompt_file and not Path(self.prompt_file).is_file():
+            raise ValueError(f"prompt_file={self.prompt_file} is not a file")
+        for name in ("images_per_prompt", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if not self.model.checkpoint:
+            raise ValueError("model.checkpoint= is missing: name the folder of a pipeline, a transformer or a run")
+
+
+def check_machine(config):
+    """Fill `device` and `dtype` with what the machine has; refuse what it has not."""
+    config.device = config.device or parallel.default_device()
+    kind = config.device.split(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and parallel.default_device() != "cuda"):
+        raise ValueError(f"device={config.device}: this machine has {parallel.default_device()}")
+    config.dtype = config.dtype or ("bfloat16" if parallel.has_bf16(config.device) else "float32")
+    if config.dtype not in DTYPES:
+        raise ValueError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
+    attention = config.model.attention
+    if attention not in ATTENTION:
+        raise ValueError(f"model.attention={attention}: choose one of {', '.join(ATTENTION)}")
+    if kind == "cpu" and attention in ("cudnn", "efficient"):
+        raise ValueError(f"model.attention={attention} needs a CUDA device: choose auto, flash or math on the CPU")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------------------
+
+
+def groups():
+    """Hydra's groups and their choices: {"model": ["flux_dev", …], …}."""
+    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONFIGS.iterdir()) if d.is_dir()}
+
+
+def leaves(cls, prefix=""):
+    """{dotted key: dataclass field} of a configuration and all below it."""
+    hints, found = typing.get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            found |= leaves(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = f
+    return found
+
+
+def nearest(key, known):
+    """`: did you mean …?` for a key that is unknown."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    tails = difflib.get_close_matches(key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.8)
+    if not close and tails:
+        close = [k for k in known if k.split(".")[-1] == tails[0]]
+    return f": did you mean {close[0]}?" if close else f": --help lists the keys"
+
+
+def _split_arguments(cls, argv):
+    """Arguments as Hydra overrides, and those whose values must stay as they are: [(key, value)]."""
+    fields, choices, overrides, kept = leaves(cls), groups(), [], []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
+        if key in fields and fields[key].metadata.get("verbatim"):
+            kept.append((key, value))
+        elif key in choices and key in {f.name for f in dataclasses.fields(cls)} | {"recipe"}:
+            if value not in choices[key]:
+                raise ValueError(f"{argument}: no such {key}{nearest(value, choices[key])} There are {', '.join(choices[key])}")
+            overrides.append(argument)
+        elif key in fields:
+            overrides.append(argument)
+        else:
+            raise ValueError(f"{key} is not a key{nearest(key, [*fields, *choices])}")
+    return overrides, kept
+
+
+def load_config(cls, name, argv):
+    """The configuration `configs/{name}.yaml` with the overrides of `argv`, checked; raises `ValueError` with the remedy."""
+    overrides, kept = _split_arguments(cls, argv)
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            values = OmegaConf.to_container(compose(name, overrides), resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(str(error).split("\n")[0]) from None
+    lists = {key for key, f in leaves(cls).items() if f.type in (list[str], "list[str]")}
+    for key, value in kept:
+        at = values
+        *path, last = key.split(".")
+        for part in path:
+            at = at.setdefault(part, {})
+        if key in lists:
+            at[last] = [*(at.get(last) or []), value]
+        else:
+            at[last] = value
+    config = typed(cls, values)
+    config.validate()
+    return config
+
+
+def typed(cls, values, prefix=""):
+    """An instance of the dataclass `cls` from nested dictionaries; raises `ValueError` for unknown keys and wrong types."""
+    hints, known = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
+    arguments = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{prefix}{key} is not a key{nearest(prefix + key, [prefix + k for k in known])}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint):
+            arguments[key] = typed(hint, value or {}, f"{prefix}{key}.")
+        else:
+            arguments[key] = _convert(value, hint, prefix + key)
+    return cls(**arguments)
+
+
+def _convert(value, hint, key):
+    """`value` as the annotated type: int serves as float, null only where None is allowed."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        base = typing.get_origin(option) or option
+        if base is float and type(value) is int:
+            return float(value)
+        if base in (list, tuple) and isinstance(value, (list, tuple)):
+            inner = (typing.get_args(option) or (typing.Any,))[0]
+            return base(value if inner is typing.Any else [_convert(v, inner, key) for v in value])
+        if type(value) is base:
+            return value
+        if base is str and str in options and type(value) in (int, float):
+            return str(value)
+    names = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise ValueError(f"{key}={value!r} must be {names}, not {type(value).__name__}")
+
+
+def help_text(cls, usage):
+    """What `--help` prints: usage, groups with their choices, and every key with its default and meaning."""
+    lines = [usage.strip(), "", "Groups, chosen with group=choice:"]
+    own = {f.name for f in dataclasses.fields(cls)} | {"recipe"}
+    lines += [f"  {group + '=':12}{', '.join(names)}" for group, names in groups().items() if group in own]
+    lines += ["", "Keys, set with key=value (defaults before a group or recipe changes them):"]
+    for key, f in leaves(cls).items():
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else json.dumps(default)
+        lines.append(f"  {key}={shown}".ljust(42) + f"  {f.metadata.get('help', '')}")
+    return "\n".join(lines)
+
+
+def run_script(cls, name, usage, body):
+    """Parse the command line and call `body(config)`; errors that a user can cause become one line and exit code 2."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text(cls, usage))
+        return
+    try:
+        body(load_config(cls, name, sys.argv[1:]))
+    except ValueError as error:
+        if parallel.rank() == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,431 @@
+"""Training: set up a run, take steps, validate, draw, save.
+
+The way to the network is `train → train_step → flow_loss → Flux.forward`. A run is a pure function of (config, seed, data): every
+random draw is keyed by the sample's global index.
+
+B samples of a micro-batch, L tokens, C channels of a token.
+"""
+
+import hashlib
+import json
+import logging
+import signal
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from fluxlite import __version__, draws, flow, optim, parallel, sampling
+from fluxlite import checkpoint as ckpt
+from fluxlite.autoencoder import sample_posterior
+from fluxlite.conditioning import load_text_encoders
+from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, open_dataset, prepare
+from fluxlite.latents import num_image_tokens, pack_latents, position_ids
+from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_losses
+from fluxlite.model import Flux, rope_table
+from fluxlite.pipeline import check_widths, resolve
+
+log = logging.getLogger("fluxlite")
+
+# What a resumed run may change: nothing that its weights or its order of samples depend on.
+MAY_CHANGE = ("steps", "output", "resume", "device", "validate_every", "parallel.", "checkpoint.", "metrics.", "sample.",
+              "data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention")  # fmt: skip
+
+
+@dataclass
+class Parts:
+    """What surrounds the transformer in training; None where the data needs no encoder."""
+
+    autoencoder: object
+    encoders: object
+
+
+@dataclass
+class Run:
+    """All that a training step touches."""
+
+    config: object
+    device: torch.device
+    mesh: object
+    model: Flux
+    optimizer: torch.optim.Optimizer
+    ema: optim.EMA | None
+    parts: Parts
+    rope: tuple
+
+    @property
+    def latent_shape(self):
+        """(C, h, w) of one picture's latents."""
+        data = self.config.data
+        return self.config.model.in_channels // 4, data.height // 8, data.width // 8
+
+
+# --- setting up -----------------------------------------------------------------------------------------------------------------
+
+
+def build_model(config, device, mesh):
+    """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's."""
+    if config.model.checkpoint:
+        model = ckpt.load_transformer(resolve(config.model.checkpoint), ema=config.model.ema, attention=config.model.attention)
+        if model.config != config.model.shape():
+            raise ValueError(
+                f"model.checkpoint={config.model.checkpoint} has another shape: {_differences(asdict(model.config), asdict(config.model.shape()))}"
+            )
+        model = model.float().to(device)
+    else:
+        with torch.device(device):
+            model = Flux(config.model.shape(), config.model.attention)
+        seed = draws.generator(config.seed, 0, "weights").initial_seed()
+        model.initialise(torch.Generator(device).manual_seed(seed))
+    model.train().requires_grad_(True)
+    optim.freeze(model, config.optim)
+    return parallel.shard(model, mesh, getattr(torch, config.dtype))
+
+
+def load_parts(config, device):
+    """The frozen autoencoder and text encoders that the configuration names."""
+    if not config.model.t5:
+        return Parts(None, None)
+    dtype = getattr(torch, config.dtype)
+    encoders = load_text_encoders(resolve(config.model.t5), resolve(config.model.clip), device=device, dtype=dtype)
+    autoencoder = ckpt.load_autoencoder(resolve(config.model.autoencoder), dtype=dtype, device=device)
+    check_widths(config.model.shape(), autoencoder, encoders)
+    return Parts(autoencoder, encoders)
+
+
+def open_data(config, run):
+    """The training and validation sets; with `data.cache` encoded first, by all ranks together."""
+    data, model = config.data, config.model
+    if run.parts.encoders is None:
+        widths = dict(latent_shape=run.latent_shape, text_shape=(model.max_sequence_length, model.text_width), pooled_width=model.pooled_width)
+        return [MockSamples(data, split=split, seed=config.seed, **widths) for split in ("train", "val")]
+    sets = []
+    for split in ("train", "val"):
+        prepare(data, split, config.seed)
+        dataset = open_dataset(data, split, config.seed)
+        if data.cache:
+            directory = build_cache(
+                dataset,
+                Path(data.cache) / split,
+                encode_images=lambda images: run.parts.autoencoder.posterior(images.to(run.device)),
+                encode_texts=lambda texts: run.parts.encoders.encode(texts, model.max_sequence_length),
+                digest=encoders_digest(run.parts, model.max_sequence_length, config.dtype),
+                rank=parallel.rank(),
+                world_size=parallel.world_size(),
+            )
+            dist.barrier()
+            dataset = CachedSamples(dataset, directory)
+        sets.append(dataset)
+    return sets
+
+
+def encoders_digest(parts, max_sequence_length, dtype):
+    """A digest of all that encoded latents and texts depend on."""
+    digest = hashlib.blake2b(f"{parts.encoders.digest}/{max_sequence_length}/{dtype}".encode(), digest_size=8)
+    for name, tensor in sorted(parts.autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def set_up(config):
+    """Device, mesh, model, optimizer and encoders of a run."""
+    device, mesh = parallel.start(config.parallel, config.device)
+    parts = load_parts(config, device)
+    model = build_model(config, device, mesh)
+    optimizer = optim.make_optimizer(model, config.optim)
+    ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
+    cells = config.data.height // 8, config.data.width // 8
+    ids = position_ids(*cells, config.model.max_sequence_length).to(device)
+    return Run(config, device, mesh, model, optimizer, ema, parts, rope_table(ids, model.config))
+
+
+# --- a step ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode_batch(run, batch):
+    """A batch of pictures and captions, or of cached posteriors and texts: clean tokens x0 (B, L, C) float32, txt, pooled."""
+    device, seed, indices = run.device, run.config.seed, batch["indices"]
+    if "images" in batch:
+        mean, logvar = run.parts.autoencoder.posterior(batch["images"].to(device))
+        txt, pooled = run.parts.encoders.encode(batch["captions"], run.config.model.max_sequence_length)
+    else:
+        mean, logvar, txt, pooled = (batch[k].to(device) for k in ("mean", "logvar", "txt", "pooled"))
+    noise = draws.normal(mean.shape[1:], seed=seed, indices=indices, stream="posterior").to(device)
+    latents = sample_posterior(mean.float(), logvar.float(), noise)
+    if run.parts.autoencoder is not None:
+        latents = run.parts.autoencoder.scale(latents)
+    return pack_latents(latents), txt, pooled
+
+
+def flow_loss(run, x0, txt, pooled, *, noise, t, guidance):
+    """The velocity loss of each sample (B,) at times t (B,), all on the run's device."""
+    dtype = getattr(torch, run.config.dtype)
+    guidance = guidance if run.model.config.guidance_embed else None
+    noisy = flow.add_noise(x0, noise, t)
+    velocity = run.model(noisy.to(dtype), txt.to(dtype), run.rope, t=t, pooled=pooled.to(dtype), guidance=guidance)
+    return flow.velocity_loss(velocity, x0, noise)
+
+
+def train_step(run, batches, step):
+    """One optimizer step over this rank's micro-batches; the mean loss and the gradient's norm, both tensors."""
+    config, device = run.config, run.device
+    for group in run.optimizer.param_groups:
+        group["lr"] = optim.learning_rate(config.optim, step, config.steps)
+    total = torch.zeros((), device=device)
+    for i, batch in enumerate(batches):
+        run.model.set_requires_gradient_sync(i == len(batches) - 1)
+        x0, txt, pooled = encode_batch(run, batch)
+        keys = dict(seed=config.seed, indices=batch["indices"])
+        noise = pack_latents(draws.normal(run.latent_shape, stream="noise", **keys)).to(device)
+        t = flow.sample_t(config.flow, x0.shape[1], **keys).to(device)
+        guidance = flow.sample_guidance(config.flow, **keys).to(device)
+        loss = flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance).mean() / len(batches)
+        loss.backward()
+        total += loss.detach()
+    norm = optim.clip_gradients(run.model, config.optim)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    if run.ema:
+        run.ema.update(step)
+    return total, norm
+
+
+# --- looking at the model -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def averaged(run):
+    """The moving average in place of the weights, where there is one."""
+    if run.ema:
+        run.ema.swap()
+    try:
+        yield
+    finally:
+        if run.ema:
+            run.ema.swap()
+
+
+def encode_validation(run, dataset):
+    """This rank's share of the validation set, encoded once: a list of (x0, txt, pooled, indices, weights) micro-batches.
+
+    Every rank gets as many batches; the surplus samples of the last ones weigh nothing.
+    """
+    count, size = run.config.data.val_count, run.config.data.micro_batch
+    stride = parallel.world_size() * size
+    rounded = -(-count // stride) * stride
+    batches = []
+    loader = make_loader(dataset, global_batch=stride, micro_batch=size, dp_rank=parallel.rank(), dp_size=parallel.world_size(),
+                         start_index=0, stop_index=rounded, workers=0)  # fmt: skip
+    for batch in loader:
+        weights = (batch["indices"] < count).float()
+        batches.append((*encode_batch(run, batch), batch["indices"] % count, weights.to(run.device)))
+    return batches
+
+
+@torch.no_grad()
+def evaluate(run, batches):
+    """The loss at 8 fixed t with fixed noise, over the validation set: {"val/loss_t0.000": …, "val/loss": their mean}."""
+    run.model.eval()
+    sums = torch.zeros(len(flow.VALIDATION_T), device=run.device)
+    low, high = flow.guidance_range(run.config.flow.guidance)
+    for x0, txt, pooled, indices, weights in batches:
+        noise = pack_latents(draws.normal(run.latent_shape, seed=0, indices=indices, stream="validation")).to(run.device)
+        guidance = torch.full((len(x0),), (low + high) / 2, device=run.device)
+        for k, value in enumerate(flow.VALIDATION_T):
+            t = torch.full((len(x0),), value, device=run.device)
+            sums[k] += (flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance) * weights).sum()
+    run.model.train()
+    dist.all_reduce(sums)
+    losses = (sums / run.config.data.val_count).tolist()
+    return {f"val/loss_t{t:.3f}": loss for t, loss in zip(flow.VALIDATION_T, losses)} | {"val/loss": sum(losses) / len(losses)}
+
+
+def encode_prompts(run, dataset):
+    """The grid's prompts, the validation set's first, encoded; None where there are no encoders to draw with."""
+    if run.parts.encoders is None:
+        return None
+    items = [dataset[i] for i in range(min(run.config.sample.count, run.config.data.val_count))]
+    prompts = [item["caption"] for item in items]
+    return prompts, run.parts.encoders.encode(prompts, run.config.model.max_sequence_length)
+
+
+def draw_grid(run, prompts):
+    """The same prompts and noise every time: a contact sheet. Collective, since the model is sharded."""
+    texts, (txt, pooled) = prompts
+    data, grid = run.config.data, run.config.sample
+    settings = sampling.SampleConfig(height=data.height, width=data.width, steps=grid.steps, guidance=grid.guidance)
+    dtype, size, pictures = getattr(torch, run.config.dtype), run.config.data.micro_batch, []
+    for start in range(0, len(texts), size):
+        rows = slice(start, start + size)
+        noise = sampling.initial_noise(run.latent_shape, list(range(len(texts)))[rows]).to(run.device)
+        tokens = sampling.sample(run.model, txt[rows].to(dtype), pooled[rows].to(dtype), noise, settings, whole_forward=True)
+        pictures += sampling.decode(run.parts.autoencoder, tokens, data.height, data.width)
+    return contact_sheet(pictures, captions=texts)
+
+
+# --- resuming -------------------------------------------------------------------------------------------------------------------
+
+
+def _flat(values, prefix=""):
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _differences(old, new):
+    return ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+
+
+def check_resume(saved, config):
+    """Say which changed keys a resumed run accepts; raise `ValueError` for the others."""
+    old, new = _flat(saved), _flat(json.loads(json.dumps(asdict(config))))
+    changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
+    accepted = {k for k in changed if k.startswith(MAY_CHANGE)}
+    if changed - accepted:
+        listed = _differences({k: old.get(k) for k in changed - accepted}, {k: new.get(k) for k in changed - accepted})
+        raise ValueError(f"resume=auto: {config.output} was started with other settings ({listed}); restore them, or set another output=")
+    if accepted - {"resume"}:
+        log.info("resuming with changed %s", ", ".join(sorted(accepted - {"resume"})))
+
+
+def find_resume(config):
+    """The checkpoint to go on from and its metadata, or (None, None); raises `ValueError` where a run would be overwritten."""
+    last = ckpt.last_checkpoint(config.output)
+    if last is None:
+        return None, None
+    if config.resume != "auto":
+        raise ValueError(f"output={config.output} holds a run: resume=auto goes on with it; or set another output=")
+    meta = ckpt.read_meta(last)
+    check_resume(meta["config"], config)
+    return last, meta
+
+
+def describe(run):
+    """What a checkpoint says of itself: layout, shape, training math, the whole configuration."""
+    return {
+        "layout": "fluxlite",
+        "version": __version__,
+        "model": asdict(run.config.model.shape()),
+        "flow": asdict(run.config.flow),
+        "config": asdict(run.config),
+        "ema": sorted(run.ema.average) if run.ema else [],
+    }
+
+
+# --- the run --------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stop_signals():
+    """A dictionary whose `name` becomes the signal's when SIGTERM or SIGINT asks the run to stop; a second one kills."""
+    caught = {"name": None}
+
+    def catch(number, _frame):
+        caught["name"] = signal.Signals(number).name
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def check_finite(loss, step, keys):
+    """Raise `ValueError` for a loss that is not finite, with the samples it came from and what to try."""
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the loss of step {step} is {loss.item()}; its samples: {', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}. "
+            "Try a lower optim.lr, a longer optim.warmup, dtype=float32, or look at these samples; the last checkpoint is whole"
+        )
+
+
+def train(config):
+    """Train as `config`, a `TrainConfig`, says; returns the run's folder."""
+    last, meta = find_resume(config)
+    run = set_up(config)
+    training, validation = open_data(config, run)
+    start = 0
+    if last:
+        ckpt.load_training(last, model=run.model, optimizer=run.optimizer, ema=run.ema)
+        start = meta["step"]
+    folder, main = Path(config.output), parallel.rank() == 0
+    if main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    metrics = Metrics(config.metrics, folder, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main)
+    held_out, prompts = encode_validation(run, validation), encode_prompts(run, open_dataset_for_prompts(config, validation))
+    tokens = num_image_tokens(*run.latent_shape[1:])
+    speed = Throughput(
+        device=run.device,
+        flops_per_sample=3 * run.model.forward_flops(config.model.max_sequence_length, tokens),
+        num_devices=parallel.world_size(),
+        peak=config.metrics.peak_tflops,
+    )
+    try:
+        loop(run, metrics, speed, training, held_out, prompts, start)
+    finally:
+        metrics.close()
+    if main:
+        plot_losses(folder)
+    return folder
+
+
+def open_dataset_for_prompts(config, validation):
+    """The validation set with its captions: a cached one holds encoded texts only."""
+    return open_dataset(config.data, "val", config.seed) if config.data.cache and validation is not None else validation
+
+
+def loop(run, metrics, speed, training, held_out, prompts, start):
+    """Steps from `start` to the end, with validation, pictures and checkpoints at their intervals."""
+    config = run.config
+    loader = make_loader(training, global_batch=config.data.global_batch, micro_batch=config.data.micro_batch, dp_rank=parallel.rank(),
+                         dp_size=parallel.world_size(), start_index=start * config.data.global_batch, workers=config.data.workers)  # fmt: skip
+    accumulation = config.data.global_batch // (config.data.micro_batch * parallel.world_size())
+    batches = iter(loader)
+    with stop_signals() as caught:
+        for step in range(start, config.steps):
+            micro = [next(batches) for _ in range(accumulation)]
+            loss, norm = train_step(run, micro, step)
+            speed.add(config.data.global_batch)
+            check_finite(loss, step + 1, [key for batch in micro for key in batch["keys"]])
+            done = step + 1
+            last = done == config.steps
+            if done % config.metrics.log_every == 0 or last:
+                values = {"loss": parallel.mean_over_ranks(loss).item(), "grad_norm": norm.item(), "lr": run.optimizer.param_groups[0]["lr"]}
+                metrics.log(done, values | speed.read())
+                metrics.progress(done, values)
+            else:
+                metrics.progress(done)
+            stopping = parallel.any_rank(caught["name"], run.device)
+            with speed.paused():
+                look(run, metrics, held_out, prompts, done, last)
+                if last or stopping or done % config.checkpoint.every == 0:
+                    ckpt.save_training(config.output, step=done, model=run.model, optimizer=run.optimizer, ema=run.ema,
+                                       meta=describe(run), keep=config.checkpoint.keep)  # fmt: skip
+            if stopping and not last:
+                log.info("stopped by %s after step %d; resume=auto goes on from there", caught["name"] or "another rank's signal", done)
+                return
+
+
+def look(run, metrics, held_out, prompts, done, last):
+    """Validate and draw where step `done` is due for it."""
+    config = run.config
+    validate = last or (config.validate_every and done % config.validate_every == 0)
+    draw = prompts and (last or (config.sample.every and done % config.sample.every == 0))
+    if not (validate or draw):
+        return
+    with averaged(run):
+        if validate:
+            values = evaluate(run, held_out)
+            metrics.log(done, values)
+            metrics.progress(done, {"val": values["val/loss"]})
+        if draw:
+            sheet = draw_grid(run, prompts)
+            metrics.image(done, "grid", sheet)

@@ -1,0 +1,31 @@
+"""Train a Flux: `python train.py recipe=laptop`, or `torchrun --nproc_per_node 8 train.py model=flux_dev data=fill50k …`."""
+
+import logging
+
+from fluxlite.config import TrainConfig, run_script
+
+USAGE = """
+Train a Flux.
+
+  python train.py recipe=laptop                                    flux_tiny from scratch on fill50k, on a CPU in minutes
+  torchrun --nproc_per_node 2 train.py recipe=debug                1 + 1 blocks at full width, mock data
+  torchrun --nproc_per_node 8 train.py recipe=convergence model.t5=FLUX.1-dev model.clip=FLUX.1-dev model.autoencoder=FLUX.1-dev
+  python train.py recipe=laptop resume=auto                        go on from the last checkpoint
+"""
+
+
+def body(config):
+    from fluxlite import parallel
+    from fluxlite.trainer import train
+
+    logging.basicConfig(level=logging.INFO if parallel.rank() == 0 else logging.WARNING, format="%(message)s")
+    try:
+        folder = train(config)
+    finally:
+        parallel.stop()
+    if parallel.rank() == 0:
+        print(f"{folder}: checkpoints/last, images/, losses.png, metrics.jsonl, config.json")
+
+
+if __name__ == "__main__":
+    run_script(TrainConfig, "train", USAGE, body)
