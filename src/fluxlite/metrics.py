@@ -55,6 +55,7 @@ PEAK_TFLOPS = (
 # How `progress` shows what it knows, in this order.
 SHOWN = (
     ("loss", "loss {:.4f}"),
+    ("val", "val {:.4f}"),
     ("samples_per_s", "{:.4g} samples/s"),
     ("tflops", "{:.3g} TFLOP/s"),
     ("mfu", "MFU {:.1%}"),
