@@ -57,10 +57,8 @@ def body(config):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prompts, folder = prompts_of(config), Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    options = {k: getattr(config, k) for k in ("height", "width", "steps", "guidance") if getattr(config, k) is not None}
+    options = {k: getattr(config, k) for k in ("height", "width", "steps", "guidance", "max_sequence_length") if getattr(config, k) is not None}
     options |= {k: getattr(config.model, k) for k in ("t5", "clip", "autoencoder", "ema", "attention")}
-    if config.model.max_sequence_length:
-        options["max_sequence_length"] = config.model.max_sequence_length
     pictures = generate(
         prompts,
         checkpoint=config.model.checkpoint,

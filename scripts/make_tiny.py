@@ -87,7 +87,7 @@ def initialise_residual(vae):
 
 def make_vae(minutes):
     torch.manual_seed(0)
-    config = AutoencoderConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=4)
+    config = AutoencoderConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=1)
     vae = Autoencoder(config).to(memory_format=torch.channels_last)
     initialise_residual(vae)
     nn.init.constant_(vae.encoder.conv_out.bias[config.latent_channels :], -4)  # little noise at first: pictures before priors

@@ -20,6 +20,7 @@ import unicodedata
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
@@ -38,9 +39,9 @@ a {c} circle in front of a {b} background|an image of a {c} circle on {b} backgr
 a circle of {c} on a background of {b}|{c} coloured circle on {b} coloured background|a {c} colored circle with {b} background
 {c} circle|a {c} circle|{b} background|a {b} background|"""
 TEMPLATES = TEMPLATES.replace("\n", "|").split("|")
-MORE_WORDS = """a an and any are at background backdrop ball before behind big bright by circle circles color colored colour coloured
-disc disk dot drawing for from front goldenrod grey image in is it its large like near of on one or over painted painting photo
-picture plain round shape small solid sphere square that the there this tiny to two under very with""".split()
+MORE_WORDS = """a an and any are at background backdrop ball before behind big bright by circle circles color colored colour
+coloured disc disk dot drawing for from front goldenrod grey image in is it its large like near of on one or over painted painting photo picture
+plain round shape small solid sphere square that the there this tiny to two under very with""".split()
 SYNONYMS = {"gray": "grey", "golden rod": "goldenrod"}
 NO_COLOUR = 127.5  # what a caption that does not name a colour stands for
 
@@ -106,7 +107,9 @@ def phrase(circle, background, rng):
     if rng.random() < 0.1:
         for old, new in SYNONYMS.items():
             text = text.replace(old, new)
-    named = [np.full(3, NO_COLOUR) if field not in template else fill50k.rgb(c) for field, c in [("{c}", circle), ("{b}", background)]]
+    named = [
+        np.full(3, NO_COLOUR) if field not in template else fill50k.rgb(c) for field, c in [("{c}", circle), ("{b}", background)]
+    ]
     return rng.choice([str, str, str, str.capitalize, str.title, str.upper])(text), np.concatenate(named)
 
 
@@ -217,7 +220,10 @@ def finish(model, features, tokenizer, length, assets, suffix, minutes):
     head = train(model, features, tokenizer, length=length, minutes=minutes)
     model.to(torch.bfloat16).float().eval()
     report(type(model).__name__, model, head, features, tokenizer, length=length)
+    prefix = "text_model." if isinstance(model, CLIPTextModel) else ""  # as published; newer transformers leave it out
     model.to(torch.bfloat16).save_pretrained(assets / f"text_encoder{suffix}")
+    weights = assets / f"text_encoder{suffix}" / "model.safetensors"
+    save_file({prefix + name: tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
     tokenizer.save_pretrained(assets / f"tokenizer{suffix}")
     if isinstance(tokenizer, CLIPTokenizer):
         write_clip_files(tokenizer, assets / f"tokenizer{suffix}")

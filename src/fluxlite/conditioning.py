@@ -132,7 +132,9 @@ def load_model(cls, folder, kind, dtype):
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{kind.key}: the weights in {folder} are incomplete or damaged ({one_line(error)}); fetch them again") from error
+        raise ValueError(
+            f"{kind.key}: the weights in {folder} are incomplete or damaged ({one_line(error)}); fetch them again"
+        ) from error
     faults = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(k for k in info["unexpected_keys"] if not k.startswith(kind.other_weights)),
@@ -156,7 +158,9 @@ def locate(where, kind):
     root = folder if (folder / kind.encoder).is_dir() else folder.parent
     encoder = folder / kind.encoder if root == folder else folder
     if not (encoder / "config.json").is_file():
-        raise ValueError(f"{kind.key}={where} has neither {kind.encoder}/config.json nor config.json: name the folder of a pipeline or of a text encoder")
+        raise ValueError(
+            f"{kind.key}={where} has no {kind.encoder}/config.json nor config.json: name a pipeline's folder or an encoder's"
+        )
     model_type = json.loads((encoder / "config.json").read_text()).get("model_type")
     if model_type not in kind.model_types:
         raise ValueError(f"{kind.key}={where} holds a model of type {model_type}, not {kind.model_types[0]}: name another folder")
@@ -170,7 +174,7 @@ def locate(where, kind):
 
 
 def download(where, kind):
-    """Fetch the encoder and the tokenizer of `owner/name[/folder]` from the hub, or take them from its cache; returns the folder."""
+    """Fetch the encoder and the tokenizer of `owner/name[/folder]` from the hub or its cache; returns the folder."""
     owner, name, *inside = [*where.split("/"), "", ""][: max(2, where.count("/") + 1)]
     if not owner or not name or owner[0] in ".~" or Path(owner).is_dir() or len(inside) > 1:
         raise ValueError(f"{kind.key}={where} is no folder: name one, such as assets/flux-tiny, or a hub repository owner/name")
@@ -181,7 +185,9 @@ def download(where, kind):
     repository, folder = f"{owner}/{name}", inside[0] if inside else kind.encoder
     patterns = [f"{folder}/*.{suffix}" for suffix in ("json", "model", "safetensors", "txt")] + [f"{kind.tokenizer}/*"]
     if not inside:  # a repository of one encoder; never *.safetensors, which in a pipeline's root are other models
-        patterns += "config.json tokenizer.json tokenizer_config.json special_tokens_map.json spiece.model vocab.json merges.txt".split()
+        patterns += (
+            "config.json tokenizer.json tokenizer_config.json special_tokens_map.json spiece.model vocab.json merges.txt".split()
+        )
         patterns += ["model.safetensors", "model.safetensors.index.json", "model-0*-of-*.safetensors"]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=5)).joinpath(*inside)
@@ -189,7 +195,9 @@ def download(where, kind):
         remedy = f"is gated: accept its licence at https://huggingface.co/{repository}, then run `hf auth login` or set HF_TOKEN"
         raise ValueError(f"{kind.key}={where} {remedy}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{kind.key}={where} is no folder and no public hub repository: check the name, or `hf auth login`") from error
+        raise ValueError(
+            f"{kind.key}={where} is no folder and no public hub repository: check the name, or `hf auth login`"
+        ) from error
     except OSError as error:
         remedy = "name a folder, such as assets/flux-tiny, or check the connection"
         raise ValueError(f"{kind.key}={where} is no folder, and the hub does not answer ({one_line(error)}): {remedy}") from error

@@ -46,12 +46,13 @@ class PartsConfig:
     autoencoder: str | None = verbatim(None, "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped")
     ema: bool = field(default=True, metadata={"help": "use the moving average of a run, where it has one"})
     attention: str = field(default="auto", metadata={"help": f"attention kernel: {', '.join(ATTENTION)}"})
-    max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens that prompts are padded and cut to"})
 
 
 @dataclass
 class ModelConfig(PartsConfig, FluxConfig):
     """A transformer's shape and the parts around it."""
+
+    max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens that prompts are padded and cut to"})
 
     def shape(self):
         """The `FluxConfig` alone."""
@@ -123,6 +124,9 @@ class InferConfig:
     width: int | None = field(default=None, metadata={"help": "width in pixels; null: the checkpoint's own, else 1024"})
     steps: int | None = field(default=None, metadata={"help": "Euler steps; null: the checkpoint's own, else 28 (schnell 4)"})
     guidance: float | None = field(default=None, metadata={"help": "guidance embedding; null: the checkpoint's own, else 3.5"})
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "T5 tokens that prompts are padded and cut to; null: the checkpoint's own, else 512 (schnell 256)"}
+    )
     true_cfg: float = field(default=1.0, metadata={"help": "classifier-free guidance away from negative_prompt; 1 for none"})
     shift: str = field(default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"})
     seed: int = field(default=0, metadata={"help": "picture i of prompt j depends on (seed, j, i) alone"})
@@ -163,9 +167,11 @@ def check_machine(config):
 # --- the command line ------------------------------------------------------------------------------------------------------------
 
 
-def groups():
-    """Hydra's groups and their choices: {"model": ["flux_dev", …], …}."""
-    return {d.name: sorted(f.stem for f in d.glob("*.yaml")) for d in sorted(CONFIGS.iterdir()) if d.is_dir()}
+def groups(name):
+    """The groups that `configs/{name}.yaml` chooses from, and their choices: {"model": ["flux_dev", …], …}."""
+    defaults = OmegaConf.load(CONFIGS / f"{name}.yaml").get("defaults", [])
+    chosen = [key for entry in defaults if not isinstance(entry, str) for key in entry]
+    return {group: sorted(f.stem for f in (CONFIGS / group).glob("*.yaml")) for group in chosen}
 
 
 def leaves(cls, prefix=""):
@@ -188,16 +194,16 @@ def nearest(key, known):
     return f": did you mean {close[0]}?" if close else f": --help lists the keys"
 
 
-def _split_arguments(cls, argv):
+def _split_arguments(cls, name, argv):
     """Arguments as Hydra overrides, and those whose values must stay as they are: [(key, value)]."""
-    fields, choices, overrides, kept = leaves(cls), groups(), [], []
+    fields, choices, overrides, kept = leaves(cls), groups(name), [], []
     for argument in argv:
         key, equals, value = argument.partition("=")
         if not equals:
             raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
         if key in fields and fields[key].metadata.get("verbatim"):
             kept.append((key, value))
-        elif key in choices and key in {f.name for f in dataclasses.fields(cls)} | {"recipe"}:
+        elif key in choices:
             if value not in choices[key]:
                 raise ValueError(f"{argument}: no such {key}{nearest(value, choices[key])} There are {', '.join(choices[key])}")
             overrides.append(argument)
@@ -210,7 +216,7 @@ def _split_arguments(cls, argv):
 
 def load_config(cls, name, argv):
     """The configuration `configs/{name}.yaml` with the overrides of `argv`, checked; raises `ValueError` with the remedy."""
-    overrides, kept = _split_arguments(cls, argv)
+    overrides, kept = _split_arguments(cls, name, argv)
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             values = OmegaConf.to_container(compose(name, overrides), resolve=True)
@@ -264,11 +270,12 @@ def _convert(value, hint, key):
     raise ValueError(f"{key}={value!r} must be {names}, not {type(value).__name__}")
 
 
-def help_text(cls, usage):
+def help_text(cls, name, usage):
     """What `--help` prints: usage, groups with their choices, and every key with its default and meaning."""
-    lines = [usage.strip(), "", "Groups, chosen with group=choice:"]
-    own = {f.name for f in dataclasses.fields(cls)} | {"recipe"}
-    lines += [f"  {group + '=':12}{', '.join(names)}" for group, names in groups().items() if group in own]
+    lines, choices = [usage.strip()], groups(name)
+    if choices:
+        lines += ["", "Groups, chosen with group=choice:"]
+        lines += [f"  {group + '=':12}{', '.join(names)}" for group, names in choices.items()]
     lines += ["", "Keys, set with key=value (defaults before a group or recipe changes them):"]
     for key, f in leaves(cls).items():
         default = f.default_factory() if f.default is dataclasses.MISSING else f.default
@@ -280,7 +287,7 @@ def help_text(cls, usage):
 def run_script(cls, name, usage, body):
     """Parse the command line and call `body(config)`; errors that a user can cause become one line and exit code 2."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(cls, usage))
+        print(help_text(cls, name, usage))
         return
     try:
         body(load_config(cls, name, sys.argv[1:]))

@@ -399,7 +399,8 @@ def loop(run, metrics, speed, training, held_out, prompts, start):
             last = done == config.steps
             if done % config.metrics.log_every == 0 or last:
                 values = {"loss": parallel.mean_over_ranks(loss).item(), "grad_norm": norm.item(), "lr": run.optimizer.param_groups[0]["lr"]}
-                metrics.log(done, values | speed.read())
+                values |= speed.read()
+                metrics.log(done, values)
                 metrics.progress(done, values)
             else:
                 metrics.progress(done)

@@ -1,0 +1,113 @@
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from reference import randomise, relative_error
+from safetensors.torch import save_file
+
+from fluxlite.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
+from fluxlite.checkpoint import load_autoencoder
+
+SMALL = dict(block_out_channels=(8, 16, 16), layers_per_block=2, latent_channels=4, norm_num_groups=4)
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """diffusers' small autoencoder with random parameters, saved, and ours loaded from it."""
+    levels = len(SMALL["block_out_channels"])
+    theirs = AutoencoderKL(
+        **SMALL,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+    randomise(theirs).eval().save_pretrained(tmp_path / "vae")
+    return theirs, load_autoencoder(tmp_path / "vae"), tmp_path
+
+
+def test_both_ways_match_diffusers(pair):
+    theirs, ours, _ = pair
+    images = torch.rand(2, 3, 24, 40) * 2 - 1
+    with torch.no_grad():
+        posterior = theirs.encode(images).latent_dist
+        mean, logvar = ours.posterior(images)
+        assert mean.shape == (2, 4, 6, 10)
+        assert relative_error(mean, posterior.mean) < 1e-5 and relative_error(logvar, posterior.logvar) < 1e-5
+        noise = torch.randn(mean.shape)
+        expected = (posterior.mean + posterior.std * noise - 0.1159) * 0.3611
+        assert relative_error(ours.encode(images, noise), expected) < 1e-5
+        assert relative_error(ours.encode(images), (posterior.mode() - 0.1159) * 0.3611) < 1e-5
+        latents = torch.randn(2, 4, 6, 10)
+        assert relative_error(ours.decode(latents), theirs.decode(latents / 0.3611 + 0.1159).sample) < 1e-5
+
+
+def bfl_state(ours):
+    """The names and shapes of `ae.safetensors`, built from the published layout alone."""
+    state, levels = {}, len(SMALL["block_out_channels"])
+    for key, value in ours.state_dict().items():
+        side, kind, *rest = key.split(".")
+        if kind in ("down_blocks", "up_blocks"):
+            level = int(rest[0]) if kind == "down_blocks" else levels - 1 - int(rest[0])
+            if rest[1] == "resnets":
+                leaf = ".".join(rest[3:]).replace("conv_shortcut", "nin_shortcut")
+                name = f"{side}.{kind.split('_')[0]}.{level}.block.{rest[2]}.{leaf}"
+            else:
+                name = f"{side}.{kind.split('_')[0]}.{level}.{'downsample' if kind == 'down_blocks' else 'upsample'}.{'.'.join(rest[3:])}"
+        elif kind == "mid_block" and rest[0] == "resnets":
+            name = f"{side}.mid.block_{int(rest[1]) + 1}.{'.'.join(rest[2:])}"
+        elif kind == "mid_block":
+            leaf = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[rest[2]]
+            name = f"{side}.mid.attn_1.{leaf}.{rest[-1]}"
+            value = value[:, :, None, None] if value.ndim == 2 else value
+        else:
+            name = key.replace("conv_norm_out", "norm_out")
+        state[name] = value.contiguous()
+    return state
+
+
+def test_bfl_file_is_the_same_autoencoder(pair):
+    from fluxlite import convert
+
+    _, ours, folder = pair
+    state = bfl_state(ours)
+    names = convert.autoencoder_keys_from_bfl(state.keys())
+    assert names.keys() == ours.state_dict().keys() and set(names.values()) == state.keys()
+    assert "decoder.up.2.block.0.conv1.weight" in state and "encoder.mid.attn_1.q.weight" in state
+    del folder
+
+
+def test_ae_safetensors_of_full_size_loads_strictly(tmp_path):
+    reference = Autoencoder(AutoencoderConfig())
+    levels = SMALL["block_out_channels"]
+    SMALL["block_out_channels"] = (128, 256, 512, 512)
+    try:
+        save_file(bfl_state(reference), tmp_path / "ae.safetensors")
+    finally:
+        SMALL["block_out_channels"] = levels
+    loaded = load_autoencoder(tmp_path / "ae.safetensors").state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in reference.state_dict().items())
+    with pytest.raises(ValueError, match="model.autoencoder"):
+        load_autoencoder(tmp_path / "nothing")
+
+
+def test_flux_autoencoder_has_the_shapes_of_diffusers():
+    with torch.device("meta"):
+        theirs = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            latent_channels=16,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+        ours = Autoencoder(AutoencoderConfig())
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_posterior_is_sampled_or_its_mode():
+    mean, logvar, noise = torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(sample_posterior(mean, logvar), mean)
+    assert torch.allclose(sample_posterior(mean, logvar, noise), mean + logvar.exp().sqrt() * noise)

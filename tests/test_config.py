@@ -1,0 +1,95 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fluxlite import config as configuration
+from fluxlite.config import InferConfig, TrainConfig, load_config
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ["A cat, holding a sign", "it's", '"quoted"', "(a:1.2)", "a=b", "#1", "$5", "红色圆", "null", "[x]", "", "${seed}", "a b\nc"]
+
+
+def train(*argv):
+    return load_config(TrainConfig, "train", list(argv))
+
+
+def infer(*argv):
+    return load_config(InferConfig, "infer", list(argv))
+
+
+@pytest.mark.parametrize("text", PROMPTS)
+def test_prompts_and_paths_arrive_verbatim(text):
+    config = infer(f"prompt={text}", f"negative_prompt={text}", f"output={text}", f"model.t5={text}")
+    assert (config.prompt, config.negative_prompt, config.output, config.model.t5) == ([text], text, text, text)
+    assert train(f"data.path={text}", f"data.cache={text}").data.path == text
+
+
+def test_prompts_may_be_given_several_times():
+    assert infer("prompt=a", "prompt=b, c").prompt == ["a", "b, c"]
+
+
+@pytest.mark.parametrize(
+    "arguments,named",
+    [
+        (["model=flux_dov"], "flux_dev"),
+        (["recipe=convergense"], "convergence"),
+        (["optim.learning_rate=1"], "optim."),
+        (["optim.lrr=1"], "optim.lr"),
+        (["model.num_doubel_blocks=2"], "model.num_double_blocks"),
+        (["lr=1"], "optim.lr"),
+        (["optim.lr=fast"], "optim.lr"),
+        (["steps=1.5"], "steps"),
+        (["steps=null"], "steps"),
+        (["nonsense"], "key=value"),
+        (["data.height=100"], "96 and 112"),
+        (["data.global_batch=3", "data.micro_batch=2"], "data.global_batch=4"),
+        (["model.attention=cudnn", "device=cpu"], "model.attention"),
+        (["model.attention=fast"], "flash"),
+        (["device=cuda:7x"], "device"),
+        (["dtype=float8"], "bfloat16"),
+        (["flow.density=normal"], "logit_normal"),
+        (["flow.guidance=uniform[7,1]"], "flow.guidance"),
+        (["parallel.tp=2"], "parallel.tp"),
+        (["resume=yes"], "auto"),
+        (["model.rope_axes=[16,56,50]"], "rope_axes"),
+        (["seed="], "seed"),
+    ],
+)
+def test_mistakes_are_refused_and_named(arguments, named):
+    with pytest.raises(ValueError) as error:
+        train(*arguments)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_missing_encoders_are_named_all_at_once():
+    with pytest.raises(ValueError, match="model.t5=, model.clip=, model.autoencoder="):
+        train("model=flux_dev", "data=fill50k")
+
+
+def test_every_field_says_what_it_means():
+    for cls in (TrainConfig, InferConfig):
+        assert [key for key, f in configuration.leaves(cls).items() if not f.metadata.get("help")] == []
+
+
+@pytest.mark.parametrize("recipe", ["default", "laptop", "flux_tiny", "debug", "benchmark"])
+def test_recipes_are_valid(recipe):
+    assert train(f"recipe={recipe}", *(["data.global_batch=8"] if recipe == "benchmark" else [])).steps > 0
+
+
+def test_convergence_is_nemos(tmp_path):
+    parts = [f"model.{part}={tmp_path}" for part in ("t5", "clip", "autoencoder")]
+    config = train("recipe=convergence", *parts)
+    assert (config.steps, config.data.global_batch, config.model.num_double_blocks, config.model.num_single_blocks) == (30_000, 8, 19, 38)
+
+
+def test_the_command_line_wins_over_the_recipe():
+    assert train("recipe=laptop", "steps=7").steps == 7
+
+
+def test_scripts_exit_with_2_and_one_line():
+    result = subprocess.run([sys.executable, "train.py", "model=flux_dov"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "flux_dev" in result.stderr and result.stderr.count("\n") == 1
+    shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "optim.lr=" in shown and "recipe=" in shown
