@@ -10,7 +10,7 @@ from PIL import Image
 
 import fluxlite
 from fluxlite.data import circles
-from fluxlite.data.fill50k import draw_disc, draw_sample, rgb
+from fluxlite.data.fill50k import disc, distance_from, draw_sample, rgb
 
 PROVE = Path(__file__).parents[1] / "prove.py"
 NUM = 60
@@ -19,6 +19,10 @@ NUM = 60
 @pytest.fixture(scope="module")
 def script():
     return runpy.run_path(str(PROVE))
+
+
+def draw_disc(size, *, centre, radius):
+    return disc(distance_from(centre, size), radius)[..., 0]
 
 
 def paint(coverage, circle, background):

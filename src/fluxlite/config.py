@@ -208,7 +208,7 @@ def _split_arguments(cls, name, argv):
                 raise ValueError(f"{argument}: no such {key}{nearest(value, choices[key])} There are {', '.join(choices[key])}")
             overrides.append(argument)
         elif key in fields:
-            overrides.append(argument)
+            overrides.append(f"++{argument}")  # the YAML need not name what the dataclasses do
         else:
             raise ValueError(f"{key} is not a key{nearest(key, [*fields, *choices])}")
     return overrides, kept

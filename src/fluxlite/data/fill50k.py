@@ -72,10 +72,15 @@ def pairs(held_out):
     return [(a, b) for a in COLOURS for b in COLOURS if a != b and is_held_out(a, b) == held_out]
 
 
-def draw_disc(size, *, centre, radius):
-    """Coverage in [0, 1] of a disc, antialiased over one pixel: (size, size); `centre` (x, y) and `radius` in pixels."""
-    y, x = np.mgrid[:size, :size] + 0.5
-    return np.clip(radius + 0.5 - np.hypot(x - centre[0], y - centre[1]), 0, 1)
+def distance_from(centre, size):
+    """Distances of the pixels' middles from `centre` (x, y), in pixels: (size, size, 1)."""
+    x, y = ((np.arange(size) + 0.5 - c) ** 2 for c in centre)
+    return np.sqrt(x[None, :] + y[:, None])[..., None]
+
+
+def disc(distance, radius):
+    """Coverage in [0, 1] of a disc, antialiased over one pixel."""
+    return np.clip(radius + 0.5 - distance, 0, 1)
 
 
 def draw_sample(index, *, size, seed, held_out=False, choices=None):
@@ -84,13 +89,12 @@ def draw_sample(index, *, size, seed, held_out=False, choices=None):
     choices = choices or pairs(held_out)
     circle, background = choices[rng.integers(len(choices))]
     radius = rng.uniform(*RADIUS) * size
-    centre = rng.uniform(radius, size - radius, 2)
-    disc = draw_disc(size, centre=centre, radius=radius)[..., None]
-    target = disc * rgb(circle) + (1 - disc) * rgb(background)
-    width = max(1.0, size / 256)
-    outer, inner = (draw_disc(size, centre=centre, radius=radius + s * width / 2) for s in (1, -1))
-    control = np.repeat((outer - inner)[..., None] * 255, 3, axis=2)
-    return np.rint(target).astype(np.uint8), np.rint(control).astype(np.uint8), caption(circle, background)
+    distance = distance_from(rng.uniform(radius, size - radius, 2), size)
+    inside = disc(distance, radius)
+    target = rgb(background) + inside * (rgb(circle) - rgb(background))
+    half = max(1.0, size / 256) / 2
+    outline = np.repeat(255 * (disc(distance, radius + half) - disc(distance, radius - half)), 3, axis=2)
+    return np.rint(target).astype(np.uint8), np.rint(outline).astype(np.uint8), caption(circle, background)
 
 
 def _encode(array, kind):
