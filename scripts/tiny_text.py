@@ -40,8 +40,8 @@ a circle of {c} on a background of {b}|{c} coloured circle on {b} coloured backg
 {c} circle|a {c} circle|{b} background|a {b} background|"""
 TEMPLATES = TEMPLATES.replace("\n", "|").split("|")
 MORE_WORDS = """a an and any are at background backdrop ball before behind big bright by circle circles color colored colour
-coloured disc disk dot drawing for from front goldenrod grey image in is it its large like near of on one or over painted painting photo picture
-plain round shape small solid sphere square that the there this tiny to two under very with""".split()
+coloured disc disk dot drawing for from front goldenrod grey image in is it its large like near of on one or over painted painting
+photo picture plain round shape small solid sphere square that the there this tiny to two under very with""".split()
 SYNONYMS = {"gray": "grey", "golden rod": "goldenrod"}
 NO_COLOUR = 127.5  # what a caption that does not name a colour stands for
 

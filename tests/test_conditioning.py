@@ -203,11 +203,9 @@ def test_hub_repository_is_fetched_in_part(copy, monkeypatch):
 
 
 def test_gated_repository_says_how_to_get_in(monkeypatch):
-    import httpx
     from huggingface_hub.errors import GatedRepoError
 
-    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
-    fake_hub(monkeypatch, GatedRepoError("403\nlong", response=response))
+    fake_hub(monkeypatch, GatedRepoError.__new__(GatedRepoError))  # its arguments depend on the HTTP library
     with pytest.raises(ValueError, match="model.clip=a/b is gated: accept its licence at https://huggingface.co/a/b, then run"):
         locate("a/b", CLIP)
 

@@ -67,11 +67,11 @@ class TextEncoders:
     def encode(self, prompts, max_sequence_length):
         """T5's tokens (B, L, D) and CLIP's pooled vectors (B, P) of a list of prompts, with L = `max_sequence_length`.
 
-        T5 sees its padding unmasked; CLIP takes the first `model_max_length` (77) tokens. Matches FluxPipeline.encode_prompt.
+        T5 sees its padding unmasked; CLIP takes the first 77 tokens. Matches FluxPipeline.encode_prompt.
         """
         if not prompts or isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r} must be a list of at least one string")
-        clip_length = self.clip_tokenizer.model_max_length
+        clip_length = min(self.clip_tokenizer.model_max_length, self.clip.config.max_position_embeddings)
         seen = f"T5 still reads up to {max_sequence_length} tokens"
         clip_ids = self._tokenize("CLIP", self.clip_tokenizer, prompts, clip_length, seen)
         remedy = "raise the maximum sequence length or shorten the prompt"
@@ -100,8 +100,10 @@ class TextEncoders:
         total = hashlib.sha256()
         for folder in self.folders:
             for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".model", ".safetensors", ".txt")):
+                total.update(f"{path.name} {path.stat().st_size}\n".encode())
                 with open(path, "rb") as file:
-                    total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+                    while block := file.read(1 << 22):
+                        total.update(block)
         return total.hexdigest()[:16]
 
 
