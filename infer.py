@@ -57,7 +57,11 @@ def body(config):
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prompts, folder = prompts_of(config), Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
-    options = {k: getattr(config, k) for k in ("height", "width", "steps", "guidance", "max_sequence_length") if getattr(config, k) is not None}
+    options = {
+        k: getattr(config, k)
+        for k in ("height", "width", "steps", "guidance", "max_sequence_length")
+        if getattr(config, k) is not None
+    }
     options |= {k: getattr(config.model, k) for k in ("t5", "clip", "autoencoder", "ema", "attention")}
     pictures = generate(
         prompts,
@@ -76,7 +80,11 @@ def body(config):
     texts = [text for text in prompts for _ in range(config.images_per_prompt)]
     settings = asdict(config) | {"prompt": None}
     for number, (text, picture) in enumerate(zip(texts, pictures)):
-        own = {"prompt": text, "prompt_number": number // config.images_per_prompt, "picture_number": number % config.images_per_prompt}
+        own = {
+            "prompt": text,
+            "prompt_number": number // config.images_per_prompt,
+            "picture_number": number % config.images_per_prompt,
+        }
         path = free_path(folder, text)
         save(picture, path, settings | own)
         print(path)

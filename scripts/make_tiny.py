@@ -17,11 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from tiny_text import make_text
+
+from fluxlite import convert
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
+from fluxlite.checkpoint import load_transformer
 from fluxlite.data import fill50k
 
 SIZE = 64
@@ -135,6 +138,55 @@ def diffusers_vae_config(config):
     }
 
 
+# --- transformer ---------------------------------------------------------------------------------------------------------------
+
+
+def make_transformer():
+    """Train by `train.py recipe=flux_tiny` (which resumes), then write the averaged weights in diffusers' layout."""
+    root, run = ASSETS.parent.parent, "runs/flux_tiny"
+    subprocess.run([sys.executable, "train.py", "recipe=flux_tiny", f"output={run}", "resume=auto"], cwd=root, check=True)
+    model = load_transformer(root / run)
+    state = model.state_dict()
+    tensors = dict(convert.from_fluxlite(state, state.__getitem__, model.config, "diffusers"))
+    config = convert.config_to_diffusers(model.config)
+    save_module(ASSETS / "transformer", tensors, config, "diffusion_pytorch_model.safetensors")
+    write_index()
+
+
+def write_index():
+    """The files that make the parts a pipeline: for diffusers `model_index.json` and the scheduler's, for us default settings."""
+    index = {
+        "_class_name": "FluxPipeline",
+        "_diffusers_version": "0.30.0",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "T5EncoderModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "tokenizer_2": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "FluxTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "_diffusers_version": "0.30.0",
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+    }
+    settings = {"height": SIZE, "width": SIZE, "steps": 28, "guidance": 3.5, "max_sequence_length": 16}
+    (ASSETS / "scheduler").mkdir(exist_ok=True)
+    for name, values in {
+        "model_index.json": index,
+        "scheduler/scheduler_config.json": scheduler,
+        "fluxlite.json": settings,
+    }.items():
+        (ASSETS / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
 # --- driver ------------------------------------------------------------------------------------------------------------------
 
 
@@ -142,11 +194,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["all", "vae", "text", "transformer"], default="all")
     parser.add_argument("--vae-minutes", type=float, default=20)
+    parser.add_argument("--text-minutes", type=float, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.stage in ("all", "vae"):
         make_vae(args.vae_minutes)
+    if args.stage in ("all", "text"):
+        make_text(ASSETS, args.text_minutes)
+    if args.stage in ("all", "transformer"):
+        make_transformer()
 
 
 if __name__ == "__main__":

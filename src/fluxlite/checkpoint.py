@@ -62,7 +62,11 @@ class Tensors:
 
 def _load_strictly(model, state, where):
     expected = model.state_dict()
-    wrong = [f"{k}: {tuple(v.shape)}, not {tuple(expected[k].shape)}" for k, v in state.items() if k in expected and v.shape != expected[k].shape]
+    wrong = [
+        f"{k}: {tuple(v.shape)}, not {tuple(expected[k].shape)}"
+        for k, v in state.items()
+        if k in expected and v.shape != expected[k].shape
+    ]
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if wrong or missing or unknown:
         raise ValueError(

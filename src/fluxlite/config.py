@@ -1,7 +1,8 @@
 """From the command line to typed configurations: Hydra composes YAML, dataclasses check it.
 
 Every key has a dataclass field, which lies beside the code that uses it; a key that none has is an error that names the nearest.
-Values of prompts and paths reach the program as the shell gave them: Hydra's grammar never sees them.
+Values of prompts and paths reach the program as the shell gave them: Hydra's grammar never sees them. Only an optional path may be
+unset with `null`.
 """
 
 import dataclasses
@@ -40,10 +41,14 @@ def verbatim(default, help):
 class PartsConfig:
     """Where the parts of a pipeline come from."""
 
-    checkpoint: str | None = verbatim(None, "transformer: a pipeline folder, a transformer's, a run or a file; flux-tiny is shipped")
+    checkpoint: str | None = verbatim(
+        None, "transformer: a pipeline folder, a transformer's, a run or a file; flux-tiny is shipped"
+    )
     t5: str | None = verbatim(None, "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped")
     clip: str | None = verbatim(None, "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped")
-    autoencoder: str | None = verbatim(None, "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped")
+    autoencoder: str | None = verbatim(
+        None, "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped"
+    )
     ema: bool = field(default=True, metadata={"help": "use the moving average of a run, where it has one"})
     attention: str = field(default="auto", metadata={"help": f"attention kernel: {', '.join(ATTENTION)}"})
 
@@ -85,7 +90,9 @@ class TrainConfig:
     validate_every: int = field(default=500, metadata={"help": "steps between validations; 0 for the last step only"})
     seed: int = field(default=0, metadata={"help": "seed of every random draw"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
-    dtype: str | None = field(default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"})
+    dtype: str | None = field(
+        default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"}
+    )
     output: str = verbatim("runs/train", "folder of the run: config, metrics, pictures, checkpoints")
     resume: str | None = field(default=None, metadata={"help": "auto: go on from the last checkpoint in output, if there is one"})
 
@@ -116,7 +123,9 @@ class InferConfig:
     """Everything that `infer.py` takes."""
 
     model: PartsConfig = field(default_factory=PartsConfig)
-    prompt: list[str] = field(default_factory=list, metadata={"help": "what to draw; give it several times for several", "verbatim": True})
+    prompt: list[str] = field(
+        default_factory=list, metadata={"help": "what to draw; give it several times for several", "verbatim": True}
+    )
     prompt_file: str | None = verbatim(None, "a text file with a prompt a line")
     negative_prompt: str = verbatim("", "what to steer away from, with true_cfg above 1")
     images_per_prompt: int = field(default=1, metadata={"help": "pictures of each prompt"})
@@ -125,14 +134,19 @@ class InferConfig:
     steps: int | None = field(default=None, metadata={"help": "Euler steps; null: the checkpoint's own, else 28 (schnell 4)"})
     guidance: float | None = field(default=None, metadata={"help": "guidance embedding; null: the checkpoint's own, else 3.5"})
     max_sequence_length: int | None = field(
-        default=None, metadata={"help": "T5 tokens that prompts are padded and cut to; null: the checkpoint's own, else 512 (schnell 256)"}
+        default=None,
+        metadata={"help": "T5 tokens that prompts are padded and cut to; null: the checkpoint's own, else 512 (schnell 256)"},
     )
     true_cfg: float = field(default=1.0, metadata={"help": "classifier-free guidance away from negative_prompt; 1 for none"})
-    shift: str = field(default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"})
+    shift: str = field(
+        default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"}
+    )
     seed: int = field(default=0, metadata={"help": "picture i of prompt j depends on (seed, j, i) alone"})
     batch: int = field(default=8, metadata={"help": "pictures drawn at once"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
-    dtype: str | None = field(default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"})
+    dtype: str | None = field(
+        default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"}
+    )
     output: str = verbatim("outputs", "folder for the pictures; existing ones are never overwritten")
 
     def validate(self):
@@ -202,7 +216,8 @@ def _split_arguments(cls, name, argv):
         if not equals:
             raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
         if key in fields and fields[key].metadata.get("verbatim"):
-            kept.append((key, value))
+            optional = f"{fields[key].type}".endswith("None")  # a path may be unset with null; a file of that name is ./null
+            kept.append((key, None if optional and value == "null" else value))
         elif key in choices:
             if value not in choices[key]:
                 raise ValueError(f"{argument}: no such {key}{nearest(value, choices[key])} There are {', '.join(choices[key])}")

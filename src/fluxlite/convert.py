@@ -224,7 +224,11 @@ def config_to_diffusers(config):
 def _checked(keys, wanted, layout):
     missing, unknown = sorted(wanted - keys), sorted(keys - wanted)
     if missing or unknown:
-        listed = [f"{word}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" for word, names in (("missing", missing), ("unknown", unknown)) if names]
+        listed = [
+            f"{word}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            for word, names in (("missing", missing), ("unknown", unknown))
+            if names
+        ]
         raise ValueError(f"{len(missing)} missing and {len(unknown)} unknown keys in a {layout} checkpoint; " + "; ".join(listed))
 
 
@@ -254,7 +258,11 @@ def autoencoder_keys_from_bfl(keys):
         if parts[1] in ("down", "up"):
             level = int(parts[2]) if parts[1] == "down" else num_levels - 1 - int(parts[2])
             name = f"{parts[1]}_blocks.{level}." + ".".join(parts[3:])
-            name = name.replace(".block.", ".resnets.").replace(".downsample.", ".downsamplers.0.").replace(".upsample.", ".upsamplers.0.")
+            name = (
+                name.replace(".block.", ".resnets.")
+                .replace(".downsample.", ".downsamplers.0.")
+                .replace(".upsample.", ".upsamplers.0.")
+            )
         for theirs, ours in (
             ("mid.block_1", "mid_block.resnets.0"),
             ("mid.block_2", "mid_block.resnets.1"),

@@ -20,14 +20,16 @@ VALIDATION_T = tuple(i / 8 for i in range(8))
 class FlowConfig:
     """How t and guidance are drawn in training."""
 
-    density: str = field(default="logit_normal", metadata={"help": "density of t: logit_normal, uniform or mode (arXiv 2403.03206)"})
+    density: str = field(
+        default="logit_normal", metadata={"help": "density of t: logit_normal, uniform or mode (arXiv 2403.03206)"}
+    )
     logit_mean: float = field(default=0.0, metadata={"help": "mean of logit(t) for logit_normal"})
     logit_std: float = field(default=1.0, metadata={"help": "standard deviation of logit(t) for logit_normal"})
     mode_scale: float = field(default=1.29, metadata={"help": "strength of the mode density, in [-1, 1.75]"})
-    shift: str = field(default="resolution", metadata={"help": "time shift: resolution (from the number of tokens), none, or a number mu"})
-    guidance: str = field(
-        default="1.0", metadata={"help": "guidance in training: a constant, or uniform[a,b]", "verbatim": True}
+    shift: str = field(
+        default="resolution", metadata={"help": "time shift: resolution (from the number of tokens), none, or a number mu"}
     )
+    guidance: str = field(default="1.0", metadata={"help": "guidance in training: a constant, or uniform[a,b]", "verbatim": True})
 
     def validate(self):
         if self.density not in DENSITIES:

@@ -19,7 +19,9 @@ class OptimConfig:
     eps: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
     weight_decay: float = field(default=0.01, metadata={"help": "decoupled weight decay of matrices; biases and norms have none"})
     warmup: int = field(default=500, metadata={"help": "steps of linear warm-up"})
-    schedule: str = field(default="constant", metadata={"help": "after the warm-up: constant, cosine or linear, down to min_lr_ratio"})
+    schedule: str = field(
+        default="constant", metadata={"help": "after the warm-up: constant, cosine or linear, down to min_lr_ratio"}
+    )
     min_lr_ratio: float = field(default=0.0, metadata={"help": "where cosine and linear end, as a share of lr"})
     clip: float = field(default=1.0, metadata={"help": "largest norm of the whole gradient; 0 for none"})
     ema_decay: float = field(default=0.0, metadata={"help": "decay of the moving average of the weights, 0 for none; it warms up"})
@@ -41,7 +43,9 @@ def freeze(model, config):
     names = [name for name, _ in model.named_parameters()]
     for pattern in [*config.trainable, *config.freeze]:
         if not fnmatch.filter(names, pattern):
-            raise ValueError(f"optim.trainable / optim.freeze: no parameter matches {pattern}; names look like {names[len(names) // 2]}")
+            raise ValueError(
+                f"optim.trainable / optim.freeze: no parameter matches {pattern}; names look like {names[len(names) // 2]}"
+            )
     for name, parameter in model.named_parameters():
         chosen = any(fnmatch.fnmatchcase(name, p) for p in config.trainable)
         parameter.requires_grad_(chosen and not any(fnmatch.fnmatchcase(name, p) for p in config.freeze))

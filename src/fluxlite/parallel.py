@@ -4,6 +4,7 @@ One process without torchrun is a mesh of one and runs the same code.
 """
 
 import os
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -77,6 +78,7 @@ def shard(model, mesh, dtype):
 
     Inputs are not cast: t, guidance and RoPE tables stay float32.
     """
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here writes to outputs in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*model.double_blocks, *model.single_blocks]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
@@ -92,6 +94,6 @@ def mean_over_ranks(value):
 
 def any_rank(flag, device):
     """Whether `flag` is true on any rank."""
-    value = torch.tensor(float(flag), device=device)
+    value = torch.tensor(float(bool(flag)), device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value)

@@ -1,8 +1,8 @@
 """The parts of a FLUX pipeline, loaded from folders, files or runs; `generate` draws with them.
 
-    import fluxlite
-    pictures = fluxlite.generate("red circle with blue background", seed=1)      # PIL images, from the shipped tiny pipeline
-    pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev", height=512, width=512)
+import fluxlite
+pictures = fluxlite.generate("red circle with blue background", seed=1)      # PIL images, from the shipped tiny pipeline
+pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev", height=512, width=512)
 """
 
 import json

@@ -21,8 +21,12 @@ class SampleConfig:
     width: int = field(default=1024, metadata={"help": "width in pixels"})
     steps: int = field(default=28, metadata={"help": "Euler steps"})
     guidance: float = field(default=3.5, metadata={"help": "guidance embedding; only for models that have one (dev)"})
-    true_cfg: float = field(default=1.0, metadata={"help": "strength of classifier-free guidance away from negative_prompt; 1 for none"})
-    shift: str = field(default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"})
+    true_cfg: float = field(
+        default=1.0, metadata={"help": "strength of classifier-free guidance away from negative_prompt; 1 for none"}
+    )
+    shift: str = field(
+        default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"}
+    )
     max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens that prompts are padded and cut to"})
 
     def validate(self, downsampling=8):

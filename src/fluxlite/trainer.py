@@ -99,7 +99,9 @@ def open_data(config, run):
     """The training and validation sets; with `data.cache` encoded first, by all ranks together."""
     data, model = config.data, config.model
     if run.parts.encoders is None:
-        widths = dict(latent_shape=run.latent_shape, text_shape=(model.max_sequence_length, model.text_width), pooled_width=model.pooled_width)
+        widths = dict(
+            latent_shape=run.latent_shape, text_shape=(model.max_sequence_length, model.text_width), pooled_width=model.pooled_width
+        )
         return [MockSamples(data, split=split, seed=config.seed, **widths) for split in ("train", "val")]
     sets = []
     for split in ("train", "val"):
@@ -278,7 +280,9 @@ def _flat(values, prefix=""):
 
 
 def _differences(old, new):
-    return ", ".join(f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k))
+    return ", ".join(
+        f"{k}: {old.get(k)} there, {new.get(k)} here" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+    )
 
 
 def check_resume(saved, config):
@@ -288,7 +292,9 @@ def check_resume(saved, config):
     accepted = {k for k in changed if k.startswith(MAY_CHANGE)}
     if changed - accepted:
         listed = _differences({k: old.get(k) for k in changed - accepted}, {k: new.get(k) for k in changed - accepted})
-        raise ValueError(f"resume=auto: {config.output} was started with other settings ({listed}); restore them, or set another output=")
+        raise ValueError(
+            f"resume=auto: {config.output} was started with other settings ({listed}); restore them, or set another output="
+        )
     if accepted - {"resume"}:
         log.info("resuming with changed %s", ", ".join(sorted(accepted - {"resume"})))
 
@@ -398,7 +404,11 @@ def loop(run, metrics, speed, training, held_out, prompts, start):
             done = step + 1
             last = done == config.steps
             if done % config.metrics.log_every == 0 or last:
-                values = {"loss": parallel.mean_over_ranks(loss).item(), "grad_norm": norm.item(), "lr": run.optimizer.param_groups[0]["lr"]}
+                values = {
+                    "loss": parallel.mean_over_ranks(loss).item(),
+                    "grad_norm": norm.item(),
+                    "lr": run.optimizer.param_groups[0]["lr"],
+                }
                 values |= speed.read()
                 metrics.log(done, values)
                 metrics.progress(done, values)
@@ -411,7 +421,9 @@ def loop(run, metrics, speed, training, held_out, prompts, start):
                     ckpt.save_training(config.output, step=done, model=run.model, optimizer=run.optimizer, ema=run.ema,
                                        meta=describe(run), keep=config.checkpoint.keep)  # fmt: skip
             if stopping and not last:
-                log.info("stopped by %s after step %d; resume=auto goes on from there", caught["name"] or "another rank's signal", done)
+                log.info(
+                    "stopped by %s after step %d; resume=auto goes on from there", caught["name"] or "another rank's signal", done
+                )
                 return
 
 

@@ -43,7 +43,9 @@ class DataConfig:
     workers: int = field(default=2, metadata={"help": "loader processes for each training process"})
     max_bad_fraction: float = field(default=0.01, metadata={"help": "share of unusable samples at which the run stops"})
     cache: str | None = _path(None, "folder for latents and text encoded once; null encodes every time")
-    val_path: str | None = _path(None, "tars of the validation set; null: an Energon split, fill50k's held-out pairs, or the last samples")
+    val_path: str | None = _path(
+        None, "tars of the validation set; null: an Energon split, fill50k's held-out pairs, or the last samples"
+    )
     val_count: int = field(default=64, metadata={"help": "samples of the validation set"})
     download: str = _path("~/.cache/fluxlite/shards", "folder for tars fetched from URLs")
 
@@ -131,12 +133,16 @@ def open_dataset(config, split, seed):
         cut = config.val_count
     shards = Shards(paths or split_paths(config, "train"))
     if cut and len(shards) <= cut:
-        raise ValueError(f"data.path={config.path} holds {len(shards)} samples, and data.val_count={cut} are for validation: set fewer")
+        raise ValueError(
+            f"data.path={config.path} holds {len(shards)} samples, and data.val_count={cut} are for validation: set fewer"
+        )
     whole = len(shards)
     start, limit = (0, whole - cut) if training else ((whole - cut) if cut else 0, None)
     if cut and training:
         log.info("the last %d of %d samples are held out for validation", cut, whole)
-    order = Order(shards.sizes, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window, start=start, limit=limit)
+    order = Order(
+        shards.sizes, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window, start=start, limit=limit
+    )
     if not training and len(order) < config.val_count:
         raise ValueError(f"the validation set holds {len(order)} samples: set data.val_count={len(order)} or less")
     return Samples(config, shards, order, seed=seed, training=training)
@@ -174,7 +180,9 @@ def make_loader(dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_i
             first += dp_size * micro_batch
 
     if global_batch % (micro_batch * dp_size) or start_index % global_batch:
-        raise ValueError(f"global_batch={global_batch} must be a multiple of {micro_batch} x {dp_size}, start_index={start_index} one of it")
+        raise ValueError(
+            f"global_batch={global_batch} must be a multiple of {micro_batch} x {dp_size}, start_index={start_index} one of it"
+        )
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=_Batches(indices),

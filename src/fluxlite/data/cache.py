@@ -54,7 +54,9 @@ def _claim(directory, made_from):
         old = json.loads(file.read_text())
         differing = [name for name in made_from if old.get(name) != made_from[name]]
         if differing:
-            raise ValueError(f"data.cache={directory} is stale: its {', '.join(differing)} differ; remove it or name another folder")
+            raise ValueError(
+                f"data.cache={directory} is stale: its {', '.join(differing)} differ; remove it or name another folder"
+            )
     else:
         aside = file.with_suffix(f".{os.getpid()}")
         aside.write_text(json.dumps(made_from, indent=2) + "\n")

@@ -42,4 +42,10 @@ class MockPictures:
         generator = draws.generator(self.seed, number, f"mock-{self.split}")
         image = torch.rand(3, self.config.height, self.config.width, generator=generator) * 2 - 1
         words = torch.randint(len(WORDS), (8,), generator=generator).tolist()
-        return {"images": image, "captions": " ".join(WORDS[i] for i in words), "indices": index, "keys": f"mock/{number}", "bad": []}
+        return {
+            "images": image,
+            "captions": " ".join(WORDS[i] for i in words),
+            "indices": index,
+            "keys": f"mock/{number}",
+            "bad": [],
+        }

@@ -120,9 +120,13 @@ class Shards:
             sizes.append(len(self.samples) - before)
         self.sizes = np.array(sizes)
         if self.skipped:
-            log.warning("%d samples have no picture or no caption and are skipped: %s", len(self.skipped), ", ".join(self.skipped[:5]))
+            log.warning(
+                "%d samples have no picture or no caption and are skipped: %s", len(self.skipped), ", ".join(self.skipped[:5])
+            )
         if not self.samples:
-            raise ValueError(f"{self.paths[0].parent} holds no sample with a picture ({', '.join(IMAGES)}) and a caption (txt, json)")
+            raise ValueError(
+                f"{self.paths[0].parent} holds no sample with a picture ({', '.join(IMAGES)}) and a caption (txt, json)"
+            )
         self.files = {}
 
     def __len__(self):
