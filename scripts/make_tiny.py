@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
-
 from tiny_text import make_text
+from torch import nn
 
 from fluxlite import convert
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior

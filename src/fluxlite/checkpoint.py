@@ -7,6 +7,7 @@ A run's folder holds `checkpoints/step-000100/` (torch.distributed.checkpoint fi
 import json
 import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -209,6 +210,7 @@ def _read_run(path, ema):
     with torch.device("meta"):
         shapes = Flux(config).state_dict()
     state = {name: torch.empty(tensor.shape) for name, tensor in shapes.items()}
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: one process reads
     dcp.load({"model": state}, checkpoint_id=folder, no_dist=True)
     if ema and meta["ema"]:
         average = {name: state[name] for name in meta["ema"]}

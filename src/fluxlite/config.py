@@ -205,7 +205,7 @@ def nearest(key, known):
     tails = difflib.get_close_matches(key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.8)
     if not close and tails:
         close = [k for k in known if k.split(".")[-1] == tails[0]]
-    return f": did you mean {close[0]}?" if close else f": --help lists the keys"
+    return f": did you mean {close[0]}?" if close else ": --help lists the keys"
 
 
 def _split_arguments(cls, name, argv):

@@ -1,0 +1,141 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+import fluxlite
+from fluxlite import sampling
+from fluxlite.latents import unpack_latents
+from fluxlite.pipeline import ASSETS, picture_seed
+
+ROOT = Path(__file__).parents[1]
+TINY = ASSETS / "flux-tiny"
+PROMPT = "red circle with dark blue background"
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return fluxlite.load_pipeline(device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return FluxPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
+
+
+def pixels(pictures):
+    return np.stack([np.asarray(p, np.int64) for p in pictures])
+
+
+@pytest.mark.parametrize("height,width,options", [(64, 64, {}), (96, 64, {"guidance": 2.0}), (64, 64, {"true_cfg": 2.5})])
+def test_pictures_match_diffusers(pipeline, theirs, height, width, options):
+    """The same latents through 4 steps: within 1/255."""
+    cells = (16, height // 8, width // 8)
+    prompts = [PROMPT, "gold circle with teal background"]
+    noise = sampling.initial_noise(cells, [picture_seed(5, j, 0) for j in range(2)])
+    negative = "green circle with gold background" if "true_cfg" in options else ""
+    ours = fluxlite.generate(
+        prompts,
+        checkpoint=pipeline,
+        seed=5,
+        height=height,
+        width=width,
+        steps=4,
+        max_sequence_length=16,
+        negative_prompt=negative,
+        **options,
+    )
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(
+        prompt=prompts,
+        negative_prompt=[negative] * 2 if negative else None,
+        true_cfg_scale=options.get("true_cfg", 1.0),
+        guidance_scale=options.get("guidance", 3.5),
+        height=height,
+        width=width,
+        num_inference_steps=4,
+        max_sequence_length=16,
+        latents=noise,
+    ).images
+    assert np.abs(pixels(ours) - pixels(expected)).max() <= 1
+    assert pixels(ours).std() > 20
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipeline):
+    def draw(prompts, **options):
+        return pixels(
+            fluxlite.generate(prompts, checkpoint=pipeline, height=64, width=64, steps=3, max_sequence_length=16, **options)
+        )
+
+    whole = draw([PROMPT, "lime circle with pink background"], images_per_prompt=2, batch=4)
+    assert np.abs(draw([PROMPT, "lime circle with pink background"], images_per_prompt=2, batch=1) - whole).max() <= 1
+    assert np.abs(draw(PROMPT) - whole[:1]).max() <= 1
+    assert np.abs(draw(PROMPT, seed=1) - whole[:1]).max() > 20 and np.abs(whole[0] - whole[1]).max() > 20
+
+
+def test_steps_together_equal_steps_one_by_one(pipeline):
+    txt, pooled = pipeline.encoders.encode([PROMPT], 16)
+    noise = sampling.initial_noise((16, 8, 8), [0])
+    config = sampling.SampleConfig(height=64, width=64, steps=3)
+    results = [sampling.sample(pipeline.model, txt, pooled, noise, config, whole_forward=w) for w in (True, False)]
+    assert torch.equal(*results) and unpack_latents(results[0], 8, 8).shape == (1, 16, 8, 8)
+
+
+def test_denoise_takes_any_velocity():
+    """The exact velocity towards a target lands on it in any number of steps."""
+    noise, target = torch.randn(2, 4, 3), torch.randn(2, 4, 3)
+    for steps in (1, 7):
+        times = torch.linspace(1, 0, steps + 1)
+        assert torch.allclose(sampling.denoise(lambda x, i: noise - target, noise, times), target, atol=1e-5)
+
+
+def test_what_cannot_be_drawn_is_refused(pipeline):
+    for options, named in (
+        ({"height": 70}, "64 and 80"),
+        ({"steps": 0}, "steps"),
+        ({"true_cfg": 2.0}, "negative_prompt"),
+        ({"shift": "much"}, "shift"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            fluxlite.generate(PROMPT, checkpoint=pipeline, **({"width": 64, "height": 64} | options))
+    with pytest.raises(ValueError, match="model.checkpoint"):
+        fluxlite.generate(PROMPT, checkpoint="/nowhere", t5=TINY, clip=TINY, autoencoder=TINY)
+
+
+def infer(*arguments):
+    return subprocess.run([sys.executable, "infer.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_infer_writes_pictures_with_their_settings(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("it's a red circle, on #1 blue\n\n../../etc/红色圆\n", encoding="utf-8")
+    options = ["steps=2", f"output={tmp_path}/out", f"prompt_file={file}", "images_per_prompt=2", "seed=3"]
+    for _ in range(2):
+        result = infer(*options)
+        assert result.returncode == 0, result.stderr
+    files = sorted((tmp_path / "out").iterdir())
+    assert len(files) == 10 and {f.suffix for f in files} == {".png"} and len(list(tmp_path.iterdir())) == 2
+    settings = [json.loads(Image.open(f).text["fluxlite"]) for f in files if "contact" not in f.name]
+    assert {s["prompt"] for s in settings} == {"it's a red circle, on #1 blue", "../../etc/红色圆"}
+    assert all(s["seed"] == 3 and s["steps"] == 2 for s in settings)
+
+
+@pytest.mark.parametrize(
+    "arguments,named",
+    [
+        ([], "prompt="),
+        (["prompt=a", "height=100"], "96 and 112"),
+        (["prompt=a", "model.checkpoint=/nowhere"], "model."),
+        (["prompt_file=/nowhere"], "prompt_file"),
+        (["prompt=a", "stepps=3"], "steps"),
+    ],
+)
+def test_infer_refuses_in_one_line(arguments, named, tmp_path):
+    result = infer(*arguments, f"output={tmp_path}/out")
+    assert result.returncode == 2 and named in result.stderr and result.stderr.count("\n") == 1 and not result.stdout

@@ -1,0 +1,205 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fluxlite import checkpoint, optim, parallel, trainer
+from fluxlite.config import TrainConfig, load_config
+from fluxlite.model import Flux, FluxConfig
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["model.num_double_blocks=1", "model.num_single_blocks=1", "data.height=32", "data.width=32", "model.hidden_size=64",
+         "model.num_heads=2", "model.rope_axes=[8,12,12]", "metrics.log_every=1", "metrics.tensorboard=false", "data.workers=0",
+         "data.micro_batch=2", "data.global_batch=4", "data.val_count=3", "optim.warmup=3", "optim.lr=1e-3", "optim.ema_decay=0.9",
+         "sample.count=2", "sample.steps=2"]  # fmt: skip
+MOCK = [*SMALL, "data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "data.count=20"]
+
+
+def configure(*arguments):
+    return load_config(TrainConfig, "train", list(arguments))
+
+
+def train(*arguments):
+    """Train in this process."""
+    try:
+        return trainer.train(configure(*arguments))
+    finally:
+        parallel.stop()
+
+
+def command(*arguments, ranks=None):
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
+    return [sys.executable, *launcher, "train.py", *arguments]
+
+
+def run(*arguments, ranks=None):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command(*arguments, ranks=ranks), cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def losses(folder):
+    """{(step, name): value} of everything that a run's mathematics determines."""
+    rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return {(row["step"], k): v for row in rows for k, v in row.items() if k.startswith(("loss", "val/", "grad_norm", "lr"))}
+
+
+def weights(folder, **options):
+    return checkpoint.load_transformer(folder, **options).state_dict()
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Arguments for a small fill50k in a folder of its own."""
+    folder = tmp_path_factory.mktemp("data")
+    return ["data=fill50k", f"data.path={folder}/fill50k", "data.count=40", "data.generate_size=32", *SMALL]
+
+
+def test_a_short_run_lowers_the_loss_and_leaves_everything(pictures, tmp_path):
+    folder = train(*pictures, f"output={tmp_path}/run", "steps=40", "validate_every=20", "sample.every=20", "checkpoint.every=20",
+                   f"data.cache={tmp_path}/cache", "optim.lr=3e-3", "data.global_batch=8")  # fmt: skip
+    values = losses(folder)
+    assert values[40, "val/loss"] < 0.85 * values[1, "loss"] and values[40, "val/loss"] < values[20, "val/loss"]
+    assert sum(k.startswith("val/loss_t") for _, k in values) == 16
+    for name in ("losses.png", "config.json", "images/grid-000020.png", "images/grid-000040.png", "checkpoints/last/meta.json"):
+        assert (folder / name).is_file(), name
+
+
+def test_cache_equals_no_cache(pictures, tmp_path):
+    common = [*pictures, "steps=3", "dtype=float32", "data.caption_dropout=0.5"]
+    plain = losses(train(*common, f"output={tmp_path}/a"))
+    cached = losses(train(*common, f"output={tmp_path}/b", f"data.cache={tmp_path}/cache"))
+    assert plain.keys() == cached.keys()
+    # the encoders see other batches, so equality is to rounding
+    assert all(cached[k] == pytest.approx(v, rel=1e-4) for k, v in plain.items())
+
+
+def test_a_run_depends_on_its_seed_alone(tmp_path):
+    a, b, c = (losses(train(*MOCK, f"output={tmp_path}/{i}", "steps=3", f"seed={s}")) for i, s in enumerate((0, 0, 1)))
+    assert a == b != c
+
+
+def test_validation_and_pictures_leave_training_untouched(pictures, tmp_path):
+    often, never = (
+        train(*pictures, f"output={tmp_path}/{n}", "steps=4", f"validate_every={n}", f"sample.every={n}") for n in (1, 0)
+    )
+    a, b = losses(often), losses(never)
+    assert all(a[k] == v for k, v in b.items()) and len(a) > len(b)
+
+
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    common = [*MOCK, "steps=60", "checkpoint.every=5", "validate_every=10"]
+    whole = train(*common, f"output={tmp_path}/whole")
+    process = subprocess.Popen(command(*common, f"output={tmp_path}/killed"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "killed/checkpoints/step-000010").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    refused = run(*common, f"output={tmp_path}/killed")
+    assert refused.returncode == 2 and "resume=auto" in refused.stderr
+    train(*common, f"output={tmp_path}/killed", "resume=auto")
+    assert losses(tmp_path / "killed") == losses(whole)
+    a, b = weights(whole), weights(tmp_path / "killed")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_processes_equal_one_and_resume_each_other(tmp_path):
+    common = [*MOCK, "dtype=float32", "checkpoint.every=3"]
+    whole = losses(train(*common, "steps=6", f"output={tmp_path}/one"))
+    result = run(*common, "steps=3", f"output={tmp_path}/two", ranks=2)
+    assert result.returncode == 0, result.stderr
+    train(*common, "steps=6", f"output={tmp_path}/two", "resume=auto")
+    two = losses(tmp_path / "two")
+    assert all(two[k] == pytest.approx(v, rel=1e-5) for k, v in whole.items())
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+    process = subprocess.Popen(
+        command(*MOCK, "steps=100000", f"output={tmp_path}/run"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "run/metrics.jsonl").exists() or (tmp_path / "run/metrics.jsonl").read_text().count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "SIGTERM" in errors
+    assert checkpoint.read_meta(tmp_path / "run/checkpoints/last")["step"] >= 3
+
+
+def test_resume_refuses_what_changes_the_run_and_says_what_it_accepts(tmp_path, caplog):
+    train(*MOCK, "steps=2", f"output={tmp_path}/run")
+    with pytest.raises(ValueError, match="optim.lr: 0.001 there, 0.5 here"):
+        train(*MOCK, "steps=2", f"output={tmp_path}/run", "resume=auto", "optim.lr=0.5")
+    with caplog.at_level("INFO", "fluxlite"):
+        train(*MOCK, "steps=4", f"output={tmp_path}/run", "resume=auto", "checkpoint.every=7")
+    assert "checkpoint.every, steps" in caplog.text
+
+
+def test_saving_is_atomic_and_keeps_the_last_k(tmp_path, monkeypatch):
+    folder = train(*MOCK, "steps=4", "checkpoint.every=1", "checkpoint.keep=2", f"output={tmp_path}/run")
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert kept == ["last", "step-000003", "step-000004"]
+    before = weights(folder)
+
+    def die(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    for victim in ("_sync", "os.rename", "os.replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"fluxlite.checkpoint.{victim}", die)
+            with pytest.raises(BaseException):  # noqa: B017, torch wraps the interrupt when it comes inside its own rename
+                train(*MOCK, "steps=5", f"output={tmp_path}/run", "resume=auto", "metrics.progress=false")
+        assert all(torch.equal(v, before[k]) for k, v in weights(folder).items()), victim
+    train(*MOCK, "steps=5", f"output={tmp_path}/run", "resume=auto")
+    assert checkpoint.read_meta(folder / "checkpoints/last")["step"] == 5
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path):
+    with pytest.raises(ValueError, match=r"loss of step \d+ is .*mock/.*optim.lr"):
+        train(*MOCK, "steps=30", "optim.lr=1e38", "optim.clip=0", "optim.warmup=0", f"output={tmp_path}/run")
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):
+    first = train(*MOCK, "steps=3", f"output={tmp_path}/a")
+    config = configure(*MOCK, f"model.checkpoint={first}", "steps=1")
+    device, mesh = parallel.start(config.parallel, "cpu")
+    try:
+        model = trainer.build_model(config, device, mesh)
+        expected = weights(first, ema=True)
+        assert all(torch.equal(p.full_tensor(), expected[n]) for n, p in model.named_parameters())
+        assert any(not torch.equal(v, expected[k]) for k, v in weights(first, ema=False).items())
+        with pytest.raises(ValueError, match="num_single_blocks"):
+            trainer.build_model(configure(*MOCK, f"model.checkpoint={first}", "model.num_single_blocks=2"), device, mesh)
+    finally:
+        parallel.stop()
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path):
+    one, two = (losses(train(*MOCK, "dtype=float32", "steps=3", f"data.micro_batch={m}", f"output={tmp_path}/{m}")) for m in (4, 1))
+    assert all(two[k] == pytest.approx(v, rel=2e-5) for k, v in one.items())
+
+
+def test_frozen_parameters_stay_and_patterns_must_match():
+    model = Flux(FluxConfig(1, 1, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)))
+    optim.freeze(model, optim.OptimConfig(trainable=["double_blocks.*", "out.*"], freeze=["*.bias"]))
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert "double_blocks.0.img.proj.weight" in trained and "out.bias" not in trained and "img_in.weight" not in trained
+    with pytest.raises(ValueError, match="no parameter matches bloks"):
+        optim.freeze(model, optim.OptimConfig(trainable=["bloks.*"]))
+
+
+def test_learning_rate_schedules():
+    def lr(schedule, step):
+        return optim.learning_rate(optim.OptimConfig(lr=2.0, warmup=10, schedule=schedule, min_lr_ratio=0.1), step, 110)
+
+    assert [lr("constant", s) for s in (0, 4, 9, 10, 109)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
+    assert [lr("linear", s) for s in (10, 60, 110)] == pytest.approx([2.0, 1.1, 0.2])
+    assert [lr("cosine", s) for s in (10, 60, 110)] == pytest.approx([2.0, 1.1, 0.2])
+    assert lr("cosine", 35) > lr("linear", 35)
