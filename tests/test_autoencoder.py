@@ -54,7 +54,8 @@ def bfl_state(ours):
                 leaf = ".".join(rest[3:]).replace("conv_shortcut", "nin_shortcut")
                 name = f"{side}.{kind.split('_')[0]}.{level}.block.{rest[2]}.{leaf}"
             else:
-                name = f"{side}.{kind.split('_')[0]}.{level}.{'downsample' if kind == 'down_blocks' else 'upsample'}.{'.'.join(rest[3:])}"
+                way = kind.split("_")[0]
+                name = f"{side}.{way}.{level}.{way}sample.{'.'.join(rest[3:])}"
         elif kind == "mid_block" and rest[0] == "resnets":
             name = f"{side}.mid.block_{int(rest[1]) + 1}.{'.'.join(rest[2:])}"
         elif kind == "mid_block":

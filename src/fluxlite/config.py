@@ -105,9 +105,10 @@ class TrainConfig:
         ranks = parallel.world_size()
         slice_size = ranks * self.data.micro_batch
         if self.data.global_batch % slice_size:
+            above = -(-self.data.global_batch // slice_size) * slice_size
             raise ValueError(
                 f"data.global_batch={self.data.global_batch} must be a multiple of processes x data.micro_batch = "
-                f"{ranks} x {self.data.micro_batch} = {slice_size}: set data.global_batch={-(-self.data.global_batch // slice_size) * slice_size}"
+                f"{ranks} x {self.data.micro_batch} = {slice_size}: set data.global_batch={above}"
             )
         missing = [f"model.{part}=" for part in ("t5", "clip", "autoencoder") if not getattr(self.model, part)]
         if missing and (self.data.kind != "mock" or len(missing) < 3):

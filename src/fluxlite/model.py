@@ -53,10 +53,9 @@ class FluxConfig:
         """Raise `ValueError` for a shape that no Flux can have."""
         if self.hidden_size % self.num_heads:
             raise ValueError(f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}")
-        if sum(self.rope_axes) != self.hidden_size // self.num_heads or any(a % 2 for a in self.rope_axes):
-            raise ValueError(
-                f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head width, {self.hidden_size // self.num_heads}"
-            )
+        head = self.hidden_size // self.num_heads
+        if sum(self.rope_axes) != head or any(a % 2 for a in self.rope_axes):
+            raise ValueError(f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head width, {head}")
 
     @property
     def modulation_chunks(self):

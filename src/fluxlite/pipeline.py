@@ -99,9 +99,9 @@ def default_settings(checkpoint):
 def generate(prompt, *, checkpoint=TINY, negative_prompt="", images_per_prompt=1, seed=0, batch=8, progress=lambda s: s, **options):
     """Draw pictures: a list of PIL images, those of the first prompt first.
 
-    `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone, whatever the batch. `checkpoint`
-    is a pipeline folder, a run, a transformer or a loaded `Pipeline`. Options are the fields of `SampleConfig` (height, width,
-    steps, guidance, true_cfg, shift, max_sequence_length) and the arguments of `load_pipeline`. Raises `ValueError`.
+    `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone, whatever the batch.
+    `checkpoint` is a pipeline folder, a run, a transformer or a loaded `Pipeline`. Options are the fields of `SampleConfig`
+    (height, width, steps, guidance, true_cfg, shift, max_sequence_length) and the arguments of `load_pipeline`. Raises `ValueError`.
     """
     names = {f.name for f in fields(SampleConfig)}
     settings = {k: options.pop(k) for k in list(options) if k in names}

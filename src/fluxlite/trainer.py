@@ -70,9 +70,8 @@ def build_model(config, device, mesh):
     if config.model.checkpoint:
         model = ckpt.load_transformer(resolve(config.model.checkpoint), ema=config.model.ema, attention=config.model.attention)
         if model.config != config.model.shape():
-            raise ValueError(
-                f"model.checkpoint={config.model.checkpoint} has another shape: {_differences(asdict(model.config), asdict(config.model.shape()))}"
-            )
+            differences = _differences(asdict(model.config), asdict(config.model.shape()))
+            raise ValueError(f"model.checkpoint={config.model.checkpoint} has another shape: {differences}")
         model = model.float().to(device)
     else:
         with torch.device(device):
@@ -211,17 +210,21 @@ def averaged(run):
             run.ema.swap()
 
 
+def rank_loader(config, dataset, **options):
+    """This rank's batches of a data set."""
+    ranks = dict(dp_rank=parallel.rank(), dp_size=parallel.world_size())
+    return make_loader(dataset, micro_batch=config.data.micro_batch, **ranks, **options)
+
+
 def encode_validation(run, dataset):
     """This rank's share of the validation set, encoded once: a list of (x0, txt, pooled, indices, weights) micro-batches.
 
     Every rank gets as many batches; the surplus samples of the last ones weigh nothing.
     """
-    count, size = run.config.data.val_count, run.config.data.micro_batch
-    stride = parallel.world_size() * size
+    count, stride = run.config.data.val_count, parallel.world_size() * run.config.data.micro_batch
     rounded = -(-count // stride) * stride
     batches = []
-    loader = make_loader(dataset, global_batch=stride, micro_batch=size, dp_rank=parallel.rank(), dp_size=parallel.world_size(),
-                         start_index=0, stop_index=rounded, workers=0)  # fmt: skip
+    loader = rank_loader(run.config, dataset, global_batch=stride, start_index=0, stop_index=rounded)
     for batch in loader:
         weights = (batch["indices"] < count).float()
         batches.append((*encode_batch(run, batch), batch["indices"] % count, weights.to(run.device)))
@@ -391,10 +394,9 @@ def open_dataset_for_prompts(config, validation):
 def loop(run, metrics, speed, training, held_out, prompts, start):
     """Steps from `start` to the end, with validation, pictures and checkpoints at their intervals."""
     config = run.config
-    loader = make_loader(training, global_batch=config.data.global_batch, micro_batch=config.data.micro_batch, dp_rank=parallel.rank(),
-                         dp_size=parallel.world_size(), start_index=start * config.data.global_batch, workers=config.data.workers)  # fmt: skip
-    accumulation = config.data.global_batch // (config.data.micro_batch * parallel.world_size())
-    batches = iter(loader)
+    size, ranks = config.data.global_batch, parallel.world_size()
+    accumulation = size // (config.data.micro_batch * ranks)
+    batches = rank_loader(config, training, global_batch=size, start_index=start * size, workers=config.data.workers)
     with stop_signals() as caught:
         for step in range(start, config.steps):
             micro = [next(batches) for _ in range(accumulation)]

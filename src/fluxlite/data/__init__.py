@@ -216,7 +216,6 @@ def _counted(loader, max_bad_fraction):
                 bad.add(key)
                 log.warning("skipped %s", key)
         if seen >= 100 and len(bad) > max_bad_fraction * seen:
-            raise ValueError(
-                f"{len(bad)} of {seen} samples cannot be used, more than data.max_bad_fraction={max_bad_fraction}: {', '.join(sorted(bad)[:3])}"
-            )
+            few = ", ".join(sorted(bad)[:3])
+            raise ValueError(f"{len(bad)} of {seen} samples cannot be used, over data.max_bad_fraction={max_bad_fraction}: {few}")
         yield batch

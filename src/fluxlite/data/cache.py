@@ -1,7 +1,7 @@
 """Pre-encoded data: every sample's posterior and text once through the encoders, then read from safetensors files.
 
-A cache holds one file a tar, named by its number, and says in `cache.json` what it was made from: a stale one is an error. Texts are
-stored once for each distinct caption, with all padded tokens: FLUX attends to the padding, so dropping it would change the result.
+A cache holds one file a tar, named by its number, and says in `cache.json` what it was made from: a stale one is an error. Texts
+are stored once for each distinct caption, with all padded tokens: FLUX attends to the padding, so dropping it would change results.
 """
 
 import json
@@ -21,8 +21,9 @@ BATCH = 64
 def build_cache(dataset, directory, *, encode_images, encode_texts, digest, rank=0, world_size=1):
     """Encode the tars of `dataset`, a `Samples`, that are not in `directory` yet; each rank takes every world_size-th.
 
-    encode_images: (B, 3, H, W) -> mean, logvar (B, C, h, w); encode_texts: B strings -> txt (B, L, D), pooled (B, P). `digest` stands
-    for the encoders. Raises `ValueError` where `directory` holds a cache of other encoders, data or size. Returns the folder.
+    encode_images: (B, 3, H, W) -> mean, logvar (B, C, h, w); encode_texts: B strings -> txt (B, L, D), pooled (B, P). `digest`
+    stands for the encoders. Raises `ValueError` where `directory` holds a cache of other encoders, data or size.
+    Returns the folder.
     """
     config, directory = dataset.config, Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def _encode_shard(dataset, numbers, encode_images, encode_texts, bar):
 
 
 class CachedSamples:
-    """The samples of a `Samples`, encoded: mean, logvar, txt, pooled by global index, with the same order, substitutes and dropout."""
+    """The samples of a `Samples`, encoded: mean, logvar, txt, pooled with its order, substitutes and dropout."""
 
     def __init__(self, dataset, directory):
         self.dataset, self.directory, self.open = dataset, Path(directory), {}

@@ -93,8 +93,8 @@ def has_circle_size(mask):
 def measure(picture, circle, background):
     """Measure a PIL picture against the two colours that its caption names; a dictionary.
 
-    `colours`: both are there, each in its place, and right; `shape`: the figure is one circle of the generator's size; `right`: both
-    are true.
+    `colours`: both are there, each in its place, and right; `shape`: the figure is one circle of the generator's size; `right`:
+    both are true.
     `circle_error`, `background_error`: ΔE; `centre`, `radius`: pixels, None without a figure, as `iou` is 0.
     """
     picture = np.asarray(picture.convert("RGB"))
