@@ -101,7 +101,8 @@ def generate(prompt, *, checkpoint=TINY, negative_prompt="", images_per_prompt=1
 
     `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone, whatever the batch.
     `checkpoint` is a pipeline folder, a run, a transformer or a loaded `Pipeline`. Options are the fields of `SampleConfig`
-    (height, width, steps, guidance, true_cfg, shift, max_sequence_length) and the arguments of `load_pipeline`. Raises `ValueError`.
+    (height, width, steps, guidance, true_cfg, shift, max_sequence_length) and the arguments of `load_pipeline`.
+    Raises `ValueError`.
     """
     names = {f.name for f in fields(SampleConfig)}
     settings = {k: options.pop(k) for k in list(options) if k in names}

@@ -192,8 +192,7 @@ def make_loader(dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_i
         persistent_workers=False,
         prefetch_factor=4 if workers else None,
     )
-    limit = getattr(getattr(dataset, "config", getattr(getattr(dataset, "dataset", None), "config", None)), "max_bad_fraction", 1.0)
-    return _counted(loader, limit)
+    return _counted(loader, dataset.config.max_bad_fraction)
 
 
 class _Batches:

@@ -105,7 +105,7 @@ class CachedSamples:
     """The samples of a `Samples`, encoded: mean, logvar, txt, pooled with its order, substitutes and dropout."""
 
     def __init__(self, dataset, directory):
-        self.dataset, self.directory, self.open = dataset, Path(directory), {}
+        self.dataset, self.config, self.directory, self.open = dataset, dataset.config, Path(directory), {}
         self.first = [0, *dataset.shards.sizes.cumsum().tolist()]
 
     def __len__(self):

@@ -40,7 +40,8 @@ linen faf0e6|magenta ff00ff|maroon 800000|medium aquamarine 66cdaa|medium blue 0
 medium sea green 3cb371|medium slate blue 7b68ee|medium spring green 00fa9a|medium turquoise 48d1cc|medium violet red c71585
 midnight blue 191970|mint cream f5fffa|misty rose ffe4e1|moccasin ffe4b5|navajo white ffdead|navy 000080|old lace fdf5e6
 olive 808000|olive drab 6b8e23|orange ffa500|orange red ff4500|orchid da70d6|pale golden rod eee8aa|pale green 98fb98
-pale turquoise afeeee|pale violet red db7093|papaya whip ffefd5|peach puff ffdab9|peru cd853f|pink ffc0cb|plum dda0dd|powder blue b0e0e6|purple 800080
+pale turquoise afeeee|pale violet red db7093
+papaya whip ffefd5|peach puff ffdab9|peru cd853f|pink ffc0cb|plum dda0dd|powder blue b0e0e6|purple 800080
 rebecca purple 663399|red ff0000|rosy brown bc8f8f|royal blue 4169e1|saddle brown 8b4513|salmon fa8072|sandy brown f4a460
 sea green 2e8b57|sea shell fff5ee|sienna a0522d|silver c0c0c0|sky blue 87ceeb|slate blue 6a5acd|slate gray 708090|snow fffafa
 spring green 00ff7f|steel blue 4682b4|tan d2b48c|teal 008080|thistle d8bfd8|tomato ff6347|turquoise 40e0d0|violet ee82ee

@@ -13,7 +13,7 @@ class MockSamples:
     def __init__(self, config, *, split, seed, latent_shape, text_shape, pooled_width):
         self.length = config.count if split == "train" else config.val_count
         self.shapes = {"mean": latent_shape, "txt": text_shape, "pooled": (pooled_width,)}
-        self.seed, self.split = seed, split
+        self.config, self.seed, self.split = config, seed, split
 
     def __len__(self):
         return self.length
