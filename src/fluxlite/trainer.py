@@ -253,8 +253,8 @@ def encode_prompts(run, dataset):
     """The grid's prompts, the validation set's first, encoded; None where there are no encoders to draw with."""
     if run.parts.encoders is None:
         return None
-    items = [dataset[i] for i in range(min(run.config.sample.count, run.config.data.val_count))]
-    prompts = [item["caption"] for item in items]
+    plain = dataset.dataset if isinstance(dataset, CachedSamples) else dataset  # a cache holds no captions
+    prompts = [plain[i]["captions"] for i in range(min(run.config.sample.count, run.config.data.val_count))]
     return prompts, run.parts.encoders.encode(prompts, run.config.model.max_sequence_length)
 
 
@@ -369,7 +369,7 @@ def train(config):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
     metrics = Metrics(config.metrics, folder, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main)
-    held_out, prompts = encode_validation(run, validation), encode_prompts(run, open_dataset_for_prompts(config, validation))
+    held_out, prompts = encode_validation(run, validation), encode_prompts(run, validation)
     tokens = num_image_tokens(*run.latent_shape[1:])
     speed = Throughput(
         device=run.device,
@@ -384,11 +384,6 @@ def train(config):
     if main:
         plot_losses(folder)
     return folder
-
-
-def open_dataset_for_prompts(config, validation):
-    """The validation set with its captions: a cached one holds encoded texts only."""
-    return open_dataset(config.data, "val", config.seed) if config.data.cache and validation is not None else validation
 
 
 def loop(run, metrics, speed, training, held_out, prompts, start):
