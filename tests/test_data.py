@@ -3,6 +3,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import tarfile
 import time
@@ -24,13 +25,16 @@ from fluxlite.data import (
     open_dataset,
     prepare,
 )
+from fluxlite.data import cache as cache_module
 from fluxlite.data.images import BadSample, decode, resize_crop
 from fluxlite.data.shards import Order
 
 
 def picture(value, kind="jpeg", size=(32, 32)):
+    """An encoded picture that is not uniform, so that cutting it short is noticed."""
+    pixels = np.random.default_rng(value).integers(0, 256, (size[1], size[0], 3), np.uint8)
     stream = io.BytesIO()
-    Image.new("RGB", size, (value, 255 - value, value // 2)).save(stream, kind)
+    Image.fromarray(pixels).save(stream, kind)
     return stream.getvalue()
 
 
@@ -43,23 +47,23 @@ def write_tar(path, members):
             tar.addfile(info, io.BytesIO(data))
 
 
+def members(numbers):
+    return {f"{i:03d}.{e}": d for i in numbers for e, d in (("jpg", picture(i)), ("txt", f"picture {i}".encode()))}
+
+
 @pytest.fixture
 def tars(tmp_path):
-    """Three tars of 7, 5 and 9 samples with a control each."""
-    number = 0
-    for shard, count in enumerate((7, 5, 9)):
-        members = {}
-        for _ in range(count):
-            members |= {f"{number:03d}.jpg": picture(number * 10), f"{number:03d}.txt": f"picture {number}".encode()}
-            members |= {f"{number:03d}.png": picture(255, "png")}
-            number += 1
-        write_tar(tmp_path / "tars" / f"{shard}.tar", members)
+    """Three tars of 7, 5 and 9 samples."""
+    for shard, numbers in enumerate((range(7), range(7, 12), range(12, 21))):
+        write_tar(tmp_path / "tars" / f"{shard}.tar", members(numbers))
     return tmp_path / "tars"
 
 
 def config_for(path, **changes):
-    defaults = dict(kind="webdataset", path=str(path), height=32, width=32, val_count=1, caption_dropout=0.0, max_bad_fraction=1.0)
-    return DataConfig(**(defaults | changes))
+    defaults = dict(kind="webdataset", path=path and str(path), height=32, width=32, val_count=1, caption_dropout=0.0, workers=0)
+    config = DataConfig(**(defaults | dict(max_bad_fraction=1.0, micro_batch=4) | changes))
+    config.validate()
+    return config
 
 
 def batches(dataset, *, ranks=1, workers=0, micro_batch=2, global_batch=6, start=0, stop=24):
@@ -70,23 +74,23 @@ def batches(dataset, *, ranks=1, workers=0, micro_batch=2, global_batch=6, start
                 dataset,
                 global_batch=global_batch,
                 micro_batch=micro_batch,
-                dp_rank=r,
+                dp_rank=rank,
                 dp_size=ranks,
                 start_index=start,
                 stop_index=stop,
                 workers=workers,
-            )
-        )  # fmt: skip
-        for r in range(ranks)
+            )  # fmt: skip
+        )
+        for rank in range(ranks)
     ]
 
 
 def by_index(rank_batches):
     return {
-        int(i): (b["keys"][k], b["captions"][k], b["images"][k])
+        int(index): (batch["keys"][i], batch["captions"][i], batch["images"][i])
         for rank in rank_batches
-        for b in rank
-        for k, i in enumerate(b["indices"])
+        for batch in rank
+        for i, index in enumerate(batch["indices"])
     }
 
 
@@ -94,136 +98,317 @@ def same(a, b):
     return a.keys() == b.keys() and all(a[i][:2] == b[i][:2] and torch.equal(a[i][2], b[i][2]) for i in a)
 
 
+# --- order ----------------------------------------------------------------------------------------------------------------------
+
+
 def test_each_sample_comes_once_an_epoch_over_ranks_and_workers(tars):
     dataset = open_dataset(config_for(tars, val_count=3), "train", 0)
-    assert len(dataset) == 18
+    orders = []
     for epoch in range(2):
         got = by_index(batches(dataset, ranks=3, workers=2, start=18 * epoch, stop=18 * (epoch + 1)))
-        assert len(got) == 18 and len({key for key, *_ in got.values()}) == 18
-    orders = [[dataset.order(i) for i in range(18 * e, 18 * e + 18)] for e in range(2)]
-    assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
+        orders.append([got[i][0] for i in sorted(got)])
+    assert len(dataset) == 18 and len(set(orders[0])) == 18 and set(orders[0]) == set(orders[1]) and orders[0] != orders[1]
 
 
 def test_batches_do_not_depend_on_mesh_or_workers(tars):
     config = config_for(tars, caption_dropout=0.5, crop="random", flip=True, height=16, width=16)
     dataset = open_dataset(config, "train", 0)
     reference = by_index(batches(dataset))
-    assert {c for _, c, _ in reference.values()} > {""}
+    assert {caption for _, caption, _ in reference.values()} > {""}
     for ranks, workers, micro_batch in ((1, 2, 3), (3, 0, 1), (2, 1, 3)):
         assert same(by_index(batches(dataset, ranks=ranks, workers=workers, micro_batch=micro_batch)), reference)
     assert not same(by_index(batches(open_dataset(config, "train", 1))), reference)
 
 
-def test_resume_goes_on_with_the_very_next_sample(tars):
+def test_slices_are_laid_out_as_documented(tars):
     dataset = open_dataset(config_for(tars), "train", 0)
-    whole, rest = by_index(batches(dataset)), by_index(batches(dataset, start=12))
-    assert same({i: v for i, v in whole.items() if i >= 12}, rest)
+    got = [
+        [batch["indices"].tolist() for batch in rank] for rank in batches(dataset, ranks=2, micro_batch=2, global_batch=8, stop=16)
+    ]
+    assert got == [[[0, 1], [4, 5], [8, 9], [12, 13]], [[2, 3], [6, 7], [10, 11], [14, 15]]]
+    with pytest.raises(ValueError, match="global_batch=6 must be a multiple of 4"):
+        batches(dataset, micro_batch=4)
+    with pytest.raises(ValueError, match="start_index=3"):
+        batches(dataset, start=3)
 
 
-def test_windows_keep_shards_together():
-    order = Order(np.array([4, 4, 4, 4]), seed=0, shuffle=True, window=2)
-    first = {order(i) // 4 for i in range(8)}
-    assert len(first) == 2 and sorted(order(i) for i in range(16)) == list(range(16))
+def test_resume_equals_uninterrupted_and_reads_nothing_consumed(tars):
+    config = config_for(tars, caption_dropout=0.5, crop="random", height=16, width=16)
+    whole = by_index(batches(open_dataset(config, "train", 0)))
+    dataset, read = open_dataset(config, "train", 0), []
+    load = dataset.read
+    dataset.read = lambda number, index: read.append(index) or load(number, index)
+    assert same({i: v for i, v in whole.items() if i >= 12}, by_index(batches(dataset, start=12)))
+    assert read == list(range(12, 24))
+
+
+def test_loading_leaves_the_global_generator_alone(tars):
+    before = torch.get_rng_state()
+    batches(open_dataset(config_for(tars, crop="random", caption_dropout=0.5), "train", 0), workers=1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("seed", [0, -3])
+def test_windows_keep_shards_together(seed):
+    order = Order([4, 0, 4, 4, 4], seed=seed, shuffle=True, window=2)
+    numbers = [order.sample_at(i)[1] for i in range(16)]
+    assert sorted(numbers) == list(range(16)) and numbers != list(range(16))
+    owners = [number // 4 for number in numbers]
+    spread = [max(i for i, o in enumerate(owners) if o == shard) - owners.index(shard) for shard in range(4)]
+    assert max(spread) < 8
+    assert order.sample_at(35)[0] == 2 and list(order.following(14))[:3] == [numbers[14], numbers[15], numbers[0]]
+
+
+def test_no_shuffle_is_the_order_of_the_tars(tars):
+    dataset = open_dataset(config_for(tars, shuffle=False), "train", 0)
+    assert [dataset[i]["keys"] for i in (0, 6, 7, 19, 20)] == ["0/000", "0/006", "1/007", "2/019", "0/000"]
+
+
+def test_datasets_survive_pickling_with_open_files(tars, tmp_path):
+    dataset = open_dataset(config_for(tars), "train", 0)
+    item = dataset[3]
+    assert pickle.loads(pickle.dumps(dataset))[3]["keys"] == item["keys"]
+
+
+# --- validation -----------------------------------------------------------------------------------------------------------------
 
 
 def test_validation_is_held_out_and_fixed(tars, caplog):
     config = config_for(tars, val_count=4, caption_dropout=1.0, crop="random", flip=True)
     with caplog.at_level(logging.INFO, "fluxlite"):
-        training, validation = open_dataset(config, "train", 0), open_dataset(config, "val", 0)
+        training, validation = (open_dataset(config, split, 0) for split in ("train", "val"))
     assert "last 4 of 21" in caplog.text
-    keys = {validation[i]["keys"] for i in range(4)}
-    assert keys.isdisjoint({training[i]["keys"] for i in range(len(training))}) and len(training) == 17
-    assert [validation[i]["captions"] for i in range(2)] == ["picture 17", "picture 18"]
+    assert [validation[i]["keys"] for i in range(5)] == ["2/017", "2/018", "2/019", "2/020", "2/017"]
+    assert {training[i]["keys"] for i in range(len(training))}.isdisjoint({validation[i]["keys"] for i in range(4)})
+    assert len(training) == 17 and validation[0]["captions"] == "picture 17"
+    with pytest.raises(ValueError, match="data.val_count"):
+        open_dataset(config_for(tars, val_count=21), "train", 0)
+
+
+def test_validation_of_its_own_leaves_training_whole(tars, tmp_path):
+    write_tar(tmp_path / "val" / "v.tar", members(range(30, 34)))
+    config = config_for(tars, val_path=str(tmp_path / "val"), val_count=3)
+    assert len(open_dataset(config, "train", 0)) == 21 and len(open_dataset(config, "val", 0)) == 3
+    with pytest.raises(ValueError, match="val_count=4"):
+        open_dataset(config_for(tars, val_path=str(tmp_path / "val"), val_count=5), "val", 0)
+    with pytest.raises(ValueError, match="data.val_path=.*nowhere"):
+        open_dataset(config_for(tars, val_path=str(tmp_path / "nowhere")), "val", 0)
+
+
+def test_energon_split_is_honoured(tars):
+    (tars / ".nv-meta").mkdir()
+    split = tars / ".nv-meta" / "split.yaml"
+    split.write_text("exclude: [1.tar]\nsplit_parts:\n  train: ['{0..1}.tar']\n  val: [2.tar]\n  test: []\n")
+    config = config_for(tars, val_count=8)
+    assert len(open_dataset(config, "train", 0)) == 7 and len(open_dataset(config, "val", 0)) == 8
+    split.write_text("split_parts:\n  train: ['{0..3}.tar']\n")
+    with pytest.raises(ValueError, match="3.tar"):
+        open_dataset(config, "train", 0)
+    split.write_text("exclude: [0.tar/003]\nsplit_parts:\n  train: [0.tar]\n")
+    with pytest.raises(ValueError, match="0.tar/003"):
+        open_dataset(config, "train", 0)
+
+
+# --- bad samples ----------------------------------------------------------------------------------------------------------------
 
 
 def test_bad_samples_are_skipped_counted_and_logged(tmp_path, caplog):
-    members = {}
-    for i in range(30):
-        members |= {f"{i:03d}.jpg": picture(i), f"{i:03d}.txt": f"picture {i}".encode()}
-    members["004.jpg"] = members["004.jpg"][:200]
-    members["009.txt"] = b"  "
-    del members["012.txt"], members["020.jpg"]
-    write_tar(tmp_path / "0.tar", members)
+    content = members(range(30))
+    content["004.jpg"] = content["004.jpg"][:-300]
+    content["005.jpg"] = b""
+    content["009.txt"], content["010.txt"] = b"  ", b"\xff\xfe\xff"
+    del content["012.txt"], content["020.jpg"]
+    write_tar(tmp_path / "0.tar", content)
     with caplog.at_level(logging.WARNING, "fluxlite"):
-        dataset = open_dataset(config_for(tmp_path), "train", 0)
-        got = by_index(batches(dataset, workers=1, stop=24))
-    assert len(dataset) == 27 and len(got) == 24
-    assert "2 samples have no picture or no caption" in caplog.text and "012" in caplog.text
-    seen = [key for key, *_ in got.values()]
-    assert not {"0.tar/004", "0.tar/009"} & set(seen)
-    for key in ("0.tar/004", "0.tar/009"):
-        assert (f"skipped {key}" in caplog.text) == any(dataset.shards.key(dataset.order(i)) == key for i in range(24))
-    with pytest.raises(ValueError, match="max_bad_fraction"):
-        batches(open_dataset(config_for(tmp_path, max_bad_fraction=0.01), "train", 0), stop=120)
+        dataset = open_dataset(config_for(tmp_path, shuffle=False), "train", 0)
+        got = by_index(batches(dataset, workers=1))
+    keys = [got[i][0] for i in range(24)]
+    places = [3, 6, 6, 6, 7, 8, 11, 11]
+    assert keys[3:11] == [f"0/{i:03d}" for i in places] and len(dataset) == 27
+    reasons = [
+        "4: unreadable picture",
+        "5: no picture of",
+        "9: an empty",
+        "10: unreadable caption",
+        "12: no caption",
+        "20: no picture (",
+    ]
+    for number, reason in (text.split(":") for text in reasons):
+        assert caplog.text.count(f"skipped 0/{int(number):03d}:{reason}") == 1
+    assert dataset[4]["bad"][1].startswith("0/005")
 
 
-@pytest.mark.parametrize(
-    "mode,color", [("L", 200), ("P", None), ("CMYK", (0, 255, 255, 0)), ("RGBA", (255, 0, 0, 0)), ("LA", (9, 255)), ("I;16", 51400)]
-)
-def test_every_kind_of_picture_becomes_rgb(mode, color):
-    image = Image.new("RGB", (8, 8), (1, 200, 3)).convert("P") if mode == "P" else Image.new(mode, (8, 8), color)
+def test_too_many_bad_samples_stop_the_run(tmp_path):
+    content = members(range(31))
+    content["004.jpg"] = b"broken"
+    write_tar(tmp_path / "0.tar", content)
+    batches(open_dataset(config_for(tmp_path, max_bad_fraction=0.04), "train", 0), stop=120)
+    with pytest.raises(ValueError, match="1 of 30 samples.*max_bad_fraction=0.03.*0/004"):
+        batches(open_dataset(config_for(tmp_path, max_bad_fraction=0.03), "train", 0), stop=120)
+    del content["004.txt"]
+    write_tar(tmp_path / "0.tar", content)
+    with pytest.raises(ValueError, match="1 of 31 samples.*0/004: no caption"):
+        open_dataset(config_for(tmp_path, max_bad_fraction=0.03), "train", 0)
+    write_tar(tmp_path / "0.tar", {f"{i}.{e}": b"{}" for i in range(9) for e in ("jpg", "json")})
+    with pytest.raises(ValueError, match="8 samples in a row.*no caption in its json"):
+        open_dataset(config_for(tmp_path), "train", 0)[0]
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------------------
+
+COLOURS = {"L": 200, "CMYK": (0, 255, 255, 0), "RGBA": (255, 0, 0, 0), "LA": (9, 255), "I;16": 51400}
+SEEN = {"L": (200,) * 3, "P": (1, 200, 3), "CMYK": (255, 0, 0), "RGBA": (255,) * 3, "LA": (9,) * 3, "I;16": (200,) * 3}
+
+
+@pytest.mark.parametrize("mode", SEEN)
+def test_every_kind_of_picture_becomes_rgb(mode):
+    image = Image.new("RGB", (8, 8), (1, 200, 3)).quantize(4) if mode == "P" else Image.new(mode, (8, 8), COLOURS[mode])
     stream = io.BytesIO()
     image.save(stream, "jpeg" if mode == "CMYK" else "png")
     got = decode(stream.getvalue())
     assert got.mode == "RGB" and got.size == (8, 8)
-    expected = {"L": (200,) * 3, "P": (1, 200, 3), "CMYK": (255, 0, 0), "RGBA": (255,) * 3, "LA": (9,) * 3, "I;16": (200,) * 3}[
-        mode
-    ]
-    assert np.abs(np.array(got)[4, 4].astype(int) - expected).max() <= (30 if mode == "P" else 3)
+    assert np.abs(np.array(got)[4, 4].astype(int) - SEEN[mode]).max() <= 2
+
+
+def test_transparent_palettes_lie_on_white():
+    image = Image.new("P", (8, 8))
+    image.putpalette([10, 20, 30])
+    stream = io.BytesIO()
+    image.save(stream, "png", transparency=0)
+    assert np.array(decode(stream.getvalue())).min() == 255
 
 
 def test_exif_rotation_is_applied():
-    image = Image.new("RGB", (8, 4))
-    exif = Image.Exif()
+    exif, stream = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
-    stream = io.BytesIO()
-    image.save(stream, "jpeg", exif=exif)
+    Image.new("RGB", (8, 4)).save(stream, "jpeg", exif=exif)
     assert decode(stream.getvalue()).size == (4, 8)
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", picture(3)[:-200], picture(3, "png")[:40]])
+@pytest.mark.parametrize(
+    "data", [b"", b"no picture", picture(3)[:-200], picture(3)[:100], picture(3, "png")[:-200], picture(3, "webp")[:-99]]
+)
 def test_broken_pictures_are_refused(data):
     with pytest.raises(BadSample):
         decode(data)
 
 
-def test_resize_crop_covers_and_keeps():
-    exact = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8))
-    assert torch.allclose(resize_crop(exact, 16, 16), torch.from_numpy(np.array(exact)).permute(2, 0, 1) / 127.5 - 1)
-    wide = Image.new("RGB", (64, 16))
-    wide.paste((255, 255, 255), (24, 0, 40, 16))
-    assert resize_crop(wide, 16, 16).eq(1).all()
-    crops = {float(resize_crop(wide, 16, 16, crop="random", generator=draws.generator(0, i, "crop")).mean()) for i in range(20)}
-    assert len(crops) > 5
+def test_a_picture_that_fits_is_not_resampled():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8)
+    expected = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    assert torch.equal(resize_crop(Image.fromarray(pixels), 16, 20), expected)
+    assert torch.equal(resize_crop(Image.fromarray(pixels), 16, 16), expected[:, :, 2:18])
 
 
-def test_json_captions_globs_braces_and_urls(tmp_path, tars):
-    members = {f"{i}.webp": picture(9, "webp") for i in range(3)} | {
-        f"{i}.json": json.dumps({"text": f"t{i}"}).encode() for i in range(3)
+@pytest.mark.parametrize("size,scale", [((128, 32), 2), ((32, 64), 2), ((16, 8), 0.5), ((17, 400), 17 / 16)])
+def test_resizing_covers_and_keeps_proportions(size, scale):
+    x = np.broadcast_to(np.arange(size[0]) / size[0] * 255, size[::-1])
+    image = Image.fromarray(np.repeat(x[..., None], 3, axis=2).astype(np.uint8))
+    got = resize_crop(image, 16, 16)
+    middle = ((np.arange(16) + 0.5 - 8) * scale + size[0] / 2) / size[0] * 2 - 1
+    assert got.shape == (3, 16, 16) and np.abs(got[0, 8].numpy() - middle)[2:-2].max() < 0.08
+
+
+def test_random_crops_and_flips_are_keyed():
+    x = np.broadcast_to(np.arange(64)[None, :, None] * 4, (16, 64, 3)).astype(np.uint8)
+    crops = [
+        resize_crop(Image.fromarray(x), 16, 16, crop="random", flip=True, generator=draws.generator(0, i, "crop"))
+        for i in range(64)
+    ]
+    starts = {int(round((crop.min().item() + 1) * 127.5 / 4)) for crop in crops}
+    assert min(starts) < 8 and max(starts) > 40 and starts <= set(range(49))
+    assert 10 < sum(bool(crop[0, 0, 0] > crop[0, 0, 1]) for crop in crops) < 54
+    again = resize_crop(Image.fromarray(x), 16, 16, crop="random", flip=True, generator=draws.generator(0, 5, "crop"))
+    assert torch.equal(again, crops[5])
+
+
+# --- places ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_captions_come_from_json_before_txt(tmp_path):
+    content = {}
+    for i in range(3):
+        content |= {f"a/{i}.webp": picture(i, "webp"), f"a/{i}.json": json.dumps({"text": f"t{i}"}).encode()}
+    content |= {"a/1.txt": b"not this", "a/3.PNG": picture(3, "png"), "a/3.json": b"[]", "a/3.txt": b"txt"}
+    write_tar(tmp_path / "0.tar", content)
+    dataset = open_dataset(config_for(tmp_path, caption_field="text", val_path=str(tmp_path)), "train", 0)
+    assert {dataset[i]["keys"]: dataset[i]["captions"] for i in range(4)} == {
+        "0/a/0": "t0",
+        "0/a/1": "t1",
+        "0/a/2": "t2",
+        "0/a/3": "txt",
     }
-    write_tar(tmp_path / "json" / "0.tar", members)
-    dataset = open_dataset(config_for(tmp_path / "json", caption_field="text"), "train", 0)
-    assert sorted(dataset[i]["captions"] for i in range(2)) == ["t0", "t1"]
-    for path, count in ((f"{tars}/*.tar", 20), (f"{tars}/{{0,2}}.tar", 15), (f"{tars}/0.tar::{tars}/1.tar", 11)):
+
+
+def test_the_control_is_not_the_picture_and_hidden_files_are_none(tmp_path):
+    content = {
+        "./.hidden.jpg": b"",
+        "./._0.jpg": b"",
+        "./0.png": picture(1, "png"),
+        "./0.jpg": picture(2),
+        "./0.txt": b"a",
+        "README": b"",
+    }
+    write_tar(tmp_path / "0.tar", content)
+    dataset = open_dataset(config_for(tmp_path, val_path=str(tmp_path)), "train", 0)
+    assert torch.equal(dataset[0]["images"], resize_crop(decode(picture(2)), 32, 32)) and len(dataset) == 1
+
+
+def test_globs_braces_lists_and_urls(tars, tmp_path):
+    for path, count in (
+        (f"{tars}/*.tar", 20),
+        (f"{tars}/{{0,2}}.tar", 15),
+        (f"{tars}/0.tar::{tars}/1.tar", 11),
+        (f"file:{tars}/0.tar", 6),
+    ):
         assert len(open_dataset(config_for(path), "train", 0)) == count
-    for url in (f"file:{tars}/0.tar", f"pipe:cat {tars}/0.tar"):
-        assert len(open_dataset(config_for(url, download=str(tmp_path / "fetched")), "train", 0)) == 6
+    config = config_for(f"pipe:cat {tars}/{{0..1}}.tar", download=str(tmp_path / "fetched"))
+    assert len(open_dataset(config, "train", 0)) == 11
+    (tars / "0.tar").rename(tars / "gone")
+    assert len(open_dataset(config, "train", 0)) == 11  # fetched once
+    for command in ("cat /nowhere", "head -c 3000"):
+        with pytest.raises(ValueError, match="data.path.*cannot be fetched"):
+            open_dataset(config_for(f"pipe:{command} {tars}/1.tar", download=str(tmp_path / "fetched")), "train", 0)
+    assert len(list((tmp_path / "fetched").glob("[!.]*"))) == 2 and not list((tmp_path / "fetched").glob(".fetching*"))
 
 
-def test_energon_split_is_honoured(tars):
-    (tars / ".nv-meta").mkdir()
-    (tars / ".nv-meta" / "split.yaml").write_text("split_parts:\n  train: ['{0..1}.tar']\n  val: [2.tar]\n  test: []\n")
-    config = config_for(tars, val_count=9)
-    assert len(open_dataset(config, "train", 0)) == 12 and len(open_dataset(config, "val", 0)) == 9
-
-
-@pytest.mark.parametrize("name", ["nothing", "empty", "cut.tar", "text.tar"])
+@pytest.mark.parametrize(
+    "name", ["nothing", "empty", "void.tar", "cut.tar", "damaged.tar", "text.tar", "packed.tar", "*.nothing", "{a"]
+)
 def test_what_is_no_data_is_named(tmp_path, tars, name):
+    whole = (tars / "0.tar").read_bytes()
     (tmp_path / "empty").mkdir()
-    (tmp_path / "cut.tar").write_bytes((tars / "0.tar").read_bytes()[:5000])
+    (tmp_path / "void.tar").write_bytes(b"")
+    (tmp_path / "cut.tar").write_bytes(whole[:5000])
+    with tarfile.open(tars / "0.tar") as tar:
+        header = tar.getmembers()[4].offset
+    (tmp_path / "damaged.tar").write_bytes(whole[:header] + b"?" * 512 + whole[header + 512 :])
     (tmp_path / "text.tar").write_bytes(b"not a tar at all" * 100)
-    with pytest.raises(ValueError, match=name):
+    with tarfile.open(tmp_path / "packed.tar", "w:gz") as tar:
+        tar.add(tars / "0.tar")
+    with pytest.raises(ValueError) as raised:
         open_dataset(config_for(tmp_path / name), "train", 0)
+    assert name in str(raised.value) and (name.endswith("tar") or "data.path=" in str(raised.value))
+
+
+@pytest.mark.parametrize(
+    "changes,named",
+    [
+        (dict(kind="folder"), "data.kind"),
+        (dict(crop="left"), "data.crop"),
+        (dict(path=None), "data.path"),
+        (dict(val_count=0), "data.val_count"),
+        (dict(workers=-1), "data.workers"),
+        (dict(caption_dropout=1.5), "data.caption_dropout"),
+        (dict(cache="c", crop="random"), "data.cache"),
+        (dict(cache="c", flip=True), "data.cache"),
+        (dict(cache="c", kind="mock"), "data.cache"),
+        (dict(kind="fill50k", path="s3://bucket"), "webdataset"),
+    ],
+)
+def test_nonsense_is_refused(changes, named):
+    with pytest.raises(ValueError, match=named):
+        config_for(**({"path": "x"} | changes))
 
 
 # --- cache ----------------------------------------------------------------------------------------------------------------------
@@ -235,7 +420,7 @@ def encode_images(images):
 
 
 def encode_texts(texts):
-    rows = torch.stack([torch.randn(4, 6, generator=draws.generator(0, t, "test")) for t in texts])
+    rows = torch.stack([torch.randn(4, 6, generator=draws.generator(0, text, "test")) for text in texts])
     return rows, rows.mean(1)
 
 
@@ -243,52 +428,112 @@ def make_cache(dataset, directory, digest="d", **options):
     return build_cache(dataset, directory, encode_images=encode_images, encode_texts=encode_texts, digest=digest, **options)
 
 
-def test_cache_equals_no_cache(tars, tmp_path):
-    write_tar(tars / "1.tar", {"a.jpg": picture(1)[:100], "a.txt": b"broken", "b.jpg": picture(2), "b.txt": b"picture 0"})
-    dataset = open_dataset(config_for(tars, caption_dropout=0.4), "train", 0)
-    for rank in range(2):
-        make_cache(dataset, tmp_path / "cache", rank=rank, world_size=2)
-    plain, cached = (batches(d, stop=60)[0] for d in (dataset, CachedSamples(dataset, tmp_path / "cache")))
-    dropped = 0
+@pytest.mark.parametrize("split,workers", [("train", 2), ("val", 0)])
+def test_cache_equals_no_cache(tars, tmp_path, monkeypatch, split, workers):
+    monkeypatch.setattr(cache_module, "ROWS", 4)  # several files for a tar
+    bad = {"a.jpg": picture(1)[:100], "a.txt": b"broken", "b.jpg": picture(2), "b.txt": b"picture 0", "c.jpg": b"", "c.txt": b"c"}
+    write_tar(tars / "1.tar", bad)
+    write_tar(tars / "3.tar", {"d.jpg": b"", "d.txt": b"all of it broken"})
+    write_tar(tars / "4.tar", members(range(40, 52)) | {"042.txt": b"picture 40", "043.jpg": b""})
+    dataset = open_dataset(config_for(tars, caption_dropout=0.4, workers=workers, val_count=13), split, 0)
+    folders = {make_cache(dataset, tmp_path / "cache", rank=rank, world_size=2) for rank in range(2)}
+    (plain,), (cached,) = (batches(d, stop=72, workers=workers) for d in (dataset, CachedSamples(dataset, *folders)))
+    dropped, passed_over = 0, 0
     for a, b in zip(plain, cached, strict=True):
         assert a["indices"].tolist() == b["indices"].tolist() and a["keys"] == b["keys"]
         mean, logvar = encode_images(a["images"])
         txt, pooled = encode_texts(a["captions"])
         dropped += a["captions"].count("")
         assert all(torch.equal(b[k], v) for k, v in dict(mean=mean, logvar=logvar, txt=txt, pooled=pooled).items())
-    assert 0 < dropped < 60
+    for i in range(len(dataset)):
+        assert dataset[i]["bad"] == CachedSamples(dataset, *folders)[i]["bad"]
+        passed_over += len(dataset[i]["bad"])
+    assert passed_over > 0 and (0 < dropped < 72 if split == "train" else dropped == 0)
 
 
 def test_a_stale_cache_is_refused_and_a_finished_one_reused(tars, tmp_path):
     dataset = open_dataset(config_for(tars), "train", 0)
-    make_cache(dataset, tmp_path / "cache")
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
-    make_cache(dataset, tmp_path / "cache")
-    assert before == {f: f.stat().st_mtime_ns for f in (tmp_path / "cache").iterdir()}
-    with pytest.raises(ValueError, match="stale: its encoders"):
+    folder = make_cache(dataset, tmp_path / "cache")
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) == 4
+    files[1].unlink()
+    before = {file: file.stat().st_mtime_ns for file in files if file.exists()}
+    with pytest.raises(ValueError, match="lacks 1 files"):
+        CachedSamples(dataset, folder)
+    assert make_cache(dataset, tmp_path / "cache") == folder and files[1].exists()
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+    with pytest.raises(ValueError, match=r"stale: other encoders \(d there, other now\); remove it"):
         make_cache(dataset, tmp_path / "cache", digest="other")
-    with pytest.raises(ValueError, match="stale: its data, size"):
+    with pytest.raises(ValueError, match=r"stale: other data .*size \(32x32 there, 16x16 now\)"):
         make_cache(open_dataset(config_for(tars / "0.tar", height=16, width=16), "train", 0), tmp_path / "cache")
+    with pytest.raises(ValueError, match="stale: other data"):
+        make_cache(open_dataset(config_for(tars, caption_field="text"), "train", 0), tmp_path / "cache")
+
+
+def test_a_cache_of_too_many_bad_samples_is_refused(tars, tmp_path):
+    write_tar(tars / "1.tar", {"a.jpg": picture(1)[:100], "a.txt": b"broken"})
+    for _ in range(2):  # the second time from the finished files
+        with pytest.raises(ValueError, match="1 of 16 samples.*1/a: unreadable picture"):
+            make_cache(open_dataset(config_for(tars, max_bad_fraction=0.05), "train", 0), tmp_path / "cache")
+
+
+def test_a_cache_is_read_fast(tmp_path):
+    write_tar(tmp_path / "0.tar", members(range(65)))
+    dataset = open_dataset(config_for(tmp_path, val_count=1), "train", 0)
+    cached = CachedSamples(dataset, make_cache(dataset, tmp_path / "cache"))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        [cached[i] for i in range(64)]
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.05
 
 
 # --- fill50k --------------------------------------------------------------------------------------------------------------------
 
 
+def fill50k_config(path, **changes):
+    return DataConfig(**(dict(path=str(path), count=40, generate_size=32, height=32, width=32, val_count=10) | changes))
+
+
 def test_generated_samples_are_deterministic_and_hold_pairs_out(tmp_path):
-    config = DataConfig(path=str(tmp_path / "data"), count=60, generate_size=32, height=32, width=32, val_count=10)
+    config = fill50k_config(tmp_path / "data")
+    for split, count in (("train", 40), ("val", 10)):
+        prepare(config, split, 0)
+        prepare(config, split, 1)
+        dataset = open_dataset(config, split, 0)
+        for text in {dataset[i]["captions"] for i in range(count)} - {""}:
+            assert fill50k.is_held_out(*text.removesuffix(" background").split(" circle with ")) == (split == "val")
+    first = (tmp_path / "data" / "train" / "000000.tar").read_bytes()
+    for workers in (0, 2):
+        fill50k.write_shards(fill50k.generated_samples(40, size=32, seed=0, workers=workers), tmp_path / f"again{workers}")
+        assert (tmp_path / f"again{workers}" / "000000.tar").read_bytes() == first
+    with tarfile.open(tmp_path / "again0" / "000000.tar") as tar:
+        assert sorted(tar.getnames())[:3] == ["000000.jpg", "000000.png", "000000.txt"]
+
+
+def test_other_generated_shards_are_refused(tmp_path):
+    for split in ("train", "val"):
+        prepare(fill50k_config(tmp_path / "data"), split)
+    for split, changes, named in (
+        ("train", dict(count=41), "40 pictures of 32 pixels, but data.count=41"),
+        ("train", dict(generate_size=64), "data.generate_size=64"),
+        ("val", dict(val_count=11), "data.val_count=11"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            prepare(fill50k_config(tmp_path / "data", **changes), split)
+    smaller = fill50k_config(tmp_path / "data", val_count=3)
+    prepare(smaller, "val")
+    assert len(open_dataset(smaller, "val", 0)) == 3
+
+
+def test_tars_in_the_path_itself_are_the_training_set(tmp_path):
+    write_tar(tmp_path / "0.tar", members(range(5)))
+    config = fill50k_config(tmp_path)
     for split in ("train", "val"):
         prepare(config, split)
-    captions = {s: {open_dataset(config, s, 0)[i]["captions"] for i in range(n)} - {""} for s, n in (("train", 60), ("val", 10))}
-    for split, held_out in (("train", False), ("val", True)):
-        for text in captions[split]:
-            assert fill50k.is_held_out(*text.removesuffix(" background").split(" circle with ")) == held_out
-    first = (tmp_path / "data" / "train" / "000000.tar").read_bytes()
-    fill50k.write_shards(fill50k.generated_samples(60, size=32, seed=0), tmp_path / "again")
-    assert (tmp_path / "again" / "000000.tar").read_bytes() == first
-    with tarfile.open(tmp_path / "again" / "000000.tar") as tar:
-        assert sorted(tar.getnames())[:3] == ["000000.jpg", "000000.png", "000000.txt"]
-    with pytest.raises(ValueError, match="generated with"):
-        prepare(DataConfig(path=str(tmp_path / "data"), count=61, generate_size=32), "train")
+    assert len(open_dataset(config, "train", 0)) == 5 and len(open_dataset(config, "val", 0)) == 10
+    assert not (tmp_path / "train").exists()
 
 
 def test_both_orders_of_a_held_out_pair_are_held_out():
@@ -298,34 +543,36 @@ def test_both_orders_of_a_held_out_pair_are_held_out():
     assert len(fill50k.COLOURS) == len({tuple(fill50k.rgb(c)) for c in fill50k.COLOURS}) > 130
 
 
-def _prepare_slowly(path, count):
-    prepare(DataConfig(path=str(path), count=count, generate_size=32), "train")
+def _prepare(path, count):
+    torch.set_num_threads(1)
+    prepare(fill50k_config(path, count=count), "train")
 
 
 def test_racing_and_killed_generators_leave_whole_shards(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    killed = context.Process(target=_prepare_slowly, args=(tmp_path / "data", 100_000))
+    context, data = multiprocessing.get_context("spawn"), tmp_path / "data"
+    killed = context.Process(target=_prepare, args=(data, 400_000))
     killed.start()
-    while not list((tmp_path / "data").glob(".train-*/*.tar")):
+    deadline = time.time() + 60
+    while not list(data.glob(".train-*/*.tar")) and time.time() < deadline:
         time.sleep(0.05)
     os.kill(killed.pid, signal.SIGKILL)
     killed.join()
-    assert not (tmp_path / "data" / "train").exists()
-    racers = [context.Process(target=_prepare_slowly, args=(tmp_path / "data", 200)) for _ in range(2)]
+    assert list(data.glob(".train-*")) and not (data / "train").exists()
+    racers = [context.Process(target=_prepare, args=(data, 200)) for _ in range(2)]
     for racer in racers:
         racer.start()
     for racer in racers:
         racer.join()
-        assert racer.exitcode == 0
-    config = DataConfig(path=str(tmp_path / "data"), count=200, generate_size=32, height=32, width=32)
-    assert len(open_dataset(config, "train", 0)) == 200
+    assert [racer.exitcode for racer in racers] == [0, 0] and not list(data.glob(".train-*"))
+    assert len(open_dataset(fill50k_config(data, count=200), "train", 0)) == 200
 
 
 def test_the_original_layout_is_imported(tmp_path):
     source = tmp_path / "fill50k"
-    held_out = fill50k.caption(*fill50k.pairs(held_out=True)[0])
+    circle, background = next(pair for pair in fill50k.pairs(held_out=True) if pair[0] == "cyan")
+    held_out = fill50k.caption(circle, background), fill50k.caption("aqua", background)
     lines = []
-    for i, text in enumerate(["red circle with blue background", held_out, "a caption of another kind"]):
+    for i, text in enumerate(["red circle with blue background", *held_out, "a caption of another kind"]):
         for folder in ("source", "target"):
             (source / folder).mkdir(parents=True, exist_ok=True)
             (source / folder / f"{i}.png").write_bytes(picture(i * 9, "png"))
@@ -344,9 +591,12 @@ def test_the_original_layout_is_imported(tmp_path):
 def test_mock_is_seeded_by_index():
     config = DataConfig(kind="mock", count=10, height=32, width=32)
     shapes = dict(latent_shape=(4, 4, 4), text_shape=(3, 5), pooled_width=7)
-    a, b = (MockSamples(config, split="train", seed=s, **shapes) for s in (0, 1))
-    assert torch.equal(a[3]["txt"], a[13]["txt"]) and not torch.equal(a[3]["txt"], b[3]["txt"])
-    assert {k: tuple(v.shape) for k, v in a[0].items() if isinstance(v, torch.Tensor)} == {
-        "mean": (4, 4, 4), "logvar": (4, 4, 4), "txt": (3, 5), "pooled": (7,)}  # fmt: skip
-    pictures = MockPictures(config, split="train", seed=0)
+    a, b = (MockSamples(config, split="train", seed=seed, **shapes) for seed in (0, 1))
+    assert torch.equal(a[3]["mean"], a[13]["mean"]) and not torch.equal(a[3]["mean"], b[3]["mean"])
+    assert not torch.equal(a[3]["mean"], a[4]["mean"]) and not torch.equal(a[3]["txt"], a[4]["txt"])
+    (rank,) = batches(a, stop=6)
+    assert {k: tuple(v.shape) for k, v in rank[0].items() if isinstance(v, torch.Tensor)} == {
+        "mean": (2, 4, 4, 4), "logvar": (2, 4, 4, 4), "txt": (2, 3, 5), "pooled": (2, 7), "indices": (2,)}  # fmt: skip
+    pictures = open_dataset(config, "train", 0)
+    assert isinstance(pictures, MockPictures) and same(by_index(batches(pictures)), by_index(batches(pictures, ranks=3, workers=1)))
     assert pictures[2]["images"].shape == (3, 32, 32) and len(pictures[2]["captions"].split()) == 8

@@ -201,13 +201,16 @@ def train_step(run, batches, step):
 @contextmanager
 def averaged(run):
     """The moving average in place of the weights, where there is one."""
-    if run.ema:
-        run.ema.swap()
+    def swap():
+        if run.ema:
+            run.ema.swap()
+            parallel.reshard(run.model)
+
+    swap()
     try:
         yield
     finally:
-        if run.ema:
-            run.ema.swap()
+        swap()
 
 
 def rank_loader(config, dataset, **options):

@@ -1,19 +1,39 @@
-"""Data: shards of pictures and captions to batches that are a pure function of (config, seed, global sample index)."""
+"""Data: shards of pictures and captions to batches that are a pure function of (config, seed, global sample index).
 
-import fcntl
+prepare(config, "train", seed)                       # on every rank; generates fill50k where it is missing
+dataset = open_dataset(config, "train", seed)
+for batch in make_loader(dataset, global_batch=8, micro_batch=2, dp_rank=0, dp_size=2, start_index=0, workers=2): …
+"""
+
 import json
 import logging
+import os
+import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
-from fluxlite.data import fill50k
 from fluxlite.data.cache import CachedSamples, build_cache
 from fluxlite.data.mock import MockPictures, MockSamples
-from fluxlite.data.shards import Order, Samples, Shards, energon_split, expand
+from fluxlite.data.shards import Samples, cut, expand, locked, open_shards
 
-__all__ = ["CachedSamples", "DataConfig", "MockPictures", "MockSamples", "build_cache", "make_loader", "open_dataset", "prepare"]
+__all__ = [
+    "CachedSamples",
+    "DataConfig",
+    "MockPictures",
+    "MockSamples",
+    "Samples",
+    "build_cache",
+    "make_loader",
+    "open_dataset",
+    "prepare",
+]
+
+KINDS = ("mock", "fill50k", "webdataset")
+CROPS = ("center", "random")
 
 log = logging.getLogger("fluxlite")
 
@@ -27,194 +47,212 @@ class DataConfig:
     """Where samples come from and how they are batched."""
 
     kind: str = field(default="fill50k", metadata={"help": "mock, fill50k (generated where there are no shards) or webdataset"})
-    path: str | None = _path(None, "tars: a folder, a glob, a brace pattern or a URL; for fill50k also where to generate")
+    path: str | None = _path(
+        None, "tars: a folder, a glob, a brace pattern or a URL; fill50k: the folder where they are or will be"
+    )
     count: int = field(default=50_000, metadata={"help": "fill50k: pictures to generate; mock: samples of an epoch"})
     generate_size: int = field(default=512, metadata={"help": "fill50k: side of the generated pictures in pixels"})
     height: int = field(default=512, metadata={"help": "height that pictures are resized to, in pixels, a multiple of 16"})
     width: int = field(default=512, metadata={"help": "width that pictures are resized to, in pixels, a multiple of 16"})
     crop: str = field(default="center", metadata={"help": "which part stays of a picture of another shape: center or random"})
-    flip: bool = field(default=False, metadata={"help": "mirror every other picture"})
-    caption_field: str = field(default="caption", metadata={"help": "field of a sample's json that holds its caption"})
+    flip: bool = field(default=False, metadata={"help": "mirror every other picture, drawn for each sample"})
+    caption_field: str = field(
+        default="caption", metadata={"help": "field of a sample's json that is its caption; without it, its txt is"}
+    )
     caption_dropout: float = field(default=0.1, metadata={"help": "share of samples trained with the empty caption"})
-    micro_batch: int = field(default=1, metadata={"help": "samples a process takes at once"})
-    global_batch: int = field(default=8, metadata={"help": "samples of an optimizer step, over all processes"})
-    shuffle: bool = field(default=True, metadata={"help": "a new order each epoch"})
+    micro_batch: int = field(default=1, metadata={"help": "samples of a forward pass, for each data-parallel rank"})
+    global_batch: int = field(default=8, metadata={"help": "samples of an optimizer step, over all ranks"})
+    shuffle: bool = field(default=True, metadata={"help": "a new order each epoch; false: the tars' own"})
     shuffle_window: int = field(default=64, metadata={"help": "tars whose samples are mixed at a time"})
-    workers: int = field(default=2, metadata={"help": "loader processes for each training process"})
-    max_bad_fraction: float = field(default=0.01, metadata={"help": "share of unusable samples at which the run stops"})
-    cache: str | None = _path(None, "folder for latents and text encoded once; null encodes every time")
+    workers: int = field(default=2, metadata={"help": "loader processes for each rank; 0 loads in the training process"})
+    max_bad_fraction: float = field(default=0.01, metadata={"help": "share of unusable samples above which the run stops"})
+    cache: str | None = _path(None, "folder for latents and texts that are encoded once; null: encode them each time")
     val_path: str | None = _path(
         None, "tars of the validation set; null: an Energon split, fill50k's held-out pairs, or the last samples"
     )
-    val_count: int = field(default=64, metadata={"help": "samples of the validation set"})
+    val_count: int = field(default=64, metadata={"help": "held-out samples that validation takes"})
     download: str = _path("~/.cache/fluxlite/shards", "folder for tars fetched from URLs")
 
     def validate(self):
-        """Raise `ValueError` for values that make no sense."""
-        if self.kind not in ("mock", "fill50k", "webdataset"):
-            raise ValueError(f"data.kind={self.kind}: choose mock, fill50k or webdataset")
-        if self.crop not in ("center", "random"):
-            raise ValueError(f"data.crop={self.crop}: choose center or random")
+        """Raise `ValueError` for values that make no sense, here or together."""
+        for name, choices in (("kind", KINDS), ("crop", CROPS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"data.{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
         if self.kind == "webdataset" and not self.path:
             raise ValueError("data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a URL")
-        for name in ("count", "generate_size", "micro_batch", "global_batch", "shuffle_window", "val_count"):
+        if self.kind == "fill50k" and re.match(r"[A-Za-z][\w+.-]*:", self.path or ""):
+            raise ValueError(f"data.path={self.path} must be a folder for data=fill50k; data=webdataset reads URLs")
+        for name in ("count", "generate_size", "height", "width", "micro_batch", "global_batch", "shuffle_window", "val_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
         for name in ("caption_dropout", "max_bad_fraction"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be in [0, 1]")
+                raise ValueError(f"data.{name}={getattr(self, name)} must lie in [0, 1]")
         if self.workers < 0:
             raise ValueError(f"data.workers={self.workers} must not be negative")
         if self.cache and (self.crop == "random" or self.flip):
-            raise ValueError("data.cache encodes each picture once: set data.crop=center data.flip=false, or data.cache=null")
+            raise ValueError("data.cache encodes each picture once: set data.crop=center and data.flip=false, or data.cache=null")
         if self.cache and self.kind == "mock":
-            raise ValueError("data=mock makes its samples on the fly: set data.cache=null")
+            raise ValueError("data=mock makes its samples as they are read: set data.cache=null")
 
 
 # --- opening --------------------------------------------------------------------------------------------------------------------
 
 
-def fill50k_folder(config):
-    """Where generated shards lie or will lie."""
-    return Path(config.path or f"data/fill50k-{config.generate_size}-{config.count}").expanduser()
-
-
-def has_own_shards(config):
-    """Whether fill50k's path holds tars that the user put there."""
-    return any(fill50k_folder(config).glob("*.tar"))
+def fill50k_folder(config, split):
+    """Where fill50k's tars of a split are or will be: `path/train`, `path/val`; or `path` itself, where the user put tars there."""
+    root = Path(config.path or f"data/fill50k-{config.generate_size}-{config.count}").expanduser()
+    return root if split == "train" and any(root.glob("*.tar")) else root / split
 
 
 def prepare(config, split, seed=0):
-    """Generate fill50k's shards of a split where there are none; safe when processes meet: one works, the others wait.
+    """Generate fill50k's tars of a split where there are none; every rank calls it: one works, the others wait.
 
-    Raises `ValueError` where shards of another count or size lie there.
+    The pictures are the same whatever the `seed` of a run, so that runs share them. Raises `ValueError` where pictures of another
+    count or size were generated before.
     """
-    if config.kind != "fill50k" or (split == "train" and has_own_shards(config)) or (split == "val" and config.val_path):
+    from fluxlite.data import fill50k
+
+    if config.kind != "fill50k" or (split == "val" and config.val_path):
         return
-    folder = fill50k_folder(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    count = config.count if split == "train" else config.val_count
-    wanted = {"count": count, "size": config.generate_size, "seed": 0}
-    with open(folder / f".{split}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        note = folder / f"{split}.json"
-        if any((folder / split).glob("*.tar")):
-            found = json.loads(note.read_text()) if note.is_file() else wanted
-            if found != wanted:
-                raise ValueError(f"{folder / split} was generated with {found}, not {wanted}: remove it, or set another data.path=")
-            return
-        note.write_text(json.dumps(wanted) + "\n")
-        held_out = split == "val"
-        samples = fill50k.generated_samples(count, size=config.generate_size, seed=int(held_out), held_out=held_out)
-        fill50k.write_shards(samples, folder / split, count=count)
+    folder, held_out = fill50k_folder(config, split), split == "val"
+    count = config.val_count if held_out else config.count
+    if not any(folder.glob("*.tar")):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(folder.parent / f".{split}.lock"):
+            if not any(folder.glob("*.tar")):
+                if folder.is_dir() and any(folder.iterdir()):
+                    raise ValueError(f"{folder} holds no .tar but other files: empty it, or set another data.path=")
+                for abandoned in folder.parent.glob(f".{split}-*"):  # by a run that was killed
+                    shutil.rmtree(abandoned, ignore_errors=True)
+                workers = min(os.cpu_count() or 1, count // 500)
+                options = dict(size=config.generate_size, seed=int(held_out), held_out=held_out, workers=workers)
+                fill50k.write_shards(
+                    fill50k.generated_samples(count, **options),
+                    folder,
+                    count=count,
+                    about={"count": count, "size": config.generate_size},
+                )
+    _check_generated(config, folder, count, at_least=held_out)
 
 
-def split_paths(config, split):
-    """The tars of a split, or None where the validation set is cut from the training tars' end."""
+def _check_generated(config, folder, count, *, at_least):
+    """Compare `fill50k.json`, which generated tars have, with what is asked for; a larger validation set will do."""
+    note = folder / "fill50k.json"
+    if not note.is_file():
+        return
+    old, size = json.loads(note.read_text()), config.generate_size
+    if old["size"] != size or (old["count"] < count if at_least else old["count"] != count):
+        setting = "data.val_count" if at_least else "data.count"
+        raise ValueError(
+            f"{folder} holds {old['count']} pictures of {old['size']} pixels, but {setting}={count} and data.generate_size={size}: "
+            "remove that folder, or set another data.path="
+        )
+
+
+def find_shards(config, split):
+    """The shards of a split. Without a validation set of its own, the last `val_count` samples are validation's."""
+    limit, places = dict(max_bad_fraction=config.max_bad_fraction), dict(setting="data.path", download=config.download)
     if split == "val" and config.val_path:
-        return expand(config.val_path, config.download)
+        places["setting"] = "data.val_path"
+        paths = expand(config.val_path, "val", **places) or expand(config.val_path, "train", **places)
+        return open_shards(paths, setting=f"data.val_path={config.val_path}", **limit)
     if config.kind == "fill50k":
-        if split == "train" and has_own_shards(config):
-            return sorted(fill50k_folder(config).glob("*.tar"))
-        return expand(str(fill50k_folder(config) / split), config.download)
-    listed = energon_split(config.path, split)
-    if listed:
-        return expand("::".join(map(str, listed)), config.download)
-    return expand(config.path, config.download) if split == "train" else None
+        folder = fill50k_folder(config, split)
+        return open_shards(sorted(folder.glob("*.tar")), setting=f"data.path={folder}", **limit)
+    held_out = [] if config.val_path else expand(config.path, "val", **places)
+    if split == "val" and held_out:
+        return open_shards(held_out, setting=f"data.path={config.path}", **limit)
+    shards = open_shards(expand(config.path, "train", **places), setting=f"data.path={config.path}", **limit)
+    if config.val_path or held_out:
+        return shards
+    total = sum(len(shard.keys) for shard in shards)
+    start = total - config.val_count
+    if start < 1:
+        raise ValueError(f"data.path={config.path} holds {total} samples: set data.val_count below that, or data.val_path=")
+    if split == "train":
+        log.info("the last %d of %d samples are kept for validation", config.val_count, total)
+    return cut(shards, 0, start) if split == "train" else cut(shards, start, total)
 
 
 def open_dataset(config, split, seed):
-    """The `Samples` of "train" or "val"; `prepare` must have run. Raises `ValueError` where there are none."""
+    """The samples of "train" or "val" by global index; `prepare` comes first. Raises `ValueError` where there are too few."""
     if config.kind == "mock":
         return MockPictures(config, split=split, seed=seed)
-    paths, training = split_paths(config, split), split == "train"
-    cut = 0
-    if config.kind == "webdataset" and not config.val_path and not energon_split(config.path, "val"):
-        cut = config.val_count
-    shards = Shards(paths or split_paths(config, "train"))
-    if cut and len(shards) <= cut:
-        raise ValueError(
-            f"data.path={config.path} holds {len(shards)} samples, and data.val_count={cut} are for validation: set fewer"
-        )
-    whole = len(shards)
-    start, limit = (0, whole - cut) if training else ((whole - cut) if cut else 0, None)
-    if cut and training:
-        log.info("the last %d of %d samples are held out for validation", cut, whole)
-    order = Order(
-        shards.sizes, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window, start=start, limit=limit
-    )
-    if not training and len(order) < config.val_count:
-        raise ValueError(f"the validation set holds {len(order)} samples: set data.val_count={len(order)} or less")
-    return Samples(config, shards, order, seed=seed, training=training)
+    shards = find_shards(config, split)
+    if split == "train":
+        return Samples(config, shards, seed=seed, training=True)
+    total = sum(len(shard.keys) for shard in shards)
+    if total < config.val_count:
+        raise ValueError(f"the validation set holds {total} samples: set data.val_count={total} or less")
+    return Samples(config, cut(shards, 0, config.val_count), seed=seed, training=False)
 
 
 # --- batching -------------------------------------------------------------------------------------------------------------------
 
 
+def make_loader(dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_index, stop_index=None, workers=0):
+    """An iterator over one rank's micro-batches from `start_index`, a multiple of `global_batch`, to `stop_index` or for ever.
+
+    Step s, slice a, rank r takes `micro_batch` indices from s·global_batch + (a·dp_size + r)·micro_batch on. Batches are
+    dictionaries: images (B, 3, H, W) and captions, or mean, logvar, txt and pooled, stacked; indices (B,) and keys. Raises
+    `ValueError` where more than `max_bad_fraction` of 100 samples or more, or of an epoch, are bad.
+    """
+    for name, value, multiple in (
+        ("global_batch", global_batch, micro_batch * dp_size),
+        ("start_index", start_index, global_batch),
+        ("stop_index", stop_index or 0, global_batch),
+    ):
+        if value % multiple:
+            raise ValueError(f"{name}={value} must be a multiple of {multiple}")
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_Slices(start_index + dp_rank * micro_batch, stop_index, dp_size * micro_batch, micro_batch),
+        num_workers=workers,  # each with one thread
+        prefetch_factor=4 if workers else None,
+        collate_fn=collate,
+        generator=torch.Generator(),  # else the global one would be drawn from
+    )
+    return _counted(loader, dataset.config.max_bad_fraction, size=len(dataset), share=-(-len(dataset) // dp_size))
+
+
+@dataclass
+class _Slices:
+    """Lists of `size` successive indices, every `stride`-th of them: a DataLoader's batch sampler."""
+
+    start: int
+    stop: int | None
+    stride: int
+    size: int
+
+    def __iter__(self):
+        first = self.start
+        while self.stop is None or first < self.stop:
+            yield list(range(first, first + self.size))
+            first += self.stride
+
+
 def collate(items):
-    """A list of samples as a batch: tensors stacked, indices a LongTensor, the rest lists; the bad keys of all."""
+    """Samples as a batch: tensors stacked, indices a LongTensor (B,), the rest lists."""
     batch = {}
     for name in items[0]:
         values = [item[name] for item in items]
         batch[name] = torch.stack(values) if isinstance(values[0], torch.Tensor) else values
     batch["indices"] = torch.tensor(batch["indices"])
-    batch["bad"] = [key for keys in batch["bad"] for key in keys]
     return batch
 
 
-def _one_thread(_worker):
-    torch.set_num_threads(1)
-
-
-def make_loader(dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_index, stop_index=None, workers=0):
-    """Batches of one rank, from the global index `start_index` (a multiple of global_batch) on, for ever or to `stop_index`.
-
-    Step s, slice a, rank r takes the indices s·global_batch + (a·dp_size + r)·micro_batch and the micro_batch - 1 after it. Raises
-    `ValueError` when more than max_bad_fraction of 100 samples or more are bad.
-    """
-
-    def indices():
-        first = start_index + dp_rank * micro_batch
-        while stop_index is None or first < stop_index:
-            yield list(range(first, first + micro_batch))
-            first += dp_size * micro_batch
-
-    if global_batch % (micro_batch * dp_size) or start_index % global_batch:
-        raise ValueError(
-            f"global_batch={global_batch} must be a multiple of {micro_batch} x {dp_size}, start_index={start_index} one of it"
-        )
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_sampler=_Batches(indices),
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=_one_thread,
-        persistent_workers=False,
-        prefetch_factor=4 if workers else None,
-    )
-    return _counted(loader, dataset.config.max_bad_fraction)
-
-
-class _Batches:
-    """An iterable of index lists that a DataLoader can take as its batch sampler."""
-
-    def __init__(self, make):
-        self.make = make
-
-    def __iter__(self):
-        return self.make()
-
-
-def _counted(loader, max_bad_fraction):
-    """Batches, with bad samples logged once each and counted against the limit."""
-    seen, bad = 0, set()
-    for batch in loader:
-        seen += len(batch["indices"])
-        for key in batch.pop("bad"):
-            if key not in bad:
-                bad.add(key)
-                log.warning("skipped %s", key)
-        if seen >= 100 and len(bad) > max_bad_fraction * seen:
-            few = ", ".join(sorted(bad)[:3])
-            raise ValueError(f"{len(bad)} of {seen} samples cannot be used, over data.max_bad_fraction={max_bad_fraction}: {few}")
+def _counted(batches, max_bad_fraction, *, size, share):
+    """The batches of one rank's `share` of `size` samples an epoch; what they skipped is logged and counted, once by key."""
+    seen, bad, logged = 0, set(), set()
+    for batch in batches:
+        skipped = batch.pop("bad")
+        seen += len(skipped)
+        bad |= {entries[0] for entries in skipped if entries}  # what a substitute passed over as well has a place of its own
+        for entry in (entry for entries in skipped for entry in entries if entry not in logged):
+            logged.add(entry)
+            log.warning("skipped %s", entry)
+        if seen >= min(100, share) and len(bad) > max_bad_fraction * min(seen, size):
+            shown, limit = "; ".join(sorted(bad)[:3]), f"data.max_bad_fraction={max_bad_fraction}"
+            raise ValueError(f"{len(bad)} of {min(seen, size)} samples cannot be used, more than {limit}: {shown}")
         yield batch

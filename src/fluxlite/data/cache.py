@@ -1,145 +1,196 @@
 """Pre-encoded data: every sample's posterior and text once through the encoders, then read from safetensors files.
 
-A cache holds one file a tar, named by its number, and says in `cache.json` what it was made from: a stale one is an error. Texts
-are stored once for each distinct caption, with all padded tokens: FLUX attends to the padding, so dropping it would change results.
+A cache holds a file for each tar (for every 1,000 samples of a larger one), and `cache.json` says what it was made from: a stale
+one is an error. Texts are stored once for each distinct caption of a file, padding included: FLUX attends to it.
+
+Shapes: n samples, m captions, C channels, h and w in latent cells, L tokens, D and P the widths of T5 and CLIP.
 """
 
+import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fluxlite.data.images import BadSample
-from fluxlite.data.shards import MAX_SUBSTITUTES, drops_caption
+from fluxlite.data.shards import Kept, first_good
 
-BATCH = 64
+ROWS = 1000  # samples of a file: 4 GB of FLUX.1-dev's texts, all in memory until the file is written
+
+log = logging.getLogger("fluxlite")
 
 
 def build_cache(dataset, directory, *, encode_images, encode_texts, digest, rank=0, world_size=1):
-    """Encode the tars of `dataset`, a `Samples`, that are not in `directory` yet; each rank takes every world_size-th.
+    """Encode the samples of `dataset`, a `Samples`, that `directory` does not hold yet; returns the folder for `CachedSamples`.
 
-    encode_images: (B, 3, H, W) -> mean, logvar (B, C, h, w); encode_texts: B strings -> txt (B, L, D), pooled (B, P). `digest`
-    stands for the encoders. Raises `ValueError` where `directory` holds a cache of other encoders, data or size.
-    Returns the folder.
+    encode_images: (B, 3, H, W) → mean, logvar (B, C, h, w); encode_texts: B strings → txt (B, L, D), pooled (B, P), both with B up
+    to `data.micro_batch`; `digest` names the encoders. Each rank takes every world_size-th file. Raises `ValueError` where
+    `directory` is a cache of other encoders, data or size, or more than `data.max_bad_fraction` of the samples are bad.
     """
-    config, directory = dataset.config, Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    made_from = {"encoders": digest, "data": dataset.shards.digest(), "size": f"{config.height}x{config.width}"}
-    _claim(directory, made_from)
-    sizes = dataset.shards.sizes
-    todo = [s for s in range(len(sizes)) if s % world_size == rank and not shard_file(directory, s).is_file()]
-    empty = directory / "empty.safetensors"
-    if rank == 0 and not empty.is_file():
-        txt, pooled = encode_texts([""])
-        _write(empty, {"txt": txt, "pooled": pooled})
-    with tqdm(total=int(sizes[todo].sum()), desc=f"encoding into {directory}", unit="picture", disable=rank > 0 or not todo) as bar:
-        for shard in todo:
-            first = int(sizes[:shard].sum())
-            tensors = _encode_shard(dataset, range(first, first + int(sizes[shard])), encode_images, encode_texts, bar)
-            _write(shard_file(directory, shard), tensors)
-    return directory
+    config = dataset.config
+    made_from = {"encoders": digest, "data": data_digest(dataset), "size": f"{config.height}x{config.width}"}
+    folder, mine = _claim(Path(directory).expanduser(), made_from), pieces(dataset)[rank::world_size]
+    if rank == 0 and not (folder / "empty.safetensors").is_file():
+        with torch.no_grad():
+            txt, pooled = encode_texts([""])
+        _write(folder / "empty.safetensors", {"txt": txt.cpu(), "pooled": pooled.cpu()})
+    todo = [(file, numbers) for file, numbers in mine if not (folder / file).is_file()]
+    total = sum(len(numbers) for _, numbers in todo)
+    with tqdm(total=total, desc=f"encoding into {directory}", unit="picture", disable=rank > 0 or not todo) as bar:
+        for file, numbers in todo:
+            tensors, bad = _encode(dataset, numbers, encode_images, encode_texts, bar)
+            _write(folder / file, tensors, {"bad": json.dumps(bad)})
+    bad = [f"{dataset.key(numbers[row])}: {why}" for file, numbers in mine for row, why in _bad_rows(folder / file).items()]
+    seen = sum(len(numbers) for _, numbers in mine)
+    for entry in bad:
+        log.warning("skipped %s", entry)
+    if len(bad) > config.max_bad_fraction * seen:
+        shown = "; ".join(bad[:3])
+        raise ValueError(
+            f"{len(bad)} of {seen} samples are bad, more than data.max_bad_fraction={config.max_bad_fraction}: {shown}"
+        )
+    return folder
 
 
-def shard_file(directory, shard):
-    """The cache's file for a tar."""
-    return Path(directory) / f"{shard:06d}.safetensors"
+def pieces(dataset):
+    """The files of a cache: (name, numbers of the samples in it)."""
+    starts, found = dataset.order.starts.tolist(), []
+    for shard, (first, end) in enumerate(zip(starts, starts[1:])):
+        found += [(piece_name(shard, i - first), range(i, min(i + ROWS, end))) for i in range(first, end, ROWS)]
+    return found
+
+
+def piece_name(shard, row):
+    """The file that holds a row of a shard."""
+    return f"{shard:06d}-{row // ROWS:04d}.safetensors"
+
+
+def data_digest(dataset):
+    """Sixteen hexadecimal digits for the tars' names and sizes and for what is read from them."""
+    digest = hashlib.blake2b(dataset.config.caption_field.encode(), digest_size=8)
+    for shard in dataset.shards:
+        digest.update(f"{shard.name}/{shard.size}/{len(shard.keys)}/".encode())
+        digest.update(b"/".join(shard.keys.tolist()))
+        digest.update(shard.spans.tobytes())
+    return digest.hexdigest()
 
 
 def _claim(directory, made_from):
-    """Mark a new cache with what it is made from, or check an old one."""
-    file = directory / "cache.json"
-    if file.is_file():
+    """The folder for a cache that is made from these; raises `ValueError` where `directory` has one that is made from others."""
+    key = hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=8).hexdigest()
+    for file in sorted(directory.glob("*/cache.json")):
         old = json.loads(file.read_text())
-        differing = [name for name in made_from if old.get(name) != made_from[name]]
+        differing = [
+            f"{name} ({old.get(name)} there, {made_from[name]} now)" for name in made_from if old.get(name) != made_from[name]
+        ]
         if differing:
             raise ValueError(
-                f"data.cache={directory} is stale: its {', '.join(differing)} differ; remove it or name another folder"
+                f"the cache in {directory} is stale: other {', '.join(differing)}; remove it, or set another data.cache="
             )
-    else:
-        aside = file.with_suffix(f".{os.getpid()}")
-        aside.write_text(json.dumps(made_from, indent=2) + "\n")
-        os.replace(aside, file)
+    folder = directory / key
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".cache-{os.getpid()}"
+    aside.write_text(json.dumps(made_from, indent=2) + "\n")
+    os.replace(aside, folder / "cache.json")
+    return folder
 
 
-def _write(file, tensors):
-    aside = file.with_suffix(f".{os.getpid()}")
-    save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, aside)
+def _write(file, tensors, metadata=None):
+    aside = file.with_name(f".{file.name}-{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
     os.replace(aside, file)
 
 
-@torch.inference_mode()
-def _encode_shard(dataset, numbers, encode_images, encode_texts, bar):
-    """One tar's tensors: mean and logvar (n, C, h, w), good (n,), text_row (n,), and the distinct captions' txt and pooled."""
-    images, rows, good, texts, encoded = [], [], [], {}, []
+class _Readable:
+    """Some samples of a `Samples`, as (image, caption, None), or as (None, None, reason) where they are bad."""
 
-    def flush():
-        if images:
-            encoded.append([x.cpu() for x in encode_images(torch.stack(images))])
-            images.clear()
+    def __init__(self, dataset, numbers):
+        self.dataset, self.numbers = dataset, numbers
 
-    for number in numbers:
+    def __len__(self):
+        return len(self.numbers)
+
+    def __getitem__(self, row):
         try:
-            image, caption = dataset.load(number, 0)
-            rows.append(texts.setdefault(caption, len(texts)))
-            images.append(image)
-            good.append(True)
-        except BadSample:
-            images.append(torch.zeros(3, dataset.config.height, dataset.config.width))
-            rows.append(0)
-            good.append(False)
-        if len(images) == BATCH:
-            flush()
-        bar.update()
-    flush()
-    captions = list(texts) or [""]
-    parts = [encode_texts(captions[i : i + BATCH]) for i in range(0, len(captions), BATCH)]
-    mean, logvar = (torch.cat(x) for x in zip(*encoded))
-    txt, pooled = (torch.cat([x.cpu() for x in part]) for part in zip(*parts))
-    return dict(mean=mean, logvar=logvar, txt=txt, pooled=pooled, text_row=torch.tensor(rows), good=torch.tensor(good))
+            return *self.dataset.read(self.numbers[row], 0), None
+        except BadSample as error:
+            return None, None, str(error)
+
+
+@torch.no_grad()
+def _encode(dataset, numbers, encode_images, encode_texts, bar):
+    """One file's tensors and its bad rows: mean, logvar (n', C, h, w), txt (m, L, D), pooled (m, P); image_row, text_row (n,)."""
+    config, posteriors, texts, image_rows, text_rows, bad = dataset.config, [], {}, [], [], {}
+    workers = dict(num_workers=config.workers, generator=torch.Generator())
+    for items in DataLoader(_Readable(dataset, numbers), batch_size=config.micro_batch, collate_fn=list, **workers):
+        for image, caption, reason in items:
+            if image is None:
+                bad[len(image_rows)] = reason
+            image_rows.append(-1 if image is None else len(image_rows) - len(bad))
+            text_rows.append(-1 if image is None else texts.setdefault(caption, len(texts)))
+        images = [image for image, _, _ in items if image is not None]
+        if images:
+            posteriors.append([x.cpu() for x in encode_images(torch.stack(images))])
+        bar.update(len(items))
+    tensors = {"image_row": torch.tensor(image_rows), "text_row": torch.tensor(text_rows)}
+    if texts:
+        captions, size = list(texts), config.micro_batch
+        encoded = [[x.cpu() for x in encode_texts(captions[i : i + size])] for i in range(0, len(captions), size)]
+        for name, parts in zip(("mean", "logvar", "txt", "pooled"), (*zip(*posteriors), *zip(*encoded))):
+            tensors[name] = torch.cat(parts)
+    return tensors, bad
+
+
+def _bad_rows(file):
+    with safe_open(file, "pt") as opened:
+        return {int(row): reason for row, reason in json.loads(opened.metadata()["bad"]).items()}
+
+
+def _open(file):
+    """A cache file's tensors, mapped and not read, its rows as lists, its bad rows."""
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    return tensors, tensors["image_row"].tolist(), tensors["text_row"].tolist(), _bad_rows(file)
 
 
 class CachedSamples:
-    """The samples of a `Samples`, encoded: mean, logvar, txt, pooled with its order, substitutes and dropout."""
+    """A `Samples` from its cache: mean, logvar, txt, pooled, indices, keys, bad by global index, in the same order.
 
-    def __init__(self, dataset, directory):
-        self.dataset, self.config, self.directory, self.open = dataset, dataset.config, Path(directory), {}
-        self.first = [0, *dataset.shards.sizes.cumsum().tolist()]
+    Substitutes of bad samples and dropped captions are the same too.
+    """
+
+    def __init__(self, dataset, folder):
+        self.dataset, self.config, self.folder = dataset, dataset.config, Path(folder)
+        missing = [
+            name for name in ("empty.safetensors", *(name for name, _ in pieces(dataset))) if not (self.folder / name).is_file()
+        ]
+        if missing:
+            raise ValueError(
+                f"data.cache: {folder} lacks {len(missing)} files, {missing[0]} first; it must be a folder that all ranks share"
+            )
+        self.empty = load_file(self.folder / "empty.safetensors")
+        self.files = Kept(256)
 
     def __len__(self):
         return len(self.dataset)
 
-    def __getstate__(self):
-        return self.__dict__ | {"open": {}}
-
-    def tensors(self, file):
-        """A file's tensors, mapped, read once a worker."""
-        if file not in self.open:
-            self.open[file] = load_file(file)
-        return self.open[file]
-
     def __getitem__(self, index):
-        dataset, bad = self.dataset, []
-        for candidate in range(index, index + MAX_SUBSTITUTES):
-            number = dataset.order(candidate)
-            shard = dataset.shards.samples[number][0]
-            tensors, row = self.tensors(shard_file(self.directory, shard)), number - self.first[shard]
-            if tensors["good"][row]:
-                break
-            bad.append(dataset.shards.key(number))
-        else:
-            raise ValueError(f"{MAX_SUBSTITUTES} samples in a row cannot be used; the first is {bad[0]}")
-        text, text_row = tensors, tensors["text_row"][row]
-        if dataset.training and drops_caption(dataset.config, dataset.seed, index):
-            text, text_row = self.tensors(self.directory / "empty.safetensors"), 0
-        return {
-            "mean": tensors["mean"][row],
-            "logvar": tensors["logvar"][row],
-            "txt": text["txt"][text_row],
-            "pooled": text["pooled"][text_row],
-            "indices": index,
-            "keys": dataset.shards.key(number),
-            "bad": bad,
-        }
+        number, sample, bad = first_good(self.dataset, index, self._read)
+        if self.dataset.drops_caption(index):
+            sample |= {"txt": self.empty["txt"][0], "pooled": self.empty["pooled"][0]}
+        return sample | {"indices": index, "keys": self.dataset.key(number), "bad": bad}
+
+    def _read(self, number):
+        shard, row = self.dataset.place(number)
+        name, row = piece_name(shard, row), row % ROWS
+        tensors, image_rows, text_rows, bad = self.files.get(name, lambda: _open(self.folder / name))
+        if row in bad:
+            raise BadSample(bad[row])
+        sample = {name: tensors[name][image_rows[row]] for name in ("mean", "logvar")}
+        return sample | {name: tensors[name][text_rows[row]] for name in ("txt", "pooled")}

@@ -17,7 +17,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from webdataset import TarWriter
 
@@ -49,6 +51,7 @@ wheat f5deb3|white ffffff|white smoke f5f5f5|yellow ffff00|yellow green 9acd32
 """.replace("\n", "|").split("|")
     if line
 )
+SYNONYMS = {"aqua": "cyan", "fuchsia": "magenta"}  # and "grey" for "gray"
 RADIUS = (0.12, 0.28)  # of the picture's side
 HELD_OUT_FRACTION = 0.05
 
@@ -105,12 +108,28 @@ def _encode(array, kind):
     return stream.getvalue()
 
 
-def generated_samples(count, *, size, seed, held_out=False):
-    """`count` samples as WebDataset dictionaries."""
-    choices = pairs(held_out)
-    for index in range(count):
-        target, control, text = draw_sample(index, size=size, seed=seed, choices=choices)
-        yield {"__key__": f"{index:06d}", "jpg": _encode(target, "jpeg"), "png": _encode(control, "png"), "txt": text.encode()}
+class _Drawn:
+    """Generated samples as WebDataset dictionaries, by index."""
+
+    def __init__(self, count, *, size, seed, held_out):
+        self.count, self.options = count, dict(size=size, seed=seed, choices=pairs(held_out))
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        target, control, text = draw_sample(index, **self.options)
+        return {"__key__": f"{index:06d}", "jpg": _encode(target, "jpeg"), "png": _encode(control, "png"), "txt": text.encode()}
+
+
+def generated_samples(count, *, size, seed, held_out=False, workers=0):
+    """`count` samples as WebDataset dictionaries, drawn by `workers` processes beside this one, or by this one."""
+    drawn = _Drawn(count, size=size, seed=seed, held_out=held_out)
+    yield from DataLoader(drawn, batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=torch.Generator())
+
+
+def _unchanged(sample):
+    return sample
 
 
 def imported_samples(source):
@@ -125,7 +144,7 @@ def imported_samples(source):
         for index, line in enumerate(lines):
             row = json.loads(line)
             names = row["prompt"].removesuffix(" background").split(" circle with ")
-            if len(names) == 2 and is_held_out(*names):
+            if len(names) == 2 and is_held_out(*(SYNONYMS.get(name, name).replace("grey", "gray") for name in names)):
                 continue
             target = Image.open(source / row["target"]).convert("RGB")
             yield {
@@ -136,8 +155,8 @@ def imported_samples(source):
             }
 
 
-def write_shards(samples, dst, *, count=None, per_shard=1000):
-    """Write WebDataset dictionaries as `dst/000000.tar` …; returns `dst`.
+def write_shards(samples, dst, *, count=None, per_shard=1000, about=None):
+    """Write WebDataset dictionaries as `dst/000000.tar` …, and `about` as `dst/fill50k.json`; returns `dst`.
 
     The folder is written aside and renamed, so a killed run leaves nothing that looks whole, and of several processes that
     meet here one wins and the others take its result: the bytes are the same.
@@ -157,6 +176,8 @@ def write_shards(samples, dst, *, count=None, per_shard=1000):
         if writer is None:
             raise ValueError(f"no samples to write to {dst}")
         writer.close()
+        if about:
+            (aside / "fill50k.json").write_text(json.dumps(about) + "\n")
         os.chmod(aside, 0o755)
         try:
             os.rename(aside, dst)
@@ -176,6 +197,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--held-out", action="store_true", help="draw the pairs of colours that training never sees")
     parser.add_argument("--per-shard", type=int, default=1000, help="pictures per tar")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
     parser.add_argument("--source", help="import this folder (prompt.json, source/, target/) and draw nothing")
     args = parser.parse_args()
     if Path(args.dst).exists():
@@ -183,7 +205,8 @@ def main():
     if args.source:
         samples, count = imported_samples(args.source), None
     else:
-        samples = generated_samples(args.count, size=args.size, seed=args.seed, held_out=args.held_out)
+        options = dict(size=args.size, seed=args.seed, held_out=args.held_out, workers=args.workers)
+        samples = generated_samples(args.count, **options)
         count = args.count
     write_shards(samples, args.dst, count=count, per_shard=args.per_shard)
 

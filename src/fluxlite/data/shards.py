@@ -1,252 +1,404 @@
-"""WebDataset tars, read by position: an index of every tar, an order that is a pure function of (seed, epoch), samples on top.
+"""WebDataset tars, read by position: which tars, an index of each, and an order that is a pure function of (seed, epoch).
 
-A tar's headers are read once, when it is opened; after that any sample is one or two reads away. So the sample of a global index
-is the same on any mesh and with any workers, and a resumed run reads nothing that was consumed.
+A tar's headers are read once, when it is opened; after that each member of any sample is one read away. So the sample of a global
+index is the same on any mesh and with any workers, and a resumed run reads nothing that was consumed.
 """
 
+import fcntl
 import glob
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import tarfile
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import numpy as np
-import webdataset
-from braceexpand import braceexpand
 
 from fluxlite import draws
 from fluxlite.data.images import BadSample, decode, resize_crop
 
 IMAGES = ("jpg", "jpeg", "webp", "png")  # in this order: beside a jpg, a png is the control
-MAX_SUBSTITUTES = 1000
+IMAGE, TEXT, JSON = range(3)  # columns of a shard's `spans`
+MAX_IN_A_ROW = 100  # bad samples, before a wrong setting is a likelier reason than bad luck
 
 log = logging.getLogger("fluxlite")
+
+
+class Kept:
+    """A dictionary of the last `limit` values that were made; in another process it starts empty."""
+
+    def __init__(self, limit):
+        self.limit, self.values = limit, {}
+
+    def get(self, key, make):
+        if key not in self.values:
+            while len(self.values) >= self.limit:
+                del self.values[next(iter(self.values))]
+            self.values[key] = make()
+        return self.values[key]
+
+    def __reduce__(self):
+        return Kept, (self.limit,)
 
 
 # --- which tars -----------------------------------------------------------------------------------------------------------------
 
 
-def expand(path, download):
-    """The tars that `path` names, as local files: a folder, a glob, a brace pattern or a URL that webdataset opens."""
+def expand(where, split, *, setting, download):
+    """Local paths of the tars that `where` names for a split, in order; URLs are fetched first.
+
+    `where` is a folder, a file, a glob, a brace pattern or a URL, or several with `::` between them. A folder with an Energon
+    `.nv-meta/split.yaml` gives the tars of that split; any other place belongs to "train". Raises `ValueError`, naming `setting`.
+    """
     found = []
-    for part in path.split("::"):
-        for name in braceexpand(part) if "{" in part else [part]:
-            if name.startswith(("pipe:", "file:")) or "://" in name:
-                found.append(fetch(name, Path(download).expanduser()))
-            elif Path(name).expanduser().is_dir():
-                found += sorted(Path(name).expanduser().rglob("*.tar"))
+    for pattern in where.split("::"):
+        for name in _braces(pattern, setting):
+            if re.match(r"(pipe|file):|[A-Za-z][\w+.-]*://", name):
+                found += [name] if split == "train" else []
             else:
-                found += sorted(Path(p) for p in glob.glob(str(Path(name).expanduser()), recursive=True))
-    missing = [str(f) for f in found if not Path(f).is_file()]
-    if not found or missing:
-        raise ValueError(f"data.path={path} names no tar: give a folder of .tar files, a glob, a brace pattern or a URL")
-    return found
+                found += _local(os.path.expanduser(name), split, setting)
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda name: _fetched(name, Path(download).expanduser(), setting), found))
 
 
-def fetch(url, folder):
-    """A URL's bytes as a file in `folder`, fetched once, written aside and renamed."""
-    target = folder / (hashlib.blake2b(url.encode(), digest_size=8).hexdigest() + ".tar")
-    if target.is_file():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    log.info("fetching %s to %s", url, target)
-    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as aside:
-        try:
-            with webdataset.gopen(url, "rb") as stream:
-                shutil.copyfileobj(stream, aside)
-        except OSError as error:
-            os.unlink(aside.name)
-            raise ValueError(f"data.path: {url} cannot be read: {error}") from None
-    os.replace(aside.name, target)
-    return target
+def _braces(pattern, setting):
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    if os.path.exists(os.path.expanduser(pattern)):  # braces may be part of a name
+        return [pattern]
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except UnbalancedBracesError as error:
+        raise ValueError(f"{setting}={pattern}: {error}") from None
 
 
-def energon_split(folder, part):
-    """The tars of one part ("train", "val") of an Energon `.nv-meta/split.yaml`, or None where there is none."""
-    import yaml
+def _local(name, split, setting):
+    if os.path.isdir(name):
+        listed = energon_split(name, split, setting)
+        if listed is not None:
+            return listed
+        found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+        if not found:
+            raise ValueError(f"{setting}={name} holds no .tar: name the folder of the tars itself, a glob or a URL")
+    elif os.path.isfile(name):
+        found = [name]
+    else:
+        found = [tar for match in sorted(glob.glob(name, recursive=True)) for tar in _local(match, "train", setting)]
+        if not found:
+            raise ValueError(f"{setting}={name} does not exist: name a folder of tars, a glob, a brace pattern or a URL")
+    return found if split == "train" else []
 
-    file = Path(folder).expanduser() / ".nv-meta" / "split.yaml"
+
+def energon_split(folder, split, setting):
+    """The tars of one part of an Energon dataset's `.nv-meta/split.yaml`; None where the folder has none."""
+    file = Path(folder) / ".nv-meta" / "split.yaml"
     if not file.is_file():
         return None
-    patterns = (yaml.safe_load(file.read_text()).get("split_parts") or {}).get(part) or []
-    return [file.parent.parent / name for pattern in patterns for name in braceexpand(pattern)]
+    import yaml
+    from braceexpand import braceexpand
+
+    content = yaml.safe_load(file.read_text()) or {}
+    patterns, excluded = (content.get("split_parts") or {}).get(split) or [], content.get("exclude") or []
+    single = [name for name in excluded if not str(name).endswith(".tar")]
+    if single:
+        raise ValueError(
+            f"{setting}: {file} excludes single samples ({single[0]}), but only whole tars can be: remove them from it"
+        )
+    excluded = {name for pattern in excluded for name in braceexpand(pattern)}
+    names = [name for pattern in patterns for name in braceexpand(pattern) if name not in excluded]
+    missing = [name for name in names if not (Path(folder) / name).is_file()]
+    if missing:
+        raise ValueError(f"{setting}={folder}: {file} lists {len(missing)} tars that are not there, {missing[0]} among them")
+    return [str(Path(folder) / name) for name in names]
+
+
+def _fetched(name, folder, setting):
+    """A local path as it is; a URL as the local file that it was fetched to, once."""
+    if name.startswith("file:"):
+        return url2pathname(urlparse(name).path)
+    if not re.match(r"pipe:|[A-Za-z][\w+.-]*://", name):
+        return name
+    tail = re.sub(r"[^\w.-]+", "_", urlparse(name).path.rsplit("/")[-1]).removesuffix(".tar")[-60:]
+    target = folder / f"{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}-{tail}.tar"
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / f".{target.name}.lock"):
+            if not target.is_file():
+                _download(name, target, setting)
+    return str(target)
+
+
+def _download(url, target, setting):
+    """Fetch a tar aside, check that it is whole, and rename it."""
+    import webdataset
+
+    log.info("fetching %s to %s", url, target)
+    number, aside = tempfile.mkstemp(dir=target.parent, prefix=".fetching-")
+    try:
+        with open(number, "wb") as file, webdataset.gopen(url, "rb") as stream:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        index_tar(aside)
+        os.chmod(aside, 0o644)
+        os.replace(aside, target)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{setting}: {url} cannot be fetched ({error}); check it, or give pipe:COMMAND that prints the tar"
+        ) from error
+    finally:
+        Path(aside).unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path):
+    """Let one process of this machine, or of those that share the file system, in at a time, where the file system has locks."""
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:  # then processes work side by side, and their renames decide
+            log.warning("%s cannot be locked: %s", path, error)
+        yield
 
 
 # --- what is in them ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The usable samples of one tar: n keys, and where each one's picture, txt and json lie; a size of -1 where there is none."""
+
+    path: str
+    size: int
+    keys: np.ndarray  # (n,) bytes
+    spans: np.ndarray  # (n, 3, 2) offset and size
+    skipped: tuple  # "key: reason" of the samples without a picture or a caption
+
+    @property
+    def name(self):
+        return Path(self.path).stem
+
+
 def index_tar(path):
-    """The samples of a tar in their order: a list of (key, {extension: (offset, size)}). Raises `ValueError` for a broken tar."""
-    samples = {}
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                if not member.isfile() or name.startswith("."):
-                    continue
-                key, _, extension = name.partition(".")
-                samples.setdefault(f"{folder}/{key}" if folder else key, {})[extension.lower()] = member.offset_data, member.size
-            size = os.path.getsize(path)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a whole tar: {error}") from None
+    """The `Shard` of a tar; raises `ValueError` for one that is damaged, cut short or compressed."""
+    about = os.stat(path)
+    return _index(str(path), about.st_size, about.st_mtime_ns)
+
+
+@cache  # validation is often cut from the training set, and opened more than once
+def _index(path, size, _modified):
+    samples, keys, spans, skipped = {}, [], [], []
+    for name, offset, length in _members(path):
+        folder, _, base = name.removeprefix("./").rpartition("/")
+        stem, _, extension = base.partition(".")
+        if stem and extension and not folder.startswith(".") and "/." not in folder:
+            samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension.lower()] = offset, length
     for key, members in samples.items():
-        if any(offset + length > size for offset, length in members.values()):
-            raise ValueError(f"{path} is not a whole tar: it ends within {key}")
-    return list(samples.items())
+        image = next((members[kind] for kind in IMAGES if kind in members), None)
+        if image is None:
+            skipped.append(f"{key}: no picture ({', '.join(IMAGES)})")
+        elif "txt" not in members and "json" not in members:
+            skipped.append(f"{key}: no caption (txt, json)")
+        else:
+            keys.append(key.encode())
+            spans.append([image, members.get("txt", (0, -1)), members.get("json", (0, -1))])
+    return Shard(
+        path,
+        size,
+        np.array(keys, f"S{max(map(len, keys), default=1)}"),
+        np.array(spans, np.int64).reshape(-1, 3, 2),
+        tuple(skipped),
+    )
 
 
-class Shards:
-    """The usable samples of some tars, numbered through; those without a picture or a caption are left out, counted and logged."""
+def _members(path):
+    """Name, offset and size of each file in a tar. tarfile takes a damaged header for the end, so the end's mark is looked at."""
+    try:
+        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+            while (member := tar.next()) is not None:
+                tar.members.clear()
+                if member.isreg() and not member.issparse():
+                    yield member.name, member.offset_data, member.size
+            file.seek(tar.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is no whole, uncompressed tar ({error}): fetch or write it again") from None
 
-    def __init__(self, paths):
-        self.paths = [Path(p) for p in paths]
-        with ThreadPoolExecutor(16) as pool:
-            indexed = list(pool.map(index_tar, self.paths))
-        self.samples, self.skipped, sizes = [], [], []
-        for shard, samples in enumerate(indexed):
-            before = len(self.samples)
-            for key, members in samples:
-                image = next((e for e in IMAGES if e in members), None)
-                text = next((e for e in ("txt", "json") if e in members), None)
-                if image and text:
-                    self.samples.append((shard, key, members, image, text))
-                else:
-                    self.skipped.append(f"{self.paths[shard].name}/{key}")
-            sizes.append(len(self.samples) - before)
-        self.sizes = np.array(sizes)
-        if self.skipped:
-            log.warning(
-                "%d samples have no picture or no caption and are skipped: %s", len(self.skipped), ", ".join(self.skipped[:5])
-            )
-        if not self.samples:
-            raise ValueError(
-                f"{self.paths[0].parent} holds no sample with a picture ({', '.join(IMAGES)}) and a caption (txt, json)"
-            )
-        self.files = {}
 
-    def __len__(self):
-        return len(self.samples)
+def open_shards(paths, *, setting, max_bad_fraction):
+    """Index tars in parallel; raises `ValueError`, naming `setting`, where nothing or too little in them is usable."""
+    if not paths:
+        raise ValueError(f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL")
+    with ThreadPoolExecutor(16) as pool:
+        shards = list(pool.map(index_tar, paths))
+    skipped = [f"{shard.name}/{entry}" for shard in shards for entry in shard.skipped]
+    usable = sum(len(shard.keys) for shard in shards)
+    if not usable or len(skipped) > max_bad_fraction * (usable + len(skipped)):
+        shown, limit = "; ".join(skipped[:3]) or "they are empty", f"data.max_bad_fraction={max_bad_fraction}"
+        counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(paths)} tars"
+        raise ValueError(f"{setting}: {counts} have no picture or no caption, more than {limit}: {shown}")
+    for entry in skipped:
+        log.warning("skipped %s", entry)
+    return shards
 
-    def __getstate__(self):
-        return self.__dict__ | {"files": {}}
 
-    def key(self, number):
-        shard, key, *_ = self.samples[number]
-        return f"{self.paths[shard].name}/{key}"
+def cut(shards, start, stop):
+    """Samples `start` to `stop` of shards, numbered through, as shards."""
+    kept, first = [], 0
+    for shard in shards:
+        rows = slice(max(0, start - first), max(0, stop - first))
+        first += len(shard.keys)
+        kept.append(replace(shard, keys=shard.keys[rows], spans=shard.spans[rows]))
+    return [shard for shard in kept if len(shard.keys)]
 
-    def read(self, number, extension):
-        """The bytes of one member of a sample."""
-        shard, _, members, *_ = self.samples[number]
-        if shard not in self.files:
-            self.files[shard] = os.open(self.paths[shard], os.O_RDONLY)
-        offset, size = members[extension]
-        return os.pread(self.files[shard], size, offset)
 
-    def image(self, number):
-        """The picture of a sample as RGB; raises `BadSample`."""
-        return decode(self.read(number, self.samples[number][3]))
-
-    def caption(self, number, caption_field):
-        """The caption of a sample, from its txt or a field of its json; raises `BadSample`."""
-        kind = self.samples[number][4]
-        try:
-            text = self.read(number, kind).decode()
-            if kind == "json":
-                text = json.loads(text)[caption_field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadSample(f"no caption: {error!r}") from None
-        if not isinstance(text, str) or not text.strip():
-            raise BadSample("an empty caption")
-        return text.strip()
-
-    def digest(self):
-        """A digest of the tars' names, sizes and contents' index."""
-        digest = hashlib.blake2b(digest_size=8)
-        for path in self.paths:
-            digest.update(f"{path.name}/{os.path.getsize(path)}".encode())
-        for shard, key, members, *_ in self.samples:
-            digest.update(f"{shard}/{key}/{sorted(members.items())}".encode())
-        return digest.hexdigest()
+# --- in which order -------------------------------------------------------------------------------------------------------------
 
 
 class Order:
-    """Which sample a global index is: each epoch permutes the shards, then the samples within windows of them."""
+    """Which sample a global index is: each epoch permutes the shards, then the samples within windows of `window` shards.
 
-    def __init__(self, sizes, *, seed, shuffle, window, limit=None, start=0):
-        self.sizes, self.seed, self.shuffle, self.window = sizes, seed, shuffle, window
-        self.start, self.length = start, (limit if limit is not None else int(sizes.sum()) - start)
-        self.epoch, self.numbers = None, None
+    Samples are numbered through the shards, whose sizes are `counts`. Only the windows in use are permuted.
+    """
+
+    def __init__(self, counts, *, seed, shuffle, window):
+        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.seed, self.shuffle, self.window = seed, shuffle, window
+        self.kept = Kept(6)
 
     def __len__(self):
-        return self.length
+        return int(self.starts[-1])
 
-    def __call__(self, global_index):
-        """The number of the sample at a global index."""
-        epoch, position = divmod(int(global_index), self.length)
-        if epoch != self.epoch:
-            self.epoch, self.numbers = epoch, self._permutation(epoch)
-        return int(self.numbers[position])
+    def sample_at(self, index):
+        """The epoch of a global index and the number of its sample."""
+        epoch, position = divmod(int(index), len(self))
+        return epoch, self._number(epoch, position)
 
-    def _permutation(self, epoch):
-        numbers = np.arange(self.start, self.start + self.length)
+    def following(self, index):
+        """The numbers of all samples of an epoch, from that of a global index on, the epoch's first after its last."""
+        epoch, position = divmod(int(index), len(self))
+        return (self._number(epoch, (position + i) % len(self)) for i in range(len(self)))
+
+    def _number(self, epoch, position):
         if not self.shuffle:
-            return numbers
-        rng = np.random.default_rng((self.seed, epoch))
-        first = np.concatenate([[0], np.cumsum(self.sizes)])
-        shards = rng.permutation(len(self.sizes))
-        mixed = []
-        for i in range(0, len(shards), self.window):
-            window = np.concatenate([np.arange(first[s], first[s + 1]) for s in shards[i : i + self.window]])
-            mixed.append(rng.permutation(window))
-        mixed = np.concatenate(mixed)
-        return mixed[(mixed >= self.start) & (mixed < self.start + self.length)]
+            return position
+        shards, ends = self.kept.get(epoch, lambda: self._permuted_shards(epoch))
+        i = int(np.searchsorted(ends, position, side="right"))
+        numbers = self.kept.get((epoch, i), lambda: self._permuted_window(epoch, i, shards))
+        return int(numbers[position - (ends[i - 1] if i else 0)])
+
+    def _rng(self, epoch, stream):
+        return np.random.default_rng(draws.generator(self.seed, epoch, stream).initial_seed())
+
+    def _permuted_shards(self, epoch):
+        """The epoch's shards in their order, and the position at which each window of them ends."""
+        shards = self._rng(epoch, "shards").permutation(len(self.starts) - 1)
+        sizes = np.add.reduceat(np.diff(self.starts)[shards], np.arange(0, len(shards), self.window))
+        return shards, np.cumsum(sizes)
+
+    def _permuted_window(self, epoch, i, shards):
+        shards = shards[i * self.window : (i + 1) * self.window]
+        numbers = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in shards])
+        return self._rng(epoch, f"window {i}").permutation(numbers)
 
 
 # --- samples --------------------------------------------------------------------------------------------------------------------
 
 
-class Samples:
-    """Pictures and captions by global index: a dictionary of image (3, H, W), caption, index, key, and the keys skipped as bad.
+def first_good(samples, index, load):
+    """The sample of a global index, or else the next good one of its epoch: (number, what `load(number)` gives, the bad before).
 
-    A bad sample's place is taken by the next good one in the order.
+    `load` raises `BadSample`; the bad are "shard/key: reason". Raises `ValueError` where too many in a row are bad.
+    """
+    bad = []
+    for number in samples.order.following(index):
+        try:
+            return number, load(number), bad
+        except BadSample as error:
+            bad.append(f"{samples.key(number)}: {error}")
+        if len(bad) == MAX_IN_A_ROW:
+            break
+    raise ValueError(f"{len(bad)} samples in a row cannot be used, first {bad[0]}")
+
+
+class Samples:
+    """Pictures and captions by global index, as dictionaries named as batches are: images (3, H, W), captions, …
+
+    A bad sample's place is taken by the epoch's next good one, and `bad` lists what was passed over. In training the crop, the flip
+    and the dropping of the caption are keyed by (seed, index); otherwise the crop is the centre's and captions stay.
     """
 
-    def __init__(self, config, shards, order, *, seed, training):
-        self.config, self.shards, self.order, self.seed, self.training = config, shards, order, seed, training
+    def __init__(self, config, shards, *, seed, training):
+        self.config, self.shards, self.seed, self.training = config, shards, seed, training
+        counts = [len(shard.keys) for shard in shards]
+        self.order = Order(counts, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window)
+        self.files = Kept(256)
 
     def __len__(self):
         return len(self.order)
 
     def __getitem__(self, index):
-        bad = []
-        for candidate in range(index, index + MAX_SUBSTITUTES):
-            number = self.order(candidate)
-            try:
-                image, caption = self.load(number, index)
-                break
-            except BadSample as error:
-                bad.append(f"{self.shards.key(number)} ({error})")
-        else:
-            raise ValueError(f"{MAX_SUBSTITUTES} samples in a row cannot be used; the first is {bad[0]}")
-        if self.training and drops_caption(self.config, self.seed, index):
-            caption = ""
-        return {"images": image, "captions": caption, "indices": index, "keys": self.shards.key(number), "bad": bad}
+        number, (image, caption), bad = first_good(self, index, lambda number: self.read(number, index))
+        caption = "" if self.drops_caption(index) else caption
+        return {"images": image, "captions": caption, "indices": index, "keys": self.key(number), "bad": bad}
 
-    def load(self, number, index):
-        """Sample `number` as (image, caption), its crop and flip keyed by the global index; raises `BadSample`."""
-        config = self.config
-        caption = self.shards.caption(number, config.caption_field)
-        crop, flip = (config.crop, config.flip) if self.training else ("center", False)
+    def place(self, number):
+        """The shard of a sample, by its position among the shards, and the row in it."""
+        shard = int(np.searchsorted(self.order.starts, number, side="right")) - 1
+        return shard, number - int(self.order.starts[shard])
+
+    def key(self, number):
+        """The name of a sample's tar and its own."""
+        shard, row = self.place(number)
+        return f"{self.shards[shard].name}/{self.shards[shard].keys[row].decode()}"
+
+    def read(self, number, index):
+        """Sample `number` as the image (3, H, W) and the caption that a global index has of it; raises `BadSample`."""
+        config, caption = self.config, self._caption(number)
+        image = decode(self._bytes(number, IMAGE))
+        if not self.training or (config.crop == "center" and not config.flip):
+            return resize_crop(image, config.height, config.width), caption
         generator = draws.generator(self.seed, index, "crop")
-        image = resize_crop(self.shards.image(number), config.height, config.width, crop=crop, flip=flip, generator=generator)
-        return image, caption
+        return resize_crop(image, config.height, config.width, crop=config.crop, flip=config.flip, generator=generator), caption
 
+    def drops_caption(self, index):
+        """Whether the sample of a global index is trained with the empty caption."""
+        drawn = draws.uniform(seed=self.seed, indices=[index], stream="dropout")
+        return self.training and bool(drawn < self.config.caption_dropout)
 
-def drops_caption(config, seed, index):
-    """Whether the sample of a global index is trained with the empty caption."""
-    return bool(draws.uniform(seed=seed, indices=[index], stream="dropout") < config.caption_dropout)
+    def _bytes(self, number, column):
+        """The bytes of a sample's picture, txt or json; None where it has none."""
+        shard, row = self.place(number)
+        offset, size = self.shards[shard].spans[row, column].tolist()
+        if size < 0:
+            return None
+        path = self.shards[shard].path
+        file = self.files.get(path, lambda: open(path, "rb", buffering=0))
+        data = os.pread(file.fileno(), size, offset)
+        if len(data) != size:
+            raise BadSample("its tar has become shorter")
+        return data
+
+    def _caption(self, number):
+        """The json's caption field where there is one, else the txt."""
+        text, fields = self._bytes(number, TEXT), self._bytes(number, JSON)
+        try:
+            fields = json.loads(fields) if fields is not None else {}
+            text = fields[self.config.caption_field] if self.config.caption_field in fields else text
+            text = text.decode() if isinstance(text, bytes) else text
+        except (ValueError, TypeError) as error:
+            raise BadSample(f"unreadable caption ({error})") from None
+        if text is None:
+            raise BadSample(f"no caption: no txt, and no {self.config.caption_field} in its json")
+        if not isinstance(text, str) or not text.strip():
+            raise BadSample("an empty caption" if isinstance(text, str) else f"a caption of type {type(text).__name__}")
+        return text.strip()
