@@ -92,6 +92,14 @@ def test_validation_and_pictures_leave_training_untouched(pictures, tmp_path):
     assert all(a[k] == v for k, v in b.items()) and len(a) > len(b)
 
 
+def test_round_robin_validation_measures_each_sample_at_one_t(tmp_path):
+    """Of 8 samples, loss k is sample k's at t = k/8: the mean over samples of those losses that `all` measures too."""
+    common = [*MOCK, "steps=1", "data.val_count=8", "dtype=float32"]
+    every, some = (losses(train(*common, f"validation={v}", f"output={tmp_path}/{v}")) for v in ("all", "round_robin"))
+    assert every.keys() == some.keys() and every[1, "loss"] == some[1, "loss"]
+    assert all(0.5 < some[k] / v < 2 and some[k] != v for k, v in every.items() if k[1].startswith("val/loss_t"))
+
+
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     common = [*MOCK, "steps=60", "checkpoint.every=5", "validate_every=10"]
     whole = train(*common, f"output={tmp_path}/whole")

@@ -195,11 +195,12 @@ def _sync(folder):
 
 
 def load_training(folder, *, model, optimizer, ema):
-    """Read a checkpoint into a sharded model, its optimizer and average, in place, whatever mesh wrote it; collective."""
+    """Read a checkpoint into a sharded model, its optimizer and average, in place, whatever mesh wrote it; returns its step."""
     state = _training_state(model, optimizer, ema)
     dcp.load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=StateDictOptions(strict=True))
+    return read_meta(folder)["step"]
 
 
 def _read_run(path, ema):

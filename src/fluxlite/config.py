@@ -88,6 +88,9 @@ class TrainConfig:
     sample: SampleGridConfig = field(default_factory=SampleGridConfig)
     steps: int = field(default=30_000, metadata={"help": "optimizer steps"})
     validate_every: int = field(default=500, metadata={"help": "steps between validations; 0 for the last step only"})
+    validation: str = field(
+        default="all", metadata={"help": "all: every sample at 8 values of t; round_robin: each at one, as MLPerf"}
+    )
     seed: int = field(default=0, metadata={"help": "seed of every random draw"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
     dtype: str | None = field(
@@ -115,6 +118,10 @@ class TrainConfig:
             raise ValueError(f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for each")
         if self.resume not in (None, "auto"):
             raise ValueError(f"resume={self.resume}: the only value is auto; the run's folder is output={self.output}")
+        if self.validation not in ("all", "round_robin"):
+            raise ValueError(f"validation={self.validation}: choose all or round_robin")
+        if self.validation == "round_robin" and self.data.val_count < 8:
+            raise ValueError(f"validation=round_robin needs data.val_count={self.data.val_count} to be at least 8")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
 

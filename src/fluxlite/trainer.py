@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import signal
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from fluxlite.pipeline import check_widths, resolve
 log = logging.getLogger("fluxlite")
 
 # What a resumed run may change: nothing that its weights or its order of samples depend on.
-MAY_CHANGE = ("steps", "output", "resume", "device", "validate_every", "parallel.", "checkpoint.", "metrics.", "sample.",
+MAY_CHANGE = ("steps", "output", "resume", "device", "validate_every", "validation", "parallel.", "checkpoint.", "metrics.", "sample.",
               "data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention")  # fmt: skip
 
 
@@ -43,12 +43,21 @@ class Parts:
 
 
 @dataclass
+class Watch:
+    """What a run is watched with."""
+
+    metrics: Metrics
+    speed: Throughput
+    held_out: list
+    prompts: tuple | None
+
+
+@dataclass
 class Run:
     """All that a training step touches."""
 
     config: object
     device: torch.device
-    mesh: object
     model: Flux
     optimizer: torch.optim.Optimizer
     ema: optim.EMA | None
@@ -140,7 +149,7 @@ def set_up(config):
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
-    return Run(config, device, mesh, model, optimizer, ema, parts, rope_table(ids, model.config))
+    return Run(config, device, model, optimizer, ema, parts, rope_table(ids, model.config))
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------------------
@@ -201,6 +210,7 @@ def train_step(run, batches, step):
 @contextmanager
 def averaged(run):
     """The moving average in place of the weights, where there is one."""
+
     def swap():
         if run.ema:
             run.ema.swap()
@@ -236,19 +246,25 @@ def encode_validation(run, dataset):
 
 @torch.no_grad()
 def evaluate(run, batches):
-    """The loss at 8 fixed t with fixed noise, over the validation set: {"val/loss_t0.000": …, "val/loss": their mean}."""
+    """The loss at 8 fixed t with fixed noise, over the validation set: {"val/loss_t0.000": …, "val/loss": their mean}.
+
+    With validation=round_robin sample i is measured at the i-th t alone, modulo 8, as MLPerf does: an eighth of the work.
+    """
     run.model.eval()
-    sums = torch.zeros(len(flow.VALIDATION_T), device=run.device)
+    round_robin = run.config.validation == "round_robin"
+    sums = torch.zeros(2, len(flow.VALIDATION_T), device=run.device)  # of losses, and of samples
     low, high = flow.guidance_range(run.config.flow.guidance)
     for x0, txt, pooled, indices, weights in batches:
         noise = pack_latents(draws.normal(run.latent_shape, seed=0, indices=indices, stream="validation")).to(run.device)
         guidance = torch.full((len(x0),), (low + high) / 2, device=run.device)
-        for k, value in enumerate(flow.VALIDATION_T):
-            t = torch.full((len(x0),), value, device=run.device)
-            sums[k] += (flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance) * weights).sum()
+        numbers = torch.arange(len(flow.VALIDATION_T), device=run.device)
+        for k in [indices.to(run.device) % len(numbers)] if round_robin else [n.expand(len(x0)) for n in numbers]:
+            t = torch.tensor(flow.VALIDATION_T, device=run.device)[k]
+            losses = flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance)
+            sums.index_add_(1, k, torch.stack([losses * weights, weights]))
     run.model.train()
     dist.all_reduce(sums)
-    losses = (sums / run.config.data.val_count).tolist()
+    losses = (sums[0] / sums[1]).tolist()
     return {f"val/loss_t{t:.3f}": loss for t, loss in zip(flow.VALIDATION_T, losses)} | {"val/loss": sum(losses) / len(losses)}
 
 
@@ -306,15 +322,13 @@ def check_resume(saved, config):
 
 
 def find_resume(config):
-    """The checkpoint to go on from and its metadata, or (None, None); raises `ValueError` where a run would be overwritten."""
+    """The checkpoint to go on from, or None; raises `ValueError` where a run would be overwritten or another one continued."""
     last = ckpt.last_checkpoint(config.output)
-    if last is None:
-        return None, None
-    if config.resume != "auto":
-        raise ValueError(f"output={config.output} holds a run: resume=auto goes on with it; or set another output=")
-    meta = ckpt.read_meta(last)
-    check_resume(meta["config"], config)
-    return last, meta
+    if last is not None:
+        if config.resume != "auto":
+            raise ValueError(f"output={config.output} holds a run: resume=auto goes on with it; or set another output=")
+        check_resume(ckpt.read_meta(last)["config"], config)
+    return last
 
 
 def describe(run):
@@ -360,85 +374,83 @@ def check_finite(loss, step, keys):
 
 def train(config):
     """Train as `config`, a `TrainConfig`, says; returns the run's folder."""
-    last, meta = find_resume(config)
+    last = find_resume(config)
     run = set_up(config)
     training, validation = open_data(config, run)
-    start = 0
-    if last:
-        ckpt.load_training(last, model=run.model, optimizer=run.optimizer, ema=run.ema)
-        start = meta["step"]
-    folder, main = Path(config.output), parallel.rank() == 0
-    if main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    metrics = Metrics(config.metrics, folder, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main)
-    held_out, prompts = encode_validation(run, validation), encode_prompts(run, validation)
-    tokens = num_image_tokens(*run.latent_shape[1:])
-    speed = Throughput(
-        device=run.device,
-        flops_per_sample=3 * run.model.forward_flops(config.model.max_sequence_length, tokens),
-        num_devices=parallel.world_size(),
-        peak=config.metrics.peak_tflops,
-    )
-    try:
-        loop(run, metrics, speed, training, held_out, prompts, start)
-    finally:
-        metrics.close()
-    if main:
-        plot_losses(folder)
-    return folder
-
-
-def loop(run, metrics, speed, training, held_out, prompts, start):
-    """Steps from `start` to the end, with validation, pictures and checkpoints at their intervals."""
-    config = run.config
-    size, ranks = config.data.global_batch, parallel.world_size()
-    accumulation = size // (config.data.micro_batch * ranks)
+    start = ckpt.load_training(last, model=run.model, optimizer=run.optimizer, ema=run.ema) if last else 0
+    watch = start_watching(run, validation, start)
+    size = config.data.global_batch
+    slices = size // (config.data.micro_batch * parallel.world_size())
     batches = rank_loader(config, training, global_batch=size, start_index=start * size, workers=config.data.workers)
-    with stop_signals() as caught:
+    with closing(watch.metrics), stop_signals() as caught:
         for step in range(start, config.steps):
-            micro = [next(batches) for _ in range(accumulation)]
+            micro = [next(batches) for _ in range(slices)]
             loss, norm = train_step(run, micro, step)
-            speed.add(config.data.global_batch)
             check_finite(loss, step + 1, [key for batch in micro for key in batch["keys"]])
-            done = step + 1
-            last = done == config.steps
-            if done % config.metrics.log_every == 0 or last:
-                values = {
-                    "loss": parallel.mean_over_ranks(loss).item(),
-                    "grad_norm": norm.item(),
-                    "lr": run.optimizer.param_groups[0]["lr"],
-                }
-                values |= speed.read()
-                metrics.log(done, values)
-                metrics.progress(done, values)
-            else:
-                metrics.progress(done)
+            report(run, watch, step + 1, loss, norm)
             stopping = parallel.any_rank(caught["name"], run.device)
-            with speed.paused():
-                look(run, metrics, held_out, prompts, done, last)
-                if last or stopping or done % config.checkpoint.every == 0:
-                    ckpt.save_training(config.output, step=done, model=run.model, optimizer=run.optimizer, ema=run.ema,
-                                       meta=describe(run), keep=config.checkpoint.keep)  # fmt: skip
-            if stopping and not last:
-                log.info(
-                    "stopped by %s after step %d; resume=auto goes on from there", caught["name"] or "another rank's signal", done
-                )
-                return
+            with watch.speed.paused():
+                look(run, watch, step + 1)
+                if stopping or due(step + 1, config.checkpoint.every, config.steps):
+                    save(run, step + 1)
+            if stopping:
+                log.info("stopped by %s after step %d; resume=auto goes on", caught["name"] or "another rank's signal", step + 1)
+                break
+    if parallel.rank() == 0:
+        plot_losses(config.output)
+    return Path(config.output)
 
 
-def look(run, metrics, held_out, prompts, done, last):
-    """Validate and draw where step `done` is due for it."""
+def due(step, every, steps):
+    """Whether something that happens every so many steps (0: never), and after the last, is due after `step`."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def start_watching(run, validation, start):
+    """Open the run's folder and metrics and encode what it looks at; with a cache the text encoders are then freed."""
+    config, main = run.config, parallel.rank() == 0
+    if main:
+        Path(config.output).mkdir(parents=True, exist_ok=True)
+        (Path(config.output) / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+    metrics = Metrics(
+        config.metrics, config.output, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main
+    )
+    flops = 3 * run.model.forward_flops(config.model.max_sequence_length, num_image_tokens(*run.latent_shape[1:]))
+    ranks, peak = parallel.world_size(), config.metrics.peak_tflops
+    held_out, prompts = encode_validation(run, validation), encode_prompts(run, validation)
+    if config.data.cache:
+        run.parts.encoders = None
+    return Watch(metrics, Throughput(device=run.device, flops_per_sample=flops, num_devices=ranks, peak=peak), held_out, prompts)
+
+
+def report(run, watch, step, loss, norm):
+    """Count a step, and every log_every of them write the loss and the speed down."""
+    watch.speed.add(run.config.data.global_batch)
+    values = {}
+    if due(step, run.config.metrics.log_every, run.config.steps):
+        lr = run.optimizer.param_groups[0]["lr"]
+        values = {"loss": parallel.mean_over_ranks(loss).item(), "grad_norm": norm.item(), "lr": lr} | watch.speed.read()
+        watch.metrics.log(step, values)
+    watch.metrics.progress(step, values)
+
+
+def look(run, watch, step):
+    """Validate and draw, with the averaged weights, where step `step` is due for it."""
     config = run.config
-    validate = last or (config.validate_every and done % config.validate_every == 0)
-    draw = prompts and (last or (config.sample.every and done % config.sample.every == 0))
+    validate = due(step, config.validate_every, config.steps)
+    draw = watch.prompts is not None and due(step, config.sample.every, config.steps)
     if not (validate or draw):
         return
     with averaged(run):
         if validate:
-            values = evaluate(run, held_out)
-            metrics.log(done, values)
-            metrics.progress(done, {"val": values["val/loss"]})
+            values = evaluate(run, watch.held_out)
+            watch.metrics.log(step, values)
+            watch.metrics.progress(step, {"val": values["val/loss"]})
         if draw:
-            sheet = draw_grid(run, prompts)
-            metrics.image(done, "grid", sheet)
+            watch.metrics.image(step, "grid", draw_grid(run, watch.prompts))
+
+
+def save(run, step):
+    """Write a checkpoint of step `step`."""
+    config, state = run.config, dict(model=run.model, optimizer=run.optimizer, ema=run.ema)
+    ckpt.save_training(config.output, step=step, meta=describe(run), keep=config.checkpoint.keep, **state)
