@@ -88,9 +88,7 @@ class TrainConfig:
     sample: SampleGridConfig = field(default_factory=SampleGridConfig)
     steps: int = field(default=30_000, metadata={"help": "optimizer steps"})
     validate_every: int = field(default=500, metadata={"help": "steps between validations; 0 for the last step only"})
-    validation: str = field(
-        default="all", metadata={"help": "all: every sample at 8 values of t; round_robin: each at one, as MLPerf"}
-    )
+    validation: str = field(default="all", metadata={"help": "all: each sample at 8 values of t; round_robin: at one, as MLPerf"})
     seed: int = field(default=0, metadata={"help": "seed of every random draw"})
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
     dtype: str | None = field(

@@ -30,8 +30,10 @@ from fluxlite.pipeline import check_widths, resolve
 log = logging.getLogger("fluxlite")
 
 # What a resumed run may change: nothing that its weights or its order of samples depend on.
-MAY_CHANGE = ("steps", "output", "resume", "device", "validate_every", "validation", "parallel.", "checkpoint.", "metrics.", "sample.",
-              "data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention")  # fmt: skip
+MAY_CHANGE = (
+    *("steps", "output", "resume", "device", "validate_every", "validation", "parallel.", "checkpoint.", "metrics.", "sample."),
+    *("data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention"),
+)
 
 
 @dataclass
