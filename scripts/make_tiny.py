@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,7 @@ def initialise_residual(vae):
 
 
 def make_vae(minutes):
+    """Two phases: pictures alone, then with noise of up to 0.4 of the latents' spread, so that the decoder forgives the flow's errors."""
     torch.manual_seed(0)
     config = AutoencoderConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=1)
     vae = Autoencoder(config).to(memory_format=torch.channels_last)
@@ -95,16 +97,18 @@ def make_vae(minutes):
     nn.init.constant_(vae.encoder.conv_out.bias[config.latent_channels :], -4)  # little noise at first: pictures before priors
     batches = picture_batches(8, seed=1)
 
-    def step():
+    def step(noise):
         images = next(batches).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             mean, logvar = vae.posterior(images)
-            out = vae.decoder(sample_posterior(mean, logvar, torch.randn_like(mean)))
+            level = noise * mean.detach().std() * torch.rand(len(mean), 1, 1, 1)
+            out = vae.decoder(sample_posterior(mean, logvar, torch.randn_like(mean)) + level * torch.randn_like(mean))
         error = out.float() - images
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + error.square().mean() + 1e-4 * kl
 
-    fit(vae.parameters(), step, minutes=minutes, lr=2e-3, log_every=100)
+    fit(vae.parameters(), partial(step, 0.0), minutes=0.7 * minutes, lr=2e-3)
+    fit(vae.parameters(), partial(step, 0.4), minutes=0.3 * minutes, lr=2e-3)
     vae = vae.to(memory_format=torch.contiguous_format).to(torch.bfloat16).float()
     with torch.no_grad():
         images = torch.cat([next(batches) for _ in range(64)])
@@ -192,7 +196,7 @@ def write_index():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["all", "vae", "text", "transformer"], default="all")
-    parser.add_argument("--vae-minutes", type=float, default=20)
+    parser.add_argument("--vae-minutes", type=float, default=30)
     parser.add_argument("--text-minutes", type=float, default=7)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
