@@ -82,9 +82,9 @@ def rope_table(ids, config):
 
 
 def rotate(x, rope):
-    """Rotate x (B, N, L, D) by a table of (L, D/2) pairs, in float32."""
+    """Rotate x (B, N, L, D) by a float32 table of (L, D/2) pairs; products are float32 by promotion."""
     cos, sin = rope
-    a, b = x.float().chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
@@ -98,7 +98,7 @@ def attend(q, k, v, rope, backend="auto"):
 
 def modulated_norm(x, shift, scale):
     """LayerNorm without weights, then (1 + scale)·x + shift; shift and scale are (B, 1, H)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 class MLP(nn.Module):
@@ -149,8 +149,8 @@ class Stream(nn.Module):
 
     def finish(self, x, attention, modulation):
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x = x + gate * self.proj(attention)
-        return x + mlp_gate * self.mlp(modulated_norm(x, mlp_shift, mlp_scale))
+        x = torch.addcmul(x, gate, self.proj(attention))
+        return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale)))
 
 
 class DoubleBlock(nn.Module):
@@ -184,7 +184,7 @@ class SingleBlock(nn.Module):
         """x (B, L, H), modulation (3, B, 1, H)."""
         shift, scale, gate = modulation
         h = modulated_norm(x, shift, scale)
-        return x + gate * (self.proj(attend(*self.qkv(h), rope, attention)) + self.mlp(h))
+        return torch.addcmul(x, gate, self.proj(attend(*self.qkv(h), rope, attention)) + self.mlp(h))
 
 
 class Flux(nn.Module):
