@@ -100,7 +100,7 @@ def main():
     parser.add_argument("--num", type=int, default=200, help="held-out pairs of colours to draw")
     parser.add_argument("--swaps", type=int, default=50, help="of these, how many are drawn again with their colours swapped")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--guidance", type=number_or_none, default=1.0, help="1 unless given; none for a model without this input")
+    parser.add_argument("--guidance", type=number_or_none, default=3.0, help="guidance; none for a model without this input")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pairs and of the noise")
     parser.add_argument("--batch", type=int, default=50, help="pictures drawn at once")
     parser.add_argument("--output", type=Path, default=Path("outputs/proof"), help="folder for proof.json and grid.png")
