@@ -90,17 +90,13 @@ def verdict(result):
     return f"{result['prompt']}\n{'wrong ' + ' and '.join(wrong) if wrong else 'right'}"
 
 
-def number_or_none(text):
-    return None if text == "none" else float(text)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Measure whether a model has learnt fill50k.")
     parser.add_argument("--checkpoint", help="a run, a pipeline folder or a transformer (default: the shipped tiny pipeline)")
     parser.add_argument("--num", type=int, default=200, help="held-out pairs of colours to draw")
     parser.add_argument("--swaps", type=int, default=50, help="of these, how many are drawn again with their colours swapped")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps")
-    parser.add_argument("--guidance", type=number_or_none, default=3.0, help="guidance; none for a model without this input")
+    parser.add_argument("--guidance", type=float, help="guidance embedding (default: the checkpoint's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pairs and of the noise")
     parser.add_argument("--batch", type=int, default=50, help="pictures drawn at once")
     parser.add_argument("--output", type=Path, default=Path("outputs/proof"), help="folder for proof.json and grid.png")

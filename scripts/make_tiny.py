@@ -89,7 +89,7 @@ def initialise_residual(vae):
 
 
 def make_vae(minutes):
-    """Two phases: pictures alone, then with noise of up to 0.4 of the latents' spread, so that the decoder forgives the flow's errors."""
+    """Two phases: pictures alone, then with noise of up to 0.4 of the latents' spread, so that the decoder forgives errors."""
     torch.manual_seed(0)
     config = AutoencoderConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=1)
     vae = Autoencoder(config).to(memory_format=torch.channels_last)
