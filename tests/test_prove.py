@@ -143,4 +143,4 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
     saved = json.loads((tmp_path / "proof" / "proof.json").read_text())
     assert line["right"] == saved["right"] == 1 and line["num_swaps"] == 2 and len(saved["pictures"]) == 6
     assert Image.open(tmp_path / "proof" / "grid.png").width == 8 + 6 * (128 + 8)
-    assert asked == [{"seed": 0, "steps": 3, "guidance": 1.0, "batch": 50}] * 2
+    assert asked == [{"seed": 0, "steps": 3, "batch": 50}] * 2
