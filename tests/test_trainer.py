@@ -100,8 +100,9 @@ def test_round_robin_validation_measures_each_sample_at_one_t(tmp_path):
     assert all(0.5 < some[k] / v < 2 and some[k] != v for k, v in every.items() if k[1].startswith("val/loss_t"))
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
-    common = [*MOCK, "steps=60", "checkpoint.every=5", "validate_every=10"]
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
+    common = [*MOCK, f"optim.kind={kind}", "steps=60", "checkpoint.every=5", "validate_every=10"]
     whole = train(*common, f"output={tmp_path}/whole")
     process = subprocess.Popen(command(*common, f"output={tmp_path}/killed"), cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed/checkpoints/step-000010").exists():
@@ -117,8 +118,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_two_processes_equal_one_and_resume_each_other(tmp_path):
-    common = [*MOCK, "dtype=float32", "checkpoint.every=3"]
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_two_processes_equal_one_and_resume_each_other(tmp_path, kind):
+    common = [*MOCK, "dtype=float32", "checkpoint.every=3", f"optim.kind={kind}"]
     whole = losses(train(*common, "steps=6", f"output={tmp_path}/one"))
     result = run(*common, "steps=3", f"output={tmp_path}/two", ranks=2)
     assert result.returncode == 0, result.stderr
@@ -201,6 +203,24 @@ def test_frozen_parameters_stay_and_patterns_must_match():
     assert "double_blocks.0.img.proj.weight" in trained and "out.bias" not in trained and "img_in.weight" not in trained
     with pytest.raises(ValueError, match="no parameter matches bloks"):
         optim.freeze(model, optim.OptimConfig(trainable=["bloks.*"]))
+
+
+def test_muon_orthogonalises_and_matches_torch():
+    g = torch.Generator().manual_seed(0)
+    for shape in ((48, 16), (16, 48), (32, 32)):
+        matrix = torch.randn(shape, generator=g) @ torch.diag(torch.logspace(0, -2, shape[1]))
+        values = torch.linalg.svdvals(optim.orthogonalise(matrix))
+        assert matrix.norm() > 0 and values.max() < 1.4 and values.median() > 0.5
+    ours, theirs = torch.randn(48, 16, generator=g).requires_grad_(), None
+    theirs = ours.detach().clone().requires_grad_()
+    a = optim.Muon([ours], lr=0.1, momentum=0.9, weight_decay=0.1)
+    b = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(48, 16, generator=g)
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+    assert torch.allclose(ours, theirs, atol=2e-3) and not torch.allclose(ours, torch.zeros_like(ours), atol=0.5)
 
 
 def test_learning_rate_schedules():

@@ -30,6 +30,7 @@ from fluxlite.parallel import ParallelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DTYPES = ("float32", "bfloat16")
+OFFLOAD = ("none", "text", "all")
 
 
 def verbatim(default, help):
@@ -43,6 +44,9 @@ class PartsConfig:
 
     checkpoint: str | None = verbatim(
         None, "transformer: a pipeline folder, a transformer's, a run or a file; flux-tiny is shipped"
+    )
+    save_converted: str | None = verbatim(
+        None, "where to keep model.checkpoint in our own layout, which loads without a copy; used again if it is there"
     )
     t5: str | None = verbatim(None, "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped")
     clip: str | None = verbatim(None, "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped")
@@ -149,6 +153,12 @@ class InferConfig:
     )
     seed: int = field(default=0, metadata={"help": "picture i of prompt j depends on (seed, j, i) alone"})
     batch: int = field(default=8, metadata={"help": "pictures drawn at once"})
+    offload: str = field(
+        default="text",
+        metadata={
+            "help": "text: encoders and modulation are freed after use; all: blocks are streamed to a GPU too; none: all stays"
+        },
+    )
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
     dtype: str | None = field(
         default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"}
@@ -161,6 +171,8 @@ class InferConfig:
             raise ValueError('prompt= is missing: name what to draw, as in prompt="red circle with blue background"')
         if self.prompt_file and not Path(self.prompt_file).is_file():
             raise ValueError(f"prompt_file={self.prompt_file} is not a file")
+        if self.offload not in OFFLOAD:
+            raise ValueError(f"offload={self.offload}: choose one of {', '.join(OFFLOAD)}")
         for name in ("images_per_prompt", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")

@@ -5,18 +5,22 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 SCHEDULES = ("constant", "cosine", "linear")
+KINDS = ("adamw", "muon")
 
 
 @dataclass
 class OptimConfig:
-    """AdamW and what surrounds it."""
+    """The optimizer and what surrounds it."""
 
+    kind: str = field(default="adamw", metadata={"help": "adamw, or muon: Muon for the blocks' matrices and AdamW for the rest"})
     lr: float = field(default=1e-4, metadata={"help": "peak learning rate"})
     beta1: float = field(default=0.9, metadata={"help": "AdamW's decay of the gradient's mean"})
     beta2: float = field(default=0.95, metadata={"help": "AdamW's decay of the gradient's square"})
     eps: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
+    momentum: float = field(default=0.95, metadata={"help": "Muon's decay of the gradient's mean"})
     weight_decay: float = field(default=0.01, metadata={"help": "decoupled weight decay of matrices; biases and norms have none"})
     warmup: int = field(default=500, metadata={"help": "steps of linear warm-up"})
     schedule: str = field(
@@ -29,6 +33,8 @@ class OptimConfig:
     freeze: list[str] = field(default_factory=list, metadata={"help": "name patterns of parameters to freeze, after trainable"})
 
     def validate(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"optim.kind={self.kind}: choose one of {', '.join(KINDS)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optim.schedule={self.schedule}: choose one of {', '.join(SCHEDULES)}")
         for name in ("lr", "weight_decay", "warmup", "clip"):
@@ -53,15 +59,70 @@ def freeze(model, config):
         raise ValueError("optim.trainable and optim.freeze leave nothing to train")
 
 
-def make_optimizer(model, config):
-    """AdamW over the trainable parameters; weight decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizers(model, config):
+    """The optimizers of the trainable parameters, a list: AdamW alone, or Muon for the blocks' matrices before it.
+
+    Weight decay is on matrices only. All follow one learning rate.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    in_muon = {name for name, p in named.items() if config.kind == "muon" and p.ndim == 2 and "_blocks." in name}
+    rest = [p for name, p in named.items() if name not in in_muon]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    betas = (config.beta1, config.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=betas, eps=config.eps, fused=True)
+    options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    optimizers = [torch.optim.AdamW(kept, **options)] if (kept := [g for g in groups if g["params"]]) else []
+    if in_muon:
+        matrices = [named[name] for name in named if name in in_muon]
+        optimizers.insert(0, Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
+    return optimizers
+
+
+def orthogonalise(matrix, steps=5):
+    """The matrix (m, n) with all its singular values moved to about 1, by Newton-Schulz iteration in bfloat16.
+
+    The quintic's coefficients are those of Muon (Jordan et al., 2024), the steepest at zero that converge to within 0.3 of 1.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = (matrix if wide else matrix.T).bfloat16()
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.T).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for matrices (Jordan et al., 2024), scaled to AdamW's usual size (arXiv 2502.16982).
+
+    A sharded matrix is gathered for its update, which every rank computes whole: exact on any mesh, at the price of an all-gather.
+    """
+
+    def __init__(self, parameters, *, lr, momentum, weight_decay):
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if closure is not None:
+            raise ValueError("Muon takes no closure")
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+                mean = self.state[p]["momentum"]
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = self.orthogonalised(p.grad.lerp(mean, group["momentum"]))
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+    @staticmethod
+    def orthogonalised(update):
+        if not isinstance(update, DTensor):
+            return orthogonalise(update)
+        whole = orthogonalise(update.full_tensor())
+        return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
 
 
 def learning_rate(config, step, total_steps):

@@ -20,6 +20,9 @@ class ParallelConfig:
 
     dp_shard: int = field(default=-1, metadata={"help": "ranks that share one copy of the weights (FSDP2); -1: all that are left"})
     tp: int = field(default=1, metadata={"help": "tensor-parallel ranks"})
+    reshard_after_forward: bool = field(
+        default=True, metadata={"help": "free gathered weights between forward and backward: less memory, one more all-gather"}
+    )
     timeout_s: int = field(default=600, metadata={"help": "seconds after which a rank that waits for another gives up"})
 
     def validate(self):
@@ -73,16 +76,17 @@ def stop():
         dist.destroy_process_group()
 
 
-def shard(model, mesh, dtype):
-    """FSDP2 with a unit a block; float32 master weights and reduction, compute in `dtype`.
+def shard(model, mesh, config, dtype):
+    """FSDP2 with a unit a block, as `config`, a `ParallelConfig`, says; float32 master weights and reduction, compute in `dtype`.
 
     Inputs are not cast: t, guidance and RoPE tables stay float32.
     """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here writes to outputs in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     for block in [*model.double_blocks, *model.single_blocks]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
 
 
 def reshard(model):

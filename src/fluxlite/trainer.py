@@ -61,7 +61,7 @@ class Run:
     config: object
     device: torch.device
     model: Flux
-    optimizer: torch.optim.Optimizer
+    optimizers: list
     ema: optim.EMA | None
     parts: Parts
     rope: tuple
@@ -79,7 +79,8 @@ class Run:
 def build_model(config, device, mesh):
     """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's."""
     if config.model.checkpoint:
-        model = ckpt.load_transformer(resolve(config.model.checkpoint), ema=config.model.ema, attention=config.model.attention)
+        source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
+        model = ckpt.load_transformer(source, attention=config.model.attention)
         if model.config != config.model.shape():
             differences = _differences(asdict(model.config), asdict(config.model.shape()))
             raise ValueError(f"model.checkpoint={config.model.checkpoint} has another shape: {differences}")
@@ -91,7 +92,7 @@ def build_model(config, device, mesh):
         model.initialise(torch.Generator(device).manual_seed(seed))
     model.train().requires_grad_(True)
     optim.freeze(model, config.optim)
-    return parallel.shard(model, mesh, getattr(torch, config.dtype))
+    return parallel.shard(model, mesh, config.parallel, getattr(torch, config.dtype))
 
 
 def load_parts(config, device):
@@ -147,11 +148,11 @@ def set_up(config):
     device, mesh = parallel.start(config.parallel, config.device)
     parts = load_parts(config, device)
     model = build_model(config, device, mesh)
-    optimizer = optim.make_optimizer(model, config.optim)
+    optimizers = optim.make_optimizers(model, config.optim)
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
-    return Run(config, device, model, optimizer, ema, parts, rope_table(ids, model.config))
+    return Run(config, device, model, optimizers, ema, parts, rope_table(ids, model.config))
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------------------
@@ -185,7 +186,7 @@ def flow_loss(run, x0, txt, pooled, *, noise, t, guidance):
 def train_step(run, batches, step):
     """One optimizer step over this rank's micro-batches; the mean loss and the gradient's norm, both tensors."""
     config, device = run.config, run.device
-    for group in run.optimizer.param_groups:
+    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
         group["lr"] = optim.learning_rate(config.optim, step, config.steps)
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
@@ -199,8 +200,9 @@ def train_step(run, batches, step):
         loss.backward()
         total += loss.detach()
     norm = optim.clip_gradients(run.model, config.optim)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    for optimizer in run.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     if run.ema:
         run.ema.update(step)
     return total, norm
@@ -288,7 +290,7 @@ def draw_grid(run, prompts):
     for start in range(0, len(texts), size):
         rows = slice(start, start + size)
         noise = sampling.initial_noise(run.latent_shape, list(range(len(texts)))[rows]).to(run.device)
-        tokens = sampling.sample(run.model, txt[rows].to(dtype), pooled[rows].to(dtype), noise, settings, whole_forward=True)
+        tokens = sampling.sample_sharded(run.model, txt[rows].to(dtype), pooled[rows].to(dtype), noise, settings)
         pictures += sampling.decode(run.parts.autoencoder, tokens, data.height, data.width)
     return contact_sheet(pictures, captions=texts)
 
@@ -379,7 +381,7 @@ def train(config):
     last = find_resume(config)
     run = set_up(config)
     training, validation = open_data(config, run)
-    start = ckpt.load_training(last, model=run.model, optimizer=run.optimizer, ema=run.ema) if last else 0
+    start = ckpt.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0
     watch = start_watching(run, validation, start)
     size = config.data.global_batch
     slices = size // (config.data.micro_batch * parallel.world_size())
@@ -430,7 +432,7 @@ def report(run, watch, step, loss, norm):
     watch.speed.add(run.config.data.global_batch)
     values = {}
     if due(step, run.config.metrics.log_every, run.config.steps):
-        lr = run.optimizer.param_groups[0]["lr"]
+        lr = run.optimizers[0].param_groups[0]["lr"]
         values = {"loss": parallel.mean_over_ranks(loss).item(), "grad_norm": norm.item(), "lr": lr} | watch.speed.read()
         watch.metrics.log(step, values)
     watch.metrics.progress(step, values)
@@ -454,5 +456,5 @@ def look(run, watch, step):
 
 def save(run, step):
     """Write a checkpoint of step `step`."""
-    config, state = run.config, dict(model=run.model, optimizer=run.optimizer, ema=run.ema)
+    config, state = run.config, dict(model=run.model, optimizers=run.optimizers, ema=run.ema)
     ckpt.save_training(config.output, step=step, meta=describe(run), keep=config.checkpoint.keep, **state)
