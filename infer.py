@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def body(config):
     import torch
     from tqdm import tqdm
 
-    from fluxlite.metrics import contact_sheet
+    from fluxlite.metrics import Stages, contact_sheet
     from fluxlite.pipeline import generate
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -62,7 +63,8 @@ def body(config):
         for k in ("height", "width", "steps", "guidance", "max_sequence_length")
         if getattr(config, k) is not None
     }
-    options |= {k: getattr(config.model, k) for k in ("t5", "clip", "autoencoder", "ema", "attention")}
+    options |= {k: getattr(config.model, k) for k in ("save_converted", "t5", "clip", "autoencoder", "ema", "attention")}
+    stages = Stages(config.device)
     pictures = generate(
         prompts,
         checkpoint=config.model.checkpoint,
@@ -70,6 +72,8 @@ def body(config):
         images_per_prompt=config.images_per_prompt,
         seed=config.seed,
         batch=config.batch,
+        offload=config.offload,
+        stage=stages,
         true_cfg=config.true_cfg,
         shift=config.shift,
         device=config.device,
@@ -92,6 +96,7 @@ def body(config):
         path = free_path(folder, "contact-sheet")
         contact_sheet(pictures, captions=texts).save(path)
         print(path)
+    print(stages.table(), file=sys.stderr)
 
 
 if __name__ == "__main__":

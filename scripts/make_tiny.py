@@ -12,7 +12,6 @@ import math
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -117,28 +116,9 @@ def make_vae(minutes):
         config.shift_factor, config.scaling_factor = round(sample.mean().item(), 4), round(1 / sample.std().item(), 4)
         error = (vae.decode(vae.encode(images)) - images) * 127.5
     print(f"reconstruction: mean |error| {error.abs().mean():.2f} of 255; latents {config}")
-    save_module(ASSETS / "vae", vae.state_dict(), diffusers_vae_config(config), "diffusion_pytorch_model.safetensors")
-
-
-def diffusers_vae_config(config):
-    levels = len(config.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.30.0",
-        "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "in_channels": 3,
-        "out_channels": 3,
-        "sample_size": SIZE,
-        "force_upcast": True,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-        "mid_block_add_attention": True,
-        "latents_mean": None,
-        "latents_std": None,
-        **asdict(config),
-    }
+    save_module(
+        ASSETS / "vae", vae.state_dict(), convert.autoencoder_config_to_diffusers(config), "diffusion_pytorch_model.safetensors"
+    )
 
 
 # --- transformer ---------------------------------------------------------------------------------------------------------------
@@ -150,7 +130,7 @@ def make_transformer():
     subprocess.run([sys.executable, "train.py", "recipe=flux_tiny", f"output={run}", "resume=auto"], cwd=root, check=True)
     model = load_transformer(root / run)
     state = model.state_dict()
-    tensors = dict(convert.from_fluxlite(state, state.__getitem__, model.config, "diffusers"))
+    tensors = convert.from_fluxlite(state, model.config, "diffusers")
     config = convert.config_to_diffusers(model.config)
     save_module(ASSETS / "transformer", tensors, config, "diffusion_pytorch_model.safetensors")
     write_index()

@@ -41,7 +41,7 @@ def ours_from(theirs):
     config = convert.config_from_diffusers(theirs.config)
     state = theirs.state_dict()
     model = Flux(config)
-    model.load_state_dict(dict(convert.to_fluxlite(state, state.__getitem__, config, "diffusers")), strict=True)
+    model.load_state_dict(convert.to_fluxlite(state, config, "diffusers"), strict=True)
     return model
 
 

@@ -19,6 +19,9 @@ from pathlib import Path
 
 import torch
 
+from fluxlite import hub
+from fluxlite.hub import one_line
+
 log = logging.getLogger("fluxlite")
 
 
@@ -178,37 +181,16 @@ def locate(where, kind):
 def download(where, kind):
     """Fetch the encoder and the tokenizer of `owner/name[/folder]` from the hub or its cache; returns the folder."""
     owner, name, *inside = [*where.split("/"), "", ""][: max(2, where.count("/") + 1)]
-    if not owner or not name or owner[0] in ".~" or Path(owner).is_dir() or len(inside) > 1:
+    if not hub.is_repository(where) or len(inside) > 1:
         raise ValueError(f"{kind.key}={where} is no folder: name one, such as assets/flux-tiny, or a hub repository owner/name")
-    with quiet_transformers():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-
-    repository, folder = f"{owner}/{name}", inside[0] if inside else kind.encoder
+    folder = inside[0] if inside else kind.encoder
     patterns = [f"{folder}/*.{suffix}" for suffix in ("json", "model", "safetensors", "txt")] + [f"{kind.tokenizer}/*"]
     if not inside:  # a repository of one encoder; never *.safetensors, which in a pipeline's root are other models
         patterns += (
             "config.json tokenizer.json tokenizer_config.json special_tokens_map.json spiece.model vocab.json merges.txt".split()
         )
         patterns += ["model.safetensors", "model.safetensors.index.json", "model-0*-of-*.safetensors"]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns, etag_timeout=5)).joinpath(*inside)
-    except GatedRepoError as error:
-        remedy = f"is gated: accept its licence at https://huggingface.co/{repository}, then run `hf auth login` or set HF_TOKEN"
-        raise ValueError(f"{kind.key}={where} {remedy}") from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(
-            f"{kind.key}={where} is no folder and no public hub repository: check the name, or `hf auth login`"
-        ) from error
-    except OSError as error:
-        remedy = "name a folder, such as assets/flux-tiny, or check the connection"
-        raise ValueError(f"{kind.key}={where} is no folder, and the hub does not answer ({one_line(error)}): {remedy}") from error
-
-
-def one_line(error):
-    """The first line of an error's text, shortened."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if len(line) <= 160 else line[:157] + "..."
+    return hub.fetch(f"{owner}/{name}", patterns, key=kind.key).joinpath(*inside)
 
 
 @contextlib.contextmanager

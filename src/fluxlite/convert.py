@@ -1,186 +1,469 @@
-"""Names and layouts of checkpoints: one table for each format, read forwards or backwards.
+"""Names and layouts of checkpoints: a table for each foreign layout, read forwards or backwards.
 
-A rule maps the tensors of a foreign layout that match a pattern onto tensors of ours, with a transform that is its own data:
-`forward` from their tensors to ours, `backward` the inverse. Completeness is checked on names and shapes before anything is read.
+A row of a table is (their names, our names, transform). `{i}` counts blocks, `.*` stands for `.weight` and `.bias`, and
+`modulation/img` for the rows of our one modulation linear that belong to the image stream of block i. `rules` spells a table out
+for a model; `convert` carries the tensors of one layout to another, a rule at a time: no more than one block's linear is in memory.
+Completeness is checked on names and shapes before any tensor is read.
 
-H hidden width, N heads, D head width.
+H hidden width, N heads, D head width. The layouts: `fluxlite` (ours), `diffusers`, `bfl` (flux1-dev.safetensors, ComfyUI), `nemo`.
 """
 
+import re
 from collections import namedtuple
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
 
-from fluxlite.model import FluxConfig
+from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
+from fluxlite.model import Flux, FluxConfig
 
-# theirs and ours: lists of names; forward: [their tensors] -> [our tensors]; backward: the inverse.
-Rule = namedtuple("Rule", "theirs ours forward backward")
-
-
-@dataclass
-class Shape:
-    """What transforms need to know of a model."""
-
-    hidden_size: int
-    num_heads: int
-
-    @property
-    def head(self):
-        return self.hidden_size // self.num_heads
+# forward: (their tensors, the model's configuration) → our tensors; backward: the inverse. Both are views where they can be.
+Transform = namedtuple("Transform", "forward backward")
+# A tensor, or where stop is not None its rows from start to stop.
+Piece = namedtuple("Piece", "name start stop", defaults=(0, None))
+# theirs and ours: lists of pieces; optional: of theirs, the names that a checkpoint may lack.
+Rule = namedtuple("Rule", "theirs ours transform optional", defaults=((),))
 
 
-# --- transforms: (function, inverse), each from a list of tensors to a list of tensors -----------------------------------------
+# --- transforms -----------------------------------------------------------------------------------------------------------------
 
 
-def _same(tensors):
+def half_split(x, config):
+    """Rows (N·D, ...) of queries or keys, from rotation pairs (0, 1), (2, 3) … of a head to pairs (i, i + D/2)."""
+    return rearrange(x, "(n d two) ... -> (n two d) ...", d=config.head_width // 2, two=2)
+
+
+def interleave(x, config):
+    """The inverse of `half_split`."""
+    return rearrange(x, "(n two d) ... -> (n d two) ...", d=config.head_width // 2, two=2)
+
+
+def by_head(q, k, v, config):
+    """(N·D, ...) each to (N·3·D, ...)."""
+    return rearrange(torch.stack([q, k, v]), "three (n d) ... -> (n three d) ...", d=config.head_width)
+
+
+def by_kind(qkv, config):
+    """The inverse of `by_head`."""
+    return rearrange(qkv, "(n three d) ... -> three (n d) ...", three=3, d=config.head_width)
+
+
+def join_qkv(tensors, config):
+    q, k, v = tensors
+    return [by_head(half_split(q, config), half_split(k, config), v, config)]
+
+
+def split_qkv(tensors, config):
+    q, k, v = by_kind(tensors[0], config)
+    return [interleave(q, config), interleave(k, config), v]
+
+
+def split_rows(tensors, config):
+    qkv, mlp = tensors[0].split([3 * config.hidden_size, config.mlp_ratio * config.hidden_size])
+    return [*join_qkv(qkv.chunk(3), config), mlp]
+
+
+def _same(tensors, config):
     return list(tensors)
 
 
-def _halves(x):
-    """Interleaved rotation pairs (0,1),(2,3).. of the first axis's heads to half-split pairs (i, i + D/2)."""
-    return rearrange(x, "(d two) ... -> (two d) ...", two=2)
-
-
-def _pairs(x):
-    return rearrange(x, "(two d) ... -> (d two) ...", two=2)
-
-
-def _per_head(function, x, head):
-    """Apply a permutation of a head's channels to every head of x (N·D, ...)."""
-    heads = rearrange(x, "(n d) ... -> d n ...", d=head)
-    return rearrange(function(heads), "d n ... -> (n d) ...")
-
-
-def join_qkv(shape):
-    """Separate q, k, v ↔ our head-by-head qkv with half-split rotation pairs in q and k."""
-
-    def forward(tensors):
-        q, k, v = tensors
-        q, k = (_per_head(_halves, x, shape.head) for x in (q, k))
-        return [rearrange(torch.stack([q, k, v]), "three (n d) ... -> (n three d) ...", d=shape.head).contiguous()]
-
-    def backward(tensors):
-        q, k, v = rearrange(tensors[0], "(n three d) ... -> three (n d) ...", three=3, d=shape.head)
-        return [_per_head(_pairs, q, shape.head), _per_head(_pairs, k, shape.head), v.contiguous()]
-
-    return forward, backward
-
-
-def halve_norm():
-    """A q or k norm's scale, interleaved ↔ half-split."""
-    return (lambda t: [_halves(t[0])]), (lambda t: [_pairs(t[0])])
-
-
-def stack_rows(chunks):
-    """Several tensors stacked along rows; `chunks` gives each one's share of the rows, in units of the hidden width."""
-
-    def backward(tensors):
-        unit = tensors[0].shape[0] // sum(chunks)
-        return [x.contiguous() for x in tensors[0].split([c * unit for c in chunks])]
-
-    return (lambda tensors: [torch.cat(tensors)]), backward
-
-
-def split_columns(shape):
-    """One linear over (attention, MLP) ↔ two linears."""
-
-    def forward(tensors):
-        return [x.contiguous() for x in tensors[0].split([shape.hidden_size, tensors[0].shape[1] - shape.hidden_size], dim=1)]
-
-    return forward, (lambda tensors: [torch.cat(tensors, dim=1)])
-
-
-def swap_halves(tensors):
-    """(scale, shift) ↔ (shift, scale)."""
-    a, b = tensors[0].chunk(2)
-    return [torch.cat([b, a])]
+SAME = Transform(_same, _same)
+# separate q, k and v ↔ ours, head by head and half-split
+QKV = Transform(join_qkv, split_qkv)
+# BFL stacks all of q, all of k, all of v
+STACKED_QKV = Transform(lambda t, c: join_qkv(t[0].chunk(3), c), lambda t, c: [torch.cat(split_qkv(t, c))])
+# BFL's linear1: these over the MLP's first linear
+ROWS = Transform(split_rows, lambda t, c: [torch.cat([*split_qkv(t[:1], c), t[1]])])
+# NeMo is head by head as ours is, with interleaved rotation pairs
+HEADWISE_QKV = Transform(lambda t, c: join_qkv(by_kind(t[0], c), c), lambda t, c: [by_head(*split_qkv(t, c), c)])
+# the scale of a q or k norm
+NORM = Transform(lambda t, c: [half_split(t[0], c)], lambda t, c: [interleave(t[0], c)])
+# (scale, shift) ↔ our (shift, scale)
+SWAPPED = Transform(*2 * [lambda t, c: [torch.cat(t[0].chunk(2)[::-1])]])
+# one linear from (attention H, MLP) to H ↔ two
+COLUMNS = Transform(lambda t, c: [t[0][:, : c.hidden_size], t[0][:, c.hidden_size :]], lambda t, c: [torch.cat(t, dim=1)])
+# NeMo writes the bias of the single block's output twice, and its forward uses the first alone
+TWICE = Transform(lambda t, c: [t[0]], lambda t, c: [t[0], t[0]])
+# a 1x1 convolution ↔ a linear
+CONV_1X1 = Transform(lambda t, c: [t[0].flatten(1)], lambda t, c: [t[0][:, :, None, None]])
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------------------
 
 
-def _linears(theirs, ours, leaves=("weight", "bias")):
-    return [Rule([f"{theirs}.{leaf}"], [f"{ours}.{leaf}"], _same, _same) for leaf in leaves]
+def stream(ours, *, qkv, norms, proj, mlp, qkv_transform):
+    """Rows for one stream of a double block; `qkv`, `norms` and `mlp` are lists of their names."""
+    return [
+        *((([f"{name}.{leaf}" for name in qkv]), [f"{ours}.qkv.linear.{leaf}"], qkv_transform) for leaf in ("weight", "bias")),
+        *(([theirs], [f"{ours}.qkv.{x}_norm.weight"], NORM) for theirs, x in zip(norms, "qk")),
+        ([f"{proj}.*"], [f"{ours}.proj.*"], SAME),
+        ([f"{mlp[0]}.*"], [f"{ours}.mlp.linear_in.*"], SAME),
+        ([f"{mlp[1]}.*"], [f"{ours}.mlp.linear_out.*"], SAME),
+    ]
 
 
-def diffusers_rules(config):
-    """The table between diffusers' FluxTransformer2DModel and ours."""
-    shape = Shape(config.hidden_size, config.num_heads)
-    qkv, norm = join_qkv(shape), halve_norm()
-    rules = _linears("x_embedder", "img_in") + _linears("context_embedder", "txt_in") + _linears("proj_out", "out")
-    embedders = {"timestep_embedder": "time_in", "text_embedder": "pooled_in"}
-    if config.guidance_embed:
-        embedders["guidance_embedder"] = "guidance_in"
-    for theirs, ours in embedders.items():
-        for a, b in (("linear_1", "linear_in"), ("linear_2", "linear_out")):
-            rules += _linears(f"time_text_embed.{theirs}.{a}", f"{ours}.{b}")
+def same(pairs):
+    """Rows of linears that are alike but for their names: {theirs: ours}."""
+    return [([f"{theirs}.*"], [f"{ours}.*"], SAME) for theirs, ours in pairs.items()]
 
-    modulated = []
-    for i in range(config.num_double_blocks):
-        block = f"transformer_blocks.{i}"
-        streams = {
-            "img": ("to_{}", "norm_{}", "to_out.0", "ff"),
-            "txt": ("add_{}_proj", "norm_added_{}", "to_add_out", "ff_context"),
-        }
-        for stream, (projection, normed, out, mlp) in streams.items():
-            ours = f"double_blocks.{i}.{stream}"
-            for leaf in ("weight", "bias"):
-                names = [f"{block}.attn.{projection.format(x)}.{leaf}" for x in "qkv"]
-                rules.append(Rule(names, [f"{ours}.qkv.linear.{leaf}"], *qkv))
-            for x in "qk":
-                rules.append(Rule([f"{block}.attn.{normed.format(x)}.weight"], [f"{ours}.qkv.{x}_norm.weight"], *norm))
-            rules += _linears(f"{block}.attn.{out}", f"{ours}.proj")
-            rules += _linears(f"{block}.{mlp}.net.0.proj", f"{ours}.mlp.linear_in")
-            rules += _linears(f"{block}.{mlp}.net.2", f"{ours}.mlp.linear_out")
-        modulated += [(f"{block}.norm1.linear", 6), (f"{block}.norm1_context.linear", 6)]
 
-    for i in range(config.num_single_blocks):
-        block, ours = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
-        for leaf in ("weight", "bias"):
-            names = [f"{block}.attn.to_{x}.{leaf}" for x in "qkv"]
-            rules.append(Rule(names, [f"{ours}.qkv.linear.{leaf}"], *qkv))
-        for x in "qk":
-            rules.append(Rule([f"{block}.attn.norm_{x}.weight"], [f"{ours}.qkv.{x}_norm.weight"], *norm))
-        rules += _linears(f"{block}.proj_mlp", f"{ours}.mlp.linear_in")
-        parts = [f"{ours}.proj.weight", f"{ours}.mlp.linear_out.weight"]
-        rules.append(Rule([f"{block}.proj_out.weight"], parts, *split_columns(shape)))
-        rules += _linears(f"{block}.proj_out", f"{ours}.mlp.linear_out", leaves=("bias",))
-        modulated.append((f"{block}.norm.linear", 3))
+D, S = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+DIFFUSERS = [
+    *same({"x_embedder": "img_in", "context_embedder": "txt_in"}),
+    *same({f"time_text_embed.timestep_embedder.linear_{k}": f"time_in.linear_{x}" for k, x in ((1, "in"), (2, "out"))}),
+    *same({f"time_text_embed.guidance_embedder.linear_{k}": f"guidance_in.linear_{x}" for k, x in ((1, "in"), (2, "out"))}),
+    *same({f"time_text_embed.text_embedder.linear_{k}": f"pooled_in.linear_{x}" for k, x in ((1, "in"), (2, "out"))}),
+    *stream(
+        "double_blocks.{i}.img",
+        qkv=[f"{D}.attn.to_{x}" for x in "qkv"],
+        norms=[f"{D}.attn.norm_{x}.weight" for x in "qk"],
+        proj=f"{D}.attn.to_out.0",
+        mlp=[f"{D}.ff.net.0.proj", f"{D}.ff.net.2"],
+        qkv_transform=QKV,
+    ),
+    *stream(
+        "double_blocks.{i}.txt",
+        qkv=[f"{D}.attn.add_{x}_proj" for x in "qkv"],
+        norms=[f"{D}.attn.norm_added_{x}.weight" for x in "qk"],
+        proj=f"{D}.attn.to_add_out",
+        mlp=[f"{D}.ff_context.net.0.proj", f"{D}.ff_context.net.2"],
+        qkv_transform=QKV,
+    ),
+    *(([f"{S}.attn.to_{x}.{leaf}" for x in "qkv"], [f"single_blocks.{{i}}.qkv.linear.{leaf}"], QKV) for leaf in ("weight", "bias")),
+    *(([f"{S}.attn.norm_{x}.weight"], [f"single_blocks.{{i}}.qkv.{x}_norm.weight"], NORM) for x in "qk"),
+    ([f"{S}.proj_mlp.*"], ["single_blocks.{i}.mlp.linear_in.*"], SAME),
+    ([f"{S}.proj_out.weight"], ["single_blocks.{i}.proj.weight", "single_blocks.{i}.mlp.linear_out.weight"], COLUMNS),
+    ([f"{S}.proj_out.bias"], ["single_blocks.{i}.mlp.linear_out.bias"], SAME),
+    *same({"proj_out": "out"}),
+    *same({f"{D}.norm1.linear": "modulation/img", f"{D}.norm1_context.linear": "modulation/txt"}),
+    *same({f"{S}.norm.linear": "modulation/single"}),
+    (["norm_out.linear.*"], ["modulation/out.*"], SWAPPED),
+]
 
-    chunks = [c for _, c in modulated] + [2]
-    stack, unstack = stack_rows(chunks)
-    for leaf in ("weight", "bias"):  # diffusers ends with (scale, shift), BFL and we with (shift, scale)
-        names = [f"{name}.{leaf}" for name, _ in modulated] + [f"norm_out.linear.{leaf}"]
-        rules.append(
-            Rule(
-                names,
-                [f"modulation.{leaf}"],
-                lambda t: stack(t[:-1] + swap_halves(t[-1:])),
-                lambda t: (parts := unstack(t))[:-1] + swap_halves(parts[-1:]),
-            )
+D, S = "double_blocks.{i}", "single_blocks.{i}"
+BFL = [
+    *same({"img_in": "img_in", "txt_in": "txt_in"}),
+    *same({f"time_in.{x}_layer": f"time_in.linear_{x}" for x in ("in", "out")}),
+    *same({f"guidance_in.{x}_layer": f"guidance_in.linear_{x}" for x in ("in", "out")}),
+    *same({f"vector_in.{x}_layer": f"pooled_in.linear_{x}" for x in ("in", "out")}),
+    *(
+        row
+        for s in ("img", "txt")
+        for row in stream(
+            f"{D}.{s}",
+            qkv=[f"{D}.{s}_attn.qkv"],
+            norms=[f"{D}.{s}_attn.norm.{x}_norm.scale" for x in ("query", "key")],
+            proj=f"{D}.{s}_attn.proj",
+            mlp=[f"{D}.{s}_mlp.0", f"{D}.{s}_mlp.2"],
+            qkv_transform=STACKED_QKV,
         )
+    ),
+    *(([f"{S}.linear1.{leaf}"], [f"{S}.qkv.linear.{leaf}", f"{S}.mlp.linear_in.{leaf}"], ROWS) for leaf in ("weight", "bias")),
+    *(([f"{S}.norm.{name}_norm.scale"], [f"{S}.qkv.{x}_norm.weight"], NORM) for name, x in (("query", "q"), ("key", "k"))),
+    ([f"{S}.linear2.weight"], [f"{S}.proj.weight", f"{S}.mlp.linear_out.weight"], COLUMNS),
+    ([f"{S}.linear2.bias"], [f"{S}.mlp.linear_out.bias"], SAME),
+    *same({"final_layer.linear": "out"}),
+    *same({f"{D}.{s}_mod.lin": f"modulation/{s}" for s in ("img", "txt")}),
+    *same({f"{S}.modulation.lin": "modulation/single", "final_layer.adaLN_modulation.1": "modulation/out"}),
+]
+
+NEMO = [
+    *same({"img_embed": "img_in", "txt_embed": "txt_in"}),
+    *same({f"timestep_embedding.time_embedder.{x}_layer": f"time_in.linear_{x}" for x in ("in", "out")}),
+    *same({f"guidance_embedding.{x}_layer": f"guidance_in.linear_{x}" for x in ("in", "out")}),
+    *same({f"vector_embedding.{x}_layer": f"pooled_in.linear_{x}" for x in ("in", "out")}),
+    *(
+        row
+        for s, added, mlp in (("img", "", "mlp"), ("txt", "added_", "context_mlp"))
+        for row in stream(
+            f"{D}.{s}",
+            qkv=[f"{D}.self_attention.{added}linear_qkv"],
+            norms=[f"{D}.self_attention.{added}{x}_layernorm.weight" for x in "qk"],
+            proj=f"{D}.self_attention.{added}linear_proj",
+            mlp=[f"{D}.{mlp}.linear_fc1", f"{D}.{mlp}.linear_fc2"],
+            qkv_transform=HEADWISE_QKV,
+        )
+    ),
+    *(([f"{S}.self_attention.linear_qkv.{leaf}"], [f"{S}.qkv.linear.{leaf}"], HEADWISE_QKV) for leaf in ("weight", "bias")),
+    *(([f"{S}.self_attention.{x}_layernorm.weight"], [f"{S}.qkv.{x}_norm.weight"], NORM) for x in "qk"),
+    *same({f"{S}.mlp.linear_fc1": f"{S}.mlp.linear_in"}),
+    ([f"{S}.self_attention.linear_proj.weight"], [f"{S}.proj.weight"], SAME),
+    ([f"{S}.mlp.linear_fc2.weight"], [f"{S}.mlp.linear_out.weight"], SAME),
+    ([f"{S}.mlp.linear_fc2.bias", f"{S}.self_attention.linear_proj.bias"], [f"{S}.mlp.linear_out.bias"], TWICE),
+    *same({"proj_out": "out"}),
+    *same({f"{D}.adaln.adaLN_modulation.1": "modulation/img", f"{D}.adaln_context.adaLN_modulation.1": "modulation/txt"}),
+    *same({f"{S}.adaln.adaLN_modulation.1": "modulation/single"}),
+    (["norm_out.adaLN_modulation.1.*"], ["modulation/out.*"], SWAPPED),
+]
+
+TABLES = {"diffusers": DIFFUSERS, "bfl": BFL, "nemo": NEMO}
+LAYOUTS = ("fluxlite", *TABLES)
+PREFIXES = ("", "model.diffusion_model.")  # the second: BFL's layout as ComfyUI saves it
+
+
+# --- tables spelled out for a model ---------------------------------------------------------------------------------------------
+
+
+def _piece(name, i, config):
+    """Our `modulation/img.weight` and its like as rows of the modulation linear; other names stand for whole tensors."""
+    if not name.startswith("modulation/"):
+        return Piece(name.format(i=i))
+    part, leaf = name.removeprefix("modulation/").split(".")
+    single = 12 * config.num_double_blocks
+    first, chunks = {
+        "img": (12 * i, 6),
+        "txt": (12 * i + 6, 6),
+        "single": (single + 3 * i, 3),
+        "out": (single + 3 * config.num_single_blocks, 2),
+    }[part]
+    return Piece(f"modulation.{leaf}", first * config.hidden_size, (first + chunks) * config.hidden_size)
+
+
+def _stage(row):
+    """Where a row's tensors stand in a checkpoint: 0 embedders, 1 double blocks, 2 single blocks, 3 the end."""
+    name = row[1][0].replace("modulation/img", "double").replace("modulation/txt", "double").replace("modulation/single", "single")
+    return 1 if name.startswith("double") else 2 if name.startswith("single") else 3 if name.startswith(("out", "mod")) else 0
+
+
+def _spelled(table, config):
+    """The rows of a table that a model of this shape has, with each block number, block after block: (row, i)."""
+    depths = (1, config.num_double_blocks, config.num_single_blocks, 1)
+    kept = [row for row in table if config.guidance_embed or not row[1][0].startswith("guidance_in")]
+    return [(row, i) for stage, depth in enumerate(depths) for i in range(depth) for row in kept if _stage(row) == stage]
+
+
+def flux_rules(layout, config):
+    """The rules between a layout of a transformer and ours."""
+    if layout == "fluxlite":  # the modulation last, in the pieces that the other layouts have it in
+        pieces = [piece for rule in flux_rules("bfl", config) for piece in rule.ours]
+        pieces.sort(key=lambda piece: (piece.stop is not None, piece.name if piece.stop is not None else "", piece.start))
+        return [Rule([piece], [piece], SAME) for piece in pieces]
+    found = []
+    for (theirs, ours, transform), i in _spelled(TABLES[layout], config):
+        for leaf in ("weight", "bias") if theirs[0].endswith(".*") else [""]:
+            their_pieces = [Piece(name.format(i=i).replace("*", leaf)) for name in theirs]
+            our_pieces = [_piece(name.replace("*", leaf), i, config) for name in ours]
+            optional = tuple(piece.name for piece in their_pieces[1:]) if transform is TWICE else ()
+            found.append(Rule(their_pieces, our_pieces, transform, optional))
+    return found
+
+
+AUTOENCODER_NAMES = (  # diffusers' and our names → those of `ae.safetensors`, besides the order of the decoder's levels
+    ("mid_block.resnets.0", "mid.block_1"),
+    ("mid_block.resnets.1", "mid.block_2"),
+    ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
+    ("mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+    ("mid_block.attentions.0.to_", "mid.attn_1."),
+    ("down_blocks.", "down."),
+    ("up_blocks.", "up."),
+    ("resnets.", "block."),
+    ("downsamplers.0", "downsample"),
+    ("upsamplers.0", "upsample"),
+    ("conv_shortcut", "nin_shortcut"),
+    ("conv_norm_out", "norm_out"),
+)
+
+
+def autoencoder_rules(layout, config):
+    """The rules between a layout of the autoencoder and ours, whose names are diffusers'."""
+    levels, rules = len(config.block_out_channels), []
+    with torch.device("meta"):
+        names = list(Autoencoder(config).state_dict())
+    for name in names:
+        theirs, transform = name, SAME
+        if layout == "bfl":
+            theirs = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", name)
+            for ours, bfl in AUTOENCODER_NAMES:
+                theirs = theirs.replace(ours, bfl)
+            transform = CONV_1X1 if "attentions.0.to_" in name and name.endswith("weight") else SAME
+        rules.append(Rule([Piece(theirs)], [Piece(name)], transform))
     return rules
 
 
-def fluxlite_rules(config):
-    """The table between our own layout and itself."""
-    from fluxlite.model import Flux
+def rules(layout, config):
+    """The rules between `layout` and ours for the model that `config`, a FluxConfig or an AutoencoderConfig, describes."""
+    return (autoencoder_rules if isinstance(config, AutoencoderConfig) else flux_rules)(layout, config)
 
+
+def our_shapes(config):
+    """{name: meta tensor} of a model in our layout."""
     with torch.device("meta"):
-        return [Rule([name], [name], _same, _same) for name in Flux(config).state_dict()]
+        return (Autoencoder if isinstance(config, AutoencoderConfig) else Flux)(config).state_dict()
 
 
-RULES = {"fluxlite": fluxlite_rules, "diffusers": diffusers_rules}
+def shapes(layout, config):
+    """{name: shape} of a whole checkpoint in `layout`, in the order that `convert` yields tensors."""
+    ours, found = our_shapes(config), {}
+    for rule in rules(layout, config):
+        parts = rule.transform.backward([ours[p.name][p.start : p.stop] for p in rule.ours], config)
+        for piece, part in zip(rule.theirs, parts):
+            found[piece.name] = tuple(ours[piece.name].shape) if piece.stop is not None else tuple(part.shape)
+    return found
 
 
-def layout_of(keys):
-    """Which layout a transformer's keys are in; raises `ValueError` for none that is known."""
-    if "modulation.weight" in keys:
-        return "fluxlite"
-    if "time_text_embed.timestep_embedder.linear_1.weight" in keys:
-        return "diffusers"
-    raise ValueError(f"not a FLUX transformer: {len(keys)} keys such as {', '.join(sorted(keys)[:3]) or 'none'}")
+# --- recognising ----------------------------------------------------------------------------------------------------------------
+
+
+def signature(layout):
+    """A name that only `layout` has, in every transformer."""
+    return next(
+        (r[0][0] for r in TABLES.get(layout, ()) if r[1][0].startswith("time_in.linear_in")), "time_in.linear_in.*"
+    ).replace("*", "weight")
+
+
+def recognise(keys):
+    """(what, layout, prefix) of a checkpoint from its keys: what is "transformer" or "autoencoder".
+
+    Raises `ValueError` for keys that are neither's, or several layouts'.
+    """
+    keys = set(keys)
+    if "decoder.conv_in.weight" in keys:
+        return "autoencoder", "bfl" if "decoder.mid.block_1.norm1.weight" in keys else "diffusers", ""
+    found = [(layout, prefix) for layout in LAYOUTS for prefix in PREFIXES if prefix + signature(layout) in keys]
+    if len(found) > 1:
+        raise ValueError(f"the keys mix layouts: {' and '.join(layout for layout, _ in found)}")
+    if not found:
+        shown = ", ".join(sorted(keys)[:3]) or "none"
+        raise ValueError(f"neither a FLUX transformer nor its autoencoder: {len(keys)} keys such as {shown}")
+    return "transformer", *found[0]
+
+
+def depth(keys, pattern):
+    """How many blocks there are: one more than the largest number in the keys that start with `pattern`."""
+    numbers = [int(match[1]) for key in keys if (match := re.match(re.escape(pattern).replace(r"\{i\}", r"(\d+)") + r"\.", key))]
+    return 1 + max(numbers, default=-1)
+
+
+def infer_config(layout, found):
+    """The `FluxConfig` of a transformer's {name: shape}, in `layout` and without its prefix.
+
+    RoPE axes cannot be seen in the weights: they are FLUX's share of the head width, D/8, 7D/16, 7D/16.
+    """
+    if layout == "fluxlite":
+        at = {name: name for name in found}
+        blocks = ["double_blocks.{i}", "single_blocks.{i}"]
+    else:
+        table = [(r[0][0].replace("*", leaf), r[1][0].replace("*", leaf)) for r in TABLES[layout] for leaf in ("weight", "bias")]
+        at = {ours.format(i=0): theirs.format(i=0) for theirs, ours in table}
+        blocks = [next(t for t, o in table if o.startswith(kind)).split(".{i}")[0] + ".{i}" for kind in ("double_b", "single_b")]
+    doubles, singles = (depth(found, pattern) for pattern in blocks)
+
+    def shape(name):
+        if at.get(name) not in found:
+            raise ValueError(f"the {layout} checkpoint has no {at.get(name, name)}")
+        return found[at[name]]
+
+    first = "double_blocks.0.img" if doubles else "single_blocks.0"
+    hidden, head = shape("img_in.weight")[0], shape(f"{first}.qkv.q_norm.weight")[0]
+    if doubles:
+        mlp = shape("double_blocks.0.img.mlp.linear_in.weight")[0]
+    else:
+        mlp = (
+            shape("single_blocks.0.qkv.linear.weight")[0] - 3 * hidden
+            if layout == "bfl"
+            else shape(f"{first}.mlp.linear_in.weight")[0]
+        )
+    return FluxConfig(
+        num_double_blocks=doubles,
+        num_single_blocks=singles,
+        hidden_size=hidden,
+        num_heads=max(1, hidden // head),
+        mlp_ratio=mlp // hidden,
+        in_channels=shape("img_in.weight")[1],
+        out_channels=shape("out.weight")[0],
+        text_width=shape("txt_in.weight")[1],
+        pooled_width=shape("pooled_in.linear_in.weight")[1],
+        guidance_embed=at["guidance_in.linear_in.weight"] in found if "guidance_in.linear_in.weight" in at else False,
+        rope_axes=(head // 8, *2 * [head // 16 * 7]),
+    )
+
+
+def infer_autoencoder_config(layout, found, values=None):
+    """The `AutoencoderConfig` of an autoencoder's {name: shape}; `values`, a vae/config.json, adds what shapes do not show."""
+    levels = depth(found, "encoder.down.{i}" if layout == "bfl" else "encoder.down_blocks.{i}")
+    level, resnet = ("encoder.down.{i}", "block.{i}") if layout == "bfl" else ("encoder.down_blocks.{i}", "resnets.{i}")
+    inferred = AutoencoderConfig(
+        block_out_channels=tuple(found[f"{level.format(i=i)}.{resnet.format(i=0)}.conv1.weight"][0] for i in range(levels)),
+        layers_per_block=depth(found, f"{level.format(i=0)}.{resnet}"),
+        latent_channels=found["decoder.conv_in.weight"][1],
+    )
+    for name in ("norm_num_groups", "scaling_factor", "shift_factor"):
+        if (values or {}).get(name) is not None:
+            setattr(inferred, name, values[name])
+    return inferred
+
+
+def check(layout, config, found):
+    """Raise `ValueError`, with a list, unless {name: shape} is exactly a checkpoint of `config` in `layout`."""
+    expected = shapes(layout, config)
+    optional = {name for rule in rules(layout, config) for name in rule.optional}
+    faults = {
+        "missing": sorted(expected.keys() - found.keys() - optional),
+        "unknown": sorted(found.keys() - expected.keys()),
+        "of another shape": [
+            f"{k} {list(found[k])}, not {list(expected[k])}" for k in expected if k in found and tuple(found[k]) != expected[k]
+        ],
+    }
+    if any(faults.values()):
+        listed = [f"{f}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" for f, names in faults.items() if names]
+        counts = ", ".join(f"{len(names)} {fault}" for fault, names in faults.items() if names)
+        raise ValueError(f"{counts} among the keys of this {layout} checkpoint; " + "; ".join(listed))
+
+
+# --- carrying over --------------------------------------------------------------------------------------------------------------
+
+
+def convert(get, source, target, config):
+    """Yield (piece of `target`'s layout, tensor) for a whole model; `get(name)` reads a tensor of the layout `source`.
+
+    Pieces of one tensor come one after the other, their rows in order. Every tensor of the source is read about once and no more
+    than a few linears are held; tensors whose bytes do not change are views of the source's.
+    """
+    made, makers = {}, {piece: rule for rule in rules(source, config) for piece in rule.ours}
+
+    def ours(piece):
+        if piece not in made:
+            rule = makers[piece]
+            pieces = rule.theirs[: len(rule.theirs) - len(rule.optional)]
+            tensors = rule.transform.forward([get(p.name)[p.start : p.stop] for p in pieces], config)
+            made.update(zip(rule.ours, tensors))
+        return made.pop(piece)
+
+    for rule in rules(target, config):
+        yield from zip(rule.theirs, rule.transform.backward([ours(piece) for piece in rule.ours], config))
+
+
+def to_fluxlite(state, config, layout):
+    """A state dict of ours from one in `layout`, checked first; only what changes is copied."""
+    check(layout, config, {name: tuple(state[name].shape) for name in state.keys()})
+    return assemble(convert(partial(_get, state), layout, "fluxlite", config), our_shapes(config))
+
+
+def from_fluxlite(state, config, layout):
+    """A state dict in `layout` from one of ours, checked first."""
+    check("fluxlite", config, {name: tuple(state[name].shape) for name in state.keys()})
+    return {piece.name: tensor for piece, tensor in convert(partial(_get, state), "fluxlite", layout, config)}
+
+
+def _get(state, name):
+    return state[name]
+
+
+def assemble(pieces, shapes_like):
+    """Whole tensors from `convert`'s pieces: {name: tensor}."""
+    state = {}
+    for piece, tensor in pieces:
+        if piece.stop is None:
+            state[piece.name] = tensor
+        else:
+            if piece.name not in state:
+                state[piece.name] = torch.empty(shapes_like[piece.name].shape, dtype=tensor.dtype)
+            state[piece.name][piece.start : piece.stop] = tensor
+    return state
+
+
+# --- configurations as diffusers writes them ------------------------------------------------------------------------------------
 
 
 def config_from_diffusers(values):
@@ -221,59 +504,27 @@ def config_to_diffusers(config):
     }
 
 
-def _checked(keys, wanted, layout):
-    missing, unknown = sorted(wanted - keys), sorted(keys - wanted)
-    if missing or unknown:
-        listed = [
-            f"{word}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
-            for word, names in (("missing", missing), ("unknown", unknown))
-            if names
-        ]
-        raise ValueError(f"{len(missing)} missing and {len(unknown)} unknown keys in a {layout} checkpoint; " + "; ".join(listed))
-
-
-def to_fluxlite(keys, get, config, layout):
-    """Yield (our name, tensor) from a foreign layout; `get(name)` reads one tensor of `keys`. Names are checked first."""
-    rules = RULES[layout](config)
-    _checked(set(keys), {name for rule in rules for name in rule.theirs}, layout)
-    for rule in rules:
-        yield from zip(rule.ours, rule.forward([get(name) for name in rule.theirs]))
-
-
-def from_fluxlite(keys, get, config, layout):
-    """Yield (their name, tensor) from our layout, one rule at a time; names are checked first."""
-    rules = RULES[layout](config)
-    _checked(set(keys), {name for rule in rules for name in rule.ours}, "fluxlite")
-    for rule in rules:
-        yield from zip(rule.theirs, rule.backward([get(name) for name in rule.ours]))
-
-
-def autoencoder_keys_from_bfl(keys):
-    """{diffusers name: name in `ae.safetensors`} for every key; attention is 1x1 convolutions there, linear here."""
-    num_levels = 1 + max(int(k.split(".")[2]) for k in keys if k.startswith("decoder.up."))
-    renamed = {}
-    for key in keys:
-        parts = key.split(".")
-        side, name = parts[0], ".".join(parts[1:])
-        if parts[1] in ("down", "up"):
-            level = int(parts[2]) if parts[1] == "down" else num_levels - 1 - int(parts[2])
-            name = f"{parts[1]}_blocks.{level}." + ".".join(parts[3:])
-            name = (
-                name.replace(".block.", ".resnets.")
-                .replace(".downsample.", ".downsamplers.0.")
-                .replace(".upsample.", ".upsamplers.0.")
-            )
-        for theirs, ours in (
-            ("mid.block_1", "mid_block.resnets.0"),
-            ("mid.block_2", "mid_block.resnets.1"),
-            ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"),
-            ("mid.attn_1.q", "mid_block.attentions.0.to_q"),
-            ("mid.attn_1.k", "mid_block.attentions.0.to_k"),
-            ("mid.attn_1.v", "mid_block.attentions.0.to_v"),
-            ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
-            ("nin_shortcut", "conv_shortcut"),
-            ("norm_out", "conv_norm_out"),
-        ):
-            name = name.replace(theirs, ours)
-        renamed[f"{side}.{name}"] = key
-    return renamed
+def autoencoder_config_to_diffusers(config):
+    """The `vae/config.json` of an `AutoencoderConfig`."""
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.30.0",
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "in_channels": 3,
+        "out_channels": 3,
+        "force_upcast": True,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "mid_block_add_attention": True,
+        "latents_mean": None,
+        "latents_std": None,
+        "block_out_channels": list(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_num_groups,
+        "scaling_factor": config.scaling_factor,
+        "shift_factor": config.shift_factor,
+    }

@@ -15,6 +15,7 @@ import os
 import re
 import resource
 import sys
+import threading
 import time
 import uuid
 from contextlib import contextmanager
@@ -236,6 +237,57 @@ def memory_gb(device):
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * resource.getpagesize() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: the peak, in bytes
+
+
+def memory_of_process():
+    """(private, resident) memory of this process in bytes: anonymous pages, and those with the mapped files' pages that are in."""
+    try:
+        with open("/proc/self/status") as file:
+            fields = dict(line.split(":", 1) for line in file)
+    except OSError:  # macOS: resident alone is known
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak, peak
+    return tuple(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS"))
+
+
+class Stages:
+    """Seconds and peak memory of each stage of a program: `with stages("denoising"): …`, then `table()`."""
+
+    def __init__(self, device="cpu", interval=0.02):
+        self.device, self.interval, self.rows = torch.device(device), interval, []
+
+    @contextmanager
+    def __call__(self, name):
+        done, peaks, began = threading.Event(), [0, 0], time.perf_counter()
+
+        def watch():
+            while True:
+                for i, value in enumerate(memory_of_process()):
+                    peaks[i] = max(peaks[i], value)
+                if done.wait(self.interval):
+                    return
+
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+        finally:
+            done.set()
+            watcher.join()
+            on_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+            self.rows.append((name, time.perf_counter() - began, *peaks, on_device))
+
+    def table(self):
+        """A line for each stage."""
+        lines = [f"{'stage':<28}{'seconds':>9}{'private GB':>12}{'resident GB':>13}" + "   GPU GB" * (self.device.type == "cuda")]
+        for name, seconds, private, resident, on_device in self.rows:
+            line = f"{name:<28}{seconds:>9.1f}{private / 1e9:>12.2f}{resident / 1e9:>13.2f}"
+            lines.append(line + (f"{on_device / 1e9:>9.2f}" if on_device is not None else ""))
+        return "\n".join(lines)
 
 
 class Throughput:

@@ -6,19 +6,23 @@ pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev", heigh
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from fluxlite import checkpoint as ckpt
-from fluxlite import parallel
+from fluxlite import parallel, sampling
 from fluxlite.conditioning import load_text_encoders
-from fluxlite.sampling import SampleConfig, decode, initial_noise, sample
+from fluxlite.offload import stream_blocks
+from fluxlite.sampling import SampleConfig, decode, initial_noise
 
 TINY = "flux-tiny"
 ASSETS = Path(__file__).parents[2] / "assets"
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+OFFLOAD = ("none", "text", "all")
 
 
 @dataclass
@@ -40,86 +44,180 @@ def resolve(path):
     return str(ASSETS / TINY)
 
 
+# --- finding --------------------------------------------------------------------------------------------------------------------
+
+
+def root_of(path):
+    """The folder of the pipeline that a transformer's folder or file belongs to."""
+    return path if (path / "transformer").is_dir() else path.parent
+
+
 def beside(checkpoint):
     """Where the other parts of a transformer's pipeline lie: {part: path} for those that are found."""
     path = Path(resolve(checkpoint)).expanduser()
     if ckpt.is_run(path):
         saved = ckpt.read_meta(ckpt.last_checkpoint(path) or path)["config"]["model"]
         return {part: resolve(saved[part]) for part in PARTS if saved.get(part)}
-    folder = path if (path / "transformer").is_dir() else path.parent
-    return {part: str(folder / name) for part, name in PARTS.items() if (folder / name).is_dir()}
+    root = root_of(path)
+    found = {part: str(root / name) for part, name in PARTS.items() if (root / name).is_dir()}
+    if "autoencoder" not in found and (root / "ae.safetensors").is_file():
+        found["autoencoder"] = str(root / "ae.safetensors")
+    return found
 
 
-def load_pipeline(checkpoint=TINY, *, t5=None, clip=None, autoencoder=None, ema=True, attention="auto", device=None, dtype=None):
-    """A `Pipeline` from a pipeline folder, a transformer or a run; parts not named are looked for beside it.
+@dataclass
+class Found:
+    """A pipeline's parts on disk, checked to fit together as far as that can be seen without loading them."""
+
+    transformer: ckpt.Source
+    autoencoder: ckpt.Source
+    t5: str
+    clip: str
+    attention: str
+    device: torch.device
+    dtype: torch.dtype
+
+    def load_encoders(self):
+        encoders = load_text_encoders(self.t5, self.clip, device=self.device, dtype=self.dtype)
+        config = self.transformer.config
+        check_width("t5", encoders.text_width, "text_width", config)
+        check_width("clip", encoders.pooled_width, "pooled_width", config)
+        return encoders
+
+    def load_transformer(self, device=None):
+        return ckpt.load_transformer(self.transformer, attention=self.attention, dtype=self.dtype, device=device or self.device)
+
+    def load_autoencoder(self):
+        return ckpt.load_autoencoder(self.autoencoder, dtype=self.dtype, device=self.device)
+
+
+def find_pipeline(
+    checkpoint=TINY,
+    *,
+    t5=None,
+    clip=None,
+    autoencoder=None,
+    save_converted=None,
+    ema=True,
+    attention="auto",
+    device=None,
+    dtype=None,
+):
+    """The `Found` parts of a pipeline folder, a transformer or a run; parts not named are looked for beside it.
 
     Raises `ValueError` that names the missing part's key.
     """
     device = torch.device(device or parallel.default_device())
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
+    transformer = ckpt.converted(resolve(checkpoint), save_converted, ema=ema)
     named = {"t5": t5, "clip": clip, "autoencoder": autoencoder}
     parts = beside(checkpoint) | {k: resolve(v) for k, v in named.items() if v}
     missing = [f"model.{part}=" for part in PARTS if part not in parts]
     if missing:
         raise ValueError(f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for each")
-    model = ckpt.load_transformer(resolve(checkpoint), ema=ema, attention=attention, dtype=dtype, device=device)
-    encoders = load_text_encoders(parts["t5"], parts["clip"], device=device, dtype=dtype)
-    vae = ckpt.load_autoencoder(parts["autoencoder"], dtype=dtype, device=device)
-    check_widths(model.config, vae, encoders)
-    return Pipeline(model, vae, encoders, device)
+    vae = ckpt.open_source(parts.pop("autoencoder"), setting="model.autoencoder", part="vae")
+    if vae.what != "autoencoder" or transformer.what != "transformer":
+        key, source = ("model.autoencoder", vae) if transformer.what == "transformer" else ("model.checkpoint", transformer)
+        raise ValueError(f"{key}={source.where} holds the wrong part, {source.what}: name another")
+    check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
+    return Found(transformer, vae, **parts, attention=attention, device=device, dtype=dtype)
+
+
+def check_width(part, theirs, key, config):
+    """Raise `ValueError` where a part's width does not fit the transformer's."""
+    if theirs != getattr(config, key):
+        raise ValueError(f"model.{part} gives {theirs} channels, but the transformer has model.{key}={getattr(config, key)}")
 
 
 def check_widths(config, autoencoder, encoders):
-    """Raise `ValueError` where the parts' widths do not fit the transformer's."""
-    for name, theirs, key, ours in (
-        ("autoencoder", 4 * autoencoder.config.latent_channels, "out_channels", config.out_channels),
-        ("t5", encoders.text_width, "text_width", config.text_width),
-        ("clip", encoders.pooled_width, "pooled_width", config.pooled_width),
-    ):
-        if theirs != ours:
-            raise ValueError(f"model.{name} gives {theirs} channels, but the transformer has model.{key}={ours}")
+    """`check_width` of loaded parts."""
+    check_width("autoencoder", 4 * autoencoder.config.latent_channels, "out_channels", config)
+    check_width("t5", encoders.text_width, "text_width", config)
+    check_width("clip", encoders.pooled_width, "pooled_width", config)
 
 
-def default_settings(checkpoint):
-    """Settings that suit a checkpoint where the user names none: {field of SampleConfig: value}."""
+def load_pipeline(checkpoint=TINY, **options):
+    """A whole `Pipeline` in memory, to draw with again and again; the arguments are those of `find_pipeline`."""
+    found = find_pipeline(checkpoint, **options)
+    return Pipeline(found.load_transformer(), found.load_autoencoder(), found.load_encoders(), found.device)
+
+
+def default_settings(checkpoint, config):
+    """Settings that suit a checkpoint of `FluxConfig` where the user names none: {field of SampleConfig: value}."""
     path = Path(resolve(checkpoint)).expanduser()
     if ckpt.is_run(path):
         saved = ckpt.read_meta(ckpt.last_checkpoint(path) or path)["config"]
         settings = {k: saved["sample"][k] for k in ("steps", "guidance")} | {k: saved["data"][k] for k in ("height", "width")}
         return settings | {"max_sequence_length": saved["model"]["max_sequence_length"]}
-    folder = path if (path / "transformer").is_dir() else path.parent
-    if (folder / "fluxlite.json").is_file():
-        return json.loads((folder / "fluxlite.json").read_text())
-    config = folder / "transformer" / "config.json"
-    if config.is_file() and not json.loads(config.read_text())["guidance_embeds"]:
-        return {"steps": 4, "max_sequence_length": 256}
-    return {}
+    if (root_of(path) / "fluxlite.json").is_file():
+        return json.loads((root_of(path) / "fluxlite.json").read_text())
+    return {} if config.guidance_embed else {"steps": 4, "max_sequence_length": 256}
 
 
-def generate(prompt, *, checkpoint=TINY, negative_prompt="", images_per_prompt=1, seed=0, batch=8, progress=lambda s: s, **options):
+# --- drawing --------------------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    prompt,
+    *,
+    checkpoint=TINY,
+    negative_prompt="",
+    images_per_prompt=1,
+    seed=0,
+    batch=8,
+    offload="text",
+    progress=lambda steps: steps,
+    stage=lambda name: nullcontext(),
+    **options,
+):
     """Draw pictures: a list of PIL images, those of the first prompt first.
 
     `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone, whatever the batch.
     `checkpoint` is a pipeline folder, a run, a transformer or a loaded `Pipeline`. Options are the fields of `SampleConfig`
-    (height, width, steps, guidance, true_cfg, shift, max_sequence_length) and the arguments of `load_pipeline`.
-    Raises `ValueError`.
+    (height, width, steps, guidance, true_cfg, shift, max_sequence_length) and the arguments of `find_pipeline`. Unless a `Pipeline`
+    is given, each part is loaded when its turn comes: with `offload="text"` the text encoders are freed before the transformer is
+    loaded, and the modulation's weights once all steps are modulated; `"all"` also streams the blocks through an accelerator (on
+    the CPU they are mapped from the disk in any case); `"none"` frees nothing. `stage(name)` is a context around each part of the
+    work. Raises `ValueError`.
     """
+    if offload not in OFFLOAD:
+        raise ValueError(f"offload={offload}: choose one of {', '.join(OFFLOAD)}")
     names = {f.name for f in fields(SampleConfig)}
     settings = {k: options.pop(k) for k in list(options) if k in names}
-    loaded = isinstance(checkpoint, Pipeline)
-    config = SampleConfig(**(({} if loaded else default_settings(checkpoint)) | settings))
-    pipeline = checkpoint if loaded else load_pipeline(checkpoint, **options)
-    config.validate(pipeline.autoencoder.config.downsampling)
-    if "guidance" in settings and not pipeline.model.config.guidance_embed:
+    pipeline = checkpoint if isinstance(checkpoint, Pipeline) else None
+    parts = pipeline or find_pipeline(checkpoint, **options)
+    model_config = pipeline.model.config if pipeline else parts.transformer.config
+    config = SampleConfig(**(({} if pipeline else default_settings(checkpoint, model_config)) | settings))
+    config.validate(parts.autoencoder.config.downsampling)
+    if "guidance" in settings and not model_config.guidance_embed:
         raise ValueError("guidance: this model (as schnell) has no guidance input; leave the setting out")
     if config.true_cfg > 1 and not negative_prompt:
         raise ValueError(f"true_cfg={config.true_cfg} needs a negative_prompt")
+
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    jobs = [(text, picture_seed(seed, j, i)) for j, text in enumerate(prompts) for i in range(images_per_prompt)]
-    pictures = []
-    for start in range(0, len(jobs), batch):
-        pictures += _draw(pipeline, jobs[start : start + batch], negative_prompt, config, progress)
-    return pictures
+    jobs = [(j, picture_seed(seed, j, i)) for j in range(len(prompts)) for i in range(images_per_prompt)]
+    with stage("text encoders"):
+        encoders = pipeline.encoders if pipeline else parts.load_encoders()
+        texts = encode(encoders, [*prompts, negative_prompt] if config.true_cfg > 1 else prompts, config.max_sequence_length, batch)
+        if offload != "none":
+            del encoders
+    with stage("transformer and modulation"):
+        model = pipeline.model if pipeline else load_model(parts, offload)
+        draw = partial(draw_latents, model, texts, config=config, latents=parts.autoencoder.config, progress=progress)
+        conditions = None
+        if fits(model, len(texts[0]), config.steps):
+            conditions = condition_all(model, texts, config, parts.autoencoder.config)
+            if not pipeline and offload != "none":
+                model.drop_conditioning()
+    tokens = []
+    with stage("denoising"):
+        for start in range(0, len(jobs), batch):
+            tokens.append(draw(jobs[start : start + batch], conditions))
+    with stage("autoencoder"):
+        if not pipeline and offload != "none":
+            del model, draw, conditions
+        vae = pipeline.autoencoder if pipeline else parts.load_autoencoder()
+        return [picture for part in tokens for picture in decode(vae, part, config.height, config.width)]
 
 
 def picture_seed(seed, prompt_number, picture_number):
@@ -127,14 +225,49 @@ def picture_seed(seed, prompt_number, picture_number):
     return f"{seed}.{prompt_number}.{picture_number}"
 
 
+def load_model(found, offload):
+    """The transformer on its device, or with offload="all" on the CPU, streamed block by block to an accelerator."""
+    if offload != "all" or found.device.type == "cpu":
+        return found.load_transformer()
+    return stream_blocks(found.load_transformer(device="cpu"), found.device)
+
+
 @torch.inference_mode()
-def _draw(pipeline, jobs, negative_prompt, config, progress):
-    texts, seeds = zip(*jobs)
-    length, device = config.max_sequence_length, pipeline.device
-    txt, pooled = pipeline.encoders.encode(list(texts), length)
-    negative = pipeline.encoders.encode([negative_prompt] * len(jobs), length) if config.true_cfg > 1 else None
-    vae = pipeline.autoencoder
-    cells = config.height // vae.config.downsampling, config.width // vae.config.downsampling
-    noise = initial_noise((vae.config.latent_channels, *cells), seeds).to(device)
-    tokens = sample(pipeline.model, txt, pooled, noise, config, negative=negative, progress=progress)
-    return decode(vae, tokens, config.height, config.width)
+def encode(encoders, prompts, length, batch):
+    """(txt, pooled) of all prompts, a batch at a time."""
+    parts = [encoders.encode(prompts[i : i + batch], length) for i in range(0, len(prompts), batch)]
+    return [torch.cat(column) for column in zip(*parts)]
+
+
+def fits(model, num_prompts, steps):
+    """Whether the modulation of all prompts at all steps takes no more memory than the weights that it comes from."""
+    weight = model.modulation.weight
+    return sampling.Conditions.num_bytes(model.config, num_prompts, steps, weight.dtype) <= weight.nbytes
+
+
+def condition_all(model, texts, config, latents):
+    """The `Conditions` of encoded prompts (txt, pooled) for pictures of `config`; `latents` is the autoencoder's configuration."""
+    tokens = num_tokens(config, latents)
+    times = sampling.times_for(config, model.config, tokens)
+    return sampling.condition(model, *texts, times, config.guidance)
+
+
+def num_tokens(config, latents):
+    return (config.height // latents.downsampling // 2) * (config.width // latents.downsampling // 2)
+
+
+@torch.inference_mode()
+def draw_latents(model, texts, jobs, conditions, *, config, latents, progress):
+    """Packed latents (B, L, C) of jobs (prompt number, seed); `conditions` of all prompts, or None to compute them for these."""
+    numbers, seeds = zip(*jobs)
+    txt, _ = texts
+    numbers = [*numbers, len(txt) - 1] if config.true_cfg > 1 else list(numbers)  # the negative prompt is the last
+    if conditions is None:
+        conditions = condition_all(model, [part[numbers] for part in texts], config, latents)
+        numbers = list(range(len(numbers)))
+    cells = config.height // latents.downsampling, config.width // latents.downsampling
+    noise = initial_noise((latents.latent_channels, *cells), seeds).to(txt.device)
+    times = sampling.times_for(config, model.config, noise.shape[1])
+    against = conditions.rows(numbers[-1:] * len(jobs)) if config.true_cfg > 1 else None
+    rows = conditions.rows(numbers[: len(jobs)])
+    return sampling.sample(model, rows, noise, times, config, against=against, progress=progress)

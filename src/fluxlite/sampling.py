@@ -1,11 +1,14 @@
 """From noise to pictures: `denoise` over any velocity function, and `sample`, which gives it a Flux.
 
+What depends on the step alone is computed for all steps before the first (`condition`); then its weights are not needed any more.
+
 B pictures, L tokens, C channels.
 """
 
 from dataclasses import dataclass, field
 
 import torch
+from einops import rearrange
 from PIL import Image
 
 from fluxlite import draws, flow
@@ -59,35 +62,78 @@ def initial_noise(shape, seeds):
     return pack_latents(draws.normal(shape, seed=0, indices=seeds, stream="sampling"))
 
 
-@torch.inference_mode()
-def sample(model, txt, pooled, noise, config, *, negative=None, whole_forward=False, progress=lambda steps: steps):
-    """Denoised packed latents (B, L, C) float32.
+@dataclass
+class Conditions:
+    """All that the transformer needs to know of P prompts at every step: what depends on neither pictures nor noise.
 
-    txt (B, L_txt, D), pooled (B, P) and packed `noise` (B, L, C) of latents height/8 by width/8; `negative` is the (txt, pooled) of
-    the negative prompts when config.true_cfg > 1. `whole_forward` calls the model's forward at every step, as a sharded model
-    needs; without it the modulation of all steps is computed at once.
+    txt (P, L_txt, H) projected text; modulation (steps, chunks, P, 1, H).
     """
-    device, batch, num_text = noise.device, len(noise), txt.shape[1]
-    times = times_for(config, model.config, noise.shape[1])
-    rope = rope_table(position_ids(config.height // 8, config.width // 8, num_text).to(device), model.config)
-    guidance = torch.full((batch,), config.guidance, device=device) if model.config.guidance_embed else None
 
-    def velocity_from(txt, pooled):
-        if whole_forward:
-            return lambda x, i: model(x, txt, rope, t=times[i].expand(batch).to(device), pooled=pooled, guidance=guidance)
-        projected = model.txt_in(model.cast(txt))
-        modulations = [model.modulate(t.expand(batch).to(device), model.cast(pooled), guidance) for t in times[:-1]]
-        return lambda x, i: model.velocity(x, projected, rope, modulations[i])
+    txt: torch.Tensor
+    modulation: torch.Tensor
 
-    velocity = positive = velocity_from(txt, pooled)
-    if config.true_cfg > 1 and negative is not None:
-        against = velocity_from(*negative)
+    def rows(self, numbers):
+        """The conditions of some of the prompts, by number, repeated as they are."""
+        return Conditions(self.txt[numbers], self.modulation[:, :, numbers])
 
-        def velocity(x, i):
-            away = against(x, i).float()
-            return away + config.true_cfg * (positive(x, i).float() - away)
+    @staticmethod
+    def num_bytes(config, num_prompts, steps, dtype):
+        """What the modulation of so many prompts and steps takes; at 28 steps FLUX.1-dev's weights are worth 110 prompts."""
+        return num_prompts * steps * config.modulation_chunks * config.hidden_size * dtype.itemsize
+
+
+def guidance_rows(model_config, guidance, count, device):
+    """The guidance input (count,), or None for a model without one (schnell)."""
+    return torch.full((count,), guidance, device=device) if model_config.guidance_embed else None
+
+
+@torch.inference_mode()
+def condition(model, txt, pooled, times, guidance):
+    """The `Conditions` of encoded prompts txt (P, L_txt, D), pooled (P, W) at times (steps + 1,): one GEMM of P x steps rows.
+
+    Afterwards the model's `drop_conditioning` may free a quarter of its weights.
+    """
+    prompts, steps = len(txt), len(times) - 1
+    t = times[:-1].to(txt.device).repeat_interleave(prompts)
+    rows = model.cast(pooled).repeat(steps, 1)
+    modulation = model.modulate(t, rows, guidance_rows(model.config, guidance, len(t), txt.device))
+    return Conditions(model.txt_in(model.cast(txt)), rearrange(modulation, "m (s p) 1 h -> s m p 1 h", s=steps))
+
+
+def rope_for(model_config, noise, config, num_text):
+    """The rotations of pictures of config.height x config.width after `num_text` text tokens."""
+    return rope_table(position_ids(config.height // 8, config.width // 8, num_text).to(noise.device), model_config)
+
+
+@torch.inference_mode()
+def sample(model, conditions, noise, times, config, *, against=None, progress=lambda steps: steps):
+    """Denoised packed latents (B, L, C) float32 from packed `noise` (B, L, C), a picture for each row of `conditions`.
+
+    `against` are the conditions of the negative prompts, for config.true_cfg > 1.
+    """
+    rope = rope_for(model.config, noise, config, conditions.txt.shape[1])
+
+    def velocity(x, i):
+        positive = model.velocity(x, conditions.txt, rope, conditions.modulation[i])
+        if against is None:
+            return positive
+        away = model.velocity(x, against.txt, rope, against.modulation[i]).float()
+        return away + config.true_cfg * (positive.float() - away)
 
     return denoise(velocity, noise, times, progress)
+
+
+@torch.inference_mode()
+def sample_sharded(model, txt, pooled, noise, config):
+    """`sample` by whole forwards, as a sharded model in training needs: its weights are gathered inside `forward` alone."""
+    times = times_for(config, model.config, noise.shape[1])
+    rope = rope_for(model.config, noise, config, txt.shape[1])
+    guidance = guidance_rows(model.config, config.guidance, len(noise), noise.device)
+
+    def velocity(x, i):
+        return model(x, txt, rope, t=times[i].expand(len(x)).to(x.device), pooled=pooled, guidance=guidance)
+
+    return denoise(velocity, noise, times)
 
 
 @torch.inference_mode()

@@ -1,0 +1,35 @@
+"""Repositories of the Hugging Face hub: fetched or read from its cache, with errors that say what to do."""
+
+from pathlib import Path
+
+
+def is_repository(where):
+    """Whether `where` reads as `owner/name[/folder…]` of the hub rather than as a path."""
+    owner, slash, rest = str(where).partition("/")
+    return bool(slash and owner and rest.strip("/")) and owner[0] not in ".~" and not Path(owner).is_dir()
+
+
+def fetch(where, patterns, *, key):
+    """The local folder of the hub repository `owner/name` with the files that match `patterns`.
+
+    Raises `ValueError`, within seconds where the hub is out of reach; `key` is the setting that names the repository.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(where, allow_patterns=patterns, etag_timeout=5))
+    except GatedRepoError as error:
+        remedy = f"is gated: accept its licence at https://huggingface.co/{where}, then run `hf auth login` or set HF_TOKEN"
+        raise ValueError(f"{key}={where} {remedy}") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ValueError(f"{key}={where} is no folder and no public hub repository: check the name, or `hf auth login`") from error
+    except OSError as error:
+        remedy = "name a folder, such as assets/flux-tiny, or check the connection"
+        raise ValueError(f"{key}={where} is no folder, and the hub does not answer ({one_line(error)}): {remedy}") from error
+
+
+def one_line(error):
+    """The first line of an error's text, shortened."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 160 else line[:157] + "..."
