@@ -64,6 +64,9 @@ def body(config):
         if getattr(config, k) is not None
     }
     options |= {k: getattr(config.model, k) for k in ("save_converted", "t5", "clip", "autoencoder", "ema", "attention")}
+    options |= {"expected": config.expected(), "compile": config.compile}
+    if config.model.max_sequence_length:
+        options.setdefault("max_sequence_length", config.model.max_sequence_length)
     stages = Stages(config.device)
     pictures = generate(
         prompts,

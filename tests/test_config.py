@@ -67,6 +67,7 @@ def test_prompts_may_be_given_several_times():
         (["flow.density=normal"], "logit_normal"),
         (["flow.guidance=uniform[7,1]"], "flow.guidance"),
         (["parallel.tp=2"], "parallel.tp"),
+        (["optim.kind=sgd"], "adamw, muon"),
         (["resume=yes"], "auto"),
         (["model.rope_axes=[16,56,50]"], "rope_axes"),
         (["seed="], "seed"),
@@ -76,6 +77,13 @@ def test_mistakes_are_refused_and_named(arguments, named):
     with pytest.raises(ValueError) as error:
         train(*arguments)
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_compilation_without_a_compiler_is_refused(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for load in (lambda: train("compile=true"), lambda: infer("prompt=a", "compile=true", "device=cpu")):
+        with pytest.raises(ValueError, match=r"C\+\+ compiler"):
+            load()
 
 
 def test_missing_encoders_are_named_all_at_once():

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 import fluxlite
-from fluxlite import sampling
+from fluxlite import checkpoint, sampling
 from fluxlite.latents import unpack_latents
 from fluxlite.pipeline import ASSETS, picture_seed
 
@@ -132,6 +133,37 @@ def test_what_cannot_be_drawn_is_refused(pipeline):
         fluxlite.generate(PROMPT, checkpoint="/nowhere", t5=TINY, clip=TINY, autoencoder=TINY)
 
 
+def test_every_layout_of_the_same_weights_draws_the_same_picture(tmp_path):
+    """From a diffusers folder, BFL's file, NeMo's and our own; text encoders and autoencoder are found beside each."""
+    source = checkpoint.open_source(TINY)
+    options = dict(height=64, width=64, steps=3, max_sequence_length=16, device="cpu", seed=2)
+    reference = pixels(fluxlite.generate(PROMPT, **options))
+    for layout in ("fluxlite", "bfl", "nemo", "diffusers"):
+        folder = tmp_path / layout
+        shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("transformer"))
+        where = folder / ("transformer" if layout == "diffusers" else f"{layout}.safetensors")
+        checkpoint.write_converted(source, where, to=layout)
+        assert (pixels(fluxlite.generate(PROMPT, checkpoint=where, **options)) == reference).all(), layout
+    bare = tmp_path / "elsewhere" / "flux.safetensors"
+    checkpoint.write_converted(source, bare)
+    with pytest.raises(ValueError, match="model.t5=, model.clip=, model.autoencoder="):
+        fluxlite.generate(PROMPT, checkpoint=bare, **options)
+    parts = dict(t5=TINY, clip=TINY, autoencoder=TINY)
+    assert (pixels(fluxlite.generate(PROMPT, checkpoint=bare, **parts, **options)) == reference).all()
+
+
+def test_a_shape_that_the_checkpoint_has_not_is_refused():
+    with pytest.raises(ValueError, match="model.num_double_blocks=19, but flux-tiny has 2"):
+        fluxlite.generate(PROMPT, expected={"num_double_blocks": 19})
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_blocks_draw_the_same_picture():
+    options = dict(height=64, width=64, steps=3, max_sequence_length=16, device="cpu", dtype=torch.float32)
+    plain, compiled = (pixels(fluxlite.generate(PROMPT, compile=c, **options)) for c in (False, True))
+    assert np.abs(plain - compiled).max() <= 1 and plain.std() > 20
+
+
 def infer(*arguments):
     return subprocess.run([sys.executable, "infer.py", *arguments], cwd=ROOT, capture_output=True, text=True)
 
@@ -158,6 +190,9 @@ def test_infer_writes_pictures_with_their_settings(tmp_path):
         (["prompt=a", "model.checkpoint=/nowhere"], "model."),
         (["prompt_file=/nowhere"], "prompt_file"),
         (["prompt=a", "stepps=3"], "steps"),
+        (["prompt=a", "model=flux_schnell"], "num_double_blocks=19"),
+        (["prompt=a", "model=flux_shnell"], "flux_schnell"),
+        (["prompt=a", "offload=disk"], "none, text, all"),
     ],
 )
 def test_infer_refuses_in_one_line(arguments, named, tmp_path):

@@ -196,6 +196,30 @@ def test_accumulation_equals_a_larger_batch(tmp_path):
     assert all(two[k] == pytest.approx(v, rel=2e-5) for k, v in one.items())
 
 
+@pytest.mark.slow
+def test_compiled_training_equals_eager(tmp_path):
+    eager, compiled = (
+        losses(train(*MOCK, "dtype=float32", "steps=3", f"compile={c}", f"output={tmp_path}/{c}")) for c in ("false", "true")
+    )
+    assert all(compiled[k] == pytest.approx(v, rel=1e-4) for k, v in eager.items())
+
+
+@pytest.mark.slow
+def test_training_starts_from_any_layout_at_full_width(tmp_path):
+    """A random folder at full width, one block of each kind, as BFL's file."""
+    for command in (
+        ["scripts/make_random.py", "--dst", f"{tmp_path}/random", "--doubles", "1", "--singles", "1"],
+        ["convert_hf.py", "--src", f"{tmp_path}/random", "--dst", f"{tmp_path}/flux1.safetensors", "--to", "bfl", "--verify"],
+    ):
+        assert subprocess.run([sys.executable, *command], cwd=ROOT).returncode == 0
+    common = ["model=flux_debug", "data=mock", "steps=1", "data.val_count=1", "data.global_batch=1", "model.max_sequence_length=16"]
+    common += ["data.height=64", "data.width=64", "metrics.tensorboard=false"]
+    a = train(*common, f"model.checkpoint={tmp_path}/random", f"output={tmp_path}/a")
+    b = train(*common, f"model.checkpoint={tmp_path}/flux1.safetensors", f"model.save_converted={tmp_path}/kept.safetensors",
+              f"output={tmp_path}/b")  # fmt: skip
+    assert losses(a) == losses(b) and (tmp_path / "kept.safetensors").is_file()
+
+
 def test_frozen_parameters_stay_and_patterns_must_match():
     model = Flux(FluxConfig(1, 1, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)))
     optim.freeze(model, optim.OptimConfig(trainable=["double_blocks.*", "out.*"], freeze=["*.bias"]))

@@ -282,11 +282,7 @@ def _write_beside(folder, source, to, names, shards):
     """What a folder needs beside its weights: an index, and in diffusers' layout config.json."""
     if len(shards) > 1:
         stem = "diffusion_pytorch_model" if to == "diffusers" else Path(names[0]).stem.rsplit("-00001-of-", 1)[0]
-        index = {
-            "metadata": {"total_size": sum(map(streams.num_bytes, shards))},
-            "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
-        }
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        streams.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
     if to == "diffusers":
         flux = source.what == "transformer"
         values = (convert.config_to_diffusers if flux else convert.autoencoder_config_to_diffusers)(source.config)

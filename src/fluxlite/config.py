@@ -57,6 +57,9 @@ class PartsConfig:
     attention: str = field(default="auto", metadata={"help": f"attention kernel: {', '.join(ATTENTION)}"})
 
 
+PARTS_FIELDS = {f.name for f in dataclasses.fields(PartsConfig)}
+
+
 @dataclass
 class ModelConfig(PartsConfig, FluxConfig):
     """A transformer's shape and the parts around it."""
@@ -66,6 +69,17 @@ class ModelConfig(PartsConfig, FluxConfig):
     def shape(self):
         """The `FluxConfig` alone."""
         return FluxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(FluxConfig)})
+
+
+def _unset(f):
+    """A field like `f` that may be left open: (name, type, field)."""
+    return f.name, f.type | None, field(default=None, metadata={"help": f"expected of the checkpoint: {f.metadata['help']}"})
+
+
+# What `infer.py` takes under model.: parts, and with model=flux_schnell and its like a shape that the checkpoint must have.
+ExpectedConfig = dataclasses.make_dataclass(
+    "ExpectedConfig", [_unset(f) for f in dataclasses.fields(ModelConfig) if f.name not in PARTS_FIELDS], bases=(PartsConfig,)
+)
 
 
 @dataclass
@@ -97,6 +111,9 @@ class TrainConfig:
     device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
     dtype: str | None = field(
         default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"}
+    )
+    compile: bool = field(
+        default=False, metadata={"help": "compile each block (torch.compile): minutes at the start, faster steps"}
     )
     output: str = verbatim("runs/train", "folder of the run: config, metrics, pictures, checkpoints")
     resume: str | None = field(default=None, metadata={"help": "auto: go on from the last checkpoint in output, if there is one"})
@@ -132,7 +149,7 @@ class TrainConfig:
 class InferConfig:
     """Everything that `infer.py` takes."""
 
-    model: PartsConfig = field(default_factory=PartsConfig)
+    model: ExpectedConfig = field(default_factory=ExpectedConfig)
     prompt: list[str] = field(
         default_factory=list, metadata={"help": "what to draw; give it several times for several", "verbatim": True}
     )
@@ -163,7 +180,15 @@ class InferConfig:
     dtype: str | None = field(
         default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"}
     )
+    compile: bool = field(
+        default=False, metadata={"help": "compile each block (torch.compile): minutes at the start, faster steps"}
+    )
     output: str = verbatim("outputs", "folder for the pictures; existing ones are never overwritten")
+
+    def expected(self):
+        """{field of FluxConfig: value} for what the command line says of the checkpoint's shape."""
+        named = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(FluxConfig)}
+        return {name: value for name, value in named.items() if value is not None}
 
     def validate(self):
         check_machine(self)
@@ -189,6 +214,8 @@ def check_machine(config):
     config.dtype = config.dtype or ("bfloat16" if parallel.has_bf16(config.device) else "float32")
     if config.dtype not in DTYPES:
         raise ValueError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
+    if config.compile:
+        parallel.check_compiler(config.device)
     attention = config.model.attention
     if attention not in ATTENTION:
         raise ValueError(f"model.attention={attention}: choose one of {', '.join(ATTENTION)}")

@@ -116,11 +116,21 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        return self.linear_out(self.activation(self.linear_in(x.to(self.linear_in.weight.dtype))))
+        x = x.to(self.linear_in.weight.dtype)
+        if self.activation is gelu and fuses_gelu(x):
+            linear = self.linear_in
+            return self.linear_out(torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh"))
+        return self.linear_out(self.activation(self.linear_in(x)))
 
 
 def gelu(x):
     return F.gelu(x, approximate="tanh")
+
+
+def fuses_gelu(x):
+    """Whether oneDNN can compute a linear and its GELU in one pass: bfloat16 on a CPU, no gradient wanted, not under a compiler."""
+    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    return eager and x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
 
 
 class QKV(nn.Module):
@@ -189,7 +199,8 @@ class SingleBlock(nn.Module):
         """x (B, L, H), modulation (3, B, 1, H)."""
         shift, scale, gate = modulation
         h = modulated_norm(x, shift, scale)
-        return torch.addcmul(x, gate, self.proj(attend(*self.qkv(h), rope, attention)) + self.mlp(h))
+        out = self.proj(attend(*self.qkv(h), rope, attention)) + self.mlp(h)
+        return torch.addcmul(x, gate, out)
 
 
 class Flux(nn.Module):

@@ -1,9 +1,11 @@
-"""Parallelism, applied to a model from outside: process group, mesh and FSDP2, all in wrap order.
+"""Parallelism, applied to a model from outside: process group, mesh, compilation and FSDP2, all in wrap order.
 
 One process without torchrun is a mesh of one and runs the same code.
 """
 
+import importlib.util
 import os
+import shutil
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,6 +47,24 @@ def rank():
 def default_device():
     """The machine's accelerator, or the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_compiler(device):
+    """Raise `ValueError` where torch.compile has nothing to compile with: a C++ compiler on the CPU, Triton on a GPU."""
+    if str(device).startswith("cuda"):
+        if importlib.util.find_spec("triton") is None:
+            raise ValueError("compile=true needs Triton on a GPU: pip install triton, or leave compile=false")
+        return
+    wanted = os.environ.get("CXX", "g++")
+    if not any(shutil.which(name) for name in (wanted, "clang++")):
+        raise ValueError(f"compile=true needs a C++ compiler, and there is no {wanted}: install g++, or leave compile=false")
+
+
+def compile_blocks(model):
+    """Compile each block by itself: one compilation serves all blocks of a kind."""
+    for block in [*model.double_blocks, *model.single_blocks]:
+        block.compile()
+    return model
 
 
 def has_bf16(device):

@@ -74,6 +74,7 @@ class Found:
     t5: str
     clip: str
     attention: str
+    compile: bool
     device: torch.device
     dtype: torch.dtype
 
@@ -85,7 +86,9 @@ class Found:
         return encoders
 
     def load_transformer(self, device=None):
-        return ckpt.load_transformer(self.transformer, attention=self.attention, dtype=self.dtype, device=device or self.device)
+        where = device or self.device
+        model = ckpt.load_transformer(self.transformer, attention=self.attention, dtype=self.dtype, device=where)
+        return parallel.compile_blocks(model) if self.compile else model
 
     def load_autoencoder(self):
         return ckpt.load_autoencoder(self.autoencoder, dtype=self.dtype, device=self.device)
@@ -100,16 +103,21 @@ def find_pipeline(
     save_converted=None,
     ema=True,
     attention="auto",
+    compile=False,
     device=None,
     dtype=None,
+    expected=(),
 ):
     """The `Found` parts of a pipeline folder, a transformer or a run; parts not named are looked for beside it.
 
-    Raises `ValueError` that names the missing part's key.
+    `expected` is {field of FluxConfig: value} that the transformer must have. Raises `ValueError` that names the missing key.
     """
     device = torch.device(device or parallel.default_device())
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
     transformer = ckpt.converted(resolve(checkpoint), save_converted, ema=ema)
+    for name, value in dict(expected).items():
+        if getattr(transformer.config, name) != value:
+            raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}")
     named = {"t5": t5, "clip": clip, "autoencoder": autoencoder}
     parts = beside(checkpoint) | {k: resolve(v) for k, v in named.items() if v}
     missing = [f"model.{part}=" for part in PARTS if part not in parts]
@@ -120,7 +128,7 @@ def find_pipeline(
         key, source = ("model.autoencoder", vae) if transformer.what == "transformer" else ("model.checkpoint", transformer)
         raise ValueError(f"{key}={source.where} holds the wrong part, {source.what}: name another")
     check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
-    return Found(transformer, vae, **parts, attention=attention, device=device, dtype=dtype)
+    return Found(transformer, vae, **parts, attention=attention, compile=compile, device=device, dtype=dtype)
 
 
 def check_width(part, theirs, key, config):

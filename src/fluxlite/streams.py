@@ -197,6 +197,15 @@ def write(path, described, pieces, metadata, progress=lambda count: None):
     return rewrite
 
 
+def write_index(path, shards, names):
+    """The index of shards ({name: (dtype, shape)} each) in files `names`, as transformers and diffusers read it."""
+    index = {
+        "metadata": {"total_size": sum(map(num_bytes, shards))},
+        "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
+    }
+    path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
 @contextlib.contextmanager
 def aside(final, *, overwrite=False, folder=False):
     """A path beside `final` to write to, renamed to it at the end and removed if that is not reached.
@@ -212,7 +221,7 @@ def aside(final, *, overwrite=False, folder=False):
         remove(path)  # of a writer that was killed
         (path if folder else final.parent).mkdir(parents=True, exist_ok=True)
         yield path
-        for file in [*path.iterdir()] if folder else [path]:
+        for file in [p for p in path.rglob("*") if p.is_file()] if folder else [path]:
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
         if final.exists() and (final.is_dir() or folder):

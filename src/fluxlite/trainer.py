@@ -92,6 +92,8 @@ def build_model(config, device, mesh):
         model.initialise(torch.Generator(device).manual_seed(seed))
     model.train().requires_grad_(True)
     optim.freeze(model, config.optim)
+    if config.compile:
+        parallel.compile_blocks(model)
     return parallel.shard(model, mesh, config.parallel, getattr(torch, config.dtype))
 
 

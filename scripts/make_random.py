@@ -1,0 +1,116 @@
+"""Write a full-size FLUX.1 pipeline folder of random weights, for tests of scale: right names, shapes, types and shards.
+
+    python scripts/make_random.py --dst FLUX.1-random                     # FLUX.1-dev's transformer, 23.8 GB in 3 shards
+    python scripts/make_random.py --dst FLUX.1-random --model schnell --encoders      # with T5-XXL, CLIP-L, autoencoder: 33.7 GB
+    python scripts/make_random.py --dst small --doubles 1 --singles 1     # full width, less depth
+
+Weights are bfloat16 and come from one pool of normal draws, scaled by each matrix's width: no more than one tensor is in memory.
+Pictures drawn with them are noise. The tokenizers are those of assets/flux-tiny.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from fluxlite import convert, streams
+from fluxlite.autoencoder import AutoencoderConfig
+from fluxlite.checkpoint import DIFFUSERS_SHARD_BYTES
+from fluxlite.model import FluxConfig
+
+TINY = Path(__file__).parents[1] / "assets" / "flux-tiny"
+POOL = 1 << 24
+T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu")
+CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+
+
+def draw(shape, pool, generator, *, norm):
+    """A random bfloat16 tensor: about 1 for a norm's scale, else of variance 1 over its inputs, biases small."""
+    count = torch.Size(shape).numel()
+    start = torch.randint(POOL // 2, (), generator=generator).item()
+    values = (
+        pool[start : start + count] if count <= POOL - start else pool.repeat(-(-(count + start) // POOL))[start : start + count]
+    )
+    values = values.view(shape)
+    if norm:
+        return 1 + 0.02 * values
+    return values * (values[0].numel() ** -0.5 if len(shape) > 1 else 0.02)
+
+
+def write_part(folder, stem, shapes, config, pool, generator, bar):
+    """One part's folder: config.json and {name: shape} in shards of 10 GB with an index."""
+    folder.mkdir(parents=True)
+    described = {name: (torch.bfloat16, tuple(shape)) for name, shape in shapes.items()}
+    shards = streams.split_shards(described, DIFFUSERS_SHARD_BYTES)
+    names = [
+        f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
+        for i in range(len(shards))
+    ]
+    for shard, name in zip(shards, names):
+        pieces = ((key, draw(shape, pool, generator, norm="norm" in key and len(shape) == 1)) for key, (_, shape) in shard.items())
+        streams.write(folder / name, shard, pieces, {"format": "pt"}, bar.update)
+    if len(shards) > 1:
+        streams.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def encoder_parts():
+    """{folder: (stem, {name: shape}, config)} of T5-XXL's encoder and CLIP-L's text model."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    tiny = json.loads((TINY / "text_encoder" / "config.json").read_text())
+    ids = {k: tiny[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in tiny}
+    found = {}
+    for folder, cls, config in (
+        ("text_encoder", CLIPTextModel, CLIPTextConfig(**CLIP_L, **ids)),
+        ("text_encoder_2", T5EncoderModel, T5Config(**T5_XXL)),
+    ):
+        with torch.device("meta"):
+            model = cls(config)
+        shapes = {k: v.shape for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"}
+        found[folder] = "model", shapes, config.to_dict() | {"architectures": [cls.__name__], "dtype": "bfloat16"}
+    return found
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dst", type=Path, required=True, help="folder to write")
+    parser.add_argument("--model", choices=("dev", "schnell"), default="dev")
+    parser.add_argument("--encoders", action="store_true", help="also T5-XXL, CLIP-L and the autoencoder, with tiny tokenizers")
+    parser.add_argument("--doubles", type=int, default=19)
+    parser.add_argument("--singles", type=int, default=38)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse(argv)
+    flux = FluxConfig(args.doubles, args.singles, guidance_embed=args.model == "dev")
+    parts = {"transformer": ("diffusion_pytorch_model", convert.shapes("diffusers", flux), convert.config_to_diffusers(flux))}
+    if args.encoders:
+        vae = AutoencoderConfig()
+        values = convert.autoencoder_config_to_diffusers(vae)
+        parts |= encoder_parts() | {"vae": ("diffusion_pytorch_model", convert.shapes("diffusers", vae), values)}
+    total = 2 * sum(torch.Size(shape).numel() for _, shapes, _ in parts.values() for shape in shapes.values())
+    generator = torch.Generator().manual_seed(args.seed)
+    pool = torch.randn(POOL, generator=generator).bfloat16()
+    with streams.aside(args.dst, folder=True) as folder:
+        streams.check_room(args.dst, total)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=str(args.dst)) as bar:
+            for name, (stem, shapes, config) in parts.items():
+                write_part(folder / name, stem, shapes, config, pool, generator, bar)
+        for name in ("tokenizer", "tokenizer_2") if args.encoders else ():
+            shutil.copytree(TINY / name, folder / name)
+    print(f"{args.dst}: {total / 1e9:.1f} GB")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
