@@ -165,6 +165,28 @@ def default_settings(checkpoint, config):
 # --- drawing --------------------------------------------------------------------------------------------------------------------
 
 
+def settle(checkpoint, options, negative_prompt):
+    """From the options of `generate`: the loaded `Pipeline`, or the `Found` parts on disk, and the checked `SampleConfig`."""
+    names = {f.name for f in fields(SampleConfig)}
+    settings = {k: v for k, v in options.items() if k in names}
+    rest = {k: v for k, v in options.items() if k not in names}
+    if isinstance(checkpoint, Pipeline):
+        if rest:
+            raise ValueError(f"{', '.join(rest)}: these are settled once a pipeline is loaded; pass them to load_pipeline")
+        parts, model_config, defaults = checkpoint, checkpoint.model.config, {}
+    else:
+        parts = find_pipeline(checkpoint, **rest)
+        model_config = parts.transformer.config
+        defaults = default_settings(checkpoint, model_config)
+    config = SampleConfig(**(defaults | settings))
+    config.validate(parts.autoencoder.config.downsampling)
+    if "guidance" in settings and not model_config.guidance_embed:
+        raise ValueError("guidance: this model (as schnell) has no guidance input; leave the setting out")
+    if config.true_cfg > 1 and not negative_prompt:
+        raise ValueError(f"true_cfg={config.true_cfg} needs a negative_prompt")
+    return parts, config
+
+
 def generate(
     prompt,
     *,
@@ -190,18 +212,8 @@ def generate(
     """
     if offload not in OFFLOAD:
         raise ValueError(f"offload={offload}: choose one of {', '.join(OFFLOAD)}")
-    names = {f.name for f in fields(SampleConfig)}
-    settings = {k: options.pop(k) for k in list(options) if k in names}
-    pipeline = checkpoint if isinstance(checkpoint, Pipeline) else None
-    parts = pipeline or find_pipeline(checkpoint, **options)
-    model_config = pipeline.model.config if pipeline else parts.transformer.config
-    config = SampleConfig(**(({} if pipeline else default_settings(checkpoint, model_config)) | settings))
-    config.validate(parts.autoencoder.config.downsampling)
-    if "guidance" in settings and not model_config.guidance_embed:
-        raise ValueError("guidance: this model (as schnell) has no guidance input; leave the setting out")
-    if config.true_cfg > 1 and not negative_prompt:
-        raise ValueError(f"true_cfg={config.true_cfg} needs a negative_prompt")
-
+    parts, config = settle(checkpoint, options, negative_prompt)
+    pipeline = parts if isinstance(parts, Pipeline) else None
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     jobs = [(j, picture_seed(seed, j, i)) for j in range(len(prompts)) for i in range(images_per_prompt)]
     with stage("text encoders"):
