@@ -34,7 +34,12 @@ def make_models(config, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         theirs, ours = FluxTransformer2DModel(**values), Flux(config)
-    state = {k: torch.randn(v.shape, generator=generator, dtype=dtype) * 0.02 for k, v in theirs.state_dict().items()}
+
+    def draw(name, shape):
+        values = torch.randn(shape, generator=generator, dtype=dtype)
+        return 1 + 0.1 * values if "norm_" in name and len(shape) == 1 and name.endswith("weight") else 0.02 * values
+
+    state = {name: draw(name, value.shape) for name, value in theirs.state_dict().items()}
     theirs.load_state_dict(state, assign=True)
     ours.load_state_dict(convert.to_fluxlite(state, config, "diffusers"), assign=True)
     return theirs.eval().requires_grad_(False), ours.eval().requires_grad_(False)
@@ -46,7 +51,7 @@ def make_inputs(config, side, dtype):
     img = torch.randn(1, cells * cells // 4, config.in_channels, generator=generator).to(dtype)
     txt = torch.randn(1, TEXT_TOKENS, config.text_width, generator=generator).to(dtype)
     pooled = torch.randn(1, config.pooled_width, generator=generator).to(dtype)
-    return dict(img=img, txt=txt, pooled=pooled, t=torch.tensor([0.5]), guidance=torch.tensor([3.5])), position_ids(
+    return dict(img=img, txt=txt, pooled=pooled, t=torch.tensor([0.5]), guidance=torch.tensor([4.0])), position_ids(
         cells, cells, TEXT_TOKENS
     )
 
