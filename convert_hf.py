@@ -13,11 +13,14 @@ its name only when it is whole. Errors are one line, with exit code 2.
 
 import argparse
 import re
+import signal
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
 LAYOUTS = ("fluxlite", "diffusers", "bfl", "nemo")
+REMEDY = "pass --overwrite, or name another"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -33,7 +36,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", required=True, help="folder, file, run, or hub repository")
     parser.add_argument("--dst", help="file that ends in .safetensors, or folder; for --to diffusers a folder")
-    parser.add_argument("--to", choices=LAYOUTS, default="fluxlite", help="layout to write (default: fluxlite)")
+    parser.add_argument("--to", choices=LAYOUTS, help="layout to write (default: fluxlite)")
     parser.add_argument("--dtype", choices=DTYPES, help="type to write (default: the source's)")
     parser.add_argument("--max-shard-size", type=size, metavar="SIZE", help="of a file in a folder (default: diffusers 10GB)")
     parser.add_argument("--no-ema", action="store_true", help="of a run, take the weights themselves, not their moving average")
@@ -41,8 +44,11 @@ def parse(argv=None):
     parser.add_argument("--verify", action="store_true", help="read DST back: every byte, and one forward beside diffusers' model")
     parser.add_argument("--digests", action="store_true", help="print the SHA-256 of every tensor of SRC, and write nothing")
     args = parser.parse_args(argv)
-    if bool(args.dst) == args.digests:
-        parser.error("--digests writes nothing: leave out --dst" if args.dst else "--dst is missing: name a file or a folder")
+    writing = [name for name in ("dst", "to", "dtype", "max_shard_size", "overwrite", "verify") if getattr(args, name)]
+    if args.digests and writing:
+        parser.error(f"--digests writes nothing: leave out --{writing[0].replace('_', '-')}")
+    if not args.digests and not args.dst:
+        parser.error("--dst is missing: name a file or a folder")
     return args
 
 
@@ -54,19 +60,23 @@ def convert(args):
     import torch
 
     from fluxlite import checkpoint, verify
+    from fluxlite.pipeline import resolve
 
-    source = checkpoint.open_source(args.src, setting="--src", ema=not args.no_ema)
+    source = checkpoint.open_source(resolve(args.src), setting="--src", ema=not args.no_ema)
+    if args.no_ema and not checkpoint.is_run(Path(args.src).expanduser()):
+        raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:
         with bar(source.num_bytes(), "reading") as progress:
             each, total = verify.digests_of(source, progress.update)
         print("\n".join(f"{digest}  {name}" for name, digest in each.items()))
         print(f"{total}  all {len(each)} tensors")
         return
-    print(f"{args.src}: {source.what}, {source.layout} layout, {source.num_bytes() / 1e9:.2f} GB; writing {args.to} to {args.dst}")
+    to = args.to or "fluxlite"
+    print(f"{args.src}: {source.what}, {source.layout} layout, {source.num_bytes() / 1e9:.2f} GB; writing {to} to {args.dst}")
     dtype = args.dtype and getattr(torch, args.dtype)
-    options = dict(dtype=dtype, max_shard_bytes=args.max_shard_size, overwrite=args.overwrite)
+    options = dict(dtype=dtype, max_shard_bytes=args.max_shard_size, overwrite=args.overwrite, remedy=REMEDY)
     with bar(source.num_bytes(), "converting") as progress:
-        files, digest = checkpoint.write_converted(source, args.dst, to=args.to, progress=progress.update, **options)
+        files, digest = checkpoint.write_converted(source, args.dst, to=to, progress=progress.update, **options)
     print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
     print(f"source digest {digest}")
     if args.verify:
@@ -78,11 +88,15 @@ def convert(args):
 def run(argv=None):
     """The script; returns its exit code."""
     args = parse(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half written stays
     try:
         convert(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped: nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

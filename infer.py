@@ -23,7 +23,10 @@ Prompts and paths are taken as the shell gives them: no quoting for Hydra is nee
 
 def prompts_of(config):
     """The prompts of the command line, then those of the file."""
-    lines = Path(config.prompt_file).read_text(encoding="utf-8").splitlines() if config.prompt_file else []
+    try:
+        lines = Path(config.prompt_file).read_text(encoding="utf-8-sig").splitlines() if config.prompt_file else []
+    except UnicodeDecodeError:
+        raise ValueError(f"prompt_file={config.prompt_file} is no text in UTF-8") from None
     prompts = [*config.prompt, *(line for line in lines if line.strip())]
     if not prompts:
         raise ValueError(f"prompt_file={config.prompt_file} holds no prompt")

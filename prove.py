@@ -101,6 +101,10 @@ def main():
     parser.add_argument("--batch", type=int, default=50, help="pictures drawn at once")
     parser.add_argument("--output", type=Path, default=Path("outputs/proof"), help="folder for proof.json and grid.png")
     args = parser.parse_args()
+    for name, least in (("swaps", 0), ("steps", 1), ("batch", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} {getattr(args, name)} must be at least {least}")
+    args.output.mkdir(parents=True, exist_ok=True)
 
     how = {key: getattr(args, key) for key in ("checkpoint", "seed", "steps", "guidance", "batch")}
 
@@ -114,7 +118,6 @@ def main():
     except ValueError as error:
         parser.error(str(error))
     report |= how
-    args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "proof.json").write_text(json.dumps({**report, "pictures": results}, indent=1))
     shown = min(len(pictures), 48)
     contact_sheet(pictures[:shown], columns=8, captions=[verdict(r) for r in results[:shown]]).save(args.output / "grid.png")

@@ -37,7 +37,10 @@ def main():
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     source, stages = checkpoint.open_source(args.src, setting="--src"), Stages()
+    if source.layout != "diffusers":
+        raise ValueError(f"--src {args.src} is in {source.layout}'s layout: name a checkpoint in diffusers'")
     ours, back, copy = args.work / "flux.safetensors", args.work / "diffusers", args.work / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
 
     forget(source.files)
     copy.mkdir()

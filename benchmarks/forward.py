@@ -18,7 +18,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from fluxlite import convert
+from fluxlite import convert, parallel
 from fluxlite.latents import position_ids
 from fluxlite.metrics import memory_of_process
 from fluxlite.model import Flux, FluxConfig, rope_table
@@ -125,12 +125,6 @@ def alternate(steps, repeats):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def compiled_blocks(model, blocks):
-    for block in blocks:
-        block.compile()
-    return model
-
-
 @torch.inference_mode()
 def measure(args, dtype, sides):
     config = FluxConfig(num_double_blocks=args.doubles, num_single_blocks=args.singles)
@@ -142,8 +136,9 @@ def measure(args, dtype, sides):
         suffix = ", compiled" if compiled else ""
         if compiled:
             torch._dynamo.reset()
-            compiled_blocks(theirs, [*theirs.transformer_blocks, *theirs.single_transformer_blocks])
-            compiled_blocks(ours, [*ours.double_blocks, *ours.single_blocks])
+            for block in (*theirs.transformer_blocks, *theirs.single_transformer_blocks):
+                block.compile()
+            parallel.compile_blocks(ours)
         for side in sides:
             inputs, ids = make_inputs(config, side, dtype)
             step, whole = our_steps(ours, inputs, ids)

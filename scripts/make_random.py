@@ -90,6 +90,7 @@ def parse(argv):
 def main(argv=None):
     args = parse(argv)
     flux = FluxConfig(args.doubles, args.singles, guidance_embed=args.model == "dev")
+    flux.validate()
     parts = {"transformer": ("diffusion_pytorch_model", convert.shapes("diffusers", flux), convert.config_to_diffusers(flux))}
     if args.encoders:
         vae = AutoencoderConfig()

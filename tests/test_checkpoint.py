@@ -1,8 +1,10 @@
+import dataclasses
 import hashlib
 import json
 import os
 import resource
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
@@ -10,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from diffusers import FluxTransformer2DModel
 from reference import diffusers_flux
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_convert import in_layout
+from test_trainer import MOCK
 
-from fluxlite import checkpoint, convert, offload, verify
+from fluxlite import checkpoint, convert, offload, streams, verify
 from fluxlite.pipeline import ASSETS
 
 ROOT = Path(__file__).parents[1]
@@ -91,7 +95,7 @@ def test_our_own_file_is_mapped_and_of_others_only_changed_tensors_are_copied(so
     def copied(layout):
         """Our tensors that do not lie in the mapped file."""
         source = checkpoint.open_source(sources[layout])
-        spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in map(source.get, source.described)]
+        spans = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in map(source.read, source.described)]
         state = checkpoint.load_state(source)
         return {k for k, v in state.items() if not any(a <= v.data_ptr() < b for a, b in spans)}
 
@@ -145,6 +149,115 @@ def test_verify_proves_a_conversion_and_finds_a_flipped_bit(sources, tmp_path):
         verify.verify(checkpoint.open_source(sources["bfl"]), file)
 
 
+def test_verify_judges_the_forward_and_rounding(sources, tmp_path, monkeypatch):
+    source = checkpoint.open_source(sources["bfl"])
+    wide, half = tmp_path / "wide.safetensors", tmp_path / "half.safetensors"
+    checkpoint.write_converted(source, wide, dtype=torch.float32)
+    resave(wide, lambda s: s.update({k: v * (1 + 1e-4) for k, v in s.items()}))  # no bfloat16 values any more
+    fine = checkpoint.open_source(wide)
+    checkpoint.write_converted(fine, half, to="bfl", dtype=torch.bfloat16)
+    lines = verify.verify(fine, half)
+    assert "as its values in bfloat16" in lines[0] and "equals diffusers" in lines[1]
+    monkeypatch.setattr(verify, "forward_error", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match="differs from diffusers"):
+        verify.verify(fine, half)
+
+
+def test_a_wrong_mapping_gives_a_large_forward_error(sources):
+    """Bytes that come back by the inverse of a wrong table are caught by the forward alone."""
+    source = checkpoint.open_source(sources["diffusers"])
+    good = checkpoint.open_source(sources["fluxlite"])
+    assert verify.forward_error(source, good) < 1e-5
+    bad = dataclasses.replace(
+        good, read=lambda n, a=0, b=None: good.read(n, a, b).flip(0) if "qkv.linear" in n else good.read(n, a, b)
+    )
+    assert verify.forward_error(source, bad) > 0.01
+
+
+def test_values_too_large_for_the_type_are_refused(sources, tmp_path):
+    wide = tmp_path / "wide.safetensors"
+    checkpoint.write_converted(checkpoint.open_source(sources["bfl"]), wide, dtype=torch.float32)
+    resave(wide, lambda s: s["img_in.weight"].view(-1)[3:4].fill_(1e6))
+    with pytest.raises(ValueError, match="img_in.weight has values up to 1e\\+06"):
+        checkpoint.write_converted(checkpoint.open_source(wide), tmp_path / "half.safetensors", dtype=torch.float16)
+    assert not (tmp_path / "half.safetensors").exists()
+
+
+def test_each_tensor_keeps_its_type(sources, tmp_path):
+    mixed = tmp_path / "mixed.safetensors"
+    mixed.write_bytes(sources["bfl"].read_bytes())
+    resave(mixed, lambda s: s.update({k: v.float() for k, v in s.items() if v.ndim > 1}))
+    checkpoint.write_converted(checkpoint.open_source(mixed), tmp_path / "out.safetensors")
+    state = load_file(tmp_path / "out.safetensors")
+    assert all(v.dtype == (torch.float32 if v.ndim > 1 else torch.bfloat16) for v in state.values())
+    assert "bit for bit" in verify.verify(checkpoint.open_source(mixed), tmp_path / "out.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of two processes: its tensors lie in two shards each."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "train.py",
+        *MOCK,
+        f"output={folder}",
+        "steps=2",
+    ]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_run_of_two_shards_is_a_source_and_its_average_is_chosen(run_folder, tmp_path, ema):
+    source = checkpoint.open_source(run_folder, ema=ema)
+    assert len(checkpoint.RunTensors(checkpoint.last_checkpoint(run_folder)).tensors["model.modulation.weight"].chunks) == 2
+    group = "ema" if ema else "model"
+    expected = {name: torch.empty(shape) for name, (_, shape) in source.described.items()}
+    dcp.load({group: expected}, checkpoint_id=checkpoint.last_checkpoint(run_folder), no_dist=True)
+    assert all(torch.equal(source.read(k), v) and torch.equal(source.read(k, 3, 9), v[3:9]) for k, v in expected.items())
+    checkpoint.write_converted(source, tmp_path / "out", to="diffusers")
+    assert "bit for bit" in verify.verify(source, tmp_path / "out")[0]
+    with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", "pt") as file:
+        training = json.loads(file.metadata()["training"])
+    assert training["step"] == 2 and training["ema"] == ema and training["density"] == "logit_normal"
+    kept = tmp_path / "kept.safetensors"
+    checkpoint.converted(run_folder, kept, ema=ema)
+    with pytest.raises(ValueError, match="was not made from"):
+        checkpoint.converted(run_folder, kept, ema=not ema)
+
+
+def test_reading_a_run_holds_no_more_than_its_rows(run_folder):
+    """The modulation, the largest tensor by far, is read a block's rows at a time."""
+    source, sizes = checkpoint.open_source(run_folder), []
+    read = source.read
+
+    def watched(name, start=0, stop=None):
+        tensor = read(name, start, stop)
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    for _ in convert.convert(watched, "fluxlite", "diffusers", source.config):
+        pass
+    whole = streams.num_bytes({"modulation.weight": source.described["modulation.weight"]})
+    assert max(sizes) <= whole / 2 and sum(sizes) == source.num_bytes()
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    final = tmp_path / "x.safetensors"
+    with streams.aside(final) as a:
+        a.write_bytes(b"a" * 100)
+        with streams.aside(final, overwrite=True) as b:
+            b.write_bytes(b"b" * 10)
+    assert final.read_bytes() == b"a" * 100 and len(list(tmp_path.iterdir())) == 1
+
+
 def test_streamed_blocks_compute_the_same(sources):
     model = checkpoint.load_transformer(sources["fluxlite"], dtype=torch.float32)
     g = torch.Generator().manual_seed(0)
@@ -154,14 +267,13 @@ def test_streamed_blocks_compute_the_same(sources):
     inputs = torch.randn(1, 8, 12, generator=g), torch.randn(1, 3, 20, generator=g), rope_table(position_ids(4, 8, 3), model.config)
     more = dict(t=torch.tensor([0.5]), pooled=torch.randn(1, 14, generator=g), guidance=torch.tensor([2.0]))
     expected = model(*inputs, **more)
+    seen, streamed = [], offload.stream_blocks(model, "cpu")
     homes = {name: p.data_ptr() for name, p in model.named_parameters()}
-    seen = []
-    streamed = offload.stream_blocks(model, "cpu")
     for block in streamed.single_blocks:
         block.register_forward_pre_hook(lambda m, _: seen.append(m.proj.weight.data_ptr()))
     for _ in range(2):
         assert torch.equal(streamed(*inputs, **more), expected)
-    assert len(seen) == 6 and not set(seen) & set(homes.values())  # blocks ran on copies
+    assert len(seen) == 6 and len(set(seen)) == 2 and not set(seen) & set(homes.values())  # blocks ran in two buffers
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == homes  # and gave them back
 
 
@@ -218,7 +330,17 @@ FAULTS = {
         lambda p: resave(p, lambda s: s.update({"time_in.linear_in.weight": torch.zeros(5)})),
         "mix layouts: fluxlite and bfl",
     ),
-    "hub offline": (lambda s, t: "nobody/nothing-of-this-name", None, "--src=nobody/nothing"),
+    "hub offline": (lambda s, t: "nobody/nothing-of-this-name", None, "the hub does not answer"),
+    "two models": (
+        lambda s, t: s["bfl"],
+        lambda p: resave(p, lambda s: s.update({"decoder.conv_in.weight": torch.zeros(5)})),
+        "name the file of one",
+    ),
+    "damaged run": (
+        lambda s, t: s["diffusers"],
+        lambda p: (p / "meta.json").write_text("{}"),
+        "meta.json is no whole description",
+    ),
     "nowhere": (lambda s, t: "/nowhere/at/all", None, "does not exist"),
     "damaged index": (
         lambda s, t: s["diffusers"],
@@ -255,15 +377,38 @@ def test_bad_destinations_are_refused_and_lose_nothing(sources, tmp_path, capfd)
     existing = out / "existing.safetensors"
     existing.write_text("precious")
     for arguments, named in (
-        ([existing], "exists: pass --overwrite"),
-        ([source, "--to", "diffusers", "--overwrite"], "is the source itself"),
+        ([existing], "pass --overwrite"),
+        ([source, "--to", "diffusers", "--overwrite"], "is the source or holds it"),
         ([out / "d.safetensors", "--to", "diffusers"], "is a folder"),
     ):
         code = run(["--src", source, "--dst", *map(str, arguments)])
         refused(code, capfd.readouterr().err, named, tmp_path, [existing])
     full = convert_hf("--src", source, "--dst", existing, "--overwrite", limit=200_000)
-    refused(full.returncode, full.stderr, "File too large", tmp_path, [existing])
+    refused(full.returncode, full.stderr, "file too large", tmp_path, [existing])
     assert existing.read_text() == "precious"
+    mine = out / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("precious")
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(TINY, pipeline)
+    for src, dst, named in (
+        (source, mine, "thesis.txt first: it is not overwritten"),
+        (source, existing.with_suffix(""), None),
+        (pipeline, pipeline, "is the source or holds it"),
+        (pipeline / "transformer", pipeline, "is the source or holds it"),
+        (pipeline, pipeline / "transformer" / "new.safetensors", "lies in the source's folder"),
+        (source, mine / "x.ckpt", "must end in .safetensors"),
+        (source, tmp_path / "out" / "existing.safetensors" / "x.safetensors", "cannot be written"),
+    ):
+        code = run(["--src", str(src), "--dst", str(dst), "--to", "bfl", "--overwrite"])
+        errors = capfd.readouterr().err
+        if named is None:
+            assert code == 0
+            shutil.rmtree(dst)
+        else:
+            refused(code, errors, named, tmp_path, [existing, mine])
+    assert (mine / "thesis.txt").exists() and (pipeline / "vae").is_dir()
+    shutil.rmtree(mine)
     assert run(["--src", source, "--dst", str(existing), "--overwrite"]) == 0
     assert digests(existing)[1] == digests(sources["fluxlite"])[1]
 

@@ -35,7 +35,7 @@ def infer(*argv):
 
 @pytest.mark.parametrize("text", PROMPTS)
 def test_prompts_and_paths_arrive_verbatim(text):
-    config = infer(f"prompt={text}", f"negative_prompt={text}", f"output={text}", f"model.t5={text}")
+    config = infer(f"prompt={text}", f"negative_prompt={text}", f"output={text}", f"model.t5={text}", "true_cfg=2")
     path = None if text == "null" else text
     assert (config.prompt, config.negative_prompt, config.output, config.model.t5) == ([text], text, text, path)
     assert train(f"data.path={text}", f"data.cache={text}").data.path == path
@@ -68,6 +68,9 @@ def test_prompts_may_be_given_several_times():
         (["flow.guidance=uniform[7,1]"], "flow.guidance"),
         (["parallel.tp=2"], "parallel.tp"),
         (["optim.kind=sgd"], "adamw, muon"),
+        (["optim.beta1=2"], "optim.beta1"),
+        (["optim.lr=nan"], "optim.lr"),
+        (["model.num_double_blocks=-1"], "num_double_blocks"),
         (["resume=yes"], "auto"),
         (["model.rope_axes=[16,56,50]"], "rope_axes"),
         (["seed="], "seed"),
@@ -77,6 +80,17 @@ def test_mistakes_are_refused_and_named(arguments, named):
     with pytest.raises(ValueError) as error:
         train(*arguments)
     assert named in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_that_would_do_nothing_are_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for arguments, named in (
+        (["negative_prompt=b"], "true_cfg"),
+        (["negative_prompt=b", "true_cfg=nan"], "true_cfg"),
+        ([f"output={tmp_path}/file/x"], "is a file"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            infer("prompt=a", *arguments)
 
 
 def test_compilation_without_a_compiler_is_refused(monkeypatch):

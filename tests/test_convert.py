@@ -148,7 +148,7 @@ def test_every_layout_goes_over_into_every_other(theirs, source, target):
     config, mine = convert.config_from_diffusers(theirs.config), ours_from(theirs).state_dict()
     state = mine if source == "fluxlite" else in_layout(theirs, source)
     expected = mine if target == "fluxlite" else in_layout(theirs, target)
-    got = convert.assemble(convert.convert(state.__getitem__, source, target, config), convert.our_shapes(config))
+    got = convert.assemble(convert.convert(convert.reader(state), source, target, config), convert.our_shapes(config))
     assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
 
 
@@ -238,12 +238,12 @@ def test_true_configurations_have_the_keys_shapes_and_size_of_diffusers(values, 
 def test_the_autoencoder_goes_over_to_bfl_and_back():
     config = AutoencoderConfig((8, 16, 24), 1, 4, 4, 0.5, 0.1)
     state = randomise(Autoencoder(config)).state_dict()
-    bfl = {p.name: t for p, t in convert.convert(state.__getitem__, "diffusers", "bfl", config)}
+    bfl = {p.name: t for p, t in convert.convert(convert.reader(state), "diffusers", "bfl", config)}
     assert convert.recognise(bfl) == ("autoencoder", "bfl", "") and bfl["encoder.mid.attn_1.q.weight"].ndim == 4
     assert torch.equal(bfl["decoder.up.0.block.0.conv1.weight"], state["decoder.up_blocks.2.resnets.0.conv1.weight"])
     values = {"norm_num_groups": 4, "scaling_factor": 0.5, "shift_factor": 0.1}
     assert convert.infer_autoencoder_config("bfl", shapes_of(bfl), values) == config
-    back = {p.name: t for p, t in convert.convert(bfl.__getitem__, "bfl", "fluxlite", config)}
+    back = {p.name: t for p, t in convert.convert(convert.reader(bfl), "bfl", "fluxlite", config)}
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
 
 

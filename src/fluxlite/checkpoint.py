@@ -5,17 +5,22 @@ A run's folder holds `checkpoints/step-000100/` (torch.distributed.checkpoint fi
 """
 
 import hashlib
+import io
 import json
+import logging
 import os
 import shutil
-import warnings
+import struct
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
@@ -23,6 +28,8 @@ from fluxlite import __version__, convert, hub, streams
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
 from fluxlite.data.shards import locked
 from fluxlite.model import Flux, FluxConfig
+
+log = logging.getLogger("fluxlite")
 
 
 @dataclass
@@ -42,29 +49,41 @@ class CheckpointConfig:
 
 @dataclass
 class Source:
-    """A transformer or an autoencoder on disk, described and checked; its tensors are read by name when they are needed."""
+    """A transformer or an autoencoder on disk, described and checked; its tensors are mapped, and read when they are used."""
 
     where: str
     what: str  # transformer or autoencoder
     layout: str
     config: FluxConfig | AutoencoderConfig
     described: dict  # {name: (dtype, shape)}
-    get: Callable  # name → tensor, mapped where it lies in a safetensors file
+    read: Callable  # (name, start=0, stop=None) → a tensor, or its rows from start to stop
     metadata: dict
     files: list
+    settings: dict  # for sampling, where the checkpoint has some of its own: {field of SampleConfig: value}
+    averaged: bool = False  # whether it is the moving average of a run
 
     def num_bytes(self):
         return streams.num_bytes(self.described)
 
     def fingerprint(self):
-        """A digest of the files' names, sizes and times of change, to know them again without reading them."""
+        """A digest of the files' names, sizes and times of change, and of what is taken of them, without reading them."""
         lines = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in self.files]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return hashlib.sha256("\n".join([*lines, f"averaged {self.averaged}"]).encode()).hexdigest()
 
 
 def is_run(path):
     """Whether `path` is a run folder or one of its checkpoints."""
     return (Path(path) / "checkpoints" / "last").is_dir() or (Path(path) / "meta.json").is_file()
+
+
+def local(where, patterns, *, setting="model.checkpoint"):
+    """The path that `where` is or, of a hub repository, that its files matching `patterns` have been fetched to."""
+    path = Path(where).expanduser()
+    if path.exists():
+        return path
+    if not hub.is_repository(str(where)):
+        raise ValueError(f"{setting}={where} does not exist")
+    return hub.fetch(str(where), patterns, key=setting)
 
 
 def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer"):
@@ -73,12 +92,7 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
     A pipeline's folder stands for its `part` (transformer or vae); of a run, `ema` chooses the moving average where it has one.
     Raises `ValueError`, naming `setting`, for anything that is not exactly a transformer or an autoencoder.
     """
-    path = Path(where).expanduser()
-    if not path.exists():
-        if not hub.is_repository(str(where)):
-            raise ValueError(f"{setting}={where} does not exist")
-        folder = hub.fetch(str(where), [f"{part}/*", "config.json", "diffusion_pytorch_model*"], key=setting)
-        path = folder
+    path = local(where, [f"{part}/*", "config.json", "diffusion_pytorch_model*"], setting=setting)
     if not os.access(path, os.R_OK):
         raise ValueError(f"{setting}={where} cannot be read: no permission")
     path = path / part if (path / part).is_dir() else path
@@ -111,7 +125,14 @@ def _open_tensors(path):
         raise ValueError(f"its configuration is damaged: {error!r} is missing or unknown") from None
     if what == "transformer":
         config.validate()
-    return Source(str(path), what, layout, config, described, tensors.__getitem__, tensors.metadata, tensors.files)
+    settings = json.loads(tensors.metadata.get("sampling", "null")) or _settings_beside(path)
+    return Source(str(path), what, layout, config, described, tensors.read, tensors.metadata, tensors.files, settings)
+
+
+def _settings_beside(path):
+    """The sampling settings in the fluxlite.json of the pipeline's folder that a transformer lies in."""
+    file = path.parent / "fluxlite.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _diffusers_values(file, class_name):
@@ -128,20 +149,90 @@ def _open_run(path, ema):
     folder = last_checkpoint(path) or Path(path)
     meta = read_meta(folder)
     config, averaged = flux_config(meta["model"]), set(meta["ema"] if ema else ())
-    shapes = {name: tuple(tensor.shape) for name, tensor in convert.our_shapes(config).items()}
+    tensors = RunTensors(folder)
 
-    def get(name):
-        group = "ema" if name in averaged else "model"
-        tensor = torch.empty(shapes[name])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: one process reads
-            dcp.load({group: {name: tensor}}, checkpoint_id=folder, no_dist=True)
-        return tensor
+    def key(name):
+        return f"{'ema' if name in averaged else 'model'}.{name}"
 
+    described = {name: tensors.described(key(name)) for name in convert.our_shapes(config)}
     metadata = {"training": json.dumps(meta["flow"] | {"step": meta["step"], "ema": bool(averaged)})}
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    described = {name: (torch.float32, shape) for name, shape in shapes.items()}
-    return Source(str(path), "transformer", "fluxlite", config, described, get, metadata, files)
+    saved = meta["config"]
+    settings = {k: saved["sample"][k] for k in ("steps", "guidance")} | {k: saved["data"][k] for k in ("height", "width")}
+    settings["max_sequence_length"] = saved["model"]["max_sequence_length"]
+
+    def read(name, start=0, stop=None):
+        return tensors.read(key(name), start, stop)
+
+    return Source(str(path), "transformer", "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
+
+
+class RunTensors:
+    """The tensors of a torch.distributed.checkpoint folder, mapped: a shard lies there as torch.save wrote it, bytes in order."""
+
+    def __init__(self, folder):
+        self.folder, about = Path(folder), dcp.FileSystemReader(folder).read_metadata()
+        self.tensors, self.places = about.state_dict_metadata, about.storage_data
+
+    def described(self, key):
+        """(dtype, shape)."""
+        if key not in self.tensors:
+            raise ValueError(f"{self.folder} has no {key}: it was written by another version, or is damaged")
+        return self.tensors[key].properties.dtype, tuple(self.tensors[key].size)
+
+    def read(self, key, start=0, stop=None):
+        """Rows of a tensor: a view of the file where one shard holds them, else a copy."""
+        (dtype, shape), chunks = self.described(key), self.tensors[key].chunks
+        if len(chunks) == 1:
+            return self._mapped(key, chunks[0], dtype)[start:stop]
+        rows = range(*slice(start, stop).indices(shape[0]))
+        out = torch.empty(len(rows), *shape[1:], dtype=dtype)
+        for chunk in chunks:
+            first, end = (min(max(edge, rows.start), rows.stop) for edge in (chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]))
+            if first < end:
+                where = [slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:])]
+                part = self._mapped(key, chunk, dtype)[first - chunk.offsets[0] : end - chunk.offsets[0]]
+                out[(slice(first - rows.start, end - rows.start), *where)] = part
+        return out
+
+    def _mapped(self, key, chunk, dtype):
+        place = self.places[MetadataIndex(key, chunk.offsets)]
+        file = self.folder / place.relative_path
+        with open(file, "rb") as opened, zipfile.ZipFile(FilePart(opened, place.offset, place.length)) as archive:
+            entry = next(i for i in archive.infolist() if i.filename.endswith("/data/0"))
+            opened.seek(place.offset + entry.header_offset + 26)  # two lengths: of the entry's name and of its extra field
+            name_length, extra_length = struct.unpack("<HH", opened.read(4))
+        begin = place.offset + entry.header_offset + 30 + name_length + extra_length
+        if entry.compress_type or entry.file_size != torch.Size(chunk.sizes).numel() * dtype.itemsize:
+            raise ValueError(f"{file}: {key} does not lie there as plain bytes")
+        data = np.memmap(file, np.uint8, "c", begin, (entry.file_size,))  # "c": writable for torch, never written back
+        return torch.from_numpy(data).view(dtype).view(tuple(chunk.sizes))
+
+
+class FilePart(io.RawIOBase):
+    """Some bytes of an open file as a file of their own, for `zipfile`."""
+
+    def __init__(self, file, offset, length):
+        self.file, self.offset, self.length, self.at = file, offset, length, 0
+
+    def seekable(self):
+        return True
+
+    def readable(self):
+        return True
+
+    def seek(self, position, whence=io.SEEK_SET):
+        self.at = position + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
+        return self.at
+
+    def tell(self):
+        return self.at
+
+    def read(self, count=-1):
+        count = min(count if count >= 0 else self.length, self.length - self.at)
+        data = os.pread(self.file.fileno(), count, self.offset + self.at)
+        self.at += len(data)
+        return data
 
 
 def flux_config(values):
@@ -155,8 +246,8 @@ def flux_config(values):
 def load_state(source):
     """A state dict in our layout: of our own files mapped and not copied, of others only what changes is copied."""
     if source.layout == "fluxlite" or (source.what == "autoencoder" and source.layout == "diffusers"):
-        return {name: source.get(name) for name in source.described}
-    pieces = convert.convert(source.get, source.layout, "fluxlite", source.config)
+        return {name: source.read(name) for name in source.described}
+    pieces = convert.convert(source.read, source.layout, "fluxlite", source.config)
     return convert.assemble(pieces, convert.our_shapes(source.config))
 
 
@@ -191,37 +282,32 @@ FILE_NAMES = {"fluxlite": "fluxlite_{}.safetensors", "bfl": "flux1.safetensors",
 DIFFUSERS_SHARD_BYTES = 10 * 10**9  # as diffusers splits
 
 
-def write_converted(source, dst, *, to="fluxlite", dtype=None, max_shard_bytes=None, overwrite=False, progress=None):
+def write_converted(
+    source, dst, *, to="fluxlite", dtype=None, max_shard_bytes=None, overwrite=False, remedy="name another", progress=None
+):
     """Write `source` to `dst` in the layout `to`, a few linears at a time; returns the files and the digest of the source.
 
     `dst` is a file where it ends in .safetensors, else a folder; diffusers is always a folder. Nothing appears under that name
     before it is whole. `progress` is called with the number of bytes of each write. Raises `ValueError`.
     """
-    dst = Path(dst)
+    dst = Path(dst).expanduser()
     to_folder = dst.suffix != ".safetensors"
-    if source.what == "autoencoder" and to == "nemo":
-        raise ValueError("--to nemo: NeMo has no autoencoder layout of its own; it reads ae.safetensors (--to bfl)")
-    if to == "diffusers" and not to_folder:
-        raise ValueError(f"--dst {dst}: diffusers' layout is a folder, with config.json beside the weights; name one")
-    if any(file.resolve() == dst.resolve() or file.resolve().parent == dst.resolve() for file in source.files):
-        raise ValueError(f"--dst {dst} is the source itself: name another")
+    check_destination(source, dst, to, to_folder)
     shapes = convert.shapes(to, source.config)
-    of = dtype or next(iter(source.described.values()))[0]
-    described = {name: (of, shape) for name, shape in shapes.items()}
-    if not dtype:  # a checkpoint of several types keeps them where a tensor goes over whole
-        described |= {name: (source.described[name][0], shape) for name, shape in shapes.items() if name in source.described}
+    types = convert.dtypes(source.layout, to, source.config, {name: of for name, (of, _) in source.described.items()})
+    described = {name: (dtype or types[name], shape) for name, shape in shapes.items()}
     shards = streams.split_shards(described, max_shard_bytes or (DIFFUSERS_SHARD_BYTES if to == "diffusers" else None))
     if len(shards) > 1 and not to_folder:
         raise ValueError(f"--dst {dst}: {len(shards)} shards need a folder; name one, or raise --max-shard-size")
     streams.check_room(dst, streams.num_bytes(described))
     digests = streams.Digests()
     try:
-        with streams.aside(dst, overwrite=overwrite, folder=to_folder) as path:
+        with streams.aside(dst, overwrite=overwrite, folder=to_folder, remedy=remedy) as path:
             names = _file_names(source.what, to, len(shards))
             files = [path / name for name in names] if to_folder else [path]
             rewrites = _write_shards(source, to, shards, files, digests, progress or (lambda count: None))
             for name in source.described.keys() - digests.found.keys():  # what no layout but the source's keeps: NeMo's second bias
-                digests.add(name, source.get(name))
+                digests.add(name, source)
             total = digests.total()
             for rewrite in rewrites:
                 rewrite({"source_digest": total})
@@ -230,6 +316,21 @@ def write_converted(source, dst, *, to="fluxlite", dtype=None, max_shard_bytes=N
     finally:
         digests.close()
     return [dst / name for name in names] if to_folder else [dst], total
+
+
+def check_destination(source, dst, to, to_folder):
+    """Raise `ValueError` where `to` cannot be written to `dst`, or where that would touch the source."""
+    if source.what == "autoencoder" and to == "nemo":
+        raise ValueError("--to nemo: NeMo has no autoencoder layout of its own; it reads ae.safetensors (--to bfl)")
+    if to_folder and dst.suffix in (".ckpt", ".pt", ".pth", ".bin", ".sft", ".gguf"):
+        raise ValueError(f"--dst {dst}: a file must end in .safetensors")
+    if to == "diffusers" and not to_folder:
+        raise ValueError(f"--dst {dst}: diffusers' layout is a folder, with config.json beside the weights; name one")
+    place, origin = dst.resolve(), Path(source.where).resolve()
+    if place == origin or place in origin.parents or any(place in file.resolve().parents for file in source.files):
+        raise ValueError(f"--dst {dst} is the source or holds it: name another")
+    if origin.is_dir() and origin in place.parents:
+        raise ValueError(f"--dst {dst} lies in the source's folder, which it would spoil: name another")
 
 
 def _file_names(what, to, count):
@@ -242,12 +343,11 @@ def _file_names(what, to, count):
 
 
 def _write_shards(source, to, shards, files, digests, progress):
-    def get(name):
-        tensor = source.get(name)
-        digests.add(name, tensor)
-        return tensor
+    def read(name, start, stop):
+        digests.add(name, source)
+        return source.read(name, start, stop)
 
-    pieces = ((piece.name, tensor) for piece, tensor in convert.convert(get, source.layout, to, source.config))
+    pieces = ((piece.name, tensor) for piece, tensor in convert.convert(read, source.layout, to, source.config))
     rewrites, held = [], []
 
     def of(shard):
@@ -266,6 +366,8 @@ def _write_shards(source, to, shards, files, digests, progress):
 
 def _metadata(source, to):
     kept = {k: v for k, v in source.metadata.items() if k == "training"}
+    if source.settings:
+        kept["sampling"] = json.dumps(source.settings)
     return kept | {
         "format": "pt",
         "what": source.what,
@@ -296,7 +398,10 @@ def converted(where, save_converted, *, ema=True):
     something else.
     """
     source = open_source(where, ema=ema)
-    if not save_converted or source.layout == "fluxlite" and not is_run(where):
+    if not save_converted:
+        return source
+    if source.layout == "fluxlite" and not is_run(Path(where).expanduser()):
+        log.info("model.save_converted: %s is in our own layout already, and is used as it is", where)
         return source
     file = Path(save_converted).expanduser()
     if file.suffix != ".safetensors":
@@ -322,8 +427,13 @@ def last_checkpoint(run):
 
 
 def read_meta(folder):
-    """What a checkpoint says it is."""
-    return json.loads((Path(folder) / "meta.json").read_text())
+    """What a checkpoint says it is; raises `ValueError`."""
+    file = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(file.read_text())
+        return {k: meta[k] for k in ("model", "flow", "config", "ema", "step")} | meta
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no whole description of a checkpoint ({error!r})") from None
 
 
 def _training_state(model, optimizers, ema):
@@ -351,7 +461,7 @@ def save_training(run, *, step, model, optimizers, ema, meta, keep):
         link.symlink_to(name)
         os.replace(link, root / "last")
         _sync(root)
-        for old in sorted(root.glob("step-*"))[:-keep] if keep else []:
+        for old in sorted(root.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))[:-keep] if keep else []:
             shutil.rmtree(old)
     dist.barrier()
 

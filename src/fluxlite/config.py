@@ -25,12 +25,12 @@ from fluxlite.data import DataConfig
 from fluxlite.flow import FlowConfig
 from fluxlite.metrics import MetricsConfig
 from fluxlite.model import ATTENTION, FluxConfig
+from fluxlite.offload import OFFLOAD
 from fluxlite.optim import OptimConfig
 from fluxlite.parallel import ParallelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DTYPES = ("float32", "bfloat16")
-OFFLOAD = ("none", "text", "all")
 
 
 def verbatim(default, help):
@@ -196,6 +196,8 @@ class InferConfig:
             raise ValueError('prompt= is missing: name what to draw, as in prompt="red circle with blue background"')
         if self.prompt_file and not Path(self.prompt_file).is_file():
             raise ValueError(f"prompt_file={self.prompt_file} is not a file")
+        if self.negative_prompt and not self.true_cfg > 1:
+            raise ValueError(f"negative_prompt= needs true_cfg above 1, not {self.true_cfg}")
         if self.offload not in OFFLOAD:
             raise ValueError(f"offload={self.offload}: choose one of {', '.join(OFFLOAD)}")
         for name in ("images_per_prompt", "batch"):
@@ -206,7 +208,11 @@ class InferConfig:
 
 
 def check_machine(config):
-    """Fill `device` and `dtype` with what the machine has; refuse what it has not."""
+    """Fill `device` and `dtype` with what the machine has; refuse what it has not, and an output that cannot be a folder."""
+    place = Path(config.output).expanduser()
+    file = next((p for p in (place, *place.parents) if p.exists()), Path("/"))
+    if not file.is_dir():
+        raise ValueError(f"output={config.output}: {file} is a file; name a folder")
     config.device = config.device or parallel.default_device()
     kind = config.device.split(":")[0]
     if kind not in ("cpu", "cuda") or (kind == "cuda" and parallel.default_device() != "cuda"):
@@ -351,7 +357,7 @@ def run_script(cls, name, usage, body):
         return
     try:
         body(load_config(cls, name, sys.argv[1:]))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if parallel.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -10,13 +10,14 @@ H hidden width, N heads, D head width. The layouts: `fluxlite` (ours), `diffuser
 
 import re
 from collections import namedtuple
-from functools import partial
+from functools import reduce
 
 import torch
 from einops import rearrange
 
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
 from fluxlite.model import Flux, FluxConfig
+from fluxlite.streams import wider
 
 # forward: (their tensors, the model's configuration) → our tensors; backward: the inverse. Both are views where they can be.
 Transform = namedtuple("Transform", "forward backward")
@@ -318,9 +319,11 @@ def recognise(keys):
     Raises `ValueError` for keys that are neither's, or several layouts'.
     """
     keys = set(keys)
-    if "decoder.conv_in.weight" in keys:
-        return "autoencoder", "bfl" if "decoder.mid.block_1.norm1.weight" in keys else "diffusers", ""
     found = [(layout, prefix) for layout in LAYOUTS for prefix in PREFIXES if prefix + signature(layout) in keys]
+    if "decoder.conv_in.weight" in keys:
+        if found:
+            raise ValueError("there are a transformer and an autoencoder here: name the file of one")
+        return "autoencoder", "bfl" if "decoder.mid.block_1.norm1.weight" in keys else "diffusers", ""
     if len(found) > 1:
         raise ValueError(f"the keys mix layouts: {' and '.join(layout for layout, _ in found)}")
     if not found:
@@ -391,6 +394,8 @@ def infer_autoencoder_config(layout, found, values=None):
     for name in ("norm_num_groups", "scaling_factor", "shift_factor"):
         if (values or {}).get(name) is not None:
             setattr(inferred, name, values[name])
+    if any(width % inferred.norm_num_groups for width in inferred.block_out_channels):
+        raise ValueError("an autoencoder of other widths than FLUX's needs its config.json beside it, with norm_num_groups")
     return inferred
 
 
@@ -414,8 +419,8 @@ def check(layout, config, found):
 # --- carrying over --------------------------------------------------------------------------------------------------------------
 
 
-def convert(get, source, target, config):
-    """Yield (piece of `target`'s layout, tensor) for a whole model; `get(name)` reads a tensor of the layout `source`.
+def convert(read, source, target, config):
+    """Yield (piece of `target`'s layout, tensor) for a whole model; `read(name, start, stop)` reads rows of one of `source`'s.
 
     Pieces of one tensor come one after the other, their rows in order. Every tensor of the source is read about once and no more
     than a few linears are held; tensors whose bytes do not change are views of the source's.
@@ -426,7 +431,7 @@ def convert(get, source, target, config):
         if piece not in made:
             rule = makers[piece]
             pieces = rule.theirs[: len(rule.theirs) - len(rule.optional)]
-            tensors = rule.transform.forward([get(p.name)[p.start : p.stop] for p in pieces], config)
+            tensors = rule.transform.forward([read(*piece) for piece in pieces], config)
             made.update(zip(rule.ours, tensors))
         return made.pop(piece)
 
@@ -434,20 +439,34 @@ def convert(get, source, target, config):
         yield from zip(rule.theirs, rule.transform.backward([ours(piece) for piece in rule.ours], config))
 
 
+def dtypes(source, target, config, theirs):
+    """{name: type} in `target` for a checkpoint in `source` whose types are {name: dtype}: each tensor's is that of its sources.
+
+    Where they differ, the wider one.
+    """
+    makers, found = {piece: rule for rule in rules(source, config) for piece in rule.ours}, {}
+    for rule in rules(target, config):
+        of = [theirs[p.name] for piece in rule.ours for p in makers[piece].theirs if p.name in theirs]
+        for piece in rule.theirs:
+            found[piece.name] = reduce(wider, of, found.get(piece.name, of[0]))
+    return found
+
+
 def to_fluxlite(state, config, layout):
     """A state dict of ours from one in `layout`, checked first; only what changes is copied."""
     check(layout, config, {name: tuple(state[name].shape) for name in state.keys()})
-    return assemble(convert(partial(_get, state), layout, "fluxlite", config), our_shapes(config))
+    return assemble(convert(reader(state), layout, "fluxlite", config), our_shapes(config))
 
 
 def from_fluxlite(state, config, layout):
     """A state dict in `layout` from one of ours, checked first."""
     check("fluxlite", config, {name: tuple(state[name].shape) for name in state.keys()})
-    return {piece.name: tensor for piece, tensor in convert(partial(_get, state), "fluxlite", layout, config)}
+    return {piece.name: tensor for piece, tensor in convert(reader(state), "fluxlite", layout, config)}
 
 
-def _get(state, name):
-    return state[name]
+def reader(state):
+    """The `read` of `convert` for a state dict in memory."""
+    return lambda name, start=0, stop=None: state[name][start:stop]
 
 
 def assemble(pieces, shapes_like):

@@ -10,7 +10,7 @@ def is_repository(where):
 
 
 def fetch(where, patterns, *, key):
-    """The local folder of the hub repository `owner/name` with the files that match `patterns`.
+    """The local folder of the hub repository `owner/name[/folder…]` with the files in that folder that match `patterns`.
 
     Raises `ValueError`, within seconds where the hub is out of reach; `key` is the setting that names the repository.
     """
@@ -18,7 +18,9 @@ def fetch(where, patterns, *, key):
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(where, allow_patterns=patterns, etag_timeout=5))
+        owner, name, *inside = str(where).strip("/").split("/")
+        patterns = ["/".join([*inside, pattern]) for pattern in patterns]
+        return Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns, etag_timeout=5)).joinpath(*inside)
     except GatedRepoError as error:
         remedy = f"is gated: accept its licence at https://huggingface.co/{where}, then run `hf auth login` or set HF_TOKEN"
         raise ValueError(f"{key}={where} {remedy}") from error

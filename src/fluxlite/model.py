@@ -51,6 +51,15 @@ class FluxConfig:
 
     def validate(self):
         """Raise `ValueError` for a shape that no Flux can have."""
+        for name, least in (
+            ("num_double_blocks", 0),
+            ("num_single_blocks", 0),
+            ("hidden_size", 1),
+            ("num_heads", 1),
+            ("mlp_ratio", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"model.{name}={getattr(self, name)} must be at least {least}")
         if self.hidden_size % self.num_heads:
             raise ValueError(f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}")
         head = self.hidden_size // self.num_heads

@@ -37,9 +37,12 @@ class OptimConfig:
             raise ValueError(f"optim.kind={self.kind}: choose one of {', '.join(KINDS)}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optim.schedule={self.schedule}: choose one of {', '.join(SCHEDULES)}")
-        for name in ("lr", "weight_decay", "warmup", "clip"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must not be negative")
+        for name in ("lr", "weight_decay", "warmup", "clip", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be a number that is not negative")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay={self.ema_decay} must be in [0, 1)")
 

@@ -5,7 +5,6 @@ pictures = fluxlite.generate("red circle with blue background", seed=1)      # P
 pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev", height=512, width=512)
 """
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -16,13 +15,13 @@ import torch
 from fluxlite import checkpoint as ckpt
 from fluxlite import parallel, sampling
 from fluxlite.conditioning import load_text_encoders
-from fluxlite.offload import stream_blocks
+from fluxlite.offload import OFFLOAD, stream_blocks
 from fluxlite.sampling import SampleConfig, decode, initial_noise
 
 TINY = "flux-tiny"
 ASSETS = Path(__file__).parents[2] / "assets"
+PIPELINE_FILES = [f"{part}/*" for part in ("transformer", "vae", "text_encoder*", "tokenizer*")] + ["model_index.json"]
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
-OFFLOAD = ("none", "text", "all")
 
 
 @dataclass
@@ -33,6 +32,7 @@ class Pipeline:
     autoencoder: object
     encoders: object
     device: torch.device
+    settings: dict
 
 
 def resolve(path):
@@ -80,9 +80,7 @@ class Found:
 
     def load_encoders(self):
         encoders = load_text_encoders(self.t5, self.clip, device=self.device, dtype=self.dtype)
-        config = self.transformer.config
-        check_width("t5", encoders.text_width, "text_width", config)
-        check_width("clip", encoders.pooled_width, "pooled_width", config)
+        check_encoders(self.transformer.config, encoders)
         return encoders
 
     def load_transformer(self, device=None):
@@ -114,7 +112,8 @@ def find_pipeline(
     """
     device = torch.device(device or parallel.default_device())
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
-    transformer = ckpt.converted(resolve(checkpoint), save_converted, ema=ema)
+    checkpoint = str(ckpt.local(resolve(checkpoint), PIPELINE_FILES))
+    transformer = ckpt.open_source(checkpoint, ema=ema)
     for name, value in dict(expected).items():
         if getattr(transformer.config, name) != value:
             raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}")
@@ -128,6 +127,8 @@ def find_pipeline(
         key, source = ("model.autoencoder", vae) if transformer.what == "transformer" else ("model.checkpoint", transformer)
         raise ValueError(f"{key}={source.where} holds the wrong part, {source.what}: name another")
     check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
+    if save_converted:
+        transformer = ckpt.converted(checkpoint, save_converted, ema=ema)
     return Found(transformer, vae, **parts, attention=attention, compile=compile, device=device, dtype=dtype)
 
 
@@ -140,6 +141,10 @@ def check_width(part, theirs, key, config):
 def check_widths(config, autoencoder, encoders):
     """`check_width` of loaded parts."""
     check_width("autoencoder", 4 * autoencoder.config.latent_channels, "out_channels", config)
+    check_encoders(config, encoders)
+
+
+def check_encoders(config, encoders):
     check_width("t5", encoders.text_width, "text_width", config)
     check_width("clip", encoders.pooled_width, "pooled_width", config)
 
@@ -147,19 +152,13 @@ def check_widths(config, autoencoder, encoders):
 def load_pipeline(checkpoint=TINY, **options):
     """A whole `Pipeline` in memory, to draw with again and again; the arguments are those of `find_pipeline`."""
     found = find_pipeline(checkpoint, **options)
-    return Pipeline(found.load_transformer(), found.load_autoencoder(), found.load_encoders(), found.device)
+    settings = default_settings(found.transformer)
+    return Pipeline(found.load_transformer(), found.load_autoencoder(), found.load_encoders(), found.device, settings)
 
 
-def default_settings(checkpoint, config):
-    """Settings that suit a checkpoint of `FluxConfig` where the user names none: {field of SampleConfig: value}."""
-    path = Path(resolve(checkpoint)).expanduser()
-    if ckpt.is_run(path):
-        saved = ckpt.read_meta(ckpt.last_checkpoint(path) or path)["config"]
-        settings = {k: saved["sample"][k] for k in ("steps", "guidance")} | {k: saved["data"][k] for k in ("height", "width")}
-        return settings | {"max_sequence_length": saved["model"]["max_sequence_length"]}
-    if (root_of(path) / "fluxlite.json").is_file():
-        return json.loads((root_of(path) / "fluxlite.json").read_text())
-    return {} if config.guidance_embed else {"steps": 4, "max_sequence_length": 256}
+def default_settings(transformer):
+    """Settings that suit a transformer's `Source` where the user names none: {field of SampleConfig: value}."""
+    return transformer.settings or ({} if transformer.config.guidance_embed else {"steps": 4, "max_sequence_length": 256})
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------------------
@@ -173,11 +172,11 @@ def settle(checkpoint, options, negative_prompt):
     if isinstance(checkpoint, Pipeline):
         if rest:
             raise ValueError(f"{', '.join(rest)}: these are settled once a pipeline is loaded; pass them to load_pipeline")
-        parts, model_config, defaults = checkpoint, checkpoint.model.config, {}
+        parts, model_config, defaults = checkpoint, checkpoint.model.config, checkpoint.settings
     else:
         parts = find_pipeline(checkpoint, **rest)
         model_config = parts.transformer.config
-        defaults = default_settings(checkpoint, model_config)
+        defaults = default_settings(parts.transformer)
     config = SampleConfig(**(defaults | settings))
     config.validate(parts.autoencoder.config.downsampling)
     if "guidance" in settings and not model_config.guidance_embed:
@@ -237,7 +236,7 @@ def generate(
         if not pipeline and offload != "none":
             del model, draw, conditions
         vae = pipeline.autoencoder if pipeline else parts.load_autoencoder()
-        return [picture for part in tokens for picture in decode(vae, part, config.height, config.width)]
+        return [decode(vae, row[None], config.height, config.width)[0] for part in tokens for row in part]
 
 
 def picture_seed(seed, prompt_number, picture_number):

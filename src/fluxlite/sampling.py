@@ -34,9 +34,10 @@ class SampleConfig:
 
     def validate(self, downsampling=8):
         check_size(self.height, self.width, downsampling)
-        if self.steps < 1 or self.max_sequence_length < 1:
-            raise ValueError(f"steps={self.steps} and max_sequence_length={self.max_sequence_length} must be at least 1")
-        if self.true_cfg < 1:
+        for name in ("steps", "max_sequence_length"):
+            if not 1 <= getattr(self, name) <= 10_000:
+                raise ValueError(f"{name}={getattr(self, name)} must be between 1 and 10,000")
+        if not self.true_cfg >= 1:
             raise ValueError(f"true_cfg={self.true_cfg} must be at least 1")
         if self.shift != "auto":
             flow.training_mu(self.shift, 256)

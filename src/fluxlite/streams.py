@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ DTYPES = {  # as safetensors spells them
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DIGEST_BYTES = 1 << 26  # read at a time
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -63,7 +65,7 @@ def files_of(path):
 
 
 class Tensors:
-    """The tensors of one file or a folder's files, mapped and read one by one, named without `prefix`."""
+    """The tensors of one file or a folder's files, mapped and read one by one, named without their common `prefix`."""
 
     def __init__(self, path):
         self.files, self.handles, self.metadata, self.prefix = files_of(path), {}, {}, ""
@@ -83,8 +85,9 @@ class Tensors:
     def keys(self):
         return [name[len(self.prefix) :] for name in self.handles if name.startswith(self.prefix)]
 
-    def __getitem__(self, name):
-        return self.handles[self.prefix + name].get_tensor(self.prefix + name)
+    def read(self, name, start=0, stop=None):
+        """A tensor, or its rows from start to stop: a view of the mapped file."""
+        return self.handles[self.prefix + name].get_tensor(self.prefix + name)[start:stop]
 
     def without(self, prefix):
         """The same with names that lose `prefix`; raises `ValueError` where some do not have it."""
@@ -119,16 +122,19 @@ class Digests:
     def __init__(self):
         self.pool, self.room, self.found = ThreadPoolExecutor(1), BoundedSemaphore(16), {}
 
-    def add(self, name, tensor):
-        """Digest `tensor` unless `name` has been seen; waits while too many tensors are held for it."""
+    def add(self, name, source):
+        """Digest a tensor of a `Source` unless it has been seen; waits while too many wait, so as not to fall far behind."""
         if name not in self.found:
             self.room.acquire()
-            self.found[name] = self.pool.submit(self._digest, tensor)
+            self.found[name] = self.pool.submit(self._digest, name, source)
 
-    def _digest(self, tensor):
+    def _digest(self, name, source):
         try:
-            about = f"{SPELLED[tensor.dtype]}{list(tensor.shape)}".encode()
-            return hashlib.sha256(about + hashlib.sha256(raw(tensor)).digest()).hexdigest()
+            dtype, shape = source.described[name]
+            digest, step = hashlib.sha256(), max(1, DIGEST_BYTES * shape[0] // max(1, num_bytes({name: (dtype, shape)})))
+            for start in range(0, shape[0], step):
+                digest.update(raw(source.read(name, start, start + step)))
+            return hashlib.sha256(f"{SPELLED[dtype]}{list(shape)}".encode() + digest.digest()).hexdigest()
         finally:
             self.room.release()
 
@@ -173,6 +179,23 @@ def _header(described, metadata):
     return struct.pack("<Q", len(text)) + text
 
 
+def cast(name, tensor, dtype):
+    """`tensor` as `dtype`; raises `ValueError` where a finite value becomes infinite."""
+    if tensor.dtype == dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if dtype.itemsize < tensor.dtype.itemsize and not result.float().isfinite().all() and tensor.isfinite().all():
+        raise ValueError(f"{name} has values up to {tensor.abs().max().item():.3g}, too large for {dtype}: choose another --dtype")
+    return result
+
+
+def wider(a, b):
+    """The smallest type that holds values of both."""
+    if a == b:
+        return a
+    return torch.float32 if a.itemsize == b.itemsize else max(a, b, key=lambda dtype: dtype.itemsize)
+
+
 def write(path, described, pieces, metadata, progress=lambda count: None):
     """Write a safetensors file of {name: (dtype, shape)} from its (name, tensor) pieces, which come in the file's order.
 
@@ -182,7 +205,7 @@ def write(path, described, pieces, metadata, progress=lambda count: None):
     with open(path, "wb") as file:
         file.write(header)
         for name, tensor in pieces:
-            data = raw(tensor.to(described[name][0]))
+            data = raw(cast(name, tensor, described[name][0]))
             file.write(data)
             progress(data.nbytes)
         if file.tell() != len(header) + num_bytes(described):
@@ -207,31 +230,27 @@ def write_index(path, shards, names):
 
 
 @contextlib.contextmanager
-def aside(final, *, overwrite=False, folder=False):
-    """A path beside `final` to write to, renamed to it at the end and removed if that is not reached.
+def aside(final, *, overwrite=False, folder=False, remedy="name another"):
+    """A path beside `final` to write a file or a `folder` to, renamed to it at the end and removed if that is not reached.
 
-    Raises `ValueError` where `final` exists and `overwrite` is false, or where it cannot be written: full disk, no permission.
+    Raises `ValueError` where `final` exists and `overwrite` is false, is of the other kind or holds what no checkpoint does, and
+    where it cannot be written: full disk, no permission.
     """
-    final = Path(final)
-    occupied = any(final.iterdir()) if final.is_dir() else final.exists()
-    if occupied and not overwrite:
-        raise ValueError(f"{final} exists: pass --overwrite, or name another")
-    path, old = (final.parent / f".{final.name}.{word}" for word in ("part", "old"))
+    final = Path(final).resolve()
+    check_replaceable(final, overwrite=overwrite, folder=folder, remedy=remedy)
+    path, old = (final.parent / f".{final.name}.{word}-{os.getpid()}-{secrets.token_hex(3)}" for word in ("part", "old"))
     try:
-        remove(path)  # of a writer that was killed
         (path if folder else final.parent).mkdir(parents=True, exist_ok=True)
         yield path
         for file in [p for p in path.rglob("*") if p.is_file()] if folder else [path]:
             with open(file, "rb") as opened:
                 os.fsync(opened.fileno())
-        if final.exists() and (final.is_dir() or folder):
+        if folder and final.exists():
             os.rename(final, old)
         os.replace(path, final)
     except OSError as error:
-        reason = {errno.EFBIG: "File too large for this user's limit", errno.ENOSPC: "No space left on device"}.get(error.errno)
-        raise ValueError(
-            f"{final} cannot be written: {reason or error.strerror or error}; free some room or name another"
-        ) from error
+        reason = {errno.EFBIG: "file too large for this user's limit", errno.ENOSPC: "no space left on the disk; free some"}
+        raise ValueError(f"{final} cannot be written: {reason.get(error.errno) or error.strerror or error}") from error
     finally:
         if old.exists() and not final.exists():
             os.rename(old, final)
@@ -240,9 +259,28 @@ def aside(final, *, overwrite=False, folder=False):
             remove(old)
 
 
+def check_replaceable(final, *, overwrite, folder, remedy):
+    """Raise `ValueError` unless `final` is free or, with `overwrite`, a file or a folder of a checkpoint's files alone."""
+    if not final.exists():
+        return
+    if final.is_dir() != folder:
+        raise ValueError(f"{final} is a {'folder' if final.is_dir() else 'file'}: {remedy}")
+    inside = list(final.iterdir()) if folder else []
+    if folder and not inside:
+        return
+    if not overwrite:
+        raise ValueError(f"{final} exists: {remedy}")
+    ours = (".safetensors", ".safetensors.index.json")
+    others = [p.name for p in inside if p.is_dir() or not (p.name.endswith(ours) or p.name == "config.json")]
+    if others:
+        raise ValueError(
+            f"{final} holds more than a checkpoint's files, {sorted(others)[0]} first: it is not overwritten; name another"
+        )
+
+
 def remove(path):
-    """Remove a file or a folder, if it exists."""
-    if path.is_dir():
+    """Remove a file, a link or a folder, if it exists."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -31,8 +31,20 @@ log = logging.getLogger("fluxlite")
 
 # What a resumed run may change: nothing that its weights or its order of samples depend on.
 MAY_CHANGE = (
-    *("steps", "output", "resume", "device", "validate_every", "validation", "parallel.", "checkpoint.", "metrics.", "sample."),
-    *("data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention"),
+    *(
+        "steps",
+        "output",
+        "resume",
+        "device",
+        "compile",
+        "validate_every",
+        "validation",
+        "parallel.",
+        "checkpoint.",
+        "metrics.",
+        "sample.",
+    ),
+    *("data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention", "model.save_converted"),
 )
 
 
@@ -333,7 +345,10 @@ def find_resume(config):
     if last is not None:
         if config.resume != "auto":
             raise ValueError(f"output={config.output} holds a run: resume=auto goes on with it; or set another output=")
-        check_resume(ckpt.read_meta(last)["config"], config)
+        meta = ckpt.read_meta(last)
+        check_resume(meta["config"], config)
+        if meta["step"] > config.steps:
+            raise ValueError(f"output={config.output} is at step {meta['step']} already: set steps above that, not {config.steps}")
     return last
 
 
