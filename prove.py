@@ -95,14 +95,14 @@ def main():
     parser.add_argument("--checkpoint", help="a run, a pipeline folder or a transformer (default: the shipped tiny pipeline)")
     parser.add_argument("--num", type=int, default=200, help="held-out pairs of colours to draw")
     parser.add_argument("--swaps", type=int, default=50, help="of these, how many are drawn again with their colours swapped")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps")
+    parser.add_argument("--steps", type=int, help="sampling steps (default: the checkpoint's own)")
     parser.add_argument("--guidance", type=float, help="guidance embedding (default: the checkpoint's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pairs and of the noise")
     parser.add_argument("--batch", type=int, default=50, help="pictures drawn at once")
     parser.add_argument("--output", type=Path, default=Path("outputs/proof"), help="folder for proof.json and grid.png")
     args = parser.parse_args()
     for name, least in (("swaps", 0), ("steps", 1), ("batch", 1)):
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)} must be at least {least}")
     args.output.mkdir(parents=True, exist_ok=True)
 
