@@ -12,7 +12,9 @@ import argparse
 import gc
 import json
 import platform
+import resource
 import statistics
+import sys
 import time
 
 import torch
@@ -140,6 +142,7 @@ def measure(args, dtype, sides):
                 block.compile()
             parallel.compile_blocks(ours)
         for side in sides:
+            print(f"measuring {side}²{suffix} …", file=sys.stderr, flush=True)
             inputs, ids = make_inputs(config, side, dtype)
             step, whole = our_steps(ours, inputs, ids)
             steps = {
@@ -168,6 +171,11 @@ def memory(theirs, ours):
     part.drop_conditioning()
     count = [sum(p.numel() for p in m.parameters()) for m in (whole, part)]
     return {"diffusers": before, "ours": after, "FLUX.1-dev saved": 1 - count[1] / count[0]}
+
+
+def peak_gb():
+    """The most memory that this process has had resident, in 10^9 bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 def report(rows, weights):
@@ -200,8 +208,20 @@ def main():
     rows, weights = measure(args, getattr(torch, args.dtype), args.sizes)
     gc.collect()
     report(rows, weights)
+    print(f"memory of this process, both models in it: {memory_of_process()[1] / 1e9:.2f} GB resident, {peak_gb():.2f} GB at most")
     conditions = {"torch": torch.__version__, "threads": args.threads, "repeats": args.repeats, "machine": platform.machine()}
-    print(json.dumps({"rows": rows, "weights": weights, "resident_bytes": memory_of_process()[1], **vars(args), **conditions}))
+    print(
+        json.dumps(
+            {
+                "rows": rows,
+                "weights": weights,
+                "resident_bytes": memory_of_process()[1],
+                "peak_gb": peak_gb(),
+                **vars(args),
+                **conditions,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
