@@ -96,7 +96,7 @@ def body(config):
             "picture_number": number % config.images_per_prompt,
         }
         path = free_path(folder, text)
-        save(picture, path, settings | own)
+        save(picture, path, settings | picture.info["sampling"] | own)
         print(path)
     if len(pictures) > 1:
         path = free_path(folder, "contact-sheet")

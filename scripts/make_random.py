@@ -46,10 +46,7 @@ def write_part(folder, stem, shapes, config, pool, generator, bar):
     folder.mkdir(parents=True)
     described = {name: (torch.bfloat16, tuple(shape)) for name, shape in shapes.items()}
     shards = streams.split_shards(described, DIFFUSERS_SHARD_BYTES)
-    names = [
-        f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else f"{stem}.safetensors"
-        for i in range(len(shards))
-    ]
+    names = streams.shard_names(stem, len(shards))
     for shard, name in zip(shards, names):
         pieces = ((key, draw(shape, pool, generator, norm="norm" in key and len(shape) == 1)) for key, (_, shape) in shard.items())
         streams.write(folder / name, shard, pieces, {"format": "pt"}, bar.update)

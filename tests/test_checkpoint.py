@@ -69,6 +69,12 @@ def test_what_is_written_says_what_it_is(sources, tmp_path):
     assert json.loads(about["config"])["num_double_blocks"] == 2
 
 
+def test_metadata_of_other_programs_are_not_taken_for_ours(sources, tmp_path):
+    state, config = load_file(sources["bfl"]), checkpoint.open_source(sources["bfl"]).config
+    save_file(state, tmp_path / "other.safetensors", {"config": "not JSON", "sampling": "[", "layout": "mine"})
+    assert checkpoint.open_source(tmp_path / "other.safetensors").config == config
+
+
 def test_digests_are_those_of_the_bytes(sources):
     each, _ = digests(sources["bfl"])
     tensor = load_file(sources["bfl"])["img_in.bias"]

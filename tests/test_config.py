@@ -69,6 +69,7 @@ def test_prompts_may_be_given_several_times():
         (["parallel.tp=2"], "parallel.tp"),
         (["optim.kind=sgd"], "adamw, muon"),
         (["optim.beta1=2"], "optim.beta1"),
+        (["model.save_converted=a.safetensors"], "model.checkpoint="),
         (["optim.lr=nan"], "optim.lr"),
         (["model.num_double_blocks=-1"], "num_double_blocks"),
         (["resume=yes"], "auto"),

@@ -8,7 +8,7 @@ from reference import diffusers_flux, ours_from, randomise, relative_error
 from fluxlite import convert
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
 from fluxlite.latents import position_ids
-from fluxlite.model import Flux, FluxConfig, rope_table
+from fluxlite.model import Flux, rope_table
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +245,3 @@ def test_the_autoencoder_goes_over_to_bfl_and_back():
     assert convert.infer_autoencoder_config("bfl", shapes_of(bfl), values) == config
     back = {p.name: t for p, t in convert.convert(convert.reader(bfl), "bfl", "fluxlite", config)}
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
-
-
-def test_rope_axes_of_flux_follow_from_the_head_width():
-    assert FluxConfig().rope_axes == convert.infer_config("bfl", convert.shapes("bfl", FluxConfig())).rope_axes

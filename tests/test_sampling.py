@@ -201,6 +201,7 @@ def test_infer_writes_pictures_with_their_settings(tmp_path):
     settings = [json.loads(Image.open(f).text["fluxlite"]) for f in files if "contact" not in f.name]
     assert {s["prompt"] for s in settings} == {"it's a red circle, on #1 blue", "../../etc/红色圆"}
     assert all(s["seed"] == 3 and s["steps"] == 2 for s in settings)
+    assert all(s["height"] == 64 and s["guidance"] == 3.5 for s in settings)  # what the checkpoint settled, not null
 
 
 @pytest.mark.parametrize(

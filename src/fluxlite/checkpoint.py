@@ -109,7 +109,8 @@ def _open_tensors(path):
     what, layout, prefix = convert.recognise(tensors.keys())
     described = tensors.without(prefix).described()
     shapes = {name: shape for name, (_, shape) in described.items()}
-    values = tensors.metadata.get("config")
+    about = tensors.metadata if "fluxlite_version" in tensors.metadata else {}  # others' metadata may use the same words
+    values = about.get("config")
     beside = (path if path.is_dir() else path.parent) / "config.json"
     try:
         if what == "autoencoder":
@@ -125,8 +126,8 @@ def _open_tensors(path):
         raise ValueError(f"its configuration is damaged: {error!r} is missing or unknown") from None
     if what == "transformer":
         config.validate()
-    settings = json.loads(tensors.metadata.get("sampling", "null")) or _settings_beside(path)
-    return Source(str(path), what, layout, config, described, tensors.read, tensors.metadata, tensors.files, settings)
+    settings = json.loads(about.get("sampling", "null")) or _settings_beside(path)
+    return Source(str(path), what, layout, config, described, tensors.read, about, tensors.files, settings)
 
 
 def _settings_beside(path):
@@ -337,9 +338,7 @@ def _file_names(what, to, count):
     stem = "diffusion_pytorch_model.safetensors" if to == "diffusers" else FILE_NAMES[to].format(what)
     if what == "autoencoder" and to == "bfl":
         stem = "ae.safetensors"
-    if count == 1:
-        return [stem]
-    return [stem.replace(".safetensors", f"-{i + 1:05d}-of-{count:05d}.safetensors") for i in range(count)]
+    return streams.shard_names(stem.removesuffix(".safetensors"), count)
 
 
 def _write_shards(source, to, shards, files, digests, progress):

@@ -135,6 +135,8 @@ class TrainConfig:
         missing = [f"model.{part}=" for part in ("t5", "clip", "autoencoder") if not getattr(self.model, part)]
         if missing and (self.data.kind != "mock" or len(missing) < 3):
             raise ValueError(f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for each")
+        if self.model.save_converted and not self.model.checkpoint:
+            raise ValueError("model.save_converted= keeps model.checkpoint= in our layout: name that too, or neither")
         if self.resume not in (None, "auto"):
             raise ValueError(f"resume={self.resume}: the only value is auto; the run's folder is output={self.output}")
         if self.validation not in ("all", "round_robin"):

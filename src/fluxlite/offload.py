@@ -32,6 +32,8 @@ class Feed:
         size, dtype = max(home.numel() for home in self.homes), self.homes[0].dtype
         self.buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         self.side = torch.cuda.Stream(device) if self.cuda else None
+        if self.cuda:
+            self.side.wait_stream(torch.cuda.current_stream(device))  # whoever had the buffers' memory before must be done
         self.copied, self.used = [None, None], [None, None]  # for each buffer: its copy, its block's last use
         self.holds = [None, None]
 

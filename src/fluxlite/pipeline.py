@@ -6,7 +6,7 @@ pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev", heigh
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from fluxlite import checkpoint as ckpt
 from fluxlite import parallel, sampling
 from fluxlite.conditioning import load_text_encoders
+from fluxlite.latents import num_image_tokens
 from fluxlite.offload import OFFLOAD, stream_blocks
 from fluxlite.sampling import SampleConfig, decode, initial_noise
 
@@ -207,7 +208,7 @@ def generate(
     is given, each part is loaded when its turn comes: with `offload="text"` the text encoders are freed before the transformer is
     loaded, and the modulation's weights once all steps are modulated; `"all"` also streams the blocks through an accelerator (on
     the CPU they are mapped from the disk in any case); `"none"` frees nothing. `stage(name)` is a context around each part of the
-    work. Raises `ValueError`.
+    work. Each picture's `info["sampling"]` are the settings it was drawn with. Raises `ValueError`.
     """
     if offload not in OFFLOAD:
         raise ValueError(f"offload={offload}: choose one of {', '.join(OFFLOAD)}")
@@ -236,7 +237,10 @@ def generate(
         if not pipeline and offload != "none":
             del model, draw, conditions
         vae = pipeline.autoencoder if pipeline else parts.load_autoencoder()
-        return [decode(vae, row[None], config.height, config.width)[0] for part in tokens for row in part]
+        pictures = [decode(vae, row[None], config.height, config.width)[0] for part in tokens for row in part]
+    for picture in pictures:
+        picture.info["sampling"] = asdict(config)
+    return pictures
 
 
 def picture_seed(seed, prompt_number, picture_number):
@@ -266,13 +270,13 @@ def fits(model, num_prompts, steps):
 
 def condition_all(model, texts, config, latents):
     """The `Conditions` of encoded prompts (txt, pooled) for pictures of `config`; `latents` is the autoencoder's configuration."""
-    tokens = num_tokens(config, latents)
-    times = sampling.times_for(config, model.config, tokens)
+    times = sampling.times_for(config, model.config, num_image_tokens(*cells_of(config, latents)))
     return sampling.condition(model, *texts, times, config.guidance)
 
 
-def num_tokens(config, latents):
-    return (config.height // latents.downsampling // 2) * (config.width // latents.downsampling // 2)
+def cells_of(config, latents):
+    """Height and width in latent cells."""
+    return config.height // latents.downsampling, config.width // latents.downsampling
 
 
 @torch.inference_mode()
@@ -284,8 +288,7 @@ def draw_latents(model, texts, jobs, conditions, *, config, latents, progress):
     if conditions is None:
         conditions = condition_all(model, [part[numbers] for part in texts], config, latents)
         numbers = list(range(len(numbers)))
-    cells = config.height // latents.downsampling, config.width // latents.downsampling
-    noise = initial_noise((latents.latent_channels, *cells), seeds).to(txt.device)
+    noise = initial_noise((latents.latent_channels, *cells_of(config, latents)), seeds).to(txt.device)
     times = sampling.times_for(config, model.config, noise.shape[1])
     against = conditions.rows(numbers[-1:] * len(jobs)) if config.true_cfg > 1 else None
     rows = conditions.rows(numbers[: len(jobs)])

@@ -168,6 +168,13 @@ def split_shards(described, max_bytes):
     return shards
 
 
+def shard_names(stem, count):
+    """The names of `count` files of one checkpoint, as transformers and diffusers number them."""
+    if count == 1:
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+
+
 def _header(described, metadata):
     entries, offset = {"__metadata__": {k: str(v) for k, v in metadata.items()}}, 0
     for name, (dtype, shape) in described.items():
