@@ -404,6 +404,8 @@ def test_bad_destinations_are_refused_and_lose_nothing(sources, tmp_path, capfd)
         (pipeline / "transformer", pipeline, "is the source or holds it"),
         (pipeline, pipeline / "transformer" / "new.safetensors", "lies in the source's folder"),
         (source, mine / "x.ckpt", "must end in .safetensors"),
+        (source, pipeline / "vae", "something other than a FLUX transformer"),
+        (source, pipeline / "text_encoder", "something other than a FLUX transformer"),
         (source, tmp_path / "out" / "existing.safetensors" / "x.safetensors", "cannot be written"),
     ):
         code = run(["--src", str(src), "--dst", str(dst), "--to", "bfl", "--overwrite"])

@@ -122,10 +122,10 @@ def _open_tensors(path):
             config = convert.config_from_diffusers(_diffusers_values(beside, "FluxTransformer2DModel"))
         else:
             config = convert.infer_config(layout, shapes)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"its configuration is damaged: {error!r} is missing or unknown") from None
-    if what == "transformer":
-        config.validate()
+        if what == "transformer":
+            config.validate()
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its configuration is damaged ({error!r})") from None
     settings = json.loads(about.get("sampling", "null")) or _settings_beside(path)
     return Source(str(path), what, layout, config, described, tensors.read, about, tensors.files, settings)
 
@@ -328,10 +328,28 @@ def check_destination(source, dst, to, to_folder):
     if to == "diffusers" and not to_folder:
         raise ValueError(f"--dst {dst}: diffusers' layout is a folder, with config.json beside the weights; name one")
     place, origin = dst.resolve(), Path(source.where).resolve()
-    if place == origin or place in origin.parents or any(place in file.resolve().parents for file in source.files):
+    if (
+        place == origin
+        or place in origin.parents
+        or any(place in (file.resolve(), *file.resolve().parents) for file in source.files)
+    ):
         raise ValueError(f"--dst {dst} is the source or holds it: name another")
+    if place.exists() and _holds_another_part(place, source.what):
+        raise ValueError(f"--dst {dst} holds something other than a FLUX {source.what}: name another, or remove it first")
     if origin.is_dir() and origin in place.parents:
         raise ValueError(f"--dst {dst} lies in the source's folder, which it would spoil: name another")
+
+
+def _holds_another_part(place, what):
+    """Whether whole safetensors files lie at `place` and are not a checkpoint of this kind, a text encoder's for instance."""
+    try:
+        keys = streams.Tensors(place).keys()
+    except ValueError:
+        return False
+    try:
+        return convert.recognise(keys)[0] != what
+    except ValueError:
+        return True
 
 
 def _file_names(what, to, count):

@@ -191,7 +191,8 @@ def cast(name, tensor, dtype):
     if tensor.dtype == dtype:
         return tensor
     result = tensor.to(dtype)
-    if dtype.itemsize < tensor.dtype.itemsize and not result.float().isfinite().all() and tensor.isfinite().all():
+    narrows = tensor.is_floating_point() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
+    if narrows and not result.float().isfinite().all() and tensor.isfinite().all():
         raise ValueError(f"{name} has values up to {tensor.abs().max().item():.3g}, too large for {dtype}: choose another --dtype")
     return result
 
