@@ -15,6 +15,7 @@ Layout of the weights, chosen for running (`convert` pays for it):
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -126,10 +127,10 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = x.to(self.linear_in.weight.dtype)
-        if self.activation is gelu and fuses_gelu(x):
-            linear = self.linear_in
+        linear = self.linear_in
+        if self.activation is gelu and fuses_gelu(x) and type(linear.weight) is nn.Parameter:  # a plain one, no DTensor
             return self.linear_out(torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh"))
-        return self.linear_out(self.activation(self.linear_in(x)))
+        return self.linear_out(self.activation(linear(x)))
 
 
 def gelu(x):
@@ -185,12 +186,12 @@ class DoubleBlock(nn.Module):
         self.img = Stream(config)
         self.txt = Stream(config)
 
-    def forward(self, img, txt, modulation, rope, attention="auto"):
+    def forward(self, img, txt, modulation, rope, attend=attend):
         """img (B, L_img, H) and txt (B, L_txt, H), modulation (12, B, 1, H): the image's six, then the text's."""
         img_mod, txt_mod = modulation[:6], modulation[6:]
         txt_qkv, img_qkv = self.txt.queries(txt, txt_mod), self.img.queries(img, img_mod)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))
-        txt_out, img_out = attend(q, k, v, rope, attention).split([txt.shape[1], img.shape[1]], dim=1)
+        txt_out, img_out = attend(q, k, v, rope).split([txt.shape[1], img.shape[1]], dim=1)
         return self.img.finish(img, img_out, img_mod), self.txt.finish(txt, txt_out, txt_mod)
 
 
@@ -203,12 +204,13 @@ class SingleBlock(nn.Module):
         self.qkv = QKV(hidden, config.num_heads)
         self.proj = nn.Linear(hidden, hidden, bias=False)
         self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu)
+        self.enter, self.leave = nn.Identity(), nn.Identity()  # where tensor parallelism hands h out and adds the shares up, once
 
-    def forward(self, x, modulation, rope, attention="auto"):
+    def forward(self, x, modulation, rope, attend=attend):
         """x (B, L, H), modulation (3, B, 1, H)."""
         shift, scale, gate = modulation
-        h = modulated_norm(x, shift, scale)
-        out = self.proj(attend(*self.qkv(h), rope, attention)) + self.mlp(h)
+        h = self.enter(modulated_norm(x, shift, scale))
+        out = self.leave(self.proj(attend(*self.qkv(h), rope)) + self.mlp(h))
         return torch.addcmul(x, gate, out)
 
 
@@ -218,7 +220,7 @@ class Flux(nn.Module):
     def __init__(self, config, attention="auto"):
         super().__init__()
         config.validate()
-        self.config, self.attention = config, attention
+        self.config, self.attend = config, partial(attend, backend=attention)
         hidden = config.hidden_size
         self.img_in = nn.Linear(config.in_channels, hidden)
         self.txt_in = nn.Linear(config.text_width, hidden)
@@ -256,12 +258,12 @@ class Flux(nn.Module):
         after_double, after_single = residuals or ((), ())
         img = self.img_in(self.cast(img))
         for i, (block, mod) in enumerate(zip(self.double_blocks, double)):
-            img, txt = block(img, txt, mod, rope, self.attention)
+            img, txt = block(img, txt, mod, rope, self.attend)
             if i < len(after_double):
                 img = img + after_double[i]
         x = torch.cat([txt, img], dim=1)
         for i, (block, mod) in enumerate(zip(self.single_blocks, single)):
-            x = block(x, mod, rope, self.attention)
+            x = block(x, mod, rope, self.attend)
             if i < len(after_single):
                 x = x + F.pad(after_single[i], (0, 0, txt.shape[1], 0))
         return self.out(modulated_norm(x[:, txt.shape[1] :], shift, scale))
