@@ -20,7 +20,8 @@ def body(config):
 
     logging.basicConfig(level=logging.INFO if parallel.rank() == 0 else logging.WARNING, format="%(message)s")
     try:
-        folder = train(config)
+        with parallel.watching_ranks(config.parallel):
+            folder = train(config)
     finally:
         parallel.stop()
     if parallel.rank() == 0:

@@ -18,8 +18,8 @@ from fluxlite.convert import Piece
 from fluxlite.data import MockSamples
 from fluxlite.model import Flux
 
-MODEL = ["data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "model.num_double_blocks=2",
-         "model.num_single_blocks=2", "model.num_heads=24", "model.hidden_size=192", "model.rope_axes=[2,2,4]",
+MODEL = ["data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "model.num_double_blocks=1",
+         "model.num_single_blocks=1", "model.num_heads=24", "model.hidden_size=192", "model.rope_axes=[2,2,4]",
          "model.in_channels=12", "model.out_channels=12", "model.text_width=20", "model.pooled_width=14",
          "model.max_sequence_length=8", "data.height=32", "data.width=64", "data.global_batch=8", "data.workers=0", "steps=10",
          "optim.warmup=0", "optim.lr=1e-3", "optim.clip=0.5", "optim.ema_decay=0.9", "flow.guidance=uniform[1,5]"]  # fmt: skip
@@ -35,33 +35,36 @@ MESHES = {
     3: {"tp3": ["tp=3"]},
     4: {
         "dp4": [],
-        "hsdp 2x2": ["dp_replicate=2"],
+        "hsdp 2 x 2": ["dp_replicate=2"],
         "dp2 x tp2": ["tp=2"],
-        "dp2 x tp2, sequence parallel": ["tp=2", "sequence_parallel=true"],
         "dp2 x cp2": ["cp=2"],
-        "hsdp 2 x tp2": ["dp_replicate=2", "tp=2"],
-        "tp2 x cp2, sequence parallel": ["tp=2", "cp=2", "sequence_parallel=true"],
     },
-}  # fmt: skip
-CHECKPOINTING = {2: [[], ["tp=2", "sequence_parallel=true"], ["cp=2"]], 4: [["tp=2"]]}
+}
+PLAIN = ["dtype=float32"]
 
 
 def cases(ranks):
-    """{name: command line} of all that this number of ranks trains."""
+    """{name: (options of parallel., accumulation, other options)} of all that this number of ranks trains."""
     found = {}
     for name, mesh in MESHES[ranks].items():
         for accumulation in (1, 2):
             for sharded in ("true", "false"):
-                found[f"{name}, accumulation {accumulation}, shard_modulation {sharded}"] = (
-                    mesh + [f"shard_modulation={sharded}"], accumulation, ["dtype=float32"])  # fmt: skip
+                options = [*mesh, f"shard_modulation={sharded}"]
+                found[f"{name}, accumulation {accumulation}, shard_modulation {sharded}"] = options, accumulation, PLAIN
         found[f"{name}, bfloat16"] = mesh, 1, ["dtype=bfloat16"]
-        found[f"{name}, muon"] = mesh, 1, ["dtype=float32", "optim.kind=muon"]
-    for mesh in CHECKPOINTING.get(ranks, ()):
-        for kind in ("full", "2", "selective"):
-            found[f"{' '.join(mesh) or 'dp'}, {kind} checkpointing"] = (
-                [*mesh, f"activation_checkpointing={kind}"], 1, ["dtype=float32"])  # fmt: skip
     if ranks == 2:
-        found["dp2, prefetch, no reshard"] = ["prefetch=2", "reshard_after_forward=false"], 1, ["dtype=float32"]
+        for name in ("dp2", "tp2, sequence parallel", "cp2"):
+            for kind in ("full", "2", "selective"):
+                options = [*MESHES[2][name], f"activation_checkpointing={kind}"]
+                found[f"{name}, activation_checkpointing {kind}"] = options, 1, PLAIN
+        found["dp2, prefetch, no reshard"] = ["prefetch=2", "reshard_after_forward=false"], 1, PLAIN
+        found["compiled: dp2"] = ["activation_checkpointing=selective"], 1, [*PLAIN, "compile=true"]
+        found["compiled: cp2"] = ["cp=2"], 1, [*PLAIN, "compile=true"]
+    if ranks == 4:
+        found["hsdp 2 x tp2"] = ["dp_replicate=2", "tp=2"], 1, PLAIN
+        found["tp2 x cp2, sequence parallel"] = ["tp=2", "cp=2", "sequence_parallel=true"], 1, PLAIN
+    if ranks in (1, 4):
+        found["one, muon" if ranks == 1 else "dp2 x tp2, muon"] = MESHES[ranks].get("dp2 x tp2", []), 1, [*PLAIN, "optim.kind=muon"]
     return found
 
 
@@ -83,45 +86,67 @@ def whole(tensors):
     return {name: t.full_tensor().detach().float().clone() for name, t in tensors.items()}
 
 
-def train(config, steps=10):
-    """The figures of a short run."""
-    with mock.patch.object(trainer, "random_pieces", random_pieces):
-        run = trainer.set_up(config)
+def batches_of(config, run):
+    """The micro-batches of each step, for this rank."""
     data, model = config.data, config.model
     widths = dict(latent_shape=run.latent_shape, text_shape=(model.max_sequence_length, model.text_width))
     samples = MockSamples(data, split="train", seed=config.seed, pooled_width=model.pooled_width, **widths)
     loader = trainer.rank_loader(run, samples, global_batch=data.global_batch, start_index=0)
-    slices = data.global_batch // (data.micro_batch * run.mesh.dp_size)
-    figures = {}
+    while True:
+        yield [next(loader) for _ in range(data.global_batch // (data.micro_batch * run.mesh.dp_size))]
+
+
+def train(config, steps=10):
+    """The figures of a short run."""
+    with mock.patch.object(trainer, "random_pieces", random_pieces):
+        run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
+    figures, batches, real_update = {}, batches_of(config, run), trainer.update
 
     def update(run, step):
         if step == 0:
             figures["gradients"] = whole({name: p.grad for name, p in run.model.named_parameters()})
         return real_update(run, step)
 
-    real_update = trainer.update
     with mock.patch.object(trainer, "update", update):
         for step in range(steps):
-            loss, norm = trainer.train_step(run, [next(loader) for _ in range(slices)], step)
+            loss, norm = trainer.train_step(run, next(batches), step)
             if step == 0:
                 figures |= {"loss": parallel.mean_over_ranks(loss).item(), "norm": norm.item()}
-    parameters = dict(run.model.named_parameters())
-    return figures | {"weights": whole(parameters), "average": whole(run.ema.average)}
+    return figures | {"weights": whole(dict(run.model.named_parameters())), "average": whole(run.ema.average)}
+
+
+def plain_autograd(config):
+    """The first step's loss and gradients of a Flux that nothing is wrapped around."""
+    with (
+        mock.patch.object(parallel, "parallelize", lambda model, *_args, **_options: model),
+        mock.patch.object(parallel, "fill", lambda model, device, pieces: randomise(model.to_empty(device=device), config.seed)),
+    ):
+        run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
+    run.model.set_requires_gradient_sync = lambda _flag: None
+    gradients = {}
+
+    def update(run, _step):
+        gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
+
+    with mock.patch.object(trainer, "update", update):
+        loss, _ = trainer.train_step(run, next(batches_of(config, run)), 0)
+    return {"loss": loss.item(), "gradients": gradients}
 
 
 def main():
+    """All cases of this number of ranks whose names start as the arguments say; the compiled ones only where they are named."""
     torch.set_num_threads(1)
-    ranks, figures = parallel.world_size(), {}
-    try:
-        for name, case in ((n, c) for n, c in cases(ranks).items() if n.startswith(tuple(sys.argv[2:]) or "")):
+    ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
+    for name, case in cases(ranks).items():
+        if name.startswith(names) if names else not name.startswith("compiled"):
             began = time.perf_counter()
             figures[name] = train(configure(*case))
-            if parallel.rank() == 0:
-                print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
-    finally:
-        if parallel.rank() == 0:
-            torch.save(figures, sys.argv[1])
-        parallel.stop()
+            print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
+    if ranks == 1:
+        figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))
+    if parallel.rank() == 0:
+        torch.save(figures, sys.argv[1])
+    parallel.stop()
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class TextEncoders:
         clip_ids = self._tokenize("CLIP", self.clip_tokenizer, prompts, clip_length, seen)
         remedy = "raise the maximum sequence length or shorten the prompt"
         t5_ids = self._tokenize("T5", self.t5_tokenizer, prompts, max_sequence_length, remedy)
-        txt = self.t5(t5_ids.to(self.t5.device)).last_hidden_state
+        txt = self.t5(t5_ids.to(self.clip.device)).last_hidden_state
         pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output
         return txt.to(self.t5.dtype), pooled.to(self.clip.dtype)
 
@@ -110,9 +110,10 @@ class TextEncoders:
         return total.hexdigest()[:16]
 
 
-def load_text_encoders(t5, clip, *, device, dtype):
+def load_text_encoders(t5, clip, *, device, dtype, t5_device=None):
     """Load T5 from `t5` and CLIP from `clip`, each a folder or a hub repository, frozen, on `device` and in `dtype`.
 
+    T5, by far the larger, may go to a `t5_device` of its own.
     Raises `ValueError` that names `model.t5` or `model.clip` where one cannot be found, fetched or loaded whole.
     """
     t5_folder, t5_tokenizer_folder = locate(t5, T5)
@@ -122,7 +123,7 @@ def load_text_encoders(t5, clip, *, device, dtype):
 
         t5_tokenizer = T5TokenizerFast.from_pretrained(t5_tokenizer_folder, local_files_only=True)
         clip_tokenizer = CLIPTokenizer.from_pretrained(clip_tokenizer_folder, local_files_only=True)
-        t5 = load_model(T5EncoderModel, t5_folder, T5, dtype).to(device)
+        t5 = load_model(T5EncoderModel, t5_folder, T5, dtype).to(t5_device or device)
         clip = load_model(CLIPTextModel, clip_folder, CLIP, dtype).to(device)
     folders = (t5_folder, t5_tokenizer_folder, clip_folder, clip_tokenizer_folder)
     return TextEncoders(t5, t5_tokenizer, clip, clip_tokenizer, folders)

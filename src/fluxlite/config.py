@@ -8,6 +8,7 @@ unset with `null`.
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import types
 import typing
@@ -126,17 +127,20 @@ class TrainConfig:
             group.validate()
         sampling.check_size(self.data.height, self.data.width)
         replicate, shard, _, _ = self.parallel.sizes()
-        slice_size = replicate * shard * self.data.micro_batch
-        if self.data.global_batch % slice_size:
-            above = -(-self.data.global_batch // slice_size) * slice_size
+        dp, micro, batch = replicate * shard, self.data.micro_batch, self.data.global_batch
+        if batch % (dp * micro):
+            above = -(-batch // (dp * micro)) * dp * micro
+            smaller = f", or data.micro_batch={math.gcd(batch // dp, micro)}" if batch % dp == 0 else ""
             raise ValueError(
-                f"data.global_batch={self.data.global_batch} must be a multiple of data-parallel ranks x data.micro_batch = "
-                f"{replicate * shard} x {self.data.micro_batch} = {slice_size}: set data.global_batch={above}"
+                f"data.global_batch={batch} must be a multiple of data-parallel ranks x data.micro_batch = "
+                f"{dp} x {micro} = {dp * micro}: set data.global_batch={above}{smaller}"
             )
         tokens = num_image_tokens(self.data.height // 8, self.data.width // 8)
         self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
         if self.compile and self.parallel.tp > 1:
             raise ValueError("compile=true does not work with parallel.tp above 1 yet: leave one of them out")
+        if self.parallel.shard_encoders and self.data.cache:
+            raise ValueError("parallel.shard_encoders=true gathers T5 on all ranks together, and data.cache encodes on each alone")
         if self.parallel.cpu_offload and not self.device.startswith("cuda"):
             raise ValueError("parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it out")
         if self.parallel.cpu_offload and self.optim.kind == "muon":
@@ -367,8 +371,13 @@ def run_script(cls, name, usage, body):
         print(help_text(cls, name, usage))
         return
     try:
-        body(load_config(cls, name, sys.argv[1:]))
-    except (ValueError, OSError) as error:
+        config = load_config(cls, name, sys.argv[1:])
+    except (ValueError, OSError) as error:  # the same on every rank
         if parallel.rank() == 0:
             print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        body(config)
+    except (ValueError, OSError) as error:  # perhaps this rank's alone
+        print(f"error{parallel.on_rank()}: {error}", file=sys.stderr)
         sys.exit(2)

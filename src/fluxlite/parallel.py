@@ -13,9 +13,11 @@ B batch, L tokens, H hidden width, N heads, D head width.
 """
 
 import importlib.util
+import logging
 import os
 import shutil
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -145,6 +147,26 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
+def on_rank():
+    """ " on rank 3", or nothing where there is one."""
+    return f" on rank {rank()}" if world_size() > 1 else ""
+
+
+@contextmanager
+def watching_ranks(config):
+    """Turn the failure of a collective, which tells little, into a `ValueError` that says what has happened and what to do."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+            raise
+        raise ValueError(
+            f"another rank died, or kept this one waiting for parallel.timeout_s={config.timeout_s} s. The rank that failed first "
+            f"says why, above or in torchrun's list; resume=auto goes on from the last checkpoint. ({text.split('. ')[0]})"
+        ) from error
+
+
 def default_device():
     """The machine's accelerator, or the CPU."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,6 +216,8 @@ def start(config, device):
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    for name in ("_collective_utils", "_redistribute"):  # DTensor's remarks on gloo, and on its own use of two meshes
+        logging.getLogger(f"torch.distributed.tensor.{name}").setLevel(logging.ERROR)
     mesh = make_mesh(config, device)
     for part in (mesh.fsdp, mesh.cp, mesh.tp, mesh.world):
         for group in part.get_all_groups():
@@ -458,6 +482,13 @@ def shard(model, mesh, config, dtype):
             for i, block in enumerate(order):
                 getattr(block, prefetch)(order[i + 1 : i + 1 + config.prefetch])
     return model
+
+
+def shard_frozen(model, blocks, mesh):
+    """FSDP2 over `mesh` of a model that is only used: a unit for each of `blocks`, gathered when it is needed and freed at once."""
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def reshard(model):

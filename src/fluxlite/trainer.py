@@ -119,12 +119,16 @@ def random_pieces(model, seed, device):
     return ((Piece(name), initial(name, shape, device, generator)) for name, shape in shapes.items())
 
 
-def load_parts(config, device):
-    """The frozen autoencoder and text encoders that the configuration names."""
+def load_parts(config, device, mesh):
+    """The frozen autoencoder and text encoders that the configuration names; T5 is sharded where that is asked for."""
     if not config.model.t5:
         return Parts(None, None)
     dtype = getattr(torch, config.dtype)
-    encoders = load_text_encoders(resolve(config.model.t5), resolve(config.model.clip), device=device, dtype=dtype)
+    sharded = config.parallel.shard_encoders
+    where = dict(device=device, t5_device="cpu" if sharded else device)
+    encoders = load_text_encoders(resolve(config.model.t5), resolve(config.model.clip), dtype=dtype, **where)
+    if sharded:
+        parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.world)
     autoencoder = ckpt.load_autoencoder(resolve(config.model.autoencoder), dtype=dtype, device=device)
     check_widths(config.model.shape(), autoencoder, encoders)
     return Parts(autoencoder, encoders)
@@ -167,10 +171,9 @@ def encoders_digest(parts, max_sequence_length, dtype):
     return digest.hexdigest()
 
 
-def set_up(config):
-    """Device, mesh, model, optimizer and encoders of a run."""
-    device, mesh = parallel.start(config.parallel, config.device)
-    parts = load_parts(config, device)
+def set_up(config, device, mesh):
+    """Model, optimizer and encoders of a run on this rank's device of a `parallel.Mesh`."""
+    parts = load_parts(config, device, mesh)
     model = build_model(config, device, mesh)
     optimizers = optim.make_optimizers(model, config.optim)
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
@@ -412,7 +415,7 @@ def check_finite(loss, step, keys):
 def train(config):
     """Train as `config`, a `TrainConfig`, says; returns the run's folder."""
     last = find_resume(config)
-    run = set_up(config)
+    run = set_up(config, *parallel.start(config.parallel, config.device))
     training, validation = open_data(config, run)
     start = ckpt.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0
     watch = start_watching(run, validation, start)
