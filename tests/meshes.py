@@ -119,7 +119,7 @@ def plain_autograd(config):
     """The first step's loss and gradients of a Flux that nothing is wrapped around."""
     with (
         mock.patch.object(parallel, "parallelize", lambda model, *_args, **_options: model),
-        mock.patch.object(parallel, "fill", lambda model, device, pieces: randomise(model.to_empty(device=device), config.seed)),
+        mock.patch.object(parallel, "fill", lambda model, _pieces, device: randomise(model.to_empty(device=device), config.seed)),
     ):
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
     run.model.set_requires_gradient_sync = lambda _flag: None

@@ -3,14 +3,20 @@
 The meshes run under torchrun (`meshes.py`); the reference is one process. All parameters are random, so that no gradient is zero.
 """
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from test_trainer import MOCK, command, losses, run, train, wait_for_steps, weights
+
+from fluxlite import preflight
+from fluxlite.config import TrainConfig, load_config
 
 ROOT = Path(__file__).parents[1]
 # ‖Δ‖/‖reference‖: of the loss, of each gradient, of each parameter after ten steps. bfloat16 and Muon's iteration round.
@@ -35,15 +41,15 @@ def run_meshes(ranks, folder, *names):
 
 
 def assert_same(figures, reference):
-    for name, run in figures.items():
+    for name, trained in figures.items():
         kind = next((k for k in ("bfloat16", "muon") if k in name), "float32")
         expected = reference[f"one, {kind}" if kind != "float32" else "one, accumulation 1, shard_modulation true"]
         loss, gradient, weight = BOUNDS[kind]
-        assert run["loss"] == pytest.approx(expected["loss"], rel=loss), name
-        assert run["norm"] == pytest.approx(expected["norm"], rel=max(gradient, 2e-5)), name
+        assert trained["loss"] == pytest.approx(expected["loss"], rel=loss), name
+        assert trained["norm"] == pytest.approx(expected["norm"], rel=max(gradient, 2e-5)), name
         for key, bound in (("gradients", gradient), ("weights", weight), ("average", weight)):
-            assert run[key].keys() == expected[key].keys()
-            errors = {p: relative(run[key][p], expected[key][p]) for p in expected[key]}
+            assert trained[key].keys() == expected[key].keys()
+            errors = {p: relative(trained[key][p], expected[key][p]) for p in expected[key]}
             worst = max(errors, key=errors.get)
             assert errors[worst] <= bound, f"{name}: {key} of {worst} differ by {errors[worst]:.1e}"
 
@@ -67,3 +73,89 @@ def test_every_mesh_computes_the_same_run(reference, tmp_path, ranks):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_compute_the_same_run(reference, tmp_path):
     assert_same(run_meshes(2, tmp_path, "compiled:"), reference)
+
+
+def test_a_run_goes_on_from_mesh_to_mesh_as_if_uninterrupted(tmp_path):
+    """Four ranks by FSDP2, then two by two with tensor parallelism, then one process; relative bound 2e-5 for every number."""
+    common = [*MOCK, "dtype=float32", "data.micro_batch=1", "checkpoint.every=3", "optim.kind=muon"]
+    whole = losses(train(*common, "steps=9", f"output={tmp_path}/whole"))
+    first = run(*common, "steps=3", f"output={tmp_path}/run", ranks=4)
+    second = run(*common, "steps=6", f"output={tmp_path}/run", "resume=auto", "parallel.tp=2", ranks=4)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "resuming after step 3 with sample 12" in second.stderr and "parallel.tp" in second.stderr
+    parts = losses(train(*common, "steps=9", f"output={tmp_path}/run", "resume=auto"))
+    assert all(parts[k] == pytest.approx(v, rel=BOUNDS["muon"][2]) for k, v in whole.items())
+    assert (9, "val/loss") in whole and parts.keys() >= whole.keys()
+
+
+def test_resumed_on_the_same_mesh_is_bit_identical(tmp_path):
+    common = [*MOCK, "data.micro_batch=1", "parallel.tp=2", "parallel.sequence_parallel=true", "model.max_sequence_length=16"]
+    commands = [("steps=4", "whole"), ("steps=2", "run"), ("steps=4", "run", "resume=auto")]
+    for steps, name, *resume in commands:
+        result = run(*common, steps, *resume, f"output={tmp_path}/{name}", "checkpoint.every=2", ranks=4)
+        assert result.returncode == 0, result.stderr
+    a, b = (losses(tmp_path / name) for name in ("whole", "run"))
+    assert all(b[k] == v for k, v in a.items())
+    a, b = (weights(tmp_path / name) for name in ("whole", "run"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
+    process = subprocess.Popen(
+        command(*MOCK, "data.micro_batch=1", "steps=100000", f"output={tmp_path}/run", ranks=2), cwd=ROOT, text=True,
+        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    wait_for_steps(tmp_path / "run", process)
+    victim = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()][-1]
+    os.kill(victim, signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0 and "another rank died" in errors and "resume=auto" in errors
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (["parallel.tp=3"], "tp=3 does not divide the 8 processes.*1, 2, 4, 8"),
+        (["parallel.tp=4", "model.num_heads=2", "model.hidden_size=256"], "does not divide model.num_heads=2: .* one of 1, 2"),
+        (["parallel.dp_shard=3"], "dp_shard=3 x cp=1 is not the number of processes, 8: set parallel.dp_shard=8 or -1"),
+        (["parallel.cp=0"], "parallel.cp=0 must be at least 1"),
+        (["parallel.cp=2", "model.max_sequence_length=15"], "15 model.max_sequence_length do not divide .* multiple of 2"),
+        (["parallel.sequence_parallel=true"], "needs parallel.tp above 1"),
+        (["parallel.tp=2", "compile=true"], "compile=true does not work with parallel.tp"),
+        (["parallel.activation_checkpointing=some"], "choose none, full, selective or a number"),
+        (["parallel.cpu_offload=true"], "device is the CPU"),
+        (["data.micro_batch=2", "data.global_batch=8"], "8 x 2 = 16: set data.global_batch=16, or data.micro_batch=1"),
+        (["parallel.tensor=2"], "parallel.tensor"),
+    ],
+)
+def test_impossible_meshes_are_refused_with_what_is_possible(monkeypatch, given, said):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    with pytest.raises(ValueError, match=said):
+        load_config(TrainConfig, "train", ["data=mock", "model=flux_dev", "data.global_batch=8", *given])
+
+
+def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
+    """By hand: bf16 gathers before forward and backward and a float32 reduce-scatter, each 7/8 of the linear's parameters."""
+    small = [
+        "model=flux_dev",
+        "data=mock",
+        "data.height=64",
+        "data.width=64",
+        "model.num_double_blocks=1",
+        "model.num_single_blocks=1",
+    ]
+    plain, spread = (
+        sum(preflight.predict([*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8)["sent"].values())
+        for flag in ("false", "true")
+    )
+    features = 17 * 3072
+    by_hand = (3072 + 1) * features * (2 + 2 + 4) * 7 / 8
+    assert plain - spread == pytest.approx(by_hand, rel=1e-2) and spread < 0.75 * plain
+
+
+def test_no_rank_holds_more_than_its_shard_and_a_block_while_building():
+    """FLUX's width, as rank 0 of 8 ranks of which the others are pretended."""
+    command = [sys.executable, "benchmarks/build.py", "--ranks", "8", "--set", "model.num_double_blocks=2", "--set"]
+    result = subprocess.run([*command, "model.num_single_blocks=4"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found["parameters"] > 1e9 and found["shard"] < found["peak"] <= found["shard"] + found["largest block"]

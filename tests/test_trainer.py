@@ -43,6 +43,14 @@ def run(*arguments, ranks=None):
     return subprocess.run(command(*arguments, ranks=ranks), cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
+def wait_for_steps(folder, process, count=3):
+    """Until a run in another process has taken so many steps."""
+    file = folder / "metrics.jsonl"
+    while not file.exists() or file.read_text().count("\n") < count:
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
 def losses(folder):
     """{(step, name): value} of everything that a run's mathematics determines."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -133,9 +141,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     process = subprocess.Popen(
         command(*MOCK, "steps=100000", f"output={tmp_path}/run"), cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
-    while not (tmp_path / "run/metrics.jsonl").exists() or (tmp_path / "run/metrics.jsonl").read_text().count("\n") < 3:
-        assert process.poll() is None
-        time.sleep(0.05)
+    wait_for_steps(tmp_path / "run", process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "SIGTERM" in errors

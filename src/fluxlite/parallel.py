@@ -31,7 +31,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -216,8 +215,6 @@ def start(config, device):
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    for name in ("_collective_utils", "_redistribute"):  # DTensor's remarks on gloo, and on its own use of two meshes
-        logging.getLogger(f"torch.distributed.tensor.{name}").setLevel(logging.ERROR)
     mesh = make_mesh(config, device)
     for part in (mesh.fsdp, mesh.cp, mesh.tp, mesh.world):
         for group in part.get_all_groups():
@@ -227,6 +224,8 @@ def start(config, device):
 
 def make_mesh(config, device):
     """The `Mesh` of a process group that exists."""
+    for name in ("_collective_utils", "_redistribute"):  # DTensor's remarks on gloo, and on its own use of two meshes
+        logging.getLogger(f"torch.distributed.tensor.{name}").setLevel(logging.ERROR)
     replicate, shard, cp, tp = config.sizes()
     by_tokens = init_device_mesh(device.type, (replicate * shard, cp, tp), mesh_dim_names=("dp", "cp", "tp"))
     by_weights = init_device_mesh(device.type, (replicate, shard * cp, tp), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
@@ -503,17 +502,27 @@ def reshard(model):
 
 def local_part(tensor):
     """The slices of the whole that this rank's part of a DTensor is."""
-    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))
+    begin, size = [0] * tensor.ndim, list(tensor.shape)
+    splits = [
+        s for s in zip(tensor.device_mesh.shape, tensor.device_mesh.get_coordinate(), tensor.placements) if hasattr(s[2], "dim")
+    ]
+    for ranks, number, placement in sorted(splits, key=lambda s: hasattr(s[2], "split_factor")):
+        # FSDP2 splits what tensor parallelism has split, though its mesh dimension comes first: that is what split_factor says
+        step = -(-size[placement.dim] // ranks)
+        offset = min(number * step, size[placement.dim])
+        begin[placement.dim] += offset
+        size[placement.dim] = min(step, size[placement.dim] - offset)
+    return tuple(slice(first, first + count) for first, count in zip(begin, size))
 
 
 @torch.no_grad()
-def fill(model, device, pieces):
-    """Give a parallelized model on meta its weights: `pieces` yields (piece of a tensor, as in `convert`; its whole values).
+def fill(model, pieces, device=None):
+    """Give a parallelized model its weights, on `device` where it is on meta yet; returns it.
 
-    No more than one piece is whole in memory, on each rank.
+    `pieces` yields (piece of a tensor, as in `convert`; its whole values): no more than one is whole in memory, on each rank.
     """
-    model.to_empty(device=device)
+    if device is not None:
+        model.to_empty(device=device)
     parameters = dict(model.named_parameters())
     for piece, values in pieces:
         p, first = parameters[piece.name], piece.start or 0

@@ -91,25 +91,25 @@ class Run:
 
 
 def build_model(config, device, mesh):
-    """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's.
-
-    It is wrapped on meta and filled a piece at a time: no rank ever holds the whole.
-    """
-    shape = config.model.shape()
-    with torch.device("meta"):
-        model = Flux(shape, config.model.attention)
-    optim.freeze(model.train(), config.optim)
+    """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's."""
+    pieces = None
     if config.model.checkpoint:
         source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
-        if source.config != shape:
-            differences = _differences(asdict(source.config), asdict(shape))
+        if source.config != config.model.shape():
+            differences = _differences(asdict(source.config), asdict(config.model.shape()))
             raise ValueError(f"model.checkpoint={config.model.checkpoint} has another shape: {differences}")
         pieces = ckpt.pieces(source)
-    else:
-        pieces = random_pieces(model, config.seed, device)
-    dtype = getattr(torch, config.dtype)
-    model = parallel.parallelize(model, mesh, config.parallel, dtype, compile=config.compile)
-    return parallel.fill(model, "cpu" if config.parallel.cpu_offload else device, pieces)
+    model = wrap_model(config, mesh)
+    where = "cpu" if config.parallel.cpu_offload else device
+    return parallel.fill(model, pieces or random_pieces(model, config.seed, device), where)
+
+
+def wrap_model(config, mesh):
+    """The transformer on meta, wrapped as the configuration says: filled a piece at a time, it is never whole on any rank."""
+    with torch.device("meta"):
+        model = Flux(config.model.shape(), config.model.attention)
+    optim.freeze(model.train(), config.optim)
+    return parallel.parallelize(model, mesh, config.parallel, getattr(torch, config.dtype), compile=config.compile)
 
 
 def random_pieces(model, seed, device):
@@ -174,7 +174,11 @@ def encoders_digest(parts, max_sequence_length, dtype):
 def set_up(config, device, mesh):
     """Model, optimizer and encoders of a run on this rank's device of a `parallel.Mesh`."""
     parts = load_parts(config, device, mesh)
-    model = build_model(config, device, mesh)
+    return assemble(config, device, mesh, build_model(config, device, mesh), parts)
+
+
+def assemble(config, device, mesh, model, parts):
+    """The `Run` of a wrapped model."""
     optimizers = optim.make_optimizers(model, config.optim)
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
@@ -420,6 +424,8 @@ def train(config):
     start = ckpt.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0
     watch = start_watching(run, validation, start)
     size = config.data.global_batch
+    if last:
+        log.info("resuming after step %d with sample %d, the very next one, whatever the mesh and the workers", start, start * size)
     slices = size // (config.data.micro_batch * run.mesh.dp_size)
     batches = rank_loader(run, training, global_batch=size, start_index=start * size, workers=config.data.workers)
     with closing(watch.metrics), stop_signals() as caught:

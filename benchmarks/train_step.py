@@ -1,0 +1,209 @@
+"""A training step beside the same step of diffusers' model: one process, same loss, clipping, optimizer and dtype.
+
+    python benchmarks/train_step.py                        # bf16, with and without activation checkpointing; minutes
+    python benchmarks/train_step.py --dtype float32 --side 256
+    python benchmarks/train_step.py --scaling              # one process on one core beside two on two, FSDP2
+
+Ours is the trainer's: float32 weights, gradients and AdamW under FSDP2's mixed precision on a mesh of one. Theirs has float32
+weights under autocast, as diffusers' training examples have. Times are alternating medians of `--repeats` steps in one process, in
+which both models lie; the most memory, private, is of a process of each one's own. Prints a table and a JSON line.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from types import SimpleNamespace
+
+import torch
+from build import Peak
+
+from fluxlite import convert, flow, optim, parallel, trainer
+from fluxlite.config import TrainConfig, load_config
+from fluxlite.latents import num_image_tokens, position_ids
+
+TEXT_TOKENS = 512
+
+
+def configure(args, checkpointing="none"):
+    return load_config(TrainConfig, "train", [
+        "model=flux_dev", f"model.num_double_blocks={args.doubles}", f"model.num_single_blocks={args.singles}",
+        f"model.hidden_size={args.heads * 128}", f"model.num_heads={args.heads}", f"model.max_sequence_length={TEXT_TOKENS}",
+        "data=mock", f"data.height={args.side}", f"data.width={args.side}", f"data.global_batch={parallel.world_size()}",
+        "device=cpu", f"dtype={args.dtype}", f"parallel.activation_checkpointing={checkpointing}", "optim.warmup=0",
+        *args.set])  # fmt: skip
+
+
+def sample(config, seed=1):
+    """A sample's clean tokens, text, pooled vector, noise, t and guidance."""
+    generator, tokens = torch.Generator().manual_seed(seed), num_image_tokens(config.data.height // 8, config.data.width // 8)
+    model = config.model
+    shapes = [(1, tokens, model.in_channels), (1, TEXT_TOKENS, model.text_width), (1, model.pooled_width)]
+    x0, txt, pooled, noise = (torch.randn(shape, generator=generator) for shape in (*shapes, shapes[0]))
+    return x0, txt, pooled, dict(noise=noise, t=torch.tensor([0.5]), guidance=torch.tensor([3.5]))
+
+
+def our_step(config):
+    """A function that takes one of our steps and returns its loss."""
+    run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
+    x0, txt, pooled, drawn = sample(config)
+
+    def step():
+        loss = trainer.flow_loss(run, x0, txt, pooled, **drawn).mean()
+        loss.backward()
+        trainer.update(run, 0)
+        return loss.item()
+
+    return step, run.model
+
+
+def their_step(config, checkpointing, weights=None):
+    """The same of diffusers' model, with `weights` in our layout where they are given."""
+    from diffusers import FluxTransformer2DModel
+
+    values = {k: v for k, v in convert.config_to_diffusers(config.model.shape()).items() if not k.startswith("_")}
+    model = FluxTransformer2DModel(**values)
+    if weights is not None:
+        model.load_state_dict(convert.from_fluxlite(weights, config.model.shape(), "diffusers"))
+    if checkpointing != "none":
+        model.enable_gradient_checkpointing()
+    optimizers = optim.make_optimizers(SimpleNamespace(named_parameters=model.named_parameters), config.optim)
+    x0, txt, pooled, drawn = sample(config)
+    ids = position_ids(config.data.height // 8, config.data.width // 8, TEXT_TOKENS).float()
+    inputs = dict(encoder_hidden_states=txt, pooled_projections=pooled, timestep=drawn["t"], guidance=drawn["guidance"])
+    inputs |= dict(img_ids=ids[TEXT_TOKENS:], txt_ids=ids[:TEXT_TOKENS], return_dict=False)
+    mixed = config.dtype == "bfloat16"
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            velocity = theirs(hidden_states=flow.add_noise(x0, drawn["noise"], drawn["t"]), **inputs)[0]
+        loss = flow.velocity_loss(velocity, x0, drawn["noise"]).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = config.optim.lr
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    theirs = model
+    return step
+
+
+def seconds_of(step):
+    began = time.perf_counter()
+    loss = step()
+    return time.perf_counter() - began, loss
+
+
+def alternate(args, checkpointing):
+    """Median seconds of (diffusers', our) steps, and their first losses."""
+    config = configure(args, checkpointing)
+    ours, model = our_step(config)
+    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # zero initialisation would give both the same velocity, zero
+        for name, value in weights.items():
+            if name.startswith(("modulation.", "out.")):
+                value.normal_(std=0.02, generator=generator)
+    steps = [their_step(config, checkpointing, weights), ours]
+    parallel.fill(model, ((convert.Piece(name), value) for name, value in weights.items()))
+    rounds = [[seconds_of(step) for step in steps] for _ in range(args.repeats + 1)]
+    medians = [statistics.median(pair[i][0] for pair in rounds[1:]) for i in range(2)]
+    parallel.stop()
+    return medians, [loss for _, loss in rounds[0]]
+
+
+def peak_alone(args, who, checkpointing):
+    """The most private memory of a process that takes three steps of one of the two."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        own = ["--alone", who, "--checkpointing", checkpointing, "--result", file.name]
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], *own], check=True)
+        return json.load(file)
+
+
+def alone(args):
+    """`peak_alone`'s process: its private memory above what it has after its imports."""
+    with Peak() as peak:
+        config = configure(args, args.checkpointing)
+        step = our_step(config)[0] if args.who == "ours" else their_step(config, args.checkpointing)
+        for _ in range(3):
+            step()
+    with open(args.result, "w") as file:
+        json.dump(peak.grown, file)
+
+
+def scaling(args):
+    """Samples a second of one process on one core, and of two on two."""
+    rates = []
+    for ranks in (1, 2):
+        with tempfile.NamedTemporaryFile("r") as file:
+            launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+            rest = [a for a in sys.argv[1:] if a != "--scaling"]
+            subprocess.run(
+                [*launch, __file__, *rest, "--rank-of", file.name], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
+            rates.append(json.load(file))
+    return rates
+
+
+def as_rank(args):
+    """`scaling`'s process."""
+    torch.set_num_threads(1)
+    step, _ = our_step(configure(args))
+    times = [seconds_of(step)[0] for _ in range(args.repeats + 1)][1:]
+    if parallel.rank() == 0:
+        with open(args.rank_of, "w") as file:
+            json.dump(parallel.world_size() / statistics.median(times), file)
+    parallel.stop()
+
+
+def compare(args):
+    rows = []
+    for checkpointing in ("none", "full"):
+        (theirs, ours), losses = alternate(args, checkpointing)
+        memory = [peak_alone(args, who, checkpointing) for who in ("diffusers", "ours")]
+        rows.append({"checkpointing": checkpointing, "diffusers_s": theirs, "ours_s": ours, "losses": losses, "memory": memory})
+    print(
+        f"{args.side}², {TEXT_TOKENS} text tokens, {args.doubles} + {args.singles} blocks of width {args.heads * 128}, {args.dtype}"
+    )
+    print(f"{'activation checkpointing':<26}{'diffusers':>11}{'ours':>9}{'ratio':>8}{'memory GB':>15}{'ratio':>8}")
+    for row in rows:
+        theirs, ours = row["memory"]
+        seconds = f"{row['diffusers_s']:>9.2f} s{row['ours_s']:>7.2f} s{row['diffusers_s'] / row['ours_s']:>8.2f}"
+        print(f"{row['checkpointing']:<26}{seconds}{f'{theirs / 1e9:.2f} and {ours / 1e9:.2f}':>15}{ours / theirs:>8.2f}")
+    return {"rows": rows}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--side", type=int, default=512, help="height and width in pixels")
+    parser.add_argument("--doubles", type=int, default=1)
+    parser.add_argument("--singles", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=12, help="attention heads of width 128; FLUX.1 has 24")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--scaling", action="store_true", help="one and two processes instead of diffusers and ours")
+    parser.add_argument("--set", action="append", default=[], help="a key of train.py, as key=value")
+    for name in ("--alone", "--checkpointing", "--result", "--rank-of"):  # what this script says to its own processes
+        parser.add_argument(name, dest="who" if name == "--alone" else None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    if args.rank_of:
+        return as_rank(args)
+    if args.who:
+        return alone(args)
+    found = {"scaling": scaling(args)} if args.scaling else compare(args)
+    if args.scaling:
+        one, two = found["scaling"]
+        print(f"samples a second: {one:.3f} with one process on one core, {two:.3f} with two on two, {two / one:.2f} times as many")
+    print(json.dumps(found | {k: v for k, v in vars(args).items() if v is not None} | {"torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()
