@@ -105,7 +105,7 @@ def alternate(args, checkpointing):
     """Median seconds of (diffusers', our) steps, and their first losses."""
     config = configure(args, checkpointing)
     ours, model = our_step(config)
-    weights = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # zero initialisation would give both the same velocity, zero
         for name, value in weights.items():

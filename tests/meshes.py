@@ -83,7 +83,7 @@ def random_pieces(model, seed, device):
 
 
 def whole(tensors):
-    return {name: t.full_tensor().detach().float().clone() for name, t in tensors.items()}
+    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().float().clone() for name, t in tensors.items()}
 
 
 def batches_of(config, run):
@@ -122,7 +122,6 @@ def plain_autograd(config):
         mock.patch.object(parallel, "fill", lambda model, _pieces, device: randomise(model.to_empty(device=device), config.seed)),
     ):
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
-    run.model.set_requires_gradient_sync = lambda _flag: None
     gradients = {}
 
     def update(run, _step):

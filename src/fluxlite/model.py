@@ -140,7 +140,7 @@ class MLP(nn.Module):
     def forward(self, x):
         x = x.to(self.linear_in.weight.dtype)
         linear = self.linear_in
-        if self.activation is gelu and fuses_gelu(x) and type(linear.weight) is nn.Parameter:  # a plain one, no DTensor
+        if self.activation is gelu and fuses_gelu(x) and type(linear.weight) in (nn.Parameter, torch.Tensor):  # no DTensor
             return self.linear_out(torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh"))
         return self.linear_out(self.activation(linear(x)))
 

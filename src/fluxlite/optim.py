@@ -120,7 +120,7 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p]["momentum"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = self.orthogonalised(p.grad.lerp(mean, group["momentum"]))
-                local = p.to_local() if isinstance(p, DTensor) else p
+                local = _local(p)
                 local.mul_(1 - group["lr"] * group["weight_decay"])
                 local.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
@@ -161,7 +161,9 @@ def clip_gradients(model, config):
 
 
 def _share(tensor):
-    """This rank's share in its part of a DTensor: one over the number of ranks that hold the same."""
+    """This rank's share in its part of a tensor: one over the number of ranks that hold the same."""
+    if not isinstance(tensor, DTensor):
+        return 1 / dist.get_world_size()
     parts = [n for n, placement in zip(tensor.device_mesh.shape, tensor.placements) if not isinstance(placement, Replicate)]
     return math.prod(parts) / dist.get_world_size()
 

@@ -244,7 +244,7 @@ def stop():
 
 
 def parallelize(model, mesh, config, dtype, *, compile=False):
-    """Wrap a Flux, on any device or meta, as `config` says: tp → cp → checkpointing → compile → modulation → FSDP2.
+    """Wrap a Flux, on any device or meta, as `config` says: tp → cp → modulation → checkpointing → compile → FSDP2.
 
     Compute is in `dtype`; weights, gradients and their reduction stay float32. `fill` then gives a model on meta its weights.
     """
@@ -252,14 +252,17 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
         shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
     if mesh.cp.size() > 1 or config.sequence_parallel:
         share_tokens(model, mesh.cp, mesh.tp if config.sequence_parallel else None)
+    alone = mesh.fsdp.size() == 1
+    if config.shard_modulation and mesh.world.size() > 1:
+        model.modulation = ShardedModulation(model.modulation, mesh.world, dtype)
+    if alone:
+        compute_in(model, dtype)
     checkpoint_activations(model, config.activation_checkpointing)
     if compile:
         compile_blocks(model)
-    if config.shard_modulation:
-        model.modulation = ShardedModulation(model.modulation, mesh.world, dtype)
     if config.sequence_parallel:
         model.modulation.register_forward_hook(lambda _module, _args, out: SumGradient.apply(out, mesh.tp))
-    return shard(model, mesh.fsdp, config, dtype)
+    return model if alone else shard(model, mesh.fsdp, config, dtype)
 
 
 # --- tensor parallelism ---------------------------------------------------------------------------------------------------------
@@ -490,6 +493,42 @@ def shard_frozen(model, blocks, mesh):
     fully_shard(model, mesh=mesh)
 
 
+def compute_in(model, dtype):
+    """Mixed precision where there is nothing to shard: blocks and ends see their weights in `dtype` while they run.
+
+    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a CPU.
+    """
+    blocks = [*model.double_blocks, *model.single_blocks]
+    inside = {p for block in blocks for p in block.parameters()}
+    if isinstance(model.modulation, ShardedModulation):
+        inside |= set(model.modulation.parameters())
+    for part in (*blocks, model):
+        owners = [
+            (m, name)
+            for m in part.modules()
+            for name, p in m.named_parameters(recurse=False)
+            if part is not model or p not in inside
+        ]
+        part.forward = partial(_with_cast, part.forward, owners, dtype)
+
+
+def _with_cast(forward, owners, dtype, *args, **kwargs):
+    kept = [module._parameters[name] for module, name in owners]
+    for (module, name), p in zip(owners, kept):
+        module._parameters[name] = p.to(dtype)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        for (module, name), p in zip(owners, kept):
+            module._parameters[name] = p
+
+
+def reduce_gradients(model, flag):
+    """Whether the next backward reduces gradients over the ranks, or adds them up for a later one that does."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(flag)
+
+
 def reshard(model):
     """Free gathered weights, which FSDP2 keeps after a forward without a backward: needed after writing to the sharded ones."""
     for module in model.modules():
@@ -501,7 +540,9 @@ def reshard(model):
 
 
 def local_part(tensor):
-    """The slices of the whole that this rank's part of a DTensor is."""
+    """The slices of the whole that this rank's part of a DTensor is; of another tensor all of it."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
     begin, size = [0] * tensor.ndim, list(tensor.shape)
     splits = [
         s for s in zip(tensor.device_mesh.shape, tensor.device_mesh.get_coordinate(), tensor.placements) if hasattr(s[2], "dim")
@@ -529,7 +570,8 @@ def fill(model, pieces, device=None):
         rows, *rest = local_part(p)
         begin, end = max(rows.start, first), min(rows.stop, first + len(values))
         if begin < end:
-            p.to_local()[begin - rows.start : end - rows.start].copy_(values[(slice(begin - first, end - first), *rest)])
+            local = p.to_local() if isinstance(p, DTensor) else p
+            local[begin - rows.start : end - rows.start].copy_(values[(slice(begin - first, end - first), *rest)])
     return model
 
 

@@ -154,7 +154,7 @@ def step(run, config):
     tokens = num_image_tokens(data.height // 8, data.width // 8)
     slices = data.global_batch // (size * run.mesh.dp_size)
     for i in range(slices):
-        run.model.set_requires_gradient_sync(i == slices - 1)
+        parallel.reduce_gradients(run.model, i == slices - 1)
         x0, noise = torch.randn(size, tokens, model.in_channels), torch.randn(size, tokens, model.in_channels)
         txt = torch.randn(size, model.max_sequence_length, model.text_width)
         pooled = torch.randn(size, model.pooled_width)

@@ -219,7 +219,7 @@ def train_step(run, batches, step):
     config, device = run.config, run.device
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
-        run.model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients are reduced over the ranks with the last
+        parallel.reduce_gradients(run.model, i == len(batches) - 1)
         x0, txt, pooled = encode_batch(run, batch)
         keys = dict(seed=config.seed, indices=batch["indices"])
         noise = pack_latents(draws.normal(run.latent_shape, stream="noise", **keys)).to(device)
