@@ -115,6 +115,7 @@ def find_pipeline(
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
     checkpoint = str(ckpt.local(resolve(checkpoint), PIPELINE_FILES))
     transformer = ckpt.open_source(checkpoint, ema=ema)
+    ckpt.check_part(transformer, "transformer", "model.checkpoint")
     for name, value in dict(expected).items():
         if getattr(transformer.config, name) != value:
             raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}")
@@ -124,9 +125,7 @@ def find_pipeline(
     if missing:
         raise ValueError(f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for each")
     vae = ckpt.open_source(parts.pop("autoencoder"), setting="model.autoencoder", part="vae")
-    if vae.what != "autoencoder" or transformer.what != "transformer":
-        key, source = ("model.autoencoder", vae) if transformer.what == "transformer" else ("model.checkpoint", transformer)
-        raise ValueError(f"{key}={source.where} holds the wrong part, {source.what}: name another")
+    ckpt.check_part(vae, "autoencoder", "model.autoencoder")
     check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
     if save_converted:
         transformer = ckpt.converted(checkpoint, save_converted, ema=ema)
