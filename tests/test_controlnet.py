@@ -203,7 +203,7 @@ def test_random_initialisation_starts_without_effect(hint):
 def test_what_does_not_fit_is_refused():
     base = Flux(FluxConfig(2, 2, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)))
     for changes, named in (
-        ({"num_double_blocks": 3, "num_single_blocks": 0}, "num_double_blocks=3, but the transformer has only 2"),
+        ({"num_double_blocks": 3, "num_single_blocks": 0}, "controlnet.num_double_blocks=3: the transformer to start from has 2"),
         ({"num_double_blocks": 1, "num_single_blocks": 1, "hidden_size": 96, "num_heads": 6}, "hidden_size=96, but .* 48"),
         ({"hint": "edges"}, "controlnet.hint=edges"),
         ({"num_double_blocks": 0, "num_single_blocks": 0}, "controlnet.num_double_blocks=0"),

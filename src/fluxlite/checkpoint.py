@@ -93,7 +93,8 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
     A pipeline's folder stands for its `part` (transformer, controlnet or vae); of a run, `ema` chooses the moving average where it
     has one. Raises `ValueError`, naming `setting`, for anything that is not exactly a transformer, a ControlNet or an autoencoder.
     """
-    path = local(where, [f"{part}/*", "config.json", "diffusion_pytorch_model*"], setting=setting)
+    loose = ["*.safetensors"] if part == "controlnet" else []  # as XLabs publishes
+    path = local(where, [f"{part}/*", "config.json", "diffusion_pytorch_model*", *loose], setting=setting)
     if not os.access(path, os.R_OK):
         raise ValueError(f"{setting}={where} cannot be read: no permission")
     path = path / part if (path / part).is_dir() else path

@@ -161,7 +161,11 @@ def init_from_base(controlnet, base, generator=None):
     the widths differ or the net is deeper than the base.
     """
     config, of = controlnet.config, base.config
-    check_fits(config, of, "controlnet")
+    check_fits(config, of, "the ControlNet")
+    _check_equal(config, of, "the ControlNet", ("mlp_ratio", "guidance_embed"))
+    for name in ("num_double_blocks", "num_single_blocks"):
+        if getattr(config, name) > getattr(of, name):
+            raise ValueError(f"controlnet.{name}={getattr(config, name)}: the transformer to start from has {getattr(of, name)}")
     controlnet.initialise(generator)
     parameters, hidden = dict(base.named_parameters()), config.hidden_size
     for name, parameter in controlnet.named_parameters():
@@ -175,19 +179,16 @@ def init_from_base(controlnet, base, generator=None):
     return controlnet
 
 
-def check_fits(config, base, where, *, deeper=False):
-    """Raise `ValueError` unless a ControlNet's `config` has the widths of `base`, and unless `deeper` no more blocks.
+def check_fits(config, base, where):
+    """Raise `ValueError`, naming `where`, unless a ControlNet's `config` has the widths and positions of `base`."""
+    _check_equal(config, base, where, ("hidden_size", "num_heads", "in_channels", "text_width", "pooled_width"))
+    _check_equal(config, base, where, ("rope_axes", "rope_theta"))
 
-    `where` names the net to the user. guidance_embed may differ in a net that is only drawn with.
-    """
-    names = ["hidden_size", "num_heads", "in_channels", "text_width", "pooled_width", "rope_axes", "rope_theta"]
-    names += [] if deeper else ["mlp_ratio", "guidance_embed"]
+
+def _check_equal(config, base, where, names):
     for name in names:
         if getattr(config, name) != getattr(base, name):
             raise ValueError(f"{where} has {name}={getattr(config, name)}, but the transformer has {getattr(base, name)}")
-    for name in () if deeper else ("num_double_blocks", "num_single_blocks"):
-        if getattr(config, name) > getattr(base, name):
-            raise ValueError(f"{where} has {name}={getattr(config, name)}, but the transformer has only {getattr(base, name)}")
 
 
 # --- which block of the base gets which sample ----------------------------------------------------------------------------------
