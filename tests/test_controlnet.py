@@ -161,6 +161,8 @@ def test_a_net_from_its_base_leaves_the_first_step_bit_for_bit(bases, kind):
     _, base = bases
     config = ControlNetConfig.beside(base.config, hint="pixel" if kind == "pixel" else "latent", num_modes=7 * (kind == "union"))
     net = init_from_base(ControlNet(config), base, torch.Generator().manual_seed(0))
+    again = init_from_base(ControlNet(config), base.state_dict(), torch.Generator().manual_seed(0), base_config=base.config)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), net.parameters(), strict=True))
     values = inputs(config, kind)
     samples = net(**values)
     assert [len(s) for s in samples] == [4, 10] and all((s == 0).all() for of_kind in samples for s in of_kind)

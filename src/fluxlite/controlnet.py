@@ -154,28 +154,28 @@ def zero_ends(controlnet):
 
 
 @torch.no_grad()
-def init_from_base(controlnet, base, generator=None):
-    """Start from a `Flux`: its embedders, the guidance embedder included, its first blocks and their modulation; returns the net.
+def init_from_base(controlnet, base, generator=None, *, base_config=None):
+    """Start from a Flux: its embedders, the guidance embedder included, its first blocks and their modulation; returns the net.
 
-    What the base has not is drawn from `generator`, or zero, so that the first step equals the base's. Raises `ValueError` where
-    the widths differ or the net is deeper than the base.
+    `base` is a `Flux`, or with its `base_config` a state dict of one. What it has not is drawn from `generator`, or zero, so that
+    the first step equals the base's. Raises `ValueError` where the widths differ or the net is deeper than the base.
     """
-    config, of = controlnet.config, base.config
+    config, of = controlnet.config, base_config or base.config
+    state = base if base_config else base.state_dict()
     check_fits(config, of, "the ControlNet")
     _check_equal(config, of, "the ControlNet", ("mlp_ratio", "guidance_embed"))
     for name in ("num_double_blocks", "num_single_blocks"):
         if getattr(config, name) > getattr(of, name):
             raise ValueError(f"controlnet.{name}={getattr(config, name)}: the transformer to start from has {getattr(of, name)}")
     controlnet.initialise(generator)
-    parameters, hidden = dict(base.named_parameters()), config.hidden_size
+    doubles, singles = 12 * config.num_double_blocks * config.hidden_size, 3 * config.num_single_blocks * config.hidden_size
+    first_single = 12 * of.num_double_blocks * config.hidden_size
     for name, parameter in controlnet.named_parameters():
-        if name in parameters and not name.startswith("modulation."):
-            parameter.copy_(parameters[name])
-    doubles, singles = 12 * config.num_double_blocks * hidden, 3 * config.num_single_blocks * hidden
-    first_single = 12 * of.num_double_blocks * hidden
-    for ours, theirs in zip(controlnet.modulation.parameters(), base.modulation.parameters()):
-        ours[:doubles].copy_(theirs[:doubles])
-        ours[doubles:].copy_(theirs[first_single : first_single + singles])
+        if name.startswith("modulation."):
+            parameter[:doubles].copy_(state[name][:doubles])
+            parameter[doubles:].copy_(state[name][first_single : first_single + singles])
+        elif name in state:
+            parameter.copy_(state[name])
     return controlnet
 
 
