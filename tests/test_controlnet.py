@@ -104,6 +104,8 @@ def test_a_net_without_guidance_and_halves_computed_apart(guidance):
     net.drop_conditioning()
     again = net.samples(values["img"], txt, values["rope"], modulation, hint)
     assert all(torch.equal(a, b) for x, y in zip(again, got) for a, b in zip(x, y))
+    with pytest.raises(ValueError, match="load the model again"):
+        net(**values)
 
 
 @torch.no_grad()

@@ -80,8 +80,9 @@ class ControlNet(Trunk):
         the control picture, or (B or 1, 3, height, width) pixels in [-1, 1] where config.hint is "pixel"; mode (B,) int64 the kind
         of control, for a union net and no other. Matches diffusers' FluxControlNetModel. Raises `ValueError`.
         """
+        modulation = self.modulate(t, pooled, guidance)
         txt = self.with_mode(self.txt_in(self.cast(txt)), mode)
-        return self.samples(img, txt, rope, self.modulate(t, pooled, guidance), self.embed_hint(hint), scale)
+        return self.samples(img, txt, rope, modulation, self.embed_hint(hint), scale)
 
     def with_mode(self, txt, mode=None):
         """Projected text (B, L_txt, H) behind a union net's token for `mode` (B,): (B, L_txt + 1, H); of other nets as it is."""
@@ -115,7 +116,7 @@ class ControlNet(Trunk):
         return after_double, after_single
 
     def drop_conditioning(self):
-        """Free the weights that `embed_hint` and `samples` do not use; `forward`, `modulate` and a mode then raise `ValueError`."""
+        """Free the weights that `embed_hint` and `samples` do not use; `forward` and `modulate` then raise `ValueError`."""
         super().drop_conditioning()
         self.mode_in = None
 

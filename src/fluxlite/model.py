@@ -288,7 +288,8 @@ class Flux(Trunk):
         t in [0, 1], rope the `rope_table` of text and image. `residuals` are two lists, of tensors (B, L_img, H) to add to the
         image after each double and each single block. Matches diffusers' FluxTransformer2DModel.
         """
-        return self.velocity(img, self.txt_in(self.cast(txt)), rope, self.modulate(t, pooled, guidance), residuals)
+        modulation = self.modulate(t, pooled, guidance)
+        return self.velocity(img, self.txt_in(self.cast(txt)), rope, modulation, residuals)
 
     def velocity(self, img, txt, rope, modulation, residuals=None):
         """`forward` from text tokens (B, L_txt, H) that `txt_in` has projected and a modulation that `modulate` has computed."""
