@@ -257,8 +257,12 @@ def load_state(source):
     """A state dict in our layout: of our own files mapped and not copied, of others only what changes is copied."""
     if source.layout == "fluxlite" or (source.what == "autoencoder" and source.layout == "diffusers"):
         return {name: source.read(name) for name in source.described}
-    pieces = convert.convert(source.read, source.layout, "fluxlite", source.config)
-    return convert.assemble(pieces, convert.our_shapes(source.config))
+    return convert.assemble(pieces(source), convert.our_shapes(source.config))
+
+
+def pieces(source):
+    """A source's tensors in our layout, a few linears at a time: (piece, values)."""
+    return convert.convert(source.read, source.layout, "fluxlite", source.config)
 
 
 def _load(source, dtype, device, *options):
@@ -491,8 +495,11 @@ def read_meta(folder):
         raise ValueError(f"{file} is no whole description of a checkpoint ({error!r})") from None
 
 
+BY_NAME = StateDictOptions(strict=True, flatten_optimizer_state_dict=True)  # groups of parameters differ from mesh to mesh
+
+
 def _training_state(model, optimizers, ema):
-    state = {"model": dict(model.state_dict()), "optimizer": get_optimizer_state_dict(model, optimizers)}
+    state = {"model": dict(model.state_dict()), "optimizer": get_optimizer_state_dict(model, optimizers, options=BY_NAME)}
     return state | ({"ema": ema.average} if ema else {})
 
 
@@ -534,5 +541,5 @@ def load_training(folder, *, model, optimizers, ema):
     state = _training_state(model, optimizers, ema)
     dcp.load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])
-    set_optimizer_state_dict(model, optimizers, state["optimizer"], options=StateDictOptions(strict=True))
+    set_optimizer_state_dict(model, optimizers, state["optimizer"], options=BY_NAME)
     return read_meta(folder)["step"]

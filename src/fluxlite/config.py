@@ -25,6 +25,7 @@ from fluxlite.control import Control
 from fluxlite.controlnet import MODES
 from fluxlite.data import DataConfig
 from fluxlite.flow import FlowConfig
+from fluxlite.latents import num_image_tokens
 from fluxlite.metrics import MetricsConfig
 from fluxlite.model import ATTENTION, FluxConfig
 from fluxlite.offload import OFFLOAD
@@ -126,14 +127,22 @@ class TrainConfig:
         for group in (self.data, self.flow, self.optim, self.parallel, self.checkpoint):
             group.validate()
         sampling.check_size(self.data.height, self.data.width)
-        ranks = parallel.world_size()
-        slice_size = ranks * self.data.micro_batch
+        replicate, shard, _, _ = self.parallel.sizes()
+        slice_size = replicate * shard * self.data.micro_batch
         if self.data.global_batch % slice_size:
             above = -(-self.data.global_batch // slice_size) * slice_size
             raise ValueError(
-                f"data.global_batch={self.data.global_batch} must be a multiple of processes x data.micro_batch = "
-                f"{ranks} x {self.data.micro_batch} = {slice_size}: set data.global_batch={above}"
+                f"data.global_batch={self.data.global_batch} must be a multiple of data-parallel ranks x data.micro_batch = "
+                f"{replicate * shard} x {self.data.micro_batch} = {slice_size}: set data.global_batch={above}"
             )
+        tokens = num_image_tokens(self.data.height // 8, self.data.width // 8)
+        self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
+        if self.compile and self.parallel.tp > 1:
+            raise ValueError("compile=true does not work with parallel.tp above 1 yet: leave one of them out")
+        if self.parallel.cpu_offload and not self.device.startswith("cuda"):
+            raise ValueError("parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it out")
+        if self.parallel.cpu_offload and self.optim.kind == "muon":
+            raise ValueError("parallel.cpu_offload=true does not work with optim.kind=muon, which gathers matrices on the GPU")
         missing = [f"model.{part}=" for part in ("t5", "clip", "autoencoder") if not getattr(self.model, part)]
         if missing and (self.data.kind != "mock" or len(missing) < 3):
             raise ValueError(f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for each")

@@ -117,6 +117,18 @@ def modulated_norm(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
+def initial(name, shape, device, generator=None):
+    """A parameter's values by DiT's initialisation (arXiv 2212.09748): xavier linears, embedders N(0, 0.02), the ends zero."""
+    if name.endswith("norm.weight"):
+        return torch.ones((), device=device).expand(shape)
+    if len(shape) == 1 or name.startswith(("modulation.", "out.")):
+        return torch.zeros((), device=device).expand(shape)
+    values = torch.empty(shape, device=device)
+    if name.startswith(("time_in.", "guidance_in.", "pooled_in.")):
+        return nn.init.normal_(values, std=0.02, generator=generator)
+    return nn.init.xavier_uniform_(values, generator=generator)
+
+
 class MLP(nn.Module):
     """Linear, tanh GELU or SiLU, linear."""
 
@@ -192,7 +204,7 @@ class DoubleBlock(nn.Module):
         img_mod, txt_mod = modulation[:6], modulation[6:]
         txt_qkv, img_qkv = self.txt.queries(txt, txt_mod), self.img.queries(img, img_mod)
         q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))
-        txt_out, img_out = attend(q, k, v, rope).split([txt.shape[1], img.shape[1]], dim=1)
+        txt_out, img_out = attend(q, k, v, rope).split([txt_qkv[0].shape[2], img_qkv[0].shape[2]], dim=1)
         return self.img.finish(img, img_out, img_mod), self.txt.finish(txt, txt_out, txt_mod)
 
 
@@ -257,16 +269,10 @@ class Trunk(nn.Module):
         return x.to(self.img_in.weight.dtype)
 
     def initialise(self, generator=None):
-        """DiT's initialisation (arXiv 2212.09748): xavier linears, embedders N(0, 0.02), modulation and output zero."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("norm.weight"):
-                nn.init.ones_(parameter)
-            elif parameter.ndim == 1 or name.startswith(("modulation.", "out.")):
-                nn.init.zeros_(parameter)
-            elif name.startswith(("time_in.", "guidance_in.", "pooled_in.")):
-                nn.init.normal_(parameter, std=0.02, generator=generator)
-            else:
-                nn.init.xavier_uniform_(parameter, generator=generator)
+        """Fill all parameters with what `initial` gives."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial(name, parameter.shape, parameter.device, generator))
         return self
 
     def num_parameters(self):

@@ -5,7 +5,10 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate
+
+from fluxlite.parallel import local_part
 
 SCHEDULES = ("constant", "cosine", "linear")
 KINDS = ("adamw", "muon")
@@ -69,13 +72,13 @@ def make_optimizers(model, config):
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     in_muon = {name for name, p in named.items() if config.kind == "muon" and p.ndim == 2 and "_blocks." in name}
-    rest = [p for name, p in named.items() if name not in in_muon]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = {}
+    for name, p in named.items():
+        if name not in in_muon:  # a fused step takes tensors of one mesh and device
+            key = p.ndim > 1, getattr(p, "device_mesh", None), p.device
+            groups.setdefault(key, {"params": [], "weight_decay": config.weight_decay * (p.ndim > 1)})["params"].append(p)
     options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    optimizers = [torch.optim.AdamW(kept, **options)] if (kept := [g for g in groups if g["params"]]) else []
+    optimizers = [torch.optim.AdamW(list(groups.values()), **options)] if groups else []
     if in_muon:
         matrices = [named[name] for name in named if name in in_muon]
         optimizers.insert(0, Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
@@ -117,15 +120,16 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p]["momentum"]
                 mean.lerp_(p.grad, 1 - group["momentum"])
                 update = self.orthogonalised(p.grad.lerp(mean, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                local = p.to_local() if isinstance(p, DTensor) else p
+                local.mul_(1 - group["lr"] * group["weight_decay"])
+                local.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
 
     @staticmethod
     def orthogonalised(update):
+        """This rank's part of the whole update."""
         if not isinstance(update, DTensor):
             return orthogonalise(update)
-        whole = orthogonalise(update.full_tensor())
-        return distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
+        return orthogonalise(update.full_tensor())[local_part(update)]
 
 
 def learning_rate(config, step, total_steps):
@@ -137,11 +141,29 @@ def learning_rate(config, step, total_steps):
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
+@torch.no_grad()
 def clip_gradients(model, config):
-    """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor."""
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor. Collective.
+
+    Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks hold in equal shares.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    squares = [torch.linalg.vector_norm(_local(g), dtype=torch.float32).square() * _share(g) for g in gradients]
+    device = next(p.device for p in model.parameters())
+    norm = torch.stack([square.to(device) for square in squares]).sum()
+    dist.all_reduce(norm)
+    norm = norm.sqrt_()
+    if config.clip:
+        scale = (config.clip / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients:
+            _local(gradient).mul_(scale.to(gradient.device))
+    return norm
+
+
+def _share(tensor):
+    """This rank's share in its part of a DTensor: one over the number of ranks that hold the same."""
+    parts = [n for n, placement in zip(tensor.device_mesh.shape, tensor.placements) if not isinstance(placement, Replicate)]
+    return math.prod(parts) / dist.get_world_size()
 
 
 class EMA:
@@ -156,17 +178,18 @@ class EMA:
     def update(self, step):
         """After optimizer step 0, 1, …: the decay rises as (1 + n) / (10 + n), so that the random start is forgotten."""
         decay = min(self.decay, (2 + step) / (11 + step))
-        for average, live in zip(_local(self.average), _local(self.live)):
-            average.lerp_(live, 1 - decay)
+        for name, average in self.average.items():
+            _local(average).lerp_(_local(self.live[name]), 1 - decay)
 
     @torch.no_grad()
     def swap(self):
         """Exchange the average and the live weights, in place; call it twice to have both back."""
-        for average, live in zip(_local(self.average), _local(self.live)):
+        for name in self.average:
+            average, live = _local(self.average[name]), _local(self.live[name])
             kept = live.clone()
             live.copy_(average)
             average.copy_(kept)
 
 
-def _local(tensors):
-    return [(t.to_local() if hasattr(t, "to_local") else t).detach() for t in tensors.values()]
+def _local(tensor):
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

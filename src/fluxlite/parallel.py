@@ -1,6 +1,15 @@
-"""Parallelism, applied to a model from outside: process group, mesh, compilation and FSDP2, all in wrap order.
+"""Parallelism, applied to a model from outside; `parallelize` has the wrap order, and one process is a mesh of one.
 
-One process without torchrun is a mesh of one and runs the same code.
+A run's ranks form a mesh of dp_replicate x dp_shard x cp x tp, tp innermost:
+* FSDP2 over dp_shard x cp, and over dp_replicate the all-reduce of HSDP: a block is a unit; float32 masters and reduction.
+* Tensor parallelism: `tensor_plan`. Weights keep their names and full shapes, as DTensors.
+* Context parallelism (Ulysses, arXiv 2309.14509): ranks hold parts of the tokens, and in attention all tokens of some heads.
+* The modulation, 27 % of FLUX's parameters, is spread over all ranks by output features and never gathered.
+
+Gradients: every rank's loss is its samples' mean, so the ranks' gradients are averaged over dp and cp. The tp and cp ranks of a
+sample compute the same loss; where they hold different tokens, what they find for shared weights is summed.
+
+B batch, L tokens, H hidden width, N heads, D head width.
 """
 
 import importlib.util
@@ -9,29 +18,121 @@ import shutil
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 
 @dataclass
 class ParallelConfig:
-    """The mesh."""
+    """The mesh, and what each of its ranks keeps."""
 
+    dp_replicate: int = field(default=1, metadata={"help": "copies of the sharded weights (HSDP)"})
     dp_shard: int = field(default=-1, metadata={"help": "ranks that share one copy of the weights (FSDP2); -1: all that are left"})
-    tp: int = field(default=1, metadata={"help": "tensor-parallel ranks"})
+    cp: int = field(default=1, metadata={"help": "context-parallel ranks, which share the tokens of a sample (Ulysses)"})
+    tp: int = field(default=1, metadata={"help": "tensor-parallel ranks, which share the heads and the width of each block"})
+    sequence_parallel: bool = field(
+        default=False, metadata={"help": "tensor-parallel ranks share the tokens between the blocks' linears too: less memory"}
+    )
+    shard_modulation: bool = field(
+        default=True, metadata={"help": "spread the modulation's features over all ranks and never gather them: 27 % less traffic"}
+    )
+    shard_encoders: bool = field(
+        default=False, metadata={"help": "shard the T5 encoder over all ranks, gathered block by block: less memory, more traffic"}
+    )
     reshard_after_forward: bool = field(
         default=True, metadata={"help": "free gathered weights between forward and backward: less memory, one more all-gather"}
+    )
+    prefetch: int = field(default=0, metadata={"help": "blocks gathered ahead of the one that computes; 0: what FSDP2 does, one"})
+    cpu_offload: bool = field(default=False, metadata={"help": "keep sharded weights, gradients and optimizer in host memory"})
+    activation_checkpointing: str = field(
+        default="none",
+        metadata={
+            "help": "recompute in the backward: none, full (each block), a number k (each k-th block), or selective "
+            "(all but matrix products and attention)"
+        },
     )
     timeout_s: int = field(default=600, metadata={"help": "seconds after which a rank that waits for another gives up"})
 
     def validate(self):
-        if self.tp != 1:
-            raise ValueError(f"parallel.tp={self.tp}: tensor parallelism is not in this version yet; set parallel.tp=1")
-        if self.dp_shard not in (-1, world_size()):
-            raise ValueError(f"parallel.dp_shard={self.dp_shard} must be the number of processes, {world_size()}, or -1")
+        self.sizes()
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError("parallel.sequence_parallel=true needs parallel.tp above 1, whose ranks share the tokens")
+        if not (self.activation_checkpointing in ("none", "full", "selective") or _every(self.activation_checkpointing)):
+            raise ValueError(
+                f"parallel.activation_checkpointing={self.activation_checkpointing}: choose none, full, selective or a number "
+                "k of 1 or more, for each k-th block"
+            )
+        for name, least in (("timeout_s", 1), ("prefetch", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least {least}")
+
+    def sizes(self):
+        """(dp_replicate, dp_shard, cp, tp), with -1 filled in; raises `ValueError` unless their product is the number of ranks."""
+        ranks, fixed = world_size(), {name: getattr(self, name) for name in ("dp_replicate", "cp", "tp")}
+        for name, value in fixed.items():
+            if value < 1:
+                raise ValueError(f"parallel.{name}={value} must be at least 1")
+        product = self.dp_replicate * self.cp * self.tp
+        shown = " x ".join(f"{name}={value}" for name, value in fixed.items() if value > 1) or "cp=1"
+        if ranks % product:
+            raise ValueError(f"parallel.{shown} does not divide the {ranks} processes: {_choices(ranks)}")
+        dp_shard = ranks // product if self.dp_shard == -1 else self.dp_shard
+        if dp_shard * product != ranks:
+            raise ValueError(
+                f"parallel.dp_shard={self.dp_shard} x {shown} is not the number of processes, {ranks}: "
+                f"set parallel.dp_shard={ranks // product} or -1"
+            )
+        return self.dp_replicate, dp_shard, self.cp, self.tp
+
+    def check_model(self, shape, num_text_tokens, num_image_tokens):
+        """Raise `ValueError` where heads, widths or tokens of a model of `shape` do not divide among the ranks."""
+        heads = shape.num_heads
+        if heads % (self.tp * self.cp):
+            fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+            raise ValueError(
+                f"parallel.tp={self.tp} x parallel.cp={self.cp} does not divide model.num_heads={heads}: "
+                f"their product must be one of {fitting}"
+            )
+        parts = self.cp * (self.tp if self.sequence_parallel else 1)
+        for name, count in (
+            ("model.max_sequence_length", num_text_tokens),
+            ("image tokens, height/16 x width/16,", num_image_tokens),
+        ):
+            if count % parts:
+                what = "parallel.cp x parallel.tp (sequence_parallel)" if self.sequence_parallel else "parallel.cp"
+                raise ValueError(f"{count} {name} do not divide among {what} = {parts} ranks: choose a multiple of {parts}")
+
+
+def _choices(ranks):
+    fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+    return f"the product of dp_replicate, cp and tp must be one of {fitting}"
+
+
+def _every(text):
+    """The k of activation_checkpointing=k, or 0."""
+    return int(text) if text.isdecimal() else 0
+
+
+# --- processes and devices ------------------------------------------------------------------------------------------------------
 
 
 def world_size():
@@ -60,13 +161,6 @@ def check_compiler(device):
         raise ValueError(f"compile=true needs a C++ compiler, and there is no {wanted}: install g++, or leave compile=false")
 
 
-def compile_blocks(model):
-    """Compile each block by itself: one compilation serves all blocks of a kind."""
-    for block in [*model.double_blocks, *model.single_blocks]:
-        block.compile()
-    return model
-
-
 def has_bf16(device):
     """Whether the device computes in bfloat16 in hardware."""
     if str(device).startswith("cuda"):
@@ -75,19 +169,46 @@ def has_bf16(device):
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
+@dataclass
+class Mesh:
+    """A run's ranks, seen as each kind of parallelism needs them."""
+
+    fsdp: DeviceMesh  # (dp_shard·cp,), or with HSDP (dp_replicate, dp_shard·cp)
+    cp: DeviceMesh
+    tp: DeviceMesh
+    world: DeviceMesh
+    dp_rank: int  # which samples this rank has
+    dp_size: int
+
+
 def start(config, device):
-    """Join torchrun's process group, or make one of this process alone; returns this rank's device and the mesh."""
+    """Join torchrun's process group, or make one of this process alone; returns this rank's device and the `Mesh`."""
     device = torch.device(device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+    timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
-        backend, timeout = {"cuda": "nccl", "cpu": "gloo"}[device.type], timedelta(seconds=config.timeout_s)
+        backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device.type]
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    return device, init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
+    mesh = make_mesh(config, device)
+    for part in (mesh.fsdp, mesh.cp, mesh.tp, mesh.world):
+        for group in part.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)  # new groups have their backend's default
+    return device, mesh
+
+
+def make_mesh(config, device):
+    """The `Mesh` of a process group that exists."""
+    replicate, shard, cp, tp = config.sizes()
+    by_tokens = init_device_mesh(device.type, (replicate * shard, cp, tp), mesh_dim_names=("dp", "cp", "tp"))
+    by_weights = init_device_mesh(device.type, (replicate, shard * cp, tp), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
+    world = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
+    fsdp = by_weights["dp_replicate", "fsdp"] if replicate > 1 else by_weights["fsdp"]
+    return Mesh(fsdp, by_tokens["cp"], by_weights["tp"], world, by_tokens.get_local_rank("dp"), replicate * shard)
 
 
 def stop():
@@ -96,17 +217,247 @@ def stop():
         dist.destroy_process_group()
 
 
+# --- the wrap order -------------------------------------------------------------------------------------------------------------
+
+
+def parallelize(model, mesh, config, dtype, *, compile=False):
+    """Wrap a Flux, on any device or meta, as `config` says: tp → cp → checkpointing → compile → modulation → FSDP2.
+
+    Compute is in `dtype`; weights, gradients and their reduction stay float32. `fill` then gives a model on meta its weights.
+    """
+    if mesh.tp.size() > 1:
+        shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
+    if mesh.cp.size() > 1 or config.sequence_parallel:
+        share_tokens(model, mesh.cp, mesh.tp if config.sequence_parallel else None)
+    checkpoint_activations(model, config.activation_checkpointing)
+    if compile:
+        compile_blocks(model)
+    if config.shard_modulation:
+        model.modulation = ShardedModulation(model.modulation, mesh.world, dtype)
+    if config.sequence_parallel:
+        model.modulation.register_forward_hook(lambda _module, _args, out: SumGradient.apply(out, mesh.tp))
+    return shard(model, mesh.fsdp, config, dtype)
+
+
+# --- tensor parallelism ---------------------------------------------------------------------------------------------------------
+
+
+def tensor_plan(sequence):
+    """How the linears of double and single blocks and of the whole model are split: {name: style}, three tables.
+
+    Columns: each rank has the rows of W that make its heads' q, k, v or its part of the MLP. Rows: it has the columns of W that
+    read them, and the products are added up. Between them x (B, L, H) is whole on every rank, or with `sequence` a part of L.
+    """
+    tokens = Shard(1) if sequence else Replicate()
+    columns, rows = ColwiseParallel(input_layouts=tokens), RowwiseParallel(output_layouts=tokens)
+    per_head = SequenceParallel(sequence_dim=1, use_local_output=True)  # (B, N, L, D) by N; the gradient of the scales is summed
+    stream = {
+        "qkv.linear": columns,
+        "qkv.q_norm": per_head,
+        "qkv.k_norm": per_head,
+        "proj": rows,
+        "mlp.linear_in": columns,
+        "mlp.linear_out": rows,
+    }
+    double = {f"{name}.{key}": style for name in ("img", "txt") for key, style in stream.items()}
+    share = RowwiseParallel(output_layouts=Partial())  # attention's and the MLP's products are added up together
+    single = stream | {
+        "enter": PrepareModuleOutput(output_layouts=tokens, desired_output_layouts=Replicate(), use_local_output=False),
+        "qkv.linear": ColwiseParallel(),
+        "proj": share,
+        "mlp.linear_in": ColwiseParallel(),
+        "mlp.linear_out": share,
+        "leave": PrepareModuleInput(input_layouts=Partial(), desired_input_layouts=tokens, use_local_output=True),
+    }
+    ends = {name: ColwiseParallel(output_layouts=Shard(1)) for name in ("img_in", "txt_in")}
+    ends |= {"out": RowwiseParallel(input_layouts=Shard(1))}
+    return double, single, ends if sequence else {}
+
+
+def shard_heads(model, mesh, *, sequence):
+    """Tensor parallelism: the blocks, and with `sequence` the two ends, by `tensor_plan`."""
+    double, single, ends = tensor_plan(sequence)
+    for block in model.double_blocks:
+        parallelize_module(block, mesh, double)
+    for block in model.single_blocks:
+        parallelize_module(block, mesh, single)
+    parallelize_module(model, mesh, ends)
+
+
+class SumGradient(torch.autograd.Function):
+    """The same value on all ranks of a mesh, which use it for different tokens: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x, mesh):
+        ctx.mesh = mesh
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return collectives.wait_tensor(collectives.all_reduce(gradient.contiguous(), "sum", ctx.mesh)), None
+
+
+# --- tokens shared among ranks --------------------------------------------------------------------------------------------------
+
+
+def share_tokens(model, cp, tp):
+    """Give each rank of `cp`, and of `tp` unless it is None, its part of the text and of the image; join the parts of the output.
+
+    What is between, `residuals` included, has the rank's tokens alone. The joint sequence is then (text, image) of the first rank,
+    (text, image) of the second, …; so are the rotations.
+    """
+    joint = {}
+
+    def enter(_module, args, kwargs):
+        img, txt, rope = args
+        parts = [x.chunk(cp.size(), dim=1)[cp.get_local_rank()] for x in (img, txt)]
+        joint["double"] = deal(rope, txt.shape[1], cp.size())
+        joint["single"] = deal(rope, txt.shape[1], cp.size() * (tp.size() if tp else 1))
+        return (*parts, joint["double"]), kwargs
+
+    def enter_single(_module, args):
+        x, modulation, _, attend = args
+        return x, modulation, joint["single"], attend
+
+    model.register_forward_pre_hook(enter, with_kwargs=True)
+    if tp is not None:
+        for block in model.single_blocks:
+            block.register_forward_pre_hook(enter_single)
+    if cp.size() > 1:
+        model.attend = partial(attend_by_heads, model.attend, cp)
+        model.register_forward_hook(lambda _module, _args, out: JoinTokens.apply(out, cp))
+
+
+def deal(rope, num_text_tokens, parts):
+    """Tables for (text | image), reordered to (text, image) of the first of so many parts, of the second, …"""
+    if parts == 1:
+        return rope
+    streams = [table.split([num_text_tokens, len(table) - num_text_tokens]) for table in rope]
+    return tuple(torch.cat([piece for pair in zip(*(s.chunk(parts) for s in pair)) for piece in pair]) for pair in streams)
+
+
+def exchange(x, mesh):
+    """Send x[i] (ranks, …) to rank i, and receive as many: differentiable."""
+    return collectives.all_to_all_single_autograd(x.contiguous(), None, None, mesh.get_group())
+
+
+def attend_by_heads(attend, mesh, q, k, v, rope):
+    """`attend` for q, k, v (B, N, L/cp, D): for all tokens and N/cp heads, then (B, L/cp, N·D) again."""
+    ranks = mesh.size()
+    heads = rearrange(torch.stack([q, k, v]), "three b (c n) l d -> c three b n l d", c=ranks)
+    q, k, v = rearrange(exchange(heads, mesh), "c three b n l d -> three b n (c l) d")
+    out = attend(q, k, v, rope)
+    return rearrange(exchange(rearrange(out, "b (c l) h -> c b l h", c=ranks), mesh), "c b l h -> b l (c h)")
+
+
+class JoinTokens(torch.autograd.Function):
+    """The parts (B, L/cp, C) of all ranks as (B, L, C). They go on alike, and gradients will be averaged: hence the factor."""
+
+    @staticmethod
+    def forward(ctx, x, mesh):
+        ctx.mesh = mesh
+        return collectives.wait_tensor(collectives.all_gather_tensor(x.contiguous(), 1, mesh))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.chunk(ctx.mesh.size(), dim=1)[ctx.mesh.get_local_rank()] * ctx.mesh.size(), None
+
+
+# --- activation checkpointing and compilation -----------------------------------------------------------------------------------
+
+SAVED = {  # what selective checkpointing keeps: the matrix products and attention; the rest is recomputed
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "linear",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(torch.ops.aten, name)
+} | {torch.ops._c10d_functional.all_to_all_single.default}
+
+
+def checkpoint_activations(model, kind):
+    """Make blocks recompute their forward in the backward: all with "full", each k-th with "k", in part with "selective"."""
+    if kind == "none":
+        return
+
+    def policy(_context, operator, *_args, **_kwargs):
+        return CheckpointPolicy.MUST_SAVE if operator in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+    options = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if kind == "selective" else {}
+    blocks = [*model.double_blocks, *model.single_blocks]
+    for block in blocks[:: _every(kind) or 1]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options)
+
+
+def compile_blocks(model):
+    """Compile each block by itself: one compilation serves all blocks of a kind."""
+    for block in [*model.double_blocks, *model.single_blocks]:
+        block.compile()
+    return model
+
+
+# --- modulation and FSDP2 -------------------------------------------------------------------------------------------------------
+
+
+class ScaleGradient(torch.autograd.Function):
+    """x itself, with a gradient `factor` times its own."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+class ShardedModulation(nn.Module):
+    """A linear whose output features are spread over all ranks and never gathered: the vectors travel, not the weights.
+
+    Each rank's rows (B, H) go to all, are multiplied by each rank's features, and come back whole as (B, features): a few MB a
+    sample. The weights' gradient, a sum over the rows of all ranks, is averaged as FSDP2 does.
+    """
+
+    def __init__(self, linear, mesh, dtype):
+        super().__init__()
+        self.mesh, self.dtype = mesh, dtype
+        for name, p in linear.named_parameters():
+            self.register_parameter(name, nn.Parameter(distribute_tensor(p, mesh, [Shard(0)]), requires_grad=p.requires_grad))
+
+    def forward(self, vec):
+        weight, bias = (ScaleGradient.apply(p.to(self.dtype), 1 / self.mesh.size()) for p in (self.weight, self.bias))
+        rows = DTensor.from_local(vec, self.mesh, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
+        return F.linear(rows, weight, bias).redistribute(placements=[Shard(0)]).to_local()
+
+
 def shard(model, mesh, config, dtype):
-    """FSDP2 with a unit a block, as `config`, a `ParallelConfig`, says; float32 master weights and reduction, compute in `dtype`.
+    """FSDP2 over `mesh`: a unit for each block, for the modulation unless it is spread already, and for the two ends.
 
     Inputs are not cast: t, guidance and RoPE tables stay float32.
     """
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here writes to outputs in place
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = dict(mesh=mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    for block in [*model.double_blocks, *model.single_blocks]:
+    offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
+    options = dict(mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=config.reshard_after_forward)
+    blocks = [*model.double_blocks, *model.single_blocks]
+    for block in blocks:
         fully_shard(block, **options)
-    return fully_shard(model, **options)
+    spread = isinstance(model.modulation, ShardedModulation)
+    if not spread:
+        fully_shard(model.modulation, **options)
+    fully_shard(model, ignored_params=set(model.modulation.parameters()) if spread else None, **options)
+    if config.prefetch:
+        for order, prefetch in ((blocks, "set_modules_to_forward_prefetch"), (blocks[::-1], "set_modules_to_backward_prefetch")):
+            for i, block in enumerate(order):
+                getattr(block, prefetch)(order[i + 1 : i + 1 + config.prefetch])
+    return model
 
 
 def reshard(model):
@@ -114,6 +465,32 @@ def reshard(model):
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+# --- weights and numbers --------------------------------------------------------------------------------------------------------
+
+
+def local_part(tensor):
+    """The slices of the whole that this rank's part of a DTensor is."""
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(offset, offset + size) for offset, size in zip(offsets, sizes))
+
+
+@torch.no_grad()
+def fill(model, device, pieces):
+    """Give a parallelized model on meta its weights: `pieces` yields (piece of a tensor, as in `convert`; its whole values).
+
+    No more than one piece is whole in memory, on each rank.
+    """
+    model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for piece, values in pieces:
+        p, first = parameters[piece.name], piece.start or 0
+        rows, *rest = local_part(p)
+        begin, end = max(rows.start, first), min(rows.stop, first + len(values))
+        if begin < end:
+            p.to_local()[begin - rows.start : end - rows.start].copy_(values[(slice(begin - first, end - first), *rest)])
+    return model
 
 
 def mean_over_ranks(value):

@@ -21,10 +21,11 @@ from fluxlite import __version__, draws, flow, optim, parallel, sampling
 from fluxlite import checkpoint as ckpt
 from fluxlite.autoencoder import sample_posterior
 from fluxlite.conditioning import load_text_encoders
+from fluxlite.convert import Piece
 from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, open_dataset, prepare
 from fluxlite.latents import num_image_tokens, pack_latents, position_ids
 from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_losses
-from fluxlite.model import Flux, rope_table
+from fluxlite.model import Flux, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
 
 log = logging.getLogger("fluxlite")
@@ -72,6 +73,7 @@ class Run:
 
     config: object
     device: torch.device
+    mesh: parallel.Mesh
     model: Flux
     optimizers: list
     ema: optim.EMA | None
@@ -89,24 +91,32 @@ class Run:
 
 
 def build_model(config, device, mesh):
-    """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's."""
+    """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's.
+
+    It is wrapped on meta and filled a piece at a time: no rank ever holds the whole.
+    """
+    shape = config.model.shape()
+    with torch.device("meta"):
+        model = Flux(shape, config.model.attention)
+    optim.freeze(model.train(), config.optim)
     if config.model.checkpoint:
         source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
-        model = ckpt.load_transformer(source, attention=config.model.attention)
-        if model.config != config.model.shape():
-            differences = _differences(asdict(model.config), asdict(config.model.shape()))
+        if source.config != shape:
+            differences = _differences(asdict(source.config), asdict(shape))
             raise ValueError(f"model.checkpoint={config.model.checkpoint} has another shape: {differences}")
-        model = model.float().to(device)
+        pieces = ckpt.pieces(source)
     else:
-        with torch.device(device):
-            model = Flux(config.model.shape(), config.model.attention)
-        seed = draws.generator(config.seed, 0, "weights").initial_seed()
-        model.initialise(torch.Generator(device).manual_seed(seed))
-    model.train().requires_grad_(True)
-    optim.freeze(model, config.optim)
-    if config.compile:
-        parallel.compile_blocks(model)
-    return parallel.shard(model, mesh, config.parallel, getattr(torch, config.dtype))
+        pieces = random_pieces(model, config.seed, device)
+    dtype = getattr(torch, config.dtype)
+    model = parallel.parallelize(model, mesh, config.parallel, dtype, compile=config.compile)
+    return parallel.fill(model, "cpu" if config.parallel.cpu_offload else device, pieces)
+
+
+def random_pieces(model, seed, device):
+    """Initial values of each parameter of a model, keyed by the seed: the same on any mesh."""
+    generator = torch.Generator(device).manual_seed(draws.generator(seed, 0, "weights").initial_seed())
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return ((Piece(name), initial(name, shape, device, generator)) for name, shape in shapes.items())
 
 
 def load_parts(config, device):
@@ -166,7 +176,7 @@ def set_up(config):
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
-    return Run(config, device, model, optimizers, ema, parts, rope_table(ids, model.config))
+    return Run(config, device, mesh, model, optimizers, ema, parts, rope_table(ids, model.config))
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------------------
@@ -198,13 +208,11 @@ def flow_loss(run, x0, txt, pooled, *, noise, t, guidance):
 
 
 def train_step(run, batches, step):
-    """One optimizer step over this rank's micro-batches; the mean loss and the gradient's norm, both tensors."""
+    """One optimizer step over this rank's micro-batches; their mean loss and the gradient's norm, both tensors."""
     config, device = run.config, run.device
-    for group in (group for optimizer in run.optimizers for group in optimizer.param_groups):
-        group["lr"] = optim.learning_rate(config.optim, step, config.steps)
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
-        run.model.set_requires_gradient_sync(i == len(batches) - 1)
+        run.model.set_requires_gradient_sync(i == len(batches) - 1)  # gradients are reduced over the ranks with the last
         x0, txt, pooled = encode_batch(run, batch)
         keys = dict(seed=config.seed, indices=batch["indices"])
         noise = pack_latents(draws.normal(run.latent_shape, stream="noise", **keys)).to(device)
@@ -213,13 +221,21 @@ def train_step(run, batches, step):
         loss = flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance).mean() / len(batches)
         loss.backward()
         total += loss.detach()
+    return total, update(run, step)
+
+
+def update(run, step):
+    """Clip the gradient, step the optimizers and the moving average; the gradient's norm, a tensor."""
+    config = run.config
     norm = optim.clip_gradients(run.model, config.optim)
     for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optim.learning_rate(config.optim, step, config.steps)
         optimizer.step()
         optimizer.zero_grad()
     if run.ema:
         run.ema.update(step)
-    return total, norm
+    return norm
 
 
 # --- looking at the model -------------------------------------------------------------------------------------------------------
@@ -241,10 +257,10 @@ def averaged(run):
         swap()
 
 
-def rank_loader(config, dataset, **options):
-    """This rank's batches of a data set."""
-    ranks = dict(dp_rank=parallel.rank(), dp_size=parallel.world_size())
-    return make_loader(dataset, micro_batch=config.data.micro_batch, **ranks, **options)
+def rank_loader(run, dataset, **options):
+    """This rank's batches of a data set: those of its place in data parallelism, the same for tp and cp ranks."""
+    ranks = dict(dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size)
+    return make_loader(dataset, micro_batch=run.config.data.micro_batch, **ranks, **options)
 
 
 def encode_validation(run, dataset):
@@ -252,10 +268,10 @@ def encode_validation(run, dataset):
 
     Every rank gets as many batches; the surplus samples of the last ones weigh nothing.
     """
-    count, stride = run.config.data.val_count, parallel.world_size() * run.config.data.micro_batch
+    count, stride = run.config.data.val_count, run.mesh.dp_size * run.config.data.micro_batch
     rounded = -(-count // stride) * stride
     batches = []
-    loader = rank_loader(run.config, dataset, global_batch=stride, start_index=0, stop_index=rounded)
+    loader = rank_loader(run, dataset, global_batch=stride, start_index=0, stop_index=rounded)
     for batch in loader:
         weights = (batch["indices"] < count).float()
         batches.append((*encode_batch(run, batch), batch["indices"] % count, weights.to(run.device)))
@@ -401,8 +417,8 @@ def train(config):
     start = ckpt.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0
     watch = start_watching(run, validation, start)
     size = config.data.global_batch
-    slices = size // (config.data.micro_batch * parallel.world_size())
-    batches = rank_loader(config, training, global_batch=size, start_index=start * size, workers=config.data.workers)
+    slices = size // (config.data.micro_batch * run.mesh.dp_size)
+    batches = rank_loader(run, training, global_batch=size, start_index=start * size, workers=config.data.workers)
     with closing(watch.metrics), stop_signals() as caught:
         for step in range(start, config.steps):
             micro = [next(batches) for _ in range(slices)]
