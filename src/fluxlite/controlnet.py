@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fluxlite.latents import pack_latents
-from fluxlite.model import FluxConfig, Trunk
+from fluxlite.model import FluxConfig, Trunk, initial
+from fluxlite.streams import Piece
 
 HINTS = ("latent", "pixel")
 MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}  # of the published Union nets
@@ -121,9 +122,11 @@ class ControlNet(Trunk):
         self.mode_in = None
 
     def initialise(self, generator=None):
-        """Random weights as `Flux.initialise` makes them, with the ends zero that let it start without effect."""
-        super().initialise(generator)
-        return zero_ends(self)
+        """Fill all parameters with what `initial_value` gives."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial_value(self.config, name, parameter.shape, parameter.device, generator))
+        return self
 
 
 def convolutions(channels_out):
@@ -136,48 +139,59 @@ def convolutions(channels_out):
 # --- starting -------------------------------------------------------------------------------------------------------------------
 
 
-def starts_at_zero(name, config):
-    """Whether a parameter is zero before training: outputs, and the hint's linear or, of pixels, its last convolution.
+def initial_value(config, name, shape, device, generator=None):
+    """A parameter's values by Flux's initialisation, with zeros where the net is to start without effect.
 
-    Behind that convolution the linear is not zero: two zeros in a row would never learn.
+    That is in its outputs, and in the hint's linear or, of pixels, in the last convolution before it: two zeros in a row would
+    never learn.
     """
     hint = "hint_in." if config.hint == "latent" else f"hint_convs.{len(HINT_STRIDES) - 1}."
-    return name.startswith(("double_out.", "single_out.", hint))
+    if name.startswith(("double_out.", "single_out.", hint)):
+        return torch.zeros((), device=device).expand(shape)
+    return initial(name, shape, device, generator)
 
 
-@torch.no_grad()
-def zero_ends(controlnet):
-    """Zero what `starts_at_zero` names; returns the net."""
-    for name, parameter in controlnet.named_parameters():
-        if starts_at_zero(name, controlnet.config):
-            parameter.zero_()
-    return controlnet
+def pieces_from_base(controlnet, base, pieces, device="cpu", generator=None):
+    """A net's weights from those of its base: yields (`streams.Piece`, values), each of which `pieces` or a draw gives.
 
-
-@torch.no_grad()
-def init_from_base(controlnet, base, generator=None, *, base_config=None):
-    """Start from a Flux: its embedders, the guidance embedder included, its first blocks and their modulation; returns the net.
-
-    `base` is a `Flux`, or with its `base_config` a state dict of one. What it has not is drawn from `generator`, or zero, so that
-    the first step equals the base's. Raises `ValueError` where the widths differ or the net is deeper than the base.
+    `controlnet` may be on meta; `base` is the base's configuration, `pieces` its weights as `checkpoint.pieces` yields them, one
+    after the other. The net gets the embedders, the guidance embedder included, the first blocks and their modulation; what the
+    base has not is drawn from `generator`, or zero, so that the first step equals the base's. Raises `ValueError` where the widths
+    differ or the net is deeper than the base.
     """
-    config, of = controlnet.config, base_config or base.config
-    state = base if base_config else base.state_dict()
-    check_fits(config, of, "the ControlNet")
-    _check_equal(config, of, "the ControlNet", ("mlp_ratio", "guidance_embed"))
-    for name in ("num_double_blocks", "num_single_blocks"):
-        if getattr(config, name) > getattr(of, name):
-            raise ValueError(f"controlnet.{name}={getattr(config, name)}: the transformer to start from has {getattr(of, name)}")
-    controlnet.initialise(generator)
+    config, shapes = controlnet.config, {name: p.shape for name, p in controlnet.named_parameters()}
+    check_starts(config, base)
     doubles, singles = 12 * config.num_double_blocks * config.hidden_size, 3 * config.num_single_blocks * config.hidden_size
-    first_single = 12 * of.num_double_blocks * config.hidden_size
-    for name, parameter in controlnet.named_parameters():
-        if name.startswith("modulation."):
-            parameter[:doubles].copy_(state[name][:doubles])
-            parameter[doubles:].copy_(state[name][first_single : first_single + singles])
-        elif name in state:
-            parameter.copy_(state[name])
+    of_singles = 12 * base.num_double_blocks * config.hidden_size
+    moved = [(0, doubles, 0), (of_singles, of_singles + singles, doubles)]  # rows of the base's modulation from … to, and where to
+    for piece, values in pieces:
+        for first, last, to in moved if piece.name.startswith("modulation.") else ():
+            start, stop = max(piece.start, first), min(piece.start + len(values), last)
+            if start < stop:
+                yield Piece(piece.name, start - first + to, stop - first + to), values[start - piece.start : stop - piece.start]
+        if piece.name in shapes and not piece.name.startswith("modulation."):
+            yield piece, values
+    for name, shape in shapes.items():
+        if name.startswith(("hint_in.", "mode_in.", "hint_convs.", "double_out.", "single_out.")):
+            yield Piece(name), initial_value(config, name, shape, device, generator)
+
+
+@torch.no_grad()
+def init_from_base(controlnet, base, generator=None):
+    """Start from a `Flux`, as `pieces_from_base` says; returns the net."""
+    parameters, pieces = dict(controlnet.named_parameters()), ((Piece(name), value) for name, value in base.state_dict().items())
+    for piece, values in pieces_from_base(controlnet, base.config, pieces, controlnet.hint_in.weight.device, generator):
+        parameters[piece.name][piece.start : piece.stop].copy_(values)
     return controlnet
+
+
+def check_starts(config, base):
+    """Raise `ValueError` unless a ControlNet of `config` can start from a transformer of configuration `base`."""
+    check_fits(config, base, "the ControlNet")
+    _check_equal(config, base, "the ControlNet", ("mlp_ratio", "guidance_embed"))
+    for name in ("num_double_blocks", "num_single_blocks"):
+        if getattr(config, name) > getattr(base, name):
+            raise ValueError(f"controlnet.{name}={getattr(config, name)}: the transformer to start from has {getattr(base, name)}")
 
 
 def check_fits(config, base, where):

@@ -19,14 +19,12 @@ from einops import rearrange
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
 from fluxlite.controlnet import ControlNet, ControlNetConfig
 from fluxlite.model import Flux, FluxConfig
-from fluxlite.streams import wider
+from fluxlite.streams import Piece, wider
 
 MODELS = {FluxConfig: Flux, ControlNetConfig: ControlNet, AutoencoderConfig: Autoencoder}
 
 # forward: (their tensors, the model's configuration) → our tensors; backward: the inverse. Both are views where they can be.
 Transform = namedtuple("Transform", "forward backward")
-# A tensor, or where stop is not None its rows from start to stop.
-Piece = namedtuple("Piece", "name start stop", defaults=(0, None))
 # theirs and ours: lists of pieces; optional: of theirs, the names that a checkpoint may lack.
 Rule = namedtuple("Rule", "theirs ours transform optional", defaults=((),))
 
