@@ -15,7 +15,7 @@ import fluxlite
 from fluxlite import checkpoint, draws, sampling
 from fluxlite.config import InferConfig, load_config
 from fluxlite.control import Control, open_control, read_picture
-from fluxlite.controlnet import ControlNetConfig
+from fluxlite.controlnet import ControlNet, ControlNetConfig
 from fluxlite.pipeline import ASSETS, picture_seed
 
 TINY, ROOT = ASSETS / "flux-tiny", Path(__file__).parents[1]
@@ -158,6 +158,17 @@ def test_pictures_with_nets_from_disk_are_the_same_whatever_is_freed_or_kept(sav
     assert np.abs(pixels(one) - none[:1]).max() <= (1 if dtype == torch.float32 else 12)
 
 
+def test_every_layout_of_the_same_net_draws_the_same_picture(saved, pictures, tmp_path):
+    source, drawn = checkpoint.open_source(saved["pixel"]), []
+    for layout in ("diffusers", "fluxlite", "bfl", "nemo"):
+        where = saved["pixel"] if layout == "diffusers" else tmp_path / layout
+        if layout != "diffusers":
+            checkpoint.write_converted(source, where, to=layout)
+        options = dict(steps=2, dtype=torch.float32, device="cpu", controls=[Control(where, pictures[0], scale=0.5)], **SIZE)
+        drawn.append(pixels(fluxlite.generate(PROMPT, **options)))
+    assert all((d == drawn[0]).all() for d in drawn) and drawn[0].std() > 20
+
+
 def test_conditions_made_batch_by_batch_draw_the_same(saved, pictures, monkeypatch):
     options = dict(
         steps=2, dtype=torch.float32, device="cpu", batch=1, controls=[Control(saved["union"], pictures[0], mode=1)], **SIZE
@@ -210,9 +221,11 @@ def test_pictures_that_cannot_be_read_are_refused(tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(pipeline, saved, pictures, tmp_path):
     base = pipeline.model.config
     narrow = ControlNetConfig.beside(base, num_double_blocks=1, num_single_blocks=0, text_width=20)
-    source = fluxlite.controlnet.ControlNet(narrow)
+    source = ControlNet(narrow)
+    turned = ControlNet(ControlNetConfig.beside(base, num_double_blocks=1, num_single_blocks=0, rope_theta=100))
     for changes, named in (
         (dict(checkpoint=source), f"text_width=20, but the transformer has {base.text_width}"),
+        (dict(checkpoint=turned), "rope_theta=100, but the transformer has 10000"),
         (dict(checkpoint="/nowhere"), "controlnet.checkpoint=/nowhere does not exist"),
         (dict(checkpoint=TINY / "transformer"), "controlnet.checkpoint=.*holds the wrong part, transformer"),
         (dict(mode="canny"), "controlnet.mode=canny, but .* is no union net"),
