@@ -14,8 +14,9 @@ from reference import our_controlnet_from, randomise
 import fluxlite
 from fluxlite import checkpoint, draws, sampling
 from fluxlite.config import InferConfig, load_config
-from fluxlite.control import Control, open_control, read_picture
+from fluxlite.control import Control, hint_of, open_control, read_picture
 from fluxlite.controlnet import ControlNet, ControlNetConfig
+from fluxlite.latents import pack_latents
 from fluxlite.pipeline import ASSETS, picture_seed
 
 TINY, ROOT = ASSETS / "flux-tiny", Path(__file__).parents[1]
@@ -133,6 +134,19 @@ def test_a_net_is_not_asked_outside_its_interval(pipeline, nets, pictures, monke
     control = Control(net, pictures[0], start=0.4, end=0.8)
     fluxlite.generate(PROMPT, checkpoint=pipeline, steps=5, controls=[control], **SIZE)
     assert len(asked) == 2 and [control.active(i, 5) for i in range(5)] == [False, False, True, True, False]
+
+
+def test_the_latent_hint_is_a_sample_for_each_picture_and_each_net(pipeline, nets, pictures):
+    opened = open_control(Control(our_controlnet_from(nets["latent"]), pictures[0]), pipeline.model.config, 64, 64)
+    vae = pipeline.autoencoder
+    with torch.inference_mode():
+        mean, logvar = vae.posterior(opened.pixels[None])
+        first, second = (hint_of(opened, number, vae, torch.device("cpu")) for number in (0, 1))
+        got = first(["5.0.0", "5.1.0"])
+        noise = draws.normal((16, 8, 8), seed=0, indices=["5.0.0", "5.1.0"], stream="control")
+        assert torch.allclose(got, pack_latents(vae.scale(mean + torch.exp(logvar / 2) * noise)), rtol=1e-6, atol=1e-6)
+        assert torch.equal(first(["5.1.0"]), got[1:]) and not torch.equal(got[0], got[1])
+        assert not torch.equal(second(["5.1.0"]), got[1:])
 
 
 @pytest.fixture(scope="module")
