@@ -5,6 +5,7 @@
   python convert_hf.py --src runs/finetune --dst finetuned.safetensors --to bfl --dtype bfloat16   # a run → ComfyUI
   python convert_hf.py --src nemo_flux_transformer.safetensors --dst flux.safetensors --verify
   python convert_hf.py --src FLUX.1-dev/vae --dst ae.safetensors --to bfl                     # the autoencoder
+  python convert_hf.py --src FLUX.1-dev-Controlnet-Canny --dst canny.safetensors              # a ControlNet
   python convert_hf.py --src FLUX.1-dev --digests                                             # SHA-256 of every tensor
 
 The source's layout is recognised by its keys. Every key and shape is checked before a byte is written; the result appears under
@@ -36,7 +37,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--src", required=True, help="folder, file, run, or hub repository")
     parser.add_argument("--dst", help="file that ends in .safetensors, or folder; for --to diffusers a folder")
-    parser.add_argument("--to", choices=LAYOUTS, help="layout to write (default: fluxlite)")
+    parser.add_argument("--to", choices=LAYOUTS, help="layout to write (default: fluxlite); of a ControlNet bfl is x-flux's")
     parser.add_argument("--dtype", choices=DTYPES, help="type to write (default: the source's)")
     parser.add_argument("--max-shard-size", type=size, metavar="SIZE", help="of a file in a folder (default: diffusers 10GB)")
     parser.add_argument("--no-ema", action="store_true", help="of a run, take the weights themselves, not their moving average")

@@ -16,6 +16,8 @@ Draw pictures with a FLUX pipeline.
   python infer.py prompt="a fox" prompt="an owl" images_per_prompt=4
   python infer.py prompt_file=prompts.txt model.checkpoint=runs/laptop output=pictures
   python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev height=512 width=512
+  python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev controlnet.checkpoint=FLUX.1-dev-Controlnet-Canny \\
+      control_image=edges.png controlnet.scale=0.7 controlnet.end=0.8
 
 Prompts and paths are taken as the shell gives them: no quoting for Hydra is needed.
 """
@@ -76,6 +78,7 @@ def body(config):
         checkpoint=config.model.checkpoint,
         negative_prompt=config.negative_prompt,
         images_per_prompt=config.images_per_prompt,
+        controls=config.controlnet.controls(config.control_image),
         seed=config.seed,
         batch=config.batch,
         offload=config.offload,

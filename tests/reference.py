@@ -1,9 +1,10 @@
 """What tests share: small models of the reference libraries with every parameter random, and relative errors."""
 
 import torch
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
 from fluxlite import convert
+from fluxlite.controlnet import ControlNet
 from fluxlite.model import Flux
 
 
@@ -20,20 +21,28 @@ def randomise(module, seed=0):
     return module
 
 
+SMALL = dict(
+    attention_head_dim=16,
+    num_attention_heads=3,
+    in_channels=12,
+    joint_attention_dim=20,
+    pooled_projection_dim=14,
+    axes_dims_rope=(4, 6, 6),
+)
+
+
 def diffusers_flux(*, guidance=True, doubles=2, singles=3, **changes):
     """A small FluxTransformer2DModel with random parameters."""
-    values = dict(
-        num_layers=doubles,
-        num_single_layers=singles,
-        attention_head_dim=16,
-        num_attention_heads=3,
-        in_channels=12,
-        joint_attention_dim=20,
-        pooled_projection_dim=14,
-        guidance_embeds=guidance,
-        axes_dims_rope=(4, 6, 6),
-    )
+    values = SMALL | dict(num_layers=doubles, num_single_layers=singles, guidance_embeds=guidance)
     return randomise(FluxTransformer2DModel(**(values | changes)))
+
+
+def diffusers_controlnet(*, guidance=True, doubles=2, singles=3, pixel=False, modes=None, seed=1, **changes):
+    """A small FluxControlNetModel with random parameters: on latents, on `pixel`s as XLabs', or a union of `modes`."""
+    values = SMALL | dict(num_layers=doubles, num_single_layers=singles, guidance_embeds=guidance, num_mode=modes) | changes
+    if pixel:
+        values |= dict(patch_size=2, conditioning_embedding_channels=values["in_channels"] // 4)
+    return randomise(FluxControlNetModel(**values), seed)
 
 
 def ours_from(theirs):
@@ -43,6 +52,14 @@ def ours_from(theirs):
     model = Flux(config)
     model.load_state_dict(convert.to_fluxlite(state, config, "diffusers"), strict=True)
     return model
+
+
+def our_controlnet_from(theirs):
+    """Our ControlNet with the parameters of a FluxControlNetModel."""
+    config = convert.controlnet_config_from_diffusers(theirs.config)
+    net = ControlNet(config)
+    net.load_state_dict(convert.to_fluxlite(theirs.state_dict(), config, "diffusers"), strict=True)
+    return net
 
 
 def relative_error(ours, theirs):

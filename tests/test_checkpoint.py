@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from diffusers import FluxTransformer2DModel
-from reference import diffusers_flux
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from reference import diffusers_controlnet, diffusers_flux
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_convert import in_layout
@@ -436,3 +436,106 @@ def test_permissions_are_reported(sources, tmp_path, capfd):
             os._exit(run(["--src", str(sources[layout]), "--dst", f"{tmp_path}/out/new.safetensors"]))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         refused(code, capfd.readouterr().err, named, tmp_path)
+
+
+# --- ControlNets ----------------------------------------------------------------------------------------------------------------
+
+KINDS = {"xlabs": dict(singles=0, pixel=True), "instantx": dict(singles=3), "union": dict(singles=1, modes=7)}
+HOLDS = {
+    "xlabs": ("fluxlite", "diffusers", "bfl", "nemo"),
+    "instantx": ("fluxlite", "diffusers", "nemo"),
+    "union": ("fluxlite", "diffusers"),
+}
+
+
+@pytest.fixture
+def controlnets(tmp_path):
+    """{kind: path} in the layout that each is published in: x-flux's file, diffusers' folders."""
+    found = {}
+    for kind, changes in KINDS.items():
+        theirs = diffusers_controlnet(**changes, in_channels=16, **CHANGES).to(torch.bfloat16)
+        found[kind] = tmp_path / f"{kind}.safetensors" if kind == "xlabs" else tmp_path / kind
+        if kind == "xlabs":
+            save_file({k: v.clone().contiguous() for k, v in in_layout(theirs, "bfl").items()}, found[kind])
+        else:
+            theirs.save_pretrained(found[kind])
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_controlnets_go_through_every_layout_to_identical_bytes(controlnets, tmp_path, kind):
+    original = checkpoint.open_source(controlnets[kind])
+    source = original
+    for number, layout in enumerate([*HOLDS[kind], original.layout]):
+        dst = tmp_path / str(number)
+        files, _ = checkpoint.write_converted(source, dst, to=layout)
+        if layout != "diffusers":
+            names = {"fluxlite": "fluxlite_controlnet", "bfl": "flux_controlnet", "nemo": "nemo_flux_controlnet_transformer"}
+            assert [f.name for f in files] == [f"{names[layout]}.safetensors"]
+        assert "equals diffusers' model" in verify.verify(source, dst)[-1]
+        source = checkpoint.open_source(dst)
+        assert (source.what, source.layout, source.config) == ("controlnet", layout, original.config)
+    assert digests(dst) == digests(controlnets[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_loads_an_exported_controlnet(controlnets, tmp_path, kind):
+    ours, exported = tmp_path / "ours.safetensors", tmp_path / "exported"
+    checkpoint.write_converted(checkpoint.open_source(controlnets[kind]), ours)
+    checkpoint.write_converted(checkpoint.open_source(ours), exported, to="diffusers")
+    again = FluxControlNetModel.from_pretrained(exported, torch_dtype=torch.bfloat16)
+    theirs = diffusers_controlnet(**KINDS[kind], in_channels=16, **CHANGES).to(torch.bfloat16)
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in theirs.state_dict().items())
+    keys = ("num_mode", "conditioning_embedding_channels", "patch_size", "num_layers")
+    assert all(again.config[k] == theirs.config[k] for k in keys)
+    net, mapped = checkpoint.load_controlnet(controlnets[kind]), checkpoint.load_controlnet(ours)
+    assert net.config == mapped.config and all(torch.equal(mapped.state_dict()[k], v) for k, v in net.state_dict().items())
+
+
+def test_controlnets_and_other_parts_are_not_mixed_up(controlnets, sources, tmp_path):
+    with pytest.raises(ValueError, match="controlnet.checkpoint=.*holds the wrong part, transformer: name a ControlNet"):
+        checkpoint.load_controlnet(sources["diffusers"])
+    with pytest.raises(ValueError, match="model.checkpoint=.*holds the wrong part, controlnet: name a transformer"):
+        checkpoint.load_transformer(controlnets["instantx"])
+    with pytest.raises(ValueError, match="controlnet.checkpoint=/nowhere does not exist"):
+        checkpoint.load_controlnet("/nowhere")
+    for kind, to, named in (
+        ("union", "nemo", "knows no modes"),
+        ("instantx", "bfl", "3 single blocks"),
+        ("union", "bfl", "7 modes"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            checkpoint.write_converted(checkpoint.open_source(controlnets[kind]), tmp_path / "no.safetensors", to=to)
+    assert not (tmp_path / "no.safetensors").exists()
+    with pytest.raises(ValueError, match="holds something other than a FLUX controlnet"):
+        checkpoint.write_converted(checkpoint.open_source(controlnets["union"]), sources["bfl"], overwrite=True)
+
+
+def test_a_converted_controlnet_is_kept_and_used_again(controlnets, tmp_path, caplog):
+    kept, of = tmp_path / "kept.safetensors", dict(group="controlnet", part="controlnet")
+    first = checkpoint.converted(controlnets["xlabs"], kept, **of)
+    written = kept.stat().st_mtime_ns
+    again = checkpoint.converted(controlnets["xlabs"], kept, **of)
+    assert first.layout == again.layout == "fluxlite" and kept.stat().st_mtime_ns == written and again.config.hint == "pixel"
+    with pytest.raises(ValueError, match="controlnet.save_converted=.*was not made from controlnet.checkpoint="):
+        checkpoint.converted(controlnets["union"], kept, **of)
+
+
+def test_a_flipped_bit_in_a_controlnet_is_found(controlnets, tmp_path):
+    source, dst = checkpoint.open_source(controlnets["union"]), tmp_path / "out.safetensors"
+    checkpoint.write_converted(source, dst)
+    state, about = load_file(dst), safe_open(dst, "pt").metadata()
+    state["mode_in.weight"].view(torch.uint8)[0, 0] ^= 1
+    save_file(state, dst, about)
+    with pytest.raises(ValueError, match="controlnet_mode_embedder"):
+        verify.verify(source, dst)
+
+
+def test_the_script_converts_a_controlnet(controlnets, tmp_path, capfd):
+    assert run(["--src", str(controlnets["xlabs"]), "--dst", str(tmp_path / "out"), "--to", "diffusers", "--verify"]) == 0
+    out = capfd.readouterr().out
+    assert (
+        "controlnet, bfl layout" in out
+        and "equals diffusers' model" in out
+        and json.loads((tmp_path / "out/config.json").read_text())
+    )

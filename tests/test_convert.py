@@ -2,11 +2,12 @@ import json
 
 import pytest
 import torch
-from diffusers import FluxTransformer2DModel
-from reference import diffusers_flux, ours_from, randomise, relative_error
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from reference import diffusers_controlnet, diffusers_flux, our_controlnet_from, ours_from, randomise, relative_error
 
 from fluxlite import convert
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
+from fluxlite.controlnet import ControlNet
 from fluxlite.latents import position_ids
 from fluxlite.model import Flux, rope_table
 
@@ -85,14 +86,16 @@ def bfl_by_hand(state, doubles, singles):
         def cat(*names, leaf=leaf):
             return torch.cat([state[f"{name}.{leaf}"] for name in names])
 
-        for a, b in (("x_embedder", "img_in"), ("context_embedder", "txt_in"), ("proj_out", "final_layer.linear")):
+        for a, b in (("x_embedder", "img_in"), ("context_embedder", "txt_in")):
             out[f"{b}.{leaf}"] = cat(a)
         for a, b in (("timestep", "time_in"), ("guidance", "guidance_in"), ("text", "vector_in")):
             for k, x in ((1, "in"), (2, "out")):
                 if f"time_text_embed.{a}_embedder.linear_{k}.{leaf}" in state:
                     out[f"{b}.{x}_layer.{leaf}"] = cat(f"time_text_embed.{a}_embedder.linear_{k}")
-        scale, shift = cat("norm_out.linear").chunk(2)
-        out[f"final_layer.adaLN_modulation.1.{leaf}"] = torch.cat([shift, scale])
+        if "proj_out.weight" in state:
+            scale, shift = cat("norm_out.linear").chunk(2)
+            out[f"final_layer.linear.{leaf}"] = cat("proj_out")
+            out[f"final_layer.adaLN_modulation.1.{leaf}"] = torch.cat([shift, scale])
         for i in range(doubles):
             d, b = f"transformer_blocks.{i}", f"double_blocks.{i}"
             for s, qkv, proj, ff, mod in (
@@ -118,15 +121,33 @@ def bfl_by_hand(state, doubles, singles):
     return out
 
 
+def control_by_hand(state, layout):
+    """What a ControlNet has beside its blocks, from diffusers' weights, likewise."""
+    convs = ["conv_in", *(f"blocks.{k}" for k in range(6)), "conv_out"]
+    renamed = {"diffusers": {}, "nemo": {"controlnet_blocks": "controlnet_double_blocks"}, "bfl": {}}[layout]
+    if layout == "bfl":
+        renamed = {"controlnet_x_embedder": "pos_embed_input"} | {
+            f"block.{name}.": f"block.{2 * k}." for k, name in enumerate(convs)
+        }
+    out = {}
+    for key, tensor in state.items():
+        if key.startswith(("controlnet", "input_hint")):
+            for theirs, name in renamed.items():
+                key = key.replace(theirs, name)
+            out[key] = tensor
+    return out
+
+
 def in_layout(theirs, layout):
     """The weights of a diffusers model in a foreign layout, made without the converter."""
     state, heads = theirs.state_dict(), theirs.config.num_attention_heads
     depth = theirs.config.num_layers, theirs.config.num_single_layers
-    return {
+    made = {
         "diffusers": lambda: dict(state),
         "bfl": lambda: bfl_by_hand(state, *depth),
         "nemo": lambda: nemo_by_hand(state, heads, *depth),
-    }[layout]()
+    }
+    return made[layout]() | control_by_hand(state, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -245,3 +266,49 @@ def test_the_autoencoder_goes_over_to_bfl_and_back():
     assert convert.infer_autoencoder_config("bfl", shapes_of(bfl), values) == config
     back = {p.name: t for p, t in convert.convert(convert.reader(bfl), "bfl", "fluxlite", config)}
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
+
+
+CONTROLS = {  # InstantX, XLabs, Union
+    "latent": dict(doubles=2, singles=3),
+    "pixel": dict(doubles=2, singles=0, pixel=True),
+    "union": dict(doubles=1, singles=2, modes=7, guidance=False),
+    "singles": dict(doubles=0, singles=2),
+}
+
+
+@pytest.mark.parametrize("kind", CONTROLS)
+@pytest.mark.parametrize("layout", ["diffusers", "bfl", "nemo"])
+def test_each_layout_of_a_controlnet_is_the_hand_made_one_both_ways(kind, layout):
+    changes = dict(in_channels=16, attention_head_dim=32, axes_dims_rope=(4, 14, 14))
+    theirs = diffusers_controlnet(**CONTROLS[kind], **changes)
+    config, by_hand = convert.controlnet_config_from_diffusers(theirs.config), in_layout(theirs, layout)
+    ours = our_controlnet_from(theirs).state_dict()
+    got, back = convert.from_fluxlite(ours, config, layout), convert.to_fluxlite(by_hand, config, layout)
+    assert got.keys() == by_hand.keys() and all(torch.equal(got[k], by_hand[k]) for k in got)
+    assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
+    for name, state in ((layout, by_hand), ("fluxlite", ours)):
+        assert convert.recognise(state) == ("controlnet", name, "")
+        assert convert.infer_config(name, shapes_of(state)) == config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        dict(num_layers=5, num_single_layers=10, guidance_embeds=True, num_mode=10),
+        dict(num_layers=6, num_single_layers=0, guidance_embeds=True),
+        dict(num_layers=2, num_single_layers=0, guidance_embeds=True, patch_size=2, conditioning_embedding_channels=16),
+    ],
+    ids=["Union", "Union-Pro-2.0", "XLabs"],
+)
+def test_controlnets_as_published_have_the_keys_shapes_and_size_of_diffusers(values):
+    with torch.device("meta"):
+        theirs = FluxControlNetModel(**values)
+    config = convert.controlnet_config_from_diffusers(theirs.config)
+    assert convert.shapes("diffusers", config) == shapes_of(theirs.state_dict())
+    with torch.device("meta"):
+        assert ControlNet(config).num_parameters() == sum(p.numel() for p in theirs.parameters())
+    for layout in convert.LAYOUTS:
+        assert convert.infer_config(layout, convert.shapes(layout, config)) == config
+    written = json.loads(json.dumps(convert.config_to_diffusers(config)))
+    assert convert.controlnet_config_from_diffusers(written) == config
+    assert all(written[k] == theirs.config[k] for k in written if not k.startswith("_") and k != "axes_dims_rope")

@@ -4,9 +4,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name):
-    """`fluxlite.generate` and `fluxlite.load_pipeline`, imported when first asked for."""
-    if name in ("generate", "load_pipeline"):
-        from fluxlite import pipeline
+    """`fluxlite.generate`, `fluxlite.load_pipeline` and `fluxlite.Control`, imported when first asked for."""
+    if name in ("generate", "load_pipeline", "Control"):
+        from fluxlite import control, pipeline
 
-        return getattr(pipeline, name)
+        return getattr(control if name == "Control" else pipeline, name)
     raise AttributeError(f"module 'fluxlite' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Checkpoints: transformers and autoencoders from files of any layout and back to them, and a run's sharded training state.
+"""Checkpoints: transformers, ControlNets, autoencoders from and to files of any layout, and a run's sharded training state.
 
 A run's folder holds `checkpoints/step-000100/` (torch.distributed.checkpoint files and `meta.json`, which says what they are) and
 `checkpoints/last`, a link that always names a whole one.
@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from tqdm import tqdm
 
 from fluxlite import __version__, convert, hub, streams
-from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
+from fluxlite.autoencoder import AutoencoderConfig
+from fluxlite.controlnet import ControlNetConfig
 from fluxlite.data.shards import locked
-from fluxlite.model import Flux, FluxConfig
+from fluxlite.model import FluxConfig
 
 log = logging.getLogger("fluxlite")
 
@@ -49,12 +50,12 @@ class CheckpointConfig:
 
 @dataclass
 class Source:
-    """A transformer or an autoencoder on disk, described and checked; its tensors are mapped, and read when they are used."""
+    """A model on disk, described and checked; its tensors are mapped, and read when they are used."""
 
     where: str
-    what: str  # transformer or autoencoder
+    what: str  # transformer, controlnet or autoencoder
     layout: str
-    config: FluxConfig | AutoencoderConfig
+    config: FluxConfig | ControlNetConfig | AutoencoderConfig
     described: dict  # {name: (dtype, shape)}
     read: Callable  # (name, start=0, stop=None) → a tensor, or its rows from start to stop
     metadata: dict
@@ -89,10 +90,11 @@ def local(where, patterns, *, setting="model.checkpoint"):
 def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer"):
     """The `Source` that a path or hub repository holds, recognised by its keys and files.
 
-    A pipeline's folder stands for its `part` (transformer or vae); of a run, `ema` chooses the moving average where it has one.
-    Raises `ValueError`, naming `setting`, for anything that is not exactly a transformer or an autoencoder.
+    A pipeline's folder stands for its `part` (transformer, controlnet or vae); of a run, `ema` chooses the moving average where it
+    has one. Raises `ValueError`, naming `setting`, for anything that is not exactly a transformer, a ControlNet or an autoencoder.
     """
-    path = local(where, [f"{part}/*", "config.json", "diffusion_pytorch_model*"], setting=setting)
+    loose = ["*.safetensors"] if part == "controlnet" else []  # as XLabs publishes
+    path = local(where, [f"{part}/*", "config.json", "diffusion_pytorch_model*", *loose], setting=setting)
     if not os.access(path, os.R_OK):
         raise ValueError(f"{setting}={where} cannot be read: no permission")
     path = path / part if (path / part).is_dir() else path
@@ -116,18 +118,25 @@ def _open_tensors(path):
         if what == "autoencoder":
             values = json.loads(values) if values else _diffusers_values(beside, "AutoencoderKL")
             config = convert.infer_autoencoder_config(layout, shapes, values)
-        elif values:
-            config = flux_config(json.loads(values))
-        elif layout == "diffusers" and _diffusers_values(beside, "FluxTransformer2DModel"):
-            config = convert.config_from_diffusers(_diffusers_values(beside, "FluxTransformer2DModel"))
         else:
-            config = convert.infer_config(layout, shapes)
-        if what == "transformer":
+            config = _net_config(what, layout, shapes, json.loads(values or "null"), beside)
             config.validate()
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"its configuration is damaged ({error!r})") from None
-    settings = json.loads(about.get("sampling", "null")) or _settings_beside(path)
+    settings = {} if what == "controlnet" else json.loads(about.get("sampling", "null")) or _settings_beside(path)
     return Source(str(path), what, layout, config, described, tensors.read, about, tensors.files, settings)
+
+
+def _net_config(what, layout, shapes, values, beside):
+    """The configuration of a transformer or a ControlNet: what it says of itself, or a config.json, or what its shapes show."""
+    cls, class_name, from_diffusers = {
+        "transformer": (FluxConfig, "FluxTransformer2DModel", convert.config_from_diffusers),
+        "controlnet": (ControlNetConfig, "FluxControlNetModel", convert.controlnet_config_from_diffusers),
+    }[what]
+    if values:
+        return flux_config(values, cls)
+    theirs = _diffusers_values(beside, class_name) if layout == "diffusers" else None
+    return from_diffusers(theirs) if theirs else convert.infer_config(layout, shapes)
 
 
 def _settings_beside(path):
@@ -236,9 +245,9 @@ class FilePart(io.RawIOBase):
         return data
 
 
-def flux_config(values):
-    """A `FluxConfig` from its JSON."""
-    return FluxConfig(**(values | {"rope_axes": tuple(values["rope_axes"])}))
+def flux_config(values, cls=FluxConfig):
+    """A `FluxConfig`, or a `ControlNetConfig`, from its JSON."""
+    return cls(**(values | {"rope_axes": tuple(values["rope_axes"])}))
 
 
 # --- loading --------------------------------------------------------------------------------------------------------------------
@@ -256,34 +265,49 @@ def pieces(source):
     return convert.convert(source.read, source.layout, "fluxlite", source.config)
 
 
-def _into(model, source, dtype, device):
+def _load(source, dtype, device, *options):
+    model = convert.on_meta(source.config, *options)
     model.load_state_dict(load_state(source), strict=True, assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def check_part(source, what, setting):
+    """Raise `ValueError`, naming `setting`, where a `Source` is something other than `what`."""
+    if source.what != what:
+        raise ValueError(f"{setting}={source.where} holds the wrong part, {source.what}: name {ARTICLED[what]}")
+
+
+ARTICLED = {"transformer": "a transformer", "controlnet": "a ControlNet", "autoencoder": "an autoencoder"}
 
 
 def load_transformer(where, *, ema=True, attention="auto", dtype=None, device="cpu"):
     """A Flux from what `open_source` takes, or from a `Source`; raises `ValueError`."""
     source = where if isinstance(where, Source) else open_source(where, ema=ema)
-    if source.what != "transformer":
-        raise ValueError(f"model.checkpoint={source.where} is an autoencoder: name a transformer")
-    with torch.device("meta"):
-        model = Flux(source.config, attention)
-    return _into(model, source, dtype, device)
+    check_part(source, "transformer", "model.checkpoint")
+    return _load(source, dtype, device, attention)
+
+
+def load_controlnet(where, *, attention="auto", dtype=None, device="cpu"):
+    """A ControlNet from what `open_source` takes, or from a `Source`; raises `ValueError`."""
+    source = where if isinstance(where, Source) else open_source(where, setting="controlnet.checkpoint", part="controlnet")
+    check_part(source, "controlnet", "controlnet.checkpoint")
+    return _load(source, dtype, device, attention)
 
 
 def load_autoencoder(where, *, dtype=None, device="cpu"):
     """An Autoencoder from a diffusers `vae/` folder (or the pipeline folder that holds it) or BFL's `ae.safetensors`."""
     source = where if isinstance(where, Source) else open_source(where, setting="model.autoencoder", part="vae")
-    if source.what != "autoencoder":
-        raise ValueError(f"model.autoencoder={source.where} is a transformer: name an autoencoder")
-    with torch.device("meta"):
-        model = Autoencoder(source.config)
-    return _into(model, source, dtype, device)
+    check_part(source, "autoencoder", "model.autoencoder")
+    return _load(source, dtype, device)
 
 
 # --- converting -----------------------------------------------------------------------------------------------------------------
 
-FILE_NAMES = {"fluxlite": "fluxlite_{}.safetensors", "bfl": "flux1.safetensors", "nemo": "nemo_flux_transformer.safetensors"}
+FILE_NAMES = {  # of a file in a folder, without .safetensors
+    "transformer": {"fluxlite": "fluxlite_transformer", "bfl": "flux1", "nemo": "nemo_flux_transformer"},
+    "controlnet": {"fluxlite": "fluxlite_controlnet", "bfl": "flux_controlnet", "nemo": "nemo_flux_controlnet_transformer"},
+    "autoencoder": {"fluxlite": "fluxlite_autoencoder", "bfl": "ae"},
+}
 DIFFUSERS_SHARD_BYTES = 10 * 10**9  # as diffusers splits
 
 
@@ -327,6 +351,7 @@ def check_destination(source, dst, to, to_folder):
     """Raise `ValueError` where `to` cannot be written to `dst`, or where that would touch the source."""
     if source.what == "autoencoder" and to == "nemo":
         raise ValueError("--to nemo: NeMo has no autoencoder layout of its own; it reads ae.safetensors (--to bfl)")
+    _check_layout_holds(source, to)
     if to_folder and dst.suffix in (".ckpt", ".pt", ".pth", ".bin", ".sft", ".gguf"):
         raise ValueError(f"--dst {dst}: a file must end in .safetensors")
     if to == "diffusers" and not to_folder:
@@ -344,6 +369,20 @@ def check_destination(source, dst, to, to_folder):
         raise ValueError(f"--dst {dst} lies in the source's folder, which it would spoil: name another")
 
 
+def _check_layout_holds(source, to):
+    """Raise `ValueError` where programs that read the layout `to` know no such ControlNet."""
+    if source.what != "controlnet" or to == source.layout:
+        return
+    config = source.config
+    if to == "nemo" and config.num_modes:
+        raise ValueError(f"--to nemo: NeMo's ControlNet knows no modes, and this union net has {config.num_modes}")
+    if to == "bfl" and (config.hint, config.num_single_blocks, config.num_modes) != ("pixel", 0, 0):
+        raise ValueError(
+            "--to bfl: of a ControlNet that is x-flux's layout, of pixel hints, without single blocks and modes; this one has "
+            f"hint={config.hint}, {config.num_single_blocks} single blocks and {config.num_modes} modes: choose --to diffusers"
+        )
+
+
 def _holds_another_part(place, what):
     """Whether whole safetensors files lie at `place` and are not a checkpoint of this kind, a text encoder's for instance."""
     try:
@@ -357,10 +396,7 @@ def _holds_another_part(place, what):
 
 
 def _file_names(what, to, count):
-    stem = "diffusion_pytorch_model.safetensors" if to == "diffusers" else FILE_NAMES[to].format(what)
-    if what == "autoencoder" and to == "bfl":
-        stem = "ae.safetensors"
-    return streams.shard_names(stem.removesuffix(".safetensors"), count)
+    return streams.shard_names("diffusion_pytorch_model" if to == "diffusers" else FILE_NAMES[what][to], count)
 
 
 def _write_shards(source, to, shards, files, digests, progress):
@@ -407,34 +443,36 @@ def _write_beside(folder, source, to, names, shards):
         stem = "diffusion_pytorch_model" if to == "diffusers" else Path(names[0]).stem.rsplit("-00001-of-", 1)[0]
         streams.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
     if to == "diffusers":
-        flux = source.what == "transformer"
-        values = (convert.config_to_diffusers if flux else convert.autoencoder_config_to_diffusers)(source.config)
+        of_net = source.what != "autoencoder"
+        values = (convert.config_to_diffusers if of_net else convert.autoencoder_config_to_diffusers)(source.config)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def converted(where, save_converted, *, ema=True):
+def converted(where, save_converted, *, ema=True, group="model", part="transformer"):
     """The `Source` of `model.checkpoint`; with `model.save_converted` that file, written first where it is not there yet.
 
-    Ranks that share a disk may call this together: one writes, the others wait. Raises `ValueError` where the file was made from
-    something else.
+    With group="controlnet" and that `part`, of `controlnet.checkpoint` and `controlnet.save_converted`. Ranks that share a disk may
+    call this together: one writes, the others wait. Raises `ValueError` where the file was made from something else.
     """
-    source = open_source(where, ema=ema)
+    setting = f"{group}.save_converted"
+    source = open_source(where, setting=f"{group}.checkpoint", ema=ema, part=part)
+    check_part(source, part, f"{group}.checkpoint")
     if not save_converted:
         return source
     if source.layout == "fluxlite" and not is_run(Path(where).expanduser()):
-        log.info("model.save_converted: %s is in our own layout already, and is used as it is", where)
+        log.info("%s: %s is in our own layout already, and is used as it is", setting, where)
         return source
     file = Path(save_converted).expanduser()
     if file.suffix != ".safetensors":
-        raise ValueError(f"model.save_converted={save_converted} must end in .safetensors")
+        raise ValueError(f"{setting}={save_converted} must end in .safetensors")
     file.parent.mkdir(parents=True, exist_ok=True)
     with locked(file.with_name(f".{file.name}.lock")):
         if not file.exists():
             with tqdm(total=source.num_bytes(), unit="B", unit_scale=True, desc=f"writing {file}") as bar:
                 write_converted(source, file, progress=bar.update)
-    kept = open_source(file, setting="model.save_converted")
+    kept = open_source(file, setting=setting)
     if kept.metadata.get("source_files") != source.fingerprint():
-        raise ValueError(f"model.save_converted={file} was not made from model.checkpoint={where}: remove it, or name another")
+        raise ValueError(f"{setting}={file} was not made from {group}.checkpoint={where}: remove it, or name another")
     return kept
 
 

@@ -22,6 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fluxlite import parallel, sampling
 from fluxlite.checkpoint import CheckpointConfig
+from fluxlite.control import Control
+from fluxlite.controlnet import MODES
 from fluxlite.data import DataConfig
 from fluxlite.flow import FlowConfig
 from fluxlite.latents import num_image_tokens
@@ -160,6 +162,44 @@ class TrainConfig:
             raise ValueError(f"steps={self.steps} must be at least 1")
 
 
+def each(help):
+    """A field whose key may be given several times, of values taken from the command line as they stand."""
+    return field(default_factory=list, metadata={"help": help, "verbatim": True})
+
+
+@dataclass
+class ControlConfig:
+    """The ControlNets that `infer.py` draws with: `checkpoint` once for each, the other keys once for all or once for each."""
+
+    checkpoint: list[str] = each("a ControlNet, a file or folder of any layout or a hub id; once for each net")
+    scale: list[float] = each("strength; 1 if not given; this and the next once for all nets or once for each")
+    start: list[float] = each("part of the steps before which the net is off; 0 if not given")
+    end: list[float] = each("part of the steps after which the net is off; 1 if not given")
+    mode: list[str] = each(f"of a union net: {', '.join(MODES)}, or a number; none for other nets")
+    save_converted: list[str] = each("where to keep controlnet.checkpoint in our own layout, as model.save_converted")
+
+    def controls(self, pictures):
+        """A `Control` for each net and its picture, checked; raises `ValueError` where there are not as many."""
+        count, columns = len(self.checkpoint), {}
+        if len(pictures) != count:
+            raise ValueError(
+                f"controlnet.checkpoint= is given {count} times and control_image= {len(pictures)} times: give one picture a net"
+            )
+        for name in ("scale", "start", "end", "mode", "save_converted"):
+            values = getattr(self, name)
+            if values and (not count or len(values) not in (1, count)):
+                raise ValueError(f"controlnet.{name}= is given {len(values)} times, and controlnet.checkpoint= {count} times")
+            if values:
+                columns[name] = values * count if len(values) == 1 else values
+        found = [
+            Control(*net, **{name: column[i] for name, column in columns.items()})
+            for i, net in enumerate(zip(self.checkpoint, pictures))
+        ]
+        for control in found:
+            control.validate()
+        return found
+
+
 @dataclass
 class InferConfig:
     """Everything that `infer.py` takes."""
@@ -171,6 +211,8 @@ class InferConfig:
     prompt_file: str | None = verbatim(None, "a text file with a prompt a line")
     negative_prompt: str = verbatim("", "what to steer away from, with true_cfg above 1")
     images_per_prompt: int = field(default=1, metadata={"help": "pictures of each prompt"})
+    controlnet: ControlConfig = field(default_factory=ControlConfig)
+    control_image: list[str] = each("the picture that a ControlNet follows, resized and cropped; once for each net")
     height: int | None = field(default=None, metadata={"help": "height in pixels; null: the checkpoint's own, else 1024"})
     width: int | None = field(default=None, metadata={"help": "width in pixels; null: the checkpoint's own, else 1024"})
     steps: int | None = field(default=None, metadata={"help": "Euler steps; null: the checkpoint's own, else 28 (schnell 4)"})
@@ -215,6 +257,7 @@ class InferConfig:
             raise ValueError(f"negative_prompt= needs true_cfg above 1, not {self.true_cfg}")
         if self.offload not in OFFLOAD:
             raise ValueError(f"offload={self.offload}: choose one of {', '.join(OFFLOAD)}")
+        self.controlnet.controls(self.control_image)
         for name in ("images_per_prompt", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -303,19 +346,26 @@ def load_config(cls, name, argv):
             values = OmegaConf.to_container(compose(name, overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(str(error).split("\n")[0]) from None
-    lists = {key for key, f in leaves(cls).items() if f.type in (list[str], "list[str]")}
+    lists = {key: typing.get_args(f.type)[0] for key, f in leaves(cls).items() if typing.get_origin(f.type) is list}
     for key, value in kept:
         at = values
         *path, last = key.split(".")
         for part in path:
             at = at.setdefault(part, {})
         if key in lists:
-            at[last] = [*(at.get(last) or []), value]
+            at[last] = [*(at.get(last) or []), _number(key, value) if lists[key] is float else value]
         else:
             at[last] = value
     config = typed(cls, values)
     config.validate()
     return config
+
+
+def _number(key, text):
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{key}={text} must be a number") from None
 
 
 def typed(cls, values, prefix=""):

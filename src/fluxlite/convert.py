@@ -5,7 +5,8 @@ A row of a table is (their names, our names, transform). `{i}` counts blocks, `.
 for a model; `convert` carries the tensors of one layout to another, a rule at a time: no more than one block's linear is in memory.
 Completeness is checked on names and shapes before any tensor is read.
 
-H hidden width, N heads, D head width. The layouts: `fluxlite` (ours), `diffusers`, `bfl` (flux1-dev.safetensors, ComfyUI), `nemo`.
+H hidden width, N heads, D head width. The layouts: `fluxlite` (ours), `diffusers`, `bfl` (flux1-dev.safetensors, ComfyUI; of a
+ControlNet x-flux's), `nemo`.
 """
 
 import re
@@ -16,13 +17,14 @@ import torch
 from einops import rearrange
 
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
+from fluxlite.controlnet import ControlNet, ControlNetConfig
 from fluxlite.model import Flux, FluxConfig
-from fluxlite.streams import wider
+from fluxlite.streams import Piece, wider
+
+MODELS = {FluxConfig: Flux, ControlNetConfig: ControlNet, AutoencoderConfig: Autoencoder}
 
 # forward: (their tensors, the model's configuration) → our tensors; backward: the inverse. Both are views where they can be.
 Transform = namedtuple("Transform", "forward backward")
-# A tensor, or where stop is not None its rows from start to stop.
-Piece = namedtuple("Piece", "name start stop", defaults=(0, None))
 # theirs and ours: lists of pieces; optional: of theirs, the names that a checkpoint may lack.
 Rule = namedtuple("Rule", "theirs ours transform optional", defaults=((),))
 
@@ -199,6 +201,23 @@ NEMO = [
 ]
 
 TABLES = {"diffusers": DIFFUSERS, "bfl": BFL, "nemo": NEMO}
+
+
+def control(hint, double, *convs):
+    """Rows for what a ControlNet has beside its blocks; `convs` are the names of its eight convolutions."""
+    return [
+        *same({hint: "hint_in", f"controlnet_{double}.{{i}}": "double_out.{i}", "controlnet_single_blocks.{i}": "single_out.{i}"}),
+        (["controlnet_mode_embedder.weight"], ["mode_in.weight"], SAME),
+        *same({f"input_hint_block.{name}": f"hint_convs.{k}" for k, name in enumerate(convs)}),
+    ]
+
+
+CONVS = "conv_in", *(f"blocks.{k}" for k in range(6)), "conv_out"
+CONTROL = {
+    "diffusers": control("controlnet_x_embedder", "blocks", *CONVS),
+    "bfl": control("pos_embed_input", "blocks", *range(0, 16, 2)),  # between the convolutions stand activations
+    "nemo": control("controlnet_x_embedder", "double_blocks", *CONVS),
+}
 LAYOUTS = ("fluxlite", *TABLES)
 PREFIXES = ("", "model.diffusion_model.")  # the second: BFL's layout as ComfyUI saves it
 
@@ -227,21 +246,25 @@ def _stage(row):
     return 1 if name.startswith("double") else 2 if name.startswith("single") else 3 if name.startswith(("out", "mod")) else 0
 
 
-def _spelled(table, config):
-    """The rows of a table that a model of this shape has, with each block number, block after block: (row, i)."""
+def _spelled(layout, config):
+    """The rows of `layout` that a model of this shape has, with each block number, block after block: (row, i)."""
     depths = (1, config.num_double_blocks, config.num_single_blocks, 1)
-    kept = [row for row in table if config.guidance_embed or not row[1][0].startswith("guidance_in")]
+    rows, absent = TABLES[layout], [] if config.guidance_embed else ["guidance_in"]
+    if isinstance(config, ControlNetConfig):
+        rows = [*rows, *CONTROL[layout]]
+        absent += ["out.", "modulation/out"] + ["hint_convs"] * (config.hint != "pixel") + ["mode_in"] * (not config.num_modes)
+    kept = [row for row in rows if not row[1][0].startswith(tuple(absent))]
     return [(row, i) for stage, depth in enumerate(depths) for i in range(depth) for row in kept if _stage(row) == stage]
 
 
 def flux_rules(layout, config):
-    """The rules between a layout of a transformer and ours."""
+    """The rules between a layout of a transformer or a ControlNet and ours."""
     if layout == "fluxlite":  # the modulation last, in the pieces that the other layouts have it in
         pieces = [piece for rule in flux_rules("bfl", config) for piece in rule.ours]
         pieces.sort(key=lambda piece: (piece.stop is not None, piece.name if piece.stop is not None else "", piece.start))
         return [Rule([piece], [piece], SAME) for piece in pieces]
     found = []
-    for (theirs, ours, transform), i in _spelled(TABLES[layout], config):
+    for (theirs, ours, transform), i in _spelled(layout, config):
         for leaf in ("weight", "bias") if theirs[0].endswith(".*") else [""]:
             their_pieces = [Piece(name.format(i=i).replace("*", leaf)) for name in theirs]
             our_pieces = [_piece(name.replace("*", leaf), i, config) for name in ours]
@@ -283,14 +306,19 @@ def autoencoder_rules(layout, config):
 
 
 def rules(layout, config):
-    """The rules between `layout` and ours for the model that `config`, a FluxConfig or an AutoencoderConfig, describes."""
+    """The rules between `layout` and ours for the model that `config`, of one of `MODELS`, describes."""
     return (autoencoder_rules if isinstance(config, AutoencoderConfig) else flux_rules)(layout, config)
 
 
 def our_shapes(config):
     """{name: meta tensor} of a model in our layout."""
+    return on_meta(config).state_dict()
+
+
+def on_meta(config, *options):
+    """The model that `config` describes, without memory for its weights."""
     with torch.device("meta"):
-        return (Autoencoder if isinstance(config, AutoencoderConfig) else Flux)(config).state_dict()
+        return MODELS[type(config)](config, *options)
 
 
 def shapes(layout, config):
@@ -306,20 +334,19 @@ def shapes(layout, config):
 # --- recognising ----------------------------------------------------------------------------------------------------------------
 
 
-def signature(layout):
-    """A name that only `layout` has, in every transformer."""
-    return next(
-        (r[0][0] for r in TABLES.get(layout, ()) if r[1][0].startswith("time_in.linear_in")), "time_in.linear_in.*"
-    ).replace("*", "weight")
+def their_name(layout, linear):
+    """The name in `layout` of the weight of one of our linears."""
+    rows = (*TABLES[layout], *CONTROL[layout]) if layout in TABLES else ()
+    return next((r[0][0] for r in rows if r[1][0].startswith(linear)), f"{linear}.*").replace("*", "weight")
 
 
 def recognise(keys):
-    """(what, layout, prefix) of a checkpoint from its keys: what is "transformer" or "autoencoder".
+    """(what, layout, prefix) of a checkpoint from its keys: what is "transformer", "controlnet" or "autoencoder".
 
-    Raises `ValueError` for keys that are neither's, or several layouts'.
+    Raises `ValueError` for keys that are none's, or several layouts'.
     """
-    keys = set(keys)
-    found = [(layout, prefix) for layout in LAYOUTS for prefix in PREFIXES if prefix + signature(layout) in keys]
+    keys, everywhere = set(keys), "time_in.linear_in"  # which each layout names in its own way
+    found = [(layout, prefix) for layout in LAYOUTS for prefix in PREFIXES if prefix + their_name(layout, everywhere) in keys]
     if "decoder.conv_in.weight" in keys:
         if found:
             raise ValueError("there are a transformer and an autoencoder here: name the file of one")
@@ -328,8 +355,9 @@ def recognise(keys):
         raise ValueError(f"the keys mix layouts: {' and '.join(layout for layout, _ in found)}")
     if not found:
         shown = ", ".join(sorted(keys)[:3]) or "none"
-        raise ValueError(f"neither a FLUX transformer nor its autoencoder: {len(keys)} keys such as {shown}")
-    return "transformer", *found[0]
+        raise ValueError(f"neither a FLUX transformer, a ControlNet nor an autoencoder: {len(keys)} keys such as {shown}")
+    layout, prefix = found[0]
+    return "controlnet" if prefix + their_name(layout, "hint_in") in keys else "transformer", layout, prefix
 
 
 def depth(keys, pattern):
@@ -339,7 +367,7 @@ def depth(keys, pattern):
 
 
 def infer_config(layout, found):
-    """The `FluxConfig` of a transformer's {name: shape}, in `layout` and without its prefix.
+    """The `FluxConfig` or `ControlNetConfig` of {name: shape} of such a net, in `layout` and without its prefix.
 
     RoPE axes cannot be seen in the weights: they are FLUX's share of the head width, D/8, 7D/16, 7D/16.
     """
@@ -347,7 +375,8 @@ def infer_config(layout, found):
         at = {name: name for name in found}
         blocks = ["double_blocks.{i}", "single_blocks.{i}"]
     else:
-        table = [(r[0][0].replace("*", leaf), r[1][0].replace("*", leaf)) for r in TABLES[layout] for leaf in ("weight", "bias")]
+        rows = [*TABLES[layout], *CONTROL[layout]]
+        table = [(r[0][0].replace("*", leaf), r[1][0].replace("*", leaf)) for r in rows for leaf in ("weight", "bias")]
         at = {ours.format(i=0): theirs.format(i=0) for theirs, ours in table}
         blocks = [next(t for t, o in table if o.startswith(kind)).split(".{i}")[0] + ".{i}" for kind in ("double_b", "single_b")]
     doubles, singles = (depth(found, pattern) for pattern in blocks)
@@ -367,19 +396,23 @@ def infer_config(layout, found):
             if layout == "bfl"
             else shape(f"{first}.mlp.linear_in.weight")[0]
         )
-    return FluxConfig(
+    values = dict(
         num_double_blocks=doubles,
         num_single_blocks=singles,
         hidden_size=hidden,
         num_heads=max(1, hidden // head),
         mlp_ratio=mlp // hidden,
         in_channels=shape("img_in.weight")[1],
-        out_channels=shape("out.weight")[0],
         text_width=shape("txt_in.weight")[1],
         pooled_width=shape("pooled_in.linear_in.weight")[1],
-        guidance_embed=at["guidance_in.linear_in.weight"] in found if "guidance_in.linear_in.weight" in at else False,
+        guidance_embed=at.get("guidance_in.linear_in.weight") in found,
         rope_axes=(head // 8, *2 * [head // 16 * 7]),
     )
+    if at.get("hint_in.weight") not in found:
+        return FluxConfig(**values, out_channels=shape("out.weight")[0])
+    modes = shape("mode_in.weight")[0] if at.get("mode_in.weight") in found else 0
+    hint = "pixel" if at.get("hint_convs.0.weight") in found else "latent"
+    return ControlNetConfig(**values, hint=hint, num_modes=modes)
 
 
 def infer_autoencoder_config(layout, found, values=None):
@@ -487,14 +520,22 @@ def assemble(pieces, shapes_like):
 
 def config_from_diffusers(values):
     """`FluxConfig` of a diffusers `transformer/config.json`."""
-    hidden = values["num_attention_heads"] * values["attention_head_dim"]
-    return FluxConfig(
+    return FluxConfig(**_shape_from_diffusers(values), out_channels=values.get("out_channels") or values["in_channels"])
+
+
+def controlnet_config_from_diffusers(values):
+    """`ControlNetConfig` of the `config.json` of a FluxControlNetModel."""
+    hint = "pixel" if values.get("conditioning_embedding_channels") else "latent"
+    return ControlNetConfig(**_shape_from_diffusers(values), hint=hint, num_modes=values.get("num_mode") or 0)
+
+
+def _shape_from_diffusers(values):
+    return dict(
         num_double_blocks=values["num_layers"],
         num_single_blocks=values["num_single_layers"],
-        hidden_size=hidden,
+        hidden_size=values["num_attention_heads"] * values["attention_head_dim"],
         num_heads=values["num_attention_heads"],
         in_channels=values["in_channels"],
-        out_channels=values.get("out_channels") or values["in_channels"],
         text_width=values["joint_attention_dim"],
         pooled_width=values["pooled_projection_dim"],
         guidance_embed=values["guidance_embeds"],
@@ -503,32 +544,36 @@ def config_from_diffusers(values):
 
 
 def config_to_diffusers(config):
-    """The `transformer/config.json` of a `FluxConfig`."""
+    """The `config.json` of a `FluxConfig` or a `ControlNetConfig`."""
     if (config.rope_theta, config.mlp_ratio) != (10_000, 4):
         raise ValueError("diffusers fixes model.rope_theta=10000 and model.mlp_ratio=4: this model has no config.json there")
-    return {
-        "_class_name": "FluxTransformer2DModel",
-        "_diffusers_version": "0.30.0",
+    shape = {
         "patch_size": 1,
         "num_layers": config.num_double_blocks,
         "num_single_layers": config.num_single_blocks,
         "num_attention_heads": config.num_heads,
         "attention_head_dim": config.hidden_size // config.num_heads,
         "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
         "joint_attention_dim": config.text_width,
         "pooled_projection_dim": config.pooled_width,
         "guidance_embeds": config.guidance_embed,
         "axes_dims_rope": list(config.rope_axes),
     }
+    if isinstance(config, ControlNetConfig):
+        pixel = config.hint == "pixel"  # patches of what the convolutions give are formed inside
+        own = {"num_mode": config.num_modes or None, "conditioning_embedding_channels": config.in_channels // 4 if pixel else None}
+        return _named("FluxControlNetModel") | shape | own | ({"patch_size": 2} if pixel else {})
+    return _named("FluxTransformer2DModel") | shape | {"out_channels": config.out_channels}
+
+
+def _named(class_name):
+    return {"_class_name": class_name, "_diffusers_version": "0.30.0"}
 
 
 def autoencoder_config_to_diffusers(config):
     """The `vae/config.json` of an `AutoencoderConfig`."""
     levels = len(config.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": "0.30.0",
+    return _named("AutoencoderKL") | {
         "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,

@@ -1,7 +1,8 @@
 """FLUX.1's transformer: a velocity for image tokens, given text tokens, a pooled text vector, t and guidance.
 
 `Flux.forward` is the paper's figure. What depends on the step alone (`modulate`) is apart from what depends on the latents
-(`velocity`): training calls `forward`, sampling computes the modulation of all steps at once and calls `velocity`.
+(`velocity`): training calls `forward`, sampling computes the modulation of all steps at once and calls `velocity`. `Trunk` is what
+a ControlNet (`controlnet`) shares with it.
 
 B batch, L tokens (text first, then image), H hidden width, N heads, D head width.
 
@@ -226,8 +227,8 @@ class SingleBlock(nn.Module):
         return torch.addcmul(x, gate, out)
 
 
-class Flux(nn.Module):
-    """The rectified-flow transformer of FLUX.1."""
+class Trunk(nn.Module):
+    """What Flux and its ControlNets are alike in: embedders, one linear for all modulation, blocks."""
 
     def __init__(self, config, attention="auto"):
         super().__init__()
@@ -242,16 +243,6 @@ class Flux(nn.Module):
         self.modulation = nn.Linear(hidden, config.modulation_chunks * hidden)
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_blocks))
-        self.out = nn.Linear(hidden, config.out_channels)
-
-    def forward(self, img, txt, rope, *, t, pooled, guidance=None, residuals=None):
-        """Velocity (B, L_img, out_channels) of noisy tokens img (B, L_img, in_channels).
-
-        txt (B, L_txt, text_width) and pooled (B, pooled_width) are the encoders' outputs, t and guidance (B,) float32 with
-        t in [0, 1], rope the `rope_table` of text and image. `residuals` are two lists, of tensors (B, L_img, H) to add to the
-        image after each double and each single block. Matches diffusers' FluxTransformer2DModel.
-        """
-        return self.velocity(img, self.txt_in(self.cast(txt)), rope, self.modulate(t, pooled, guidance), residuals)
 
     def modulate(self, t, pooled, guidance=None):
         """Every shift, scale and gate of the network for B steps or samples: (chunks, B, 1, H)."""
@@ -263,6 +254,48 @@ class Flux(nn.Module):
         if guidance is not None:
             vec = vec + self.guidance_in(sinusoid(guidance))
         return rearrange(self.modulation(F.silu(vec)), "b (m h) -> m b 1 h", m=self.config.modulation_chunks)
+
+    def split_modulation(self, modulation):
+        """(chunks, B, 1, H) as the double blocks' slices of 12, the single blocks' of 3, and Flux's last (shift, scale)."""
+        doubles, singles = 12 * self.config.num_double_blocks, 3 * self.config.num_single_blocks
+        double, single, last = modulation.split([doubles, singles, len(modulation) - doubles - singles])
+        return double.split(12), single.split(3), last
+
+    def drop_conditioning(self):
+        """Free the weights that the steps do not use, 27 % of FLUX.1-dev; `forward` and `modulate` then raise `ValueError`."""
+        self.modulation = self.time_in = self.guidance_in = self.pooled_in = self.txt_in = None
+
+    def cast(self, x):
+        return x.to(self.img_in.weight.dtype)
+
+    def initialise(self, generator=None):
+        """Fill all parameters with what `initial` gives."""
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                parameter.copy_(initial(name, parameter.shape, parameter.device, generator))
+        return self
+
+    def num_parameters(self):
+        """Parameters, embedders and modulation included: 11,901,408,320 for FLUX.1-dev."""
+        return sum(p.numel() for p in self.parameters())
+
+
+class Flux(Trunk):
+    """The rectified-flow transformer of FLUX.1."""
+
+    def __init__(self, config, attention="auto"):
+        super().__init__(config, attention)
+        self.out = nn.Linear(config.hidden_size, config.out_channels)
+
+    def forward(self, img, txt, rope, *, t, pooled, guidance=None, residuals=None):
+        """Velocity (B, L_img, out_channels) of noisy tokens img (B, L_img, in_channels).
+
+        txt (B, L_txt, text_width) and pooled (B, pooled_width) are the encoders' outputs, t and guidance (B,) float32 with
+        t in [0, 1], rope the `rope_table` of text and image. `residuals` are two lists, of tensors (B, L_img, H) to add to the
+        image after each double and each single block. Matches diffusers' FluxTransformer2DModel.
+        """
+        modulation = self.modulate(t, pooled, guidance)
+        return self.velocity(img, self.txt_in(self.cast(txt)), rope, modulation, residuals)
 
     def velocity(self, img, txt, rope, modulation, residuals=None):
         """`forward` from text tokens (B, L_txt, H) that `txt_in` has projected and a modulation that `modulate` has computed."""
@@ -279,30 +312,6 @@ class Flux(nn.Module):
             if i < len(after_single):
                 x = x + F.pad(after_single[i], (0, 0, txt.shape[1], 0))
         return self.out(modulated_norm(x[:, txt.shape[1] :], shift, scale))
-
-    def split_modulation(self, modulation):
-        """(chunks, B, 1, H) as the double blocks' slices of 12, the single blocks' of 3, and the last (shift, scale)."""
-        doubles, singles = 12 * self.config.num_double_blocks, 3 * self.config.num_single_blocks
-        double, single, last = modulation.split([doubles, singles, 2])
-        return double.split(12), single.split(3), last
-
-    def drop_conditioning(self):
-        """Free the weights that `velocity` does not use, 27 % of FLUX.1-dev; `forward` and `modulate` then raise `ValueError`."""
-        self.modulation = self.time_in = self.guidance_in = self.pooled_in = self.txt_in = None
-
-    def cast(self, x):
-        return x.to(self.img_in.weight.dtype)
-
-    def initialise(self, generator=None):
-        """Fill all parameters with what `initial` gives."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(initial(name, parameter.shape, parameter.device, generator))
-        return self
-
-    def num_parameters(self):
-        """Parameters, embedders and modulation included: 11,901,408,320 for FLUX.1-dev."""
-        return sum(p.numel() for p in self.parameters())
 
     def forward_flops(self, num_text_tokens, num_image_tokens):
         """Floating-point operations of one sample's forward, two to a multiply-add; a training step takes three times as many.

@@ -5,6 +5,7 @@ pictures = fluxlite.generate("red circle with blue background", seed=1)      # P
 pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev", height=512, width=512)
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -13,8 +14,9 @@ from pathlib import Path
 import torch
 
 from fluxlite import checkpoint as ckpt
-from fluxlite import parallel, sampling
+from fluxlite import control, parallel, sampling
 from fluxlite.conditioning import load_text_encoders
+from fluxlite.control import Steering, open_control
 from fluxlite.latents import num_image_tokens
 from fluxlite.offload import OFFLOAD, stream_blocks
 from fluxlite.sampling import SampleConfig, decode, initial_noise
@@ -34,6 +36,9 @@ class Pipeline:
     encoders: object
     device: torch.device
     settings: dict
+
+    def load_controlnet(self, opened, device=None):
+        return opened.load(attention="auto", dtype=self.model.img_in.weight.dtype, device=device or self.device)
 
 
 def resolve(path):
@@ -89,6 +94,10 @@ class Found:
         model = ckpt.load_transformer(self.transformer, attention=self.attention, dtype=self.dtype, device=where)
         return parallel.compile_blocks(model) if self.compile else model
 
+    def load_controlnet(self, opened, device=None):
+        net = opened.load(attention=self.attention, dtype=self.dtype, device=device or self.device)
+        return parallel.compile_blocks(net) if self.compile and not opened.given else net
+
     def load_autoencoder(self):
         return ckpt.load_autoencoder(self.autoencoder, dtype=self.dtype, device=self.device)
 
@@ -115,6 +124,7 @@ def find_pipeline(
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
     checkpoint = str(ckpt.local(resolve(checkpoint), PIPELINE_FILES))
     transformer = ckpt.open_source(checkpoint, ema=ema)
+    ckpt.check_part(transformer, "transformer", "model.checkpoint")
     for name, value in dict(expected).items():
         if getattr(transformer.config, name) != value:
             raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}")
@@ -124,9 +134,7 @@ def find_pipeline(
     if missing:
         raise ValueError(f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for each")
     vae = ckpt.open_source(parts.pop("autoencoder"), setting="model.autoencoder", part="vae")
-    if vae.what != "autoencoder" or transformer.what != "transformer":
-        key, source = ("model.autoencoder", vae) if transformer.what == "transformer" else ("model.checkpoint", transformer)
-        raise ValueError(f"{key}={source.where} holds the wrong part, {source.what}: name another")
+    ckpt.check_part(vae, "autoencoder", "model.autoencoder")
     check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
     if save_converted:
         transformer = ckpt.converted(checkpoint, save_converted, ema=ema)
@@ -165,8 +173,8 @@ def default_settings(transformer):
 # --- drawing --------------------------------------------------------------------------------------------------------------------
 
 
-def settle(checkpoint, options, negative_prompt):
-    """From the options of `generate`: the loaded `Pipeline`, or the `Found` parts on disk, and the checked `SampleConfig`."""
+def settle(checkpoint, options, negative_prompt, controls):
+    """From the options of `generate`: the `Pipeline` or the `Found` parts on disk, a checked `SampleConfig` and `OpenControl`s."""
     names = {f.name for f in fields(SampleConfig)}
     settings = {k: v for k, v in options.items() if k in names}
     rest = {k: v for k, v in options.items() if k not in names}
@@ -184,7 +192,7 @@ def settle(checkpoint, options, negative_prompt):
         raise ValueError("guidance: this model (as schnell) has no guidance input; leave the setting out")
     if config.true_cfg > 1 and not negative_prompt:
         raise ValueError(f"true_cfg={config.true_cfg} needs a negative_prompt")
-    return parts, config
+    return parts, config, [open_control(c, model_config, config.height, config.width) for c in controls]
 
 
 def generate(
@@ -193,6 +201,7 @@ def generate(
     checkpoint=TINY,
     negative_prompt="",
     images_per_prompt=1,
+    controls=(),
     seed=0,
     batch=8,
     offload="text",
@@ -203,56 +212,44 @@ def generate(
     """Draw pictures: a list of PIL images, those of the first prompt first.
 
     `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone, whatever the batch.
-    `checkpoint` is a pipeline folder, a run, a transformer or a loaded `Pipeline`. Options are the fields of `SampleConfig`
-    (height, width, steps, guidance, true_cfg, shift, max_sequence_length) and the arguments of `find_pipeline`. Unless a `Pipeline`
-    is given, each part is loaded when its turn comes: with `offload="text"` the text encoders are freed before the transformer is
-    loaded, and the modulation's weights once all steps are modulated; `"all"` also streams the blocks through an accelerator (on
-    the CPU they are mapped from the disk in any case); `"none"` frees nothing. `stage(name)` is a context around each part of the
-    work. Each picture's `info["sampling"]` are the settings it was drawn with. Raises `ValueError`.
+    `checkpoint` is a pipeline folder, a run, a transformer or a loaded `Pipeline`; `controls` are `Control`s, whose nets add up.
+    Options are the fields of `SampleConfig` (height, width, steps, guidance, true_cfg, shift, max_sequence_length) and the
+    arguments of `find_pipeline`. Unless a `Pipeline` is given, each part is loaded when its turn comes: with `offload="text"` the
+    text encoders are freed before the transformer is loaded, and the modulation's weights once all steps are modulated; `"all"`
+    also streams the blocks through an accelerator (on the CPU they are mapped from the disk in any case); `"none"` frees nothing.
+    `stage(name)` is a context around each part of the work. Each picture's `info["sampling"]` are the settings it was drawn with.
+    Raises `ValueError`.
     """
     if offload not in OFFLOAD:
         raise ValueError(f"offload={offload}: choose one of {', '.join(OFFLOAD)}")
-    parts, config = settle(checkpoint, options, negative_prompt)
-    pipeline = parts if isinstance(parts, Pipeline) else None
+    parts, config, controls = settle(checkpoint, options, negative_prompt, controls)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     jobs = [(j, picture_seed(seed, j, i)) for j in range(len(prompts)) for i in range(images_per_prompt)]
     with stage("text encoders"):
-        encoders = pipeline.encoders if pipeline else parts.load_encoders()
+        encoders = parts.encoders if isinstance(parts, Pipeline) else parts.load_encoders()
         texts = encode(encoders, [*prompts, negative_prompt] if config.true_cfg > 1 else prompts, config.max_sequence_length, batch)
         if offload != "none":
             del encoders
     with stage("transformer and modulation"):
-        model = pipeline.model if pipeline else load_model(parts, offload)
-        draw = partial(draw_latents, model, texts, config=config, latents=parts.autoencoder.config, progress=progress)
-        conditions = None
-        if fits(model, len(texts[0]), config.steps):
-            conditions = condition_all(model, texts, config, parts.autoencoder.config)
-            if not pipeline and offload != "none":
-                model.drop_conditioning()
+        drawing = prepare(parts, texts, config, controls, offload)
     tokens = []
     with stage("denoising"):
         for start in range(0, len(jobs), batch):
-            tokens.append(draw(jobs[start : start + batch], conditions))
+            tokens.append(draw_latents(drawing, jobs[start : start + batch], progress))
     with stage("autoencoder"):
-        if not pipeline and offload != "none":
-            del model, draw, conditions
-        vae = pipeline.autoencoder if pipeline else parts.load_autoencoder()
+        vae = drawing.autoencoder or load_autoencoder(parts)
+        if offload != "none":
+            del drawing
         pictures = [decode(vae, row[None], config.height, config.width)[0] for part in tokens for row in part]
     for picture in pictures:
-        picture.info["sampling"] = asdict(config)
+        own = {"controls": [opened.control.settings() for opened in controls]} if controls else {}
+        picture.info["sampling"] = asdict(config) | own
     return pictures
 
 
 def picture_seed(seed, prompt_number, picture_number):
     """The seed of one picture's noise; a picture drawn alone with `prompt_number` 0 is the first of a list's first prompt."""
     return f"{seed}.{prompt_number}.{picture_number}"
-
-
-def load_model(found, offload):
-    """The transformer on its device, or with offload="all" on the CPU, streamed block by block to an accelerator."""
-    if offload != "all" or found.device.type == "cpu":
-        return found.load_transformer()
-    return stream_blocks(found.load_transformer(device="cpu"), found.device)
 
 
 @torch.inference_mode()
@@ -262,16 +259,83 @@ def encode(encoders, prompts, length, batch):
     return [torch.cat(column) for column in zip(*parts)]
 
 
+def load_autoencoder(parts):
+    return parts.autoencoder if isinstance(parts, Pipeline) else parts.load_autoencoder()
+
+
+@dataclass
+class Ready:
+    """A net on its device, and what it needs to know of all prompts, or where that is large a way to make it batch by batch."""
+
+    net: object
+    condition: Callable  # (txt, pooled) of some prompts → their `Conditions`
+    conditions: sampling.Conditions | None
+
+    def rows(self, texts, numbers):
+        """The `Conditions` of some of the encoded prompts, by number."""
+        return self.conditions.rows(numbers) if self.conditions else self.condition(*(part[numbers] for part in texts))
+
+
+@dataclass
+class Drawing:
+    """All that batches of pictures have in common."""
+
+    model: Ready
+    controls: list  # of (OpenControl, Ready, hint of seeds)
+    autoencoder: object  # where ControlNets needed it, else None
+    texts: list
+    config: SampleConfig
+    latents: object  # the autoencoder's configuration
+    times: torch.Tensor
+
+
+def prepare(parts, texts, config, controls, offload):
+    """The `Drawing` of encoded prompts: transformer and nets of `controls` loaded, all steps' modulation computed."""
+    pipeline, latents = isinstance(parts, Pipeline), parts.autoencoder.config
+    model = parts.model if pipeline else place(parts.load_transformer, parts.device, offload)
+    times = sampling.times_for(config, model.config, num_image_tokens(*cells_of(config, latents)))
+    given = dict(times=times, guidance=config.guidance)
+    ready = get_ready(model, partial(sampling.condition, model, **given), texts, config.steps, keep=pipeline or offload == "none")
+    autoencoder, steered = load_autoencoder(parts) if controls else None, []
+    for number, opened in enumerate(controls):
+        net = place(partial(parts.load_controlnet, opened), parts.device, "none" if opened.given else offload)
+        check_alike(net, model)
+        condition = partial(control.condition, net, opened.mode, **given)
+        net = get_ready(net, condition, texts, config.steps, keep=opened.given or offload == "none")
+        steered.append((opened, net, control.hint_of(opened, number, autoencoder, parts.device)))
+    return Drawing(ready, steered, autoencoder, texts, config, latents, times)
+
+
+def check_alike(net, model):
+    """Raise `ValueError` where a ControlNet that was given loaded computes in another type or place than the transformer."""
+    a, b = net.img_in.weight, model.img_in.weight
+    if (a.dtype, a.device) != (b.dtype, b.device):
+        raise ValueError(
+            f"the ControlNet is in {a.dtype} on {a.device}, the transformer in {b.dtype} on {b.device}: load them alike"
+        )
+
+
+def place(load, device, offload):
+    """A net on its device, or with offload="all" on the CPU, streamed block by block to an accelerator."""
+    if offload != "all" or device.type == "cpu":
+        return load()
+    return stream_blocks(load(device="cpu"), device)
+
+
+def get_ready(net, condition, texts, steps, *, keep):
+    """The `Ready` net; unless it is to `keep` them, without the weights that are not needed any more."""
+    conditions = None
+    if fits(net, len(texts[0]), steps):
+        conditions = condition(*texts)
+        if not keep:
+            net.drop_conditioning()
+    return Ready(net, condition, conditions)
+
+
 def fits(model, num_prompts, steps):
     """Whether the modulation of all prompts at all steps takes no more memory than the weights that it comes from."""
     weight = model.modulation.weight
     return sampling.Conditions.num_bytes(model.config, num_prompts, steps, weight.dtype) <= weight.nbytes
-
-
-def condition_all(model, texts, config, latents):
-    """The `Conditions` of encoded prompts (txt, pooled) for pictures of `config`; `latents` is the autoencoder's configuration."""
-    times = sampling.times_for(config, model.config, num_image_tokens(*cells_of(config, latents)))
-    return sampling.condition(model, *texts, times, config.guidance)
 
 
 def cells_of(config, latents):
@@ -280,16 +344,18 @@ def cells_of(config, latents):
 
 
 @torch.inference_mode()
-def draw_latents(model, texts, jobs, conditions, *, config, latents, progress):
-    """Packed latents (B, L, C) of jobs (prompt number, seed); `conditions` of all prompts, or None to compute them for these."""
-    numbers, seeds = zip(*jobs)
-    txt, _ = texts
-    numbers = [*numbers, len(txt) - 1] if config.true_cfg > 1 else list(numbers)  # the negative prompt is the last
-    if conditions is None:
-        conditions = condition_all(model, [part[numbers] for part in texts], config, latents)
-        numbers = list(range(len(numbers)))
-    noise = initial_noise((latents.latent_channels, *cells_of(config, latents)), seeds).to(txt.device)
-    times = sampling.times_for(config, model.config, noise.shape[1])
-    against = conditions.rows(numbers[-1:] * len(jobs)) if config.true_cfg > 1 else None
-    rows = conditions.rows(numbers[: len(jobs)])
-    return sampling.sample(model, rows, noise, times, config, against=against, progress=progress)
+def draw_latents(drawing, jobs, progress):
+    """Packed latents (B, L, C) of jobs (prompt number, seed)."""
+    numbers, seeds = map(list, zip(*jobs))
+    model, texts, config, latents = drawing.model, drawing.texts, drawing.config, drawing.latents
+    noise = initial_noise((latents.latent_channels, *cells_of(config, latents)), seeds).to(texts[0].device)
+    against = None
+    if config.true_cfg > 1:
+        against = model.rows(texts, [len(texts[0]) - 1]).rows([0] * len(jobs))  # the negative prompt is the last
+    steerings = [
+        Steering(opened.control, ready.net, ready.rows(texts, numbers), ready.net.embed_hint(hint(seeds)))
+        for opened, ready, hint in drawing.controls
+    ]
+    residuals = control.residuals(steerings, config.steps, model.net.config)
+    options = dict(against=against, residuals=residuals, progress=progress)
+    return sampling.sample(model.net, model.rows(texts, numbers), noise, drawing.times, config, **options)

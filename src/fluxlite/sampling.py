@@ -107,18 +107,20 @@ def rope_for(model_config, noise, config, num_text):
 
 
 @torch.inference_mode()
-def sample(model, conditions, noise, times, config, *, against=None, progress=lambda steps: steps):
+def sample(model, conditions, noise, times, config, *, against=None, residuals=lambda *_: None, progress=lambda steps: steps):
     """Denoised packed latents (B, L, C) float32 from packed `noise` (B, L, C), a picture for each row of `conditions`.
 
-    `against` are the conditions of the negative prompts, for config.true_cfg > 1.
+    `against` are the conditions of the negative prompts, for config.true_cfg > 1; `residuals(x, i, rope)` those of ControlNets at
+    step i, or None. As in diffusers, those for the prompt serve the negative prompt too.
     """
     rope = rope_for(model.config, noise, config, conditions.txt.shape[1])
 
     def velocity(x, i):
-        positive = model.velocity(x, conditions.txt, rope, conditions.modulation[i])
+        added = residuals(x, i, rope)
+        positive = model.velocity(x, conditions.txt, rope, conditions.modulation[i], added)
         if against is None:
             return positive
-        away = model.velocity(x, against.txt, rope, against.modulation[i]).float()
+        away = model.velocity(x, against.txt, rope, against.modulation[i], added).float()
         return away + config.true_cfg * (positive.float() - away)
 
     return denoise(velocity, noise, times, progress)

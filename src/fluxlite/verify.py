@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -9,8 +10,9 @@ import torch
 from fluxlite import convert, streams
 from fluxlite.autoencoder import AutoencoderConfig
 from fluxlite.checkpoint import open_source
+from fluxlite.controlnet import ControlNetConfig
 from fluxlite.latents import position_ids
-from fluxlite.model import Flux, rope_table
+from fluxlite.model import rope_table
 
 MAX_ERROR = 1e-4  # ‖ours − theirs‖ / ‖theirs‖ in float32; a wrong row order gives about 1
 
@@ -90,26 +92,39 @@ def forward_error(source, back):
 
 
 def make_inputs(config):
-    generator = torch.Generator().manual_seed(0)
-    img = torch.randn(1, 12, config.in_channels, generator=generator)
-    txt = torch.randn(1, 5, config.text_width, generator=generator)
-    guidance = torch.tensor([3.5]) if config.guidance_embed else None
-    return dict(img=img, txt=txt, pooled=torch.randn(1, config.pooled_width, generator=generator), guidance=guidance)
+    """Arguments of our forward, for 6 x 8 latent cells."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    inputs = dict(
+        img=draw(1, 12, config.in_channels),
+        txt=draw(1, 5, config.text_width),
+        pooled=draw(1, config.pooled_width),
+        t=torch.tensor([0.7]),
+        guidance=torch.tensor([3.5]) if config.guidance_embed else None,
+    )
+    if isinstance(config, ControlNetConfig):
+        inputs["hint"] = draw(1, 3, 48, 64) if config.hint == "pixel" else draw(1, 12, config.in_channels)
+        inputs["mode"] = torch.tensor([0]) if config.num_modes else None
+    return inputs
 
 
 def our_forward(config, state, inputs):
-    with torch.device("meta"):
-        model = Flux(config)
+    model = convert.on_meta(config)
     model.load_state_dict(state, strict=True, assign=True)
-    return model(rope=rope_table(position_ids(6, 8, 5), config), t=torch.tensor([0.7]), **inputs)
+    out = model(rope=rope_table(position_ids(6, 8, 5), config), **inputs)
+    return torch.cat(sum(out, [])) if isinstance(config, ControlNetConfig) else out
 
 
 def diffusers_forward(config, state, inputs):
-    from diffusers import FluxTransformer2DModel
+    import diffusers
 
-    values = {k: v for k, v in convert.config_to_diffusers(config).items() if not k.startswith("_")}
+    values = convert.config_to_diffusers(config)
     with torch.device("meta"):
-        model = FluxTransformer2DModel(**values)
+        model = getattr(diffusers, values["_class_name"])(**{k: v for k, v in values.items() if not k.startswith("_")})
     model.load_state_dict(state, strict=True, assign=True)
-    ids, given = position_ids(6, 8, 5).float(), list(inputs.values())
-    return model(*given[:3], torch.tensor([0.7]), ids[5:], ids[:5], given[3], return_dict=False)[0]
+    names = {"img": "hidden_states", "txt": "encoder_hidden_states", "pooled": "pooled_projections", "t": "timestep"}
+    names |= {"guidance": "guidance", "hint": "controlnet_cond", "mode": "controlnet_mode"}
+    ids, given = position_ids(6, 8, 5).float(), {names[k]: v for k, v in inputs.items()}
+    if given.get("controlnet_mode") is not None:
+        given["controlnet_mode"] = given["controlnet_mode"][:, None]
+    out = model(**given, img_ids=ids[5:], txt_ids=ids[:5], return_dict=False)
+    return torch.cat([*(out[0] or ()), *(out[1] or ())]) if isinstance(config, ControlNetConfig) else out[0]

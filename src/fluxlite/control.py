@@ -1,0 +1,190 @@
+"""Drawing with ControlNets: a net, the picture that it follows, when and how strongly.
+
+    pictures = fluxlite.generate("a fox", controls=[fluxlite.Control("FLUX.1-dev-Controlnet-Canny", "edges.png", scale=0.7)])
+
+`open_control` checks all that can be seen without loading a net, `residuals` is what its samples are at each step.
+
+B pictures, L tokens, H hidden width.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from fluxlite import checkpoint as ckpt
+from fluxlite import draws, sampling
+from fluxlite.autoencoder import sample_posterior
+from fluxlite.controlnet import MODES, ControlNet, ControlNetConfig, check_fits, combine, spread
+from fluxlite.data import images
+from fluxlite.latents import pack_latents
+
+
+@dataclass
+class Control:
+    """A ControlNet to draw with; several of them add up."""
+
+    checkpoint: object = field(metadata={"help": "a file or folder of any layout, a hub repository, or a loaded ControlNet"})
+    image: object = field(metadata={"help": "the picture to follow, a path or a PIL image: resized and cropped as in training"})
+    scale: float = field(default=1.0, metadata={"help": "strength; 0 for no effect"})
+    start: float = field(default=0.0, metadata={"help": "part of the steps before which the net is off"})
+    end: float = field(default=1.0, metadata={"help": "part of the steps after which the net is off"})
+    mode: str | int | None = field(default=None, metadata={"help": f"of a union net: {', '.join(MODES)}, or a number"})
+    save_converted: str | None = field(default=None, metadata={"help": "where to keep the checkpoint in our own layout"})
+
+    def validate(self):
+        if not math.isfinite(self.scale):
+            raise ValueError(f"controlnet.scale={self.scale} must be a finite number")
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(f"controlnet.start={self.start} must be less than controlnet.end={self.end}, both from 0 to 1")
+
+    def active(self, step, num_steps):
+        """Whether the net takes part in a step: where all of it lies between start and end, as in diffusers."""
+        return not (step / num_steps < self.start or (step + 1) / num_steps > self.end)
+
+    def settings(self):
+        """What a picture's metadata say of it."""
+        path = isinstance(self.checkpoint, (str, Path))
+        own = {"checkpoint": str(self.checkpoint) if path else None, "image": None if is_picture(self.image) else str(self.image)}
+        return own | {name: getattr(self, name) for name in ("scale", "start", "end", "mode")}
+
+
+def is_picture(image):
+    return isinstance(image, Image.Image)
+
+
+# --- before anything is loaded --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OpenControl:
+    """A `Control`, checked: its net described or loaded, its picture read."""
+
+    control: Control
+    source: ckpt.Source | ControlNet
+    config: ControlNetConfig
+    mode: int | None
+    pixels: torch.Tensor  # (3, height, width) in [-1, 1]
+
+    @property
+    def given(self):
+        """Whether the net was given loaded: it is used as it is, and nothing of it is freed."""
+        return isinstance(self.source, ControlNet)
+
+    def load(self, *, attention, dtype, device):
+        """The net."""
+        if self.given:
+            return self.source
+        return ckpt.load_controlnet(self.source, attention=attention, dtype=dtype, device=device)
+
+
+def open_control(control, base, height, width):
+    """The `OpenControl` for pictures of height x width by a transformer of configuration `base`; raises `ValueError`."""
+    control.validate()
+    pixels = read_picture(control.image, height, width)
+    if isinstance(control.checkpoint, ControlNet):
+        source, where = control.checkpoint, "the ControlNet"
+    else:
+        where = f"controlnet.checkpoint={control.checkpoint}"
+        source = ckpt.converted(control.checkpoint, control.save_converted, group="controlnet", part="controlnet")
+    check_fits(source.config, base, where)
+    return OpenControl(control, source, source.config, mode_number(control.mode, source.config.num_modes, where), pixels)
+
+
+def mode_number(mode, num_modes, where):
+    """A mode's number from its name or number, None for a net without; raises `ValueError`."""
+    if mode in (None, "none", "null"):
+        if num_modes:
+            names = ", ".join(f"{name} {number}" for name, number in MODES.items())
+            raise ValueError(f"{where} is a union net: choose controlnet.mode= ({names}), or a number below {num_modes}")
+        return None
+    if not num_modes:
+        raise ValueError(f"controlnet.mode={mode}, but {where} is no union net: leave it out, or say none for this net")
+    number = MODES.get(mode, int(mode) if str(mode).isdecimal() else -1)
+    if not 0 <= number < num_modes:
+        raise ValueError(f"controlnet.mode={mode}: choose one of {', '.join(MODES)}, or a number from 0 to {num_modes - 1}")
+    return number
+
+
+def read_picture(image, height, width):
+    """A picture, a path or a PIL image of any mode, as pixels (3, height, width) in [-1, 1], like a training picture.
+
+    Raises `ValueError`.
+    """
+    if is_picture(image):
+        data, name = _encoded(image), "the control image"
+    else:
+        name = f"control_image={image}"
+        if not Path(image).expanduser().is_file():
+            raise ValueError(f"{name} is not a file")
+        data = Path(image).expanduser().read_bytes()
+    try:
+        return images.resize_crop(images.decode(data), height, width)
+    except images.BadSample as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _encoded(image):
+    """A PIL image as bytes of a TIFF, which holds nearly every mode: so there is one way from a picture to RGB."""
+    file = io.BytesIO()
+    try:
+        image.save(file, "TIFF")
+    except (OSError, KeyError, SyntaxError) as error:
+        raise ValueError(f"the control image cannot be read ({error}): pass it as RGB") from None
+    return file.getvalue()
+
+
+# --- at each step ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def hint_of(opened, number, autoencoder, device):
+    """What gives the hint of net `number` to pictures: a function of their seeds, for `ControlNet.embed_hint`.
+
+    Latents are a sample of the posterior, as diffusers' pipeline takes it, drawn for each picture from its seed alone.
+    """
+    pixels = opened.pixels[None].to(device)
+    if opened.config.hint == "pixel":
+        return lambda seeds: pixels
+    mean, logvar = autoencoder.posterior(pixels)
+
+    def latents(seeds):
+        noise = draws.normal(mean.shape[1:], seed=number, indices=seeds, stream="control").to(device)
+        return pack_latents(autoencoder.scale(sample_posterior(mean, logvar, noise)))
+
+    return latents
+
+
+def condition(net, mode, txt, pooled, *, times, guidance):
+    """`sampling.condition` of a ControlNet: of a union net the text begins with the token of `mode`."""
+    found = sampling.condition(net, txt, pooled, times, guidance)
+    return replace(found, txt=net.with_mode(found.txt, None if mode is None else torch.full((len(txt),), mode, device=txt.device)))
+
+
+@dataclass
+class Steering:
+    """A net ready to draw a batch of pictures."""
+
+    control: Control
+    net: ControlNet
+    conditions: sampling.Conditions  # a row for each picture
+    hint: torch.Tensor  # (B or 1, L_img, H) of `ControlNet.embed_hint`
+
+    def residuals(self, x, step, rope, base):
+        conditions = self.conditions
+        samples = self.net.samples(x, conditions.txt, rope, conditions.modulation[step], self.hint, self.control.scale)
+        return spread(samples, self.net.config, base)
+
+
+def residuals(steerings, num_steps, base) -> Callable:
+    """What `sampling.sample` asks at each step: (x, step, rope) → the sum of all active nets' residuals, None where all are off."""
+
+    def at(x, step, rope):
+        parts = [s.residuals(x, step, rope, base) for s in steerings if s.control.active(step, num_steps)]
+        return combine(parts) if parts else None
+
+    return at
