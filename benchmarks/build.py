@@ -68,7 +68,7 @@ def main():
     config, device, mesh = start(args)
     began = time.perf_counter()
     with Peak() as peak:
-        model = trainer.build_model(config, device, mesh)
+        model = trainer.build_flux(config, device, mesh)
     shard = local_bytes(model.parameters())
     blocks = [sum(4 * p.numel() for p in block.parameters()) for block in (*model.double_blocks, *model.single_blocks)]
     found = {

@@ -41,7 +41,7 @@ def as_jpeg(picture):
     return Image.open(stream)
 
 
-def perfect(prompts):
+def perfect(prompts, controls=None):
     """What a perfect model draws: the generator's pictures, the same place for the same position."""
     return [Image.fromarray(draw_sample(i, size=64, seed=7, choices=[tuple(names(p))])[0]) for i, p in enumerate(prompts)]
 
@@ -116,11 +116,28 @@ def test_perfect_pictures_prove_it_and_shuffled_prompts_do_not(script):
 
 
 def test_model_that_confuses_circle_and_background_fails_the_swap(script):
-    def unbound(prompts):  # knows the two colours, not which is which
+    def unbound(prompts, _controls):  # knows the two colours, not which is which
         return perfect([script["caption"](*sorted(names(prompt))) for prompt in prompts])
 
     report, _, _ = script["prove"](unbound, num=NUM, num_swaps=20, seed=0)
     assert report["swap"] == 0 and 0.2 < report["colours"] < 0.8
+
+
+def test_position_is_right_where_the_control_has_the_circle_and_nowhere_else(script):
+    def follows(prompts, controls):
+        pictures = []
+        for prompt, control in zip(prompts, controls):
+            lit = np.asarray(control)[..., 0] > 100
+            rows, columns = (np.flatnonzero(lit.any(axis=i)) for i in (1, 0))
+            radius = (columns[-1] - columns[0] + 1) / 2
+            centre = ((columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2)
+            pictures.append(paint(draw_disc(64, centre=centre, radius=radius), *names(prompt)))
+        return pictures
+
+    report, _, _ = script["prove"](follows, num=40, num_swaps=0, seed=0, control_size=64)
+    assert report["position"] > 0.95 and report["shuffled_position"] < 0.15
+    report, _, _ = script["prove"](perfect, num=40, num_swaps=0, seed=0, control_size=64)
+    assert report["shape"] > 0.95 and report["position"] < 0.15
 
 
 def test_pairs_depend_on_the_seed_alone_and_are_held_out(script):
@@ -143,4 +160,4 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
     saved = json.loads((tmp_path / "proof" / "proof.json").read_text())
     assert line["right"] == saved["right"] == 1 and line["num_swaps"] == 2 and len(saved["pictures"]) == 6
     assert Image.open(tmp_path / "proof" / "grid.png").width == 8 + 6 * (128 + 8)
-    assert asked == [{"seed": 0, "steps": 3, "batch": 50}] * 2
+    assert asked == [{"controls": [], "seed": 0, "steps": 3, "batch": 50}] * 2

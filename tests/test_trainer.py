@@ -187,12 +187,12 @@ def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):
     config = configure(*MOCK, f"model.checkpoint={first}", "steps=1")
     device, mesh = parallel.start(config.parallel, "cpu")
     try:
-        model = trainer.build_model(config, device, mesh)
+        model = trainer.build_flux(config, device, mesh)
         expected = weights(first, ema=True)
         assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
         assert any(not torch.equal(v, expected[k]) for k, v in weights(first, ema=False).items())
         with pytest.raises(ValueError, match="num_single_blocks"):
-            trainer.build_model(configure(*MOCK, f"model.checkpoint={first}", "model.num_single_blocks=2"), device, mesh)
+            trainer.build_flux(configure(*MOCK, f"model.checkpoint={first}", "model.num_single_blocks=2"), device, mesh)
     finally:
         parallel.stop()
 

@@ -158,7 +158,8 @@ def _open_run(path, ema):
     """A run's last checkpoint, or one of its checkpoints: the moving average in place of the weights that have one."""
     folder = last_checkpoint(path) or Path(path)
     meta = read_meta(folder)
-    config, averaged = flux_config(meta["model"]), set(meta["ema"] if ema else ())
+    what, averaged = meta.get("what", "transformer"), set(meta["ema"] if ema else ())
+    config = flux_config(meta["model"], ControlNetConfig if what == "controlnet" else FluxConfig)
     tensors = RunTensors(folder)
 
     def key(name):
@@ -174,7 +175,7 @@ def _open_run(path, ema):
     def read(name, start=0, stop=None):
         return tensors.read(key(name), start, stop)
 
-    return Source(str(path), "transformer", "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
+    return Source(str(path), what, "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
 
 
 class RunTensors:

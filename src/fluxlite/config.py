@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fluxlite import parallel, sampling
 from fluxlite.checkpoint import CheckpointConfig
 from fluxlite.control import Control
-from fluxlite.controlnet import MODES
+from fluxlite.controlnet import MODES, ControlNetConfig, check_starts
 from fluxlite.data import DataConfig
 from fluxlite.flow import FlowConfig
 from fluxlite.latents import num_image_tokens
@@ -87,6 +87,52 @@ ExpectedConfig = dataclasses.make_dataclass(
 
 
 @dataclass
+class ControlNetTrainConfig:
+    """The ControlNet that is trained beside a frozen transformer; none without `controlnet=default` or a recipe that has one."""
+
+    train: bool = field(default=False, metadata={"help": "train a ControlNet; set by controlnet=default"})
+    checkpoint: str | None = verbatim(None, "a ControlNet to start from, of any layout; its depth must be the one below")
+    init_from_base: bool = field(
+        default=True, metadata={"help": "else start from the transformer's embedders and first blocks; false: random weights"}
+    )
+    num_double_blocks: int = field(default=4, metadata={"help": "double blocks of the ControlNet"})
+    num_single_blocks: int = field(default=10, metadata={"help": "single blocks of the ControlNet"})
+    hint: str = field(default="latent", metadata={"help": "what it sees of the control picture: latent, or pixel (XLabs)"})
+    num_modes: int = field(default=0, metadata={"help": "kinds of control that it tells apart (union); 0 for one kind"})
+    dropout: float = field(default=0.0, metadata={"help": "share of samples trained with an empty control"})
+    meter_every: int = field(default=50, metadata={"help": "steps between measurements of whether it learns; 0 for none"})
+    patience: int = field(default=300, metadata={"help": "steps after which a control without effect is said loudly"})
+
+    def shape(self, base):
+        """The `ControlNetConfig` beside a transformer of configuration `base`."""
+        return ControlNetConfig.beside(
+            base, **{name: getattr(self, name) for name in ("num_double_blocks", "num_single_blocks", "hint", "num_modes")}
+        )
+
+    def check(self, config):
+        """Raise `ValueError` where a `TrainConfig` cannot train this ControlNet."""
+        shape = self.shape(config.model.shape())
+        shape.validate()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"controlnet.dropout={self.dropout} must be in [0, 1)")
+        for name in ("meter_every", "patience"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"controlnet.{name}={getattr(self, name)} must not be negative")
+        if not config.data.control:
+            raise ValueError("a ControlNet needs control pictures: set data.control=png (beside the target in the tar) or canny")
+        if self.init_from_base and not self.checkpoint:
+            check_starts(shape, config.model.shape())
+        shared = config.parallel.cp > 1 or config.parallel.sequence_parallel
+        if shared and (self.hint == "pixel" or self.num_modes):
+            raise ValueError(
+                "parallel.cp and parallel.sequence_parallel share tokens, which a ControlNet with controlnet.hint=pixel or "
+                "controlnet.num_modes makes itself: leave them out"
+            )
+        if self.hint == "pixel" and (config.data.cache or config.data.kind == "mock"):
+            raise ValueError(f"controlnet.hint=pixel needs pictures: set data.cache=null, and data other than {config.data.kind}")
+
+
+@dataclass
 class SampleGridConfig:
     """Pictures drawn while training."""
 
@@ -105,6 +151,7 @@ class TrainConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    controlnet: ControlNetTrainConfig = field(default_factory=ControlNetTrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     sample: SampleGridConfig = field(default_factory=SampleGridConfig)
@@ -147,6 +194,8 @@ class TrainConfig:
             raise ValueError("parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it out")
         if self.parallel.cpu_offload and self.optim.kind == "muon":
             raise ValueError("parallel.cpu_offload=true does not work with optim.kind=muon, which gathers matrices on the GPU")
+        if self.controlnet.train:
+            self.controlnet.check(self)
         missing = [f"model.{part}=" for part in ("t5", "clip", "autoencoder") if not getattr(self.model, part)]
         if missing and (self.data.kind != "mock" or len(missing) < 3):
             raise ValueError(f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for each")

@@ -29,7 +29,9 @@ class Control:
     """A ControlNet to draw with; several of them add up."""
 
     checkpoint: object = field(metadata={"help": "a file or folder of any layout, a hub repository, or a loaded ControlNet"})
-    image: object = field(metadata={"help": "the picture to follow, a path or a PIL image: resized and cropped as in training"})
+    image: object = field(
+        metadata={"help": "the picture to follow, a path or a PIL image, resized and cropped as in training; a list: one a prompt"}
+    )
     scale: float = field(default=1.0, metadata={"help": "strength; 0 for no effect"})
     start: float = field(default=0.0, metadata={"help": "part of the steps before which the net is off"})
     end: float = field(default=1.0, metadata={"help": "part of the steps after which the net is off"})
@@ -49,7 +51,8 @@ class Control:
     def settings(self):
         """What a picture's metadata say of it."""
         path = isinstance(self.checkpoint, (str, Path))
-        own = {"checkpoint": str(self.checkpoint) if path else None, "image": None if is_picture(self.image) else str(self.image)}
+        named = isinstance(self.image, (str, Path))
+        own = {"checkpoint": str(self.checkpoint) if path else None, "image": str(self.image) if named else None}
         return own | {name: getattr(self, name) for name in ("scale", "start", "end", "mode")}
 
 
@@ -68,7 +71,7 @@ class OpenControl:
     source: ckpt.Source | ControlNet
     config: ControlNetConfig
     mode: int | None
-    pixels: torch.Tensor  # (3, height, width) in [-1, 1]
+    pixels: torch.Tensor  # (P, 3, height, width) in [-1, 1], for each prompt one, or one for all
 
     @property
     def given(self):
@@ -82,10 +85,13 @@ class OpenControl:
         return ckpt.load_controlnet(self.source, attention=attention, dtype=dtype, device=device)
 
 
-def open_control(control, base, height, width):
+def open_control(control, base, height, width, num_prompts=1):
     """The `OpenControl` for pictures of height x width by a transformer of configuration `base`; raises `ValueError`."""
     control.validate()
-    pixels = read_picture(control.image, height, width)
+    pictures = control.image if isinstance(control.image, (list, tuple)) else [control.image]
+    if len(pictures) not in (1, num_prompts):
+        raise ValueError(f"{len(pictures)} control images for {num_prompts} prompts: give one for all, or one for each")
+    pixels = torch.stack([read_picture(picture, height, width) for picture in pictures])
     if isinstance(control.checkpoint, ControlNet):
         source, where = control.checkpoint, "the ControlNet"
     else:
@@ -143,16 +149,21 @@ def _encoded(image):
 
 @torch.inference_mode()
 def hint_of(opened, number, autoencoder, device):
-    """What gives the hint of net `number` to pictures: a function of their seeds, for `ControlNet.embed_hint`.
+    """What gives the hint of net `number` to pictures: a function of their prompts and seeds, for `ControlNet.embed_hint`.
 
     Latents are a sample of the posterior, as diffusers' pipeline takes it, drawn for each picture from its seed alone.
     """
-    pixels = opened.pixels[None].to(device)
-    if opened.config.hint == "pixel":
-        return lambda seeds: pixels
-    mean, logvar = autoencoder.posterior(pixels)
+    pixels = opened.pixels.to(device)
 
-    def latents(seeds):
+    def of(values, prompts):
+        return values if len(values) == 1 else values[prompts]
+
+    if opened.config.hint == "pixel":
+        return lambda prompts, seeds: of(pixels, prompts)
+    posterior = autoencoder.posterior(pixels)
+
+    def latents(prompts, seeds):
+        mean, logvar = (of(values, prompts) for values in posterior)
         noise = draws.normal(mean.shape[1:], seed=number, indices=seeds, stream="control").to(device)
         return pack_latents(autoencoder.scale(sample_posterior(mean, logvar, noise)))
 

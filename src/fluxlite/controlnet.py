@@ -116,6 +116,12 @@ class ControlNet(Trunk):
             after_single.append(scale * out(x[:, txt.shape[1] :]))
         return after_double, after_single
 
+    def forward_flops(self, num_text_tokens, num_image_tokens):
+        """Floating-point operations of one sample's forward, its outputs included."""
+        outputs = len(self.double_out) + len(self.single_out)
+        own = 2 * num_image_tokens * self.config.hidden_size * (outputs * self.config.hidden_size + self.config.in_channels)
+        return super().forward_flops(num_text_tokens, num_image_tokens) + own
+
     def drop_conditioning(self):
         """Free the weights that `embed_hint` and `samples` do not use; `forward` and `modulate` then raise `ValueError`."""
         super().drop_conditioning()

@@ -341,16 +341,26 @@ def smooth(values, window):
 
 def plot_losses(folder):
     """Draw `folder/losses.png` from `metrics.jsonl`: losses over steps, and the validation loss over t; returns its path."""
+    rows = read_metrics(folder)
+    figure, (left, right) = two_axes()
+    plot_loss_over_steps(left, rows)
+    plot_loss_over_t(right, rows)
+    return save_axes(figure, (left, right), Path(folder) / "losses.png")
+
+
+def two_axes():
+    """A figure of two axes side by side, the left one wider."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = read_metrics(folder)
     figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # without pyplot: no display, no global figures
-    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    plot_loss_over_steps(left, rows)
-    plot_loss_over_t(right, rows)
-    for axes in (left, right):
+    return figure, figure.subplots(1, 2, width_ratios=(1.35, 1))
+
+
+def save_axes(figure, both, path):
+    """Give all axes their common look, and save."""
+    for axes in both:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("0.6")
         axes.tick_params(colors="0.35", labelsize=9)
@@ -358,9 +368,23 @@ def plot_losses(folder):
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
-    path = Path(folder) / "losses.png"
     figure.savefig(path)
     return path
+
+
+def plot_control(folder):
+    """Draw `folder/control.png` from `metrics.jsonl`: what `meter` saw, over steps, and last over t; returns its path."""
+    rows = [row for row in read_metrics(folder) if "control/right" in row]
+    figure, (left, right) = two_axes()
+    styles = {"right": ("#1f5aa8", "its own control"), "shuffled": ("#e0802f", "another's"), "none": ("0.5", "none")}
+    for kind, (colour, label) in styles.items():
+        series = [(row["step"], row[f"control/{kind}"]) for row in rows]
+        left.plot(*zip(*series), color=colour, linewidth=1.6, label=label)
+        last = {float(k.split("_t")[1]): v for k, v in rows[-1].items() if k.startswith(f"control/{kind}_t")}
+        right.plot(*zip(*sorted(last.items())), "o-", color=colour, linewidth=1.6, label=label)
+    left.set(xlabel="step", ylabel="held-out loss", title=f"gain {100 * rows[-1]['control/gain']:.1f} %")
+    right.set(xlabel="t", title="at the last look")
+    return save_axes(figure, (left, right), Path(folder) / "control.png")
 
 
 def plot_loss_over_steps(axes, rows):

@@ -279,6 +279,22 @@ class Trunk(nn.Module):
         """Parameters, embedders and modulation included: 11,901,408,320 for FLUX.1-dev."""
         return sum(p.numel() for p in self.parameters())
 
+    def forward_flops(self, num_text_tokens, num_image_tokens):
+        """Floating-point operations of one sample's forward, two to a multiply-add; a training step takes three times as many.
+
+        A double block's stream has H·3H + H·H + 2·rH·H weights, 12H² at MLP ratio r = 4, and each token passes one stream; a
+        single block has as many. So linears cost 2·L·(4 + 2r)·H² a block, and attention 4·L²·H a block (q·k and weights·v).
+        Modulation and embedders run once a sample.
+        """
+        c = self.config
+        blocks, tokens, hidden = c.num_double_blocks + c.num_single_blocks, num_text_tokens + num_image_tokens, c.hidden_size
+        linears = 2 * tokens * (4 + 2 * c.mlp_ratio) * hidden**2 * blocks
+        attention = 4 * tokens**2 * hidden * blocks
+        modulation = 2 * c.modulation_chunks * hidden**2
+        vec = 2 * hidden * ((SINUSOID + hidden) * (2 if c.guidance_embed else 1) + c.pooled_width + hidden)
+        ends = 2 * hidden * (num_text_tokens * c.text_width + num_image_tokens * (c.in_channels + c.out_channels))
+        return linears + attention + modulation + vec + ends
+
 
 class Flux(Trunk):
     """The rectified-flow transformer of FLUX.1."""
@@ -312,19 +328,3 @@ class Flux(Trunk):
             if i < len(after_single):
                 x = x + F.pad(after_single[i], (0, 0, txt.shape[1], 0))
         return self.out(modulated_norm(x[:, txt.shape[1] :], shift, scale))
-
-    def forward_flops(self, num_text_tokens, num_image_tokens):
-        """Floating-point operations of one sample's forward, two to a multiply-add; a training step takes three times as many.
-
-        A double block's stream has H·3H + H·H + 2·rH·H weights, 12H² at MLP ratio r = 4, and each token passes one stream; a
-        single block has as many. So linears cost 2·L·(4 + 2r)·H² a block, and attention 4·L²·H a block (q·k and weights·v).
-        Modulation and embedders run once a sample.
-        """
-        c = self.config
-        blocks, tokens, hidden = c.num_double_blocks + c.num_single_blocks, num_text_tokens + num_image_tokens, c.hidden_size
-        linears = 2 * tokens * (4 + 2 * c.mlp_ratio) * hidden**2 * blocks
-        attention = 4 * tokens**2 * hidden * blocks
-        modulation = 2 * c.modulation_chunks * hidden**2
-        vec = 2 * hidden * ((SINUSOID + hidden) * (2 if c.guidance_embed else 1) + c.pooled_width + hidden)
-        ends = 2 * hidden * (num_text_tokens * c.text_width + num_image_tokens * (c.in_channels + c.out_channels))
-        return linears + attention + modulation + vec + ends

@@ -12,6 +12,7 @@ sample compute the same loss; where they hold different tokens, what they find f
 B batch, L tokens, H hidden width, N heads, D head width.
 """
 
+import fnmatch
 import importlib.util
 import logging
 import os
@@ -40,6 +41,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from fluxlite.model import Flux
 
 
 @dataclass
@@ -244,7 +247,7 @@ def stop():
 
 
 def parallelize(model, mesh, config, dtype, *, compile=False):
-    """Wrap a Flux, on any device or meta, as `config` says: tp → cp → modulation → checkpointing → compile → FSDP2.
+    """Wrap a Flux or a ControlNet, on any device or meta, as `config` says: tp → cp → modulation → checkpointing → compile → FSDP2.
 
     Compute is in `dtype`; weights, gradients and their reduction stay float32. `fill` then gives a model on meta its weights.
     """
@@ -295,8 +298,9 @@ def tensor_plan(sequence):
         "mlp.linear_out": share,
         "leave": PrepareModuleInput(input_layouts=Partial(), desired_input_layouts=tokens, use_local_output=True),
     }
-    ends = {name: ColwiseParallel(output_layouts=Shard(1)) for name in ("img_in", "txt_in")}
+    ends = {name: ColwiseParallel(output_layouts=Shard(1)) for name in ("img_in", "txt_in", "hint_in")}
     ends |= {"out": RowwiseParallel(input_layouts=Shard(1))}
+    ends |= {f"{kind}_out.*": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(1)) for kind in ("double", "single")}
     return double, single, ends if sequence else {}
 
 
@@ -307,7 +311,8 @@ def shard_heads(model, mesh, *, sequence):
         parallelize_module(block, mesh, double)
     for block in model.single_blocks:
         parallelize_module(block, mesh, single)
-    parallelize_module(model, mesh, ends)
+    names = [name for name, _ in model.named_modules()]  # out is Flux's, hint_in and the outputs are a ControlNet's
+    parallelize_module(model, mesh, {name: style for name, style in ends.items() if fnmatch.filter(names, name)})
 
 
 class SumGradient(torch.autograd.Function):
@@ -336,6 +341,8 @@ def share_tokens(model, cp, tp):
 
     def enter(_module, args, kwargs):
         img, txt, rope = args
+        if "hint" in kwargs:
+            kwargs["hint"] = kwargs["hint"].chunk(cp.size(), dim=1)[cp.get_local_rank()]
         parts = [x.chunk(cp.size(), dim=1)[cp.get_local_rank()] for x in (img, txt)]
         joint["double"] = deal(rope, txt.shape[1], cp.size())
         joint["single"] = deal(rope, txt.shape[1], cp.size() * (tp.size() if tp else 1))
@@ -351,7 +358,8 @@ def share_tokens(model, cp, tp):
             block.register_forward_pre_hook(enter_single)
     if cp.size() > 1:
         model.attend = partial(attend_by_heads, model.attend, cp)
-        model.register_forward_hook(lambda _module, _args, out: JoinTokens.apply(out, cp))
+        if isinstance(model, Flux):  # the samples of a ControlNet are what its base's ranks need of them
+            model.register_forward_hook(lambda _module, _args, out: JoinTokens.apply(out, cp))
 
 
 def deal(rope, num_text_tokens, parts):
@@ -573,6 +581,23 @@ def fill(model, pieces, device=None):
             local = p.to_local() if isinstance(p, DTensor) else p
             local[begin - rows.start : end - rows.start].copy_(values[(slice(begin - first, end - first), *rest)])
     return model
+
+
+class Still:
+    """Rows of parameters that no gradient reaches: weight decay is undone after each step, so that they stay as they are."""
+
+    def __init__(self, model, masks):
+        parameters, self.kept = dict(model.named_parameters()), []
+        for name, rows in masks.items():
+            p = parameters[name]
+            local = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
+            mine = rows[local_part(p)[0]].to(local.device)
+            self.kept.append((local, mine, local[mine].clone()))
+
+    @torch.no_grad()
+    def restore(self):
+        for local, rows, values in self.kept:
+            local[rows] = values
 
 
 def mean_over_ranks(value):

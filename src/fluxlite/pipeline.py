@@ -173,7 +173,7 @@ def default_settings(transformer):
 # --- drawing --------------------------------------------------------------------------------------------------------------------
 
 
-def settle(checkpoint, options, negative_prompt, controls):
+def settle(checkpoint, options, negative_prompt, controls, num_prompts):
     """From the options of `generate`: the `Pipeline` or the `Found` parts on disk, a checked `SampleConfig` and `OpenControl`s."""
     names = {f.name for f in fields(SampleConfig)}
     settings = {k: v for k, v in options.items() if k in names}
@@ -192,7 +192,7 @@ def settle(checkpoint, options, negative_prompt, controls):
         raise ValueError("guidance: this model (as schnell) has no guidance input; leave the setting out")
     if config.true_cfg > 1 and not negative_prompt:
         raise ValueError(f"true_cfg={config.true_cfg} needs a negative_prompt")
-    return parts, config, [open_control(c, model_config, config.height, config.width) for c in controls]
+    return parts, config, [open_control(c, model_config, config.height, config.width, num_prompts) for c in controls]
 
 
 def generate(
@@ -222,8 +222,8 @@ def generate(
     """
     if offload not in OFFLOAD:
         raise ValueError(f"offload={offload}: choose one of {', '.join(OFFLOAD)}")
-    parts, config, controls = settle(checkpoint, options, negative_prompt, controls)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    parts, config, controls = settle(checkpoint, options, negative_prompt, controls, len(prompts))
     jobs = [(j, picture_seed(seed, j, i)) for j in range(len(prompts)) for i in range(images_per_prompt)]
     with stage("text encoders"):
         encoders = parts.encoders if isinstance(parts, Pipeline) else parts.load_encoders()
@@ -353,7 +353,7 @@ def draw_latents(drawing, jobs, progress):
     if config.true_cfg > 1:
         against = model.rows(texts, [len(texts[0]) - 1]).rows([0] * len(jobs))  # the negative prompt is the last
     steerings = [
-        Steering(opened.control, ready.net, ready.rows(texts, numbers), ready.net.embed_hint(hint(seeds)))
+        Steering(opened.control, ready.net, ready.rows(texts, numbers), ready.net.embed_hint(hint(numbers, seeds)))
         for opened, ready, hint in drawing.controls
     ]
     residuals = control.residuals(steerings, config.steps, model.net.config)

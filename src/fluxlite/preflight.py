@@ -121,7 +121,7 @@ def predict(arguments, ranks):
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         device = torch.device("cpu")
         mesh = parallel.make_mesh(config.parallel, device)
-        model = trainer.wrap_model(config, mesh)
+        model = trainer.wrap_flux(config, mesh)
         with FakeTensorMode(allow_non_fake_inputs=True), Meter(groups_of(mesh)) as meter:
             run = trainer.assemble(config, device, mesh, model.to_empty(device=device), trainer.Parts(None, None))
             parameters = list(run.model.parameters())

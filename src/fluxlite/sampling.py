@@ -127,14 +127,17 @@ def sample(model, conditions, noise, times, config, *, against=None, residuals=l
 
 
 @torch.inference_mode()
-def sample_sharded(model, txt, pooled, noise, config):
-    """`sample` by whole forwards, as a sharded model in training needs: its weights are gathered inside `forward` alone."""
-    times = times_for(config, model.config, noise.shape[1])
-    rope = rope_for(model.config, noise, config, txt.shape[1])
-    guidance = guidance_rows(model.config, config.guidance, len(noise), noise.device)
+def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype):
+    """`sample` by whole forwards, as sharded models in training need, whose weights are gathered inside `forward` alone.
+
+    `forward(img, txt, rope, t=, pooled=, guidance=)` is a velocity.
+    """
+    times = times_for(config, model_config, noise.shape[1])
+    rope = rope_for(model_config, noise, config, txt.shape[1])
+    guidance = guidance_rows(model_config, config.guidance, len(noise), noise.device)
 
     def velocity(x, i):
-        return model(x, txt, rope, t=times[i].expand(len(x)).to(x.device), pooled=pooled, guidance=guidance)
+        return forward(x.to(dtype), txt, rope, t=times[i].expand(len(x)).to(x.device), pooled=pooled, guidance=guidance)
 
     return denoise(velocity, noise, times)
 
@@ -143,6 +146,10 @@ def sample_sharded(model, txt, pooled, noise, config):
 def decode(autoencoder, tokens, height, width):
     """Packed latents (B, L, C) to PIL pictures of height x width pixels."""
     factor = autoencoder.config.downsampling
-    images = autoencoder.decode(unpack_latents(tokens, height // factor, width // factor)).float()
-    pixels = ((images / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to("cpu", torch.uint8)
-    return [Image.fromarray(p.numpy()) for p in pixels]
+    return pictures_of(autoencoder.decode(unpack_latents(tokens, height // factor, width // factor)))
+
+
+def pictures_of(pixels):
+    """Pixels (B, 3, H, W) in [-1, 1] as PIL pictures."""
+    rounded = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to("cpu", torch.uint8)
+    return [Image.fromarray(p.numpy()) for p in rounded]

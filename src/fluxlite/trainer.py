@@ -12,6 +12,7 @@ import logging
 import signal
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,12 +22,14 @@ from fluxlite import __version__, draws, flow, optim, parallel, sampling
 from fluxlite import checkpoint as ckpt
 from fluxlite.autoencoder import sample_posterior
 from fluxlite.conditioning import load_text_encoders
-from fluxlite.convert import Piece
+from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, pieces_from_base, spread, unused_parameters, used
 from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, open_dataset, prepare
 from fluxlite.latents import num_image_tokens, pack_latents, position_ids
-from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_losses
+from fluxlite.meter import Meter
+from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
 from fluxlite.model import Flux, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
+from fluxlite.streams import Piece
 
 log = logging.getLogger("fluxlite")
 
@@ -58,13 +61,25 @@ class Parts:
 
 
 @dataclass
+class Prompts:
+    """What grids are drawn from: captions, their encodings, and for a ControlNet its inputs and the pictures to show."""
+
+    texts: list
+    txt: torch.Tensor
+    pooled: torch.Tensor
+    steer: dict
+    shown: list  # control and target of each, PIL
+
+
+@dataclass
 class Watch:
     """What a run is watched with."""
 
     metrics: Metrics
     speed: Throughput
     held_out: list
-    prompts: tuple | None
+    prompts: Prompts | None
+    meter: Meter | None
 
 
 @dataclass
@@ -74,11 +89,18 @@ class Run:
     config: object
     device: torch.device
     mesh: parallel.Mesh
-    model: Flux
+    model: Flux | ControlNet  # what is trained
+    base: Flux | None  # the frozen transformer beside a ControlNet
+    still: parallel.Still | None  # what of a ControlNet no gradient can reach
     optimizers: list
     ema: optim.EMA | None
     parts: Parts
     rope: tuple
+
+    @property
+    def flux(self):
+        """The transformer, trained or frozen."""
+        return self.base or self.model
 
     @property
     def latent_shape(self):
@@ -90,33 +112,115 @@ class Run:
 # --- setting up -----------------------------------------------------------------------------------------------------------------
 
 
-def build_model(config, device, mesh):
-    """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's."""
-    pieces = None
-    if config.model.checkpoint:
-        source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
-        if source.config != config.model.shape():
-            differences = _differences(asdict(source.config), asdict(config.model.shape()))
-            raise ValueError(f"model.checkpoint={config.model.checkpoint} has another shape: {differences}")
-        pieces = ckpt.pieces(source)
-    model = wrap_model(config, mesh)
-    where = "cpu" if config.parallel.cpu_offload else device
-    return parallel.fill(model, pieces or random_pieces(model, config.seed, device), where)
+def build_flux(config, device, mesh, *, frozen=False):
+    """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's.
+
+    Wrapped on meta and filled a piece at a time, it is never whole on any rank. Frozen it is in the compute dtype.
+    """
+    pieces = base_pieces(config, device) if frozen else flux_pieces(config, device)
+    model = wrap_flux(config, mesh, frozen=frozen)
+    return parallel.fill(model, pieces, "cpu" if config.parallel.cpu_offload else device)
 
 
-def wrap_model(config, mesh):
-    """The transformer on meta, wrapped as the configuration says: filled a piece at a time, it is never whole on any rank."""
+def wrap_flux(config, mesh, *, frozen=False):
+    """The transformer on meta, wrapped as the configuration says."""
     with torch.device("meta"):
         model = Flux(config.model.shape(), config.model.attention)
-    optim.freeze(model.train(), config.optim)
+    if frozen:
+        model.to(getattr(torch, config.dtype)).requires_grad_(False)
+    else:
+        optim.freeze(model.train(), config.optim)
+    return wrap(model, config, mesh)
+
+
+def wrap(model, config, mesh):
+    """A model on meta, parallelized."""
     return parallel.parallelize(model, mesh, config.parallel, getattr(torch, config.dtype), compile=config.compile)
 
 
-def random_pieces(model, seed, device):
+def flux_pieces(config, device):
+    """The transformer's weights, piece by piece: the checkpoint's, or random."""
+    shape = config.model.shape()
+    if not config.model.checkpoint:
+        with torch.device("meta"):
+            return random_pieces(Flux(shape), config.seed, device)
+    source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
+    ckpt.check_part(source, "transformer", "model.checkpoint")
+    check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
+    return ckpt.pieces(source)
+
+
+def check_shape(source, shape, key, value):
+    """Raise `ValueError`, with the differences, where a checkpoint has another shape than the configuration."""
+    if source.config != shape:
+        raise ValueError(f"{key}={value} has another shape: {_differences(asdict(source.config), asdict(shape))}")
+
+
+def random_pieces(model, seed, device, values_of=initial):
     """Initial values of each parameter of a model, keyed by the seed: the same on any mesh."""
     generator = torch.Generator(device).manual_seed(draws.generator(seed, 0, "weights").initial_seed())
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    return ((Piece(name), initial(name, shape, device, generator)) for name, shape in shapes.items())
+    return ((Piece(name), values_of(name, shape, device, generator)) for name, shape in shapes.items())
+
+
+def base_pieces(config, device):
+    """`flux_pieces` of a frozen transformer. A random one gets a random output layer: behind a zero one nothing can learn."""
+    if config.model.checkpoint:
+        return flux_pieces(config, device)
+    log.warning("model.checkpoint is null: the frozen transformer is random, its output layer too, and only the ControlNet learns")
+
+    def values_of(name, *options):
+        return initial("img_in.weight" if name == "out.weight" else name, *options)
+
+    with torch.device("meta"):
+        return random_pieces(Flux(config.model.shape()), config.seed, device, values_of)
+
+
+def build_controlnet(config, device, mesh):
+    """The sharded ControlNet and the `parallel.Still` of what no gradient can reach in it, which is frozen and logged."""
+    base = config.model.shape()
+    with torch.device("meta"):
+        net = ControlNet(config.controlnet.shape(base), config.model.attention)
+    pieces = controlnet_pieces(config, net, device)
+    optim.freeze(net.train(), config.optim)
+    unused = unused_parameters(net, base)
+    parameters = dict(net.named_parameters())
+    for name in (name for name, rows in unused.items() if rows is None):
+        parameters[name].requires_grad_(False)
+    report_unused(net.config, base, unused)
+    net = parallel.fill(wrap(net, config, mesh), pieces, "cpu" if config.parallel.cpu_offload else device)
+    return net, parallel.Still(net, {name: rows for name, rows in unused.items() if rows is not None})
+
+
+def controlnet_pieces(config, net, device):
+    """A ControlNet's weights to start from, piece by piece: a checkpoint's, its base's, or random."""
+    control = config.controlnet
+    if control.checkpoint:
+        source = ckpt.open_source(resolve(control.checkpoint), setting="controlnet.checkpoint", part="controlnet")
+        ckpt.check_part(source, "controlnet", "controlnet.checkpoint")
+        check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
+        return ckpt.pieces(source)
+    if control.init_from_base:
+        generator = torch.Generator(device).manual_seed(draws.generator(config.seed, 0, "controlnet").initial_seed())
+        return pieces_from_base(net, config.model.shape(), base_pieces(config, device), device, generator)
+    return random_pieces(net, config.seed, device, partial(initial_value, net.config))
+
+
+def report_unused(shape, base, unused):
+    """Log what is frozen since no gradient can reach it, and the nearest depth that wastes no block."""
+    for kind in ("double", "single"):
+        count, num_base = getattr(shape, f"num_{kind}_blocks"), getattr(base, f"num_{kind}_blocks")
+        cyclic = kind == "double" and shape.hint == "pixel"
+        if used(num_base, count, cyclic=cyclic) < count:
+            log.warning(
+                "controlnet.num_%s_blocks=%d: the transformer's %d blocks take the outputs of %d, the rest is frozen; "
+                "%d would waste none",
+                *(kind, count, num_base, used(num_base, count, cyclic=cyclic), nearest_depth(num_base, count)),
+            )
+    if unused:
+        log.info(
+            "frozen, since no gradient can reach them: %s", ", ".join(n + " (rows)" * (r is not None) for n, r in unused.items())
+        )
 
 
 def load_parts(config, device, mesh):
@@ -174,16 +278,19 @@ def encoders_digest(parts, max_sequence_length, dtype):
 def set_up(config, device, mesh):
     """Model, optimizer and encoders of a run on this rank's device of a `parallel.Mesh`."""
     parts = load_parts(config, device, mesh)
-    return assemble(config, device, mesh, build_model(config, device, mesh), parts)
+    if not config.controlnet.train:
+        return assemble(config, device, mesh, build_flux(config, device, mesh), parts)
+    net, still = build_controlnet(config, device, mesh)
+    return assemble(config, device, mesh, net, parts, base=build_flux(config, device, mesh, frozen=True), still=still)
 
 
-def assemble(config, device, mesh, model, parts):
-    """The `Run` of a wrapped model."""
+def assemble(config, device, mesh, model, parts, *, base=None, still=None):
+    """The `Run` of wrapped models."""
     optimizers = optim.make_optimizers(model, config.optim)
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
-    return Run(config, device, mesh, model, optimizers, ema, parts, rope_table(ids, model.config))
+    return Run(config, device, mesh, model, base, still, optimizers, ema, parts, rope_table(ids, config.model.shape()))
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------------------
@@ -191,26 +298,71 @@ def assemble(config, device, mesh, model, parts):
 
 @torch.no_grad()
 def encode_batch(run, batch):
-    """A batch of pictures and captions, or of cached posteriors and texts: clean tokens x0 (B, L, C) float32, txt, pooled."""
-    device, seed, indices = run.device, run.config.seed, batch["indices"]
+    """A batch as clean tokens x0 (B, L, C) float32, txt, pooled, and for a ControlNet {"hint": …, "mode": …}.
+
+    It holds pictures and captions, or cached posteriors and texts.
+    """
+    device, keys = run.device, dict(seed=run.config.seed, indices=batch["indices"])
     if "images" in batch:
         mean, logvar = run.parts.autoencoder.posterior(batch["images"].to(device))
         txt, pooled = run.parts.encoders.encode(batch["captions"], run.config.model.max_sequence_length)
     else:
         mean, logvar, txt, pooled = (batch[k].to(device) for k in ("mean", "logvar", "txt", "pooled"))
-    noise = draws.normal(mean.shape[1:], seed=seed, indices=indices, stream="posterior").to(device)
+    x0 = latents_of(run, mean, logvar, stream="posterior", **keys)
+    return x0, txt, pooled, encode_control(run, batch, keys) if run.base else {}
+
+
+def latents_of(run, mean, logvar, **keys):
+    """Packed latents (B, L, C) float32, a sample of the posterior."""
+    noise = draws.normal(mean.shape[1:], **keys).to(run.device)
     latents = sample_posterior(mean.float(), logvar.float(), noise)
-    if run.parts.autoencoder is not None:
-        latents = run.parts.autoencoder.scale(latents)
-    return pack_latents(latents), txt, pooled
+    return pack_latents(latents if run.parts.autoencoder is None else run.parts.autoencoder.scale(latents))
 
 
-def flow_loss(run, x0, txt, pooled, *, noise, t, guidance):
-    """The velocity loss of each sample (B,) at times t (B,), all on the run's device."""
+def encode_control(run, batch, keys):
+    """A ControlNet's hint, latents (B, L, C) or pixels (B, 3, H, W), and of a union net the mode (B,)."""
+    control = run.config.controlnet
+    if control.hint == "pixel":
+        hint = batch["controls"].to(run.device)
+    else:
+        posterior = [batch[k].to(run.device) for k in ("control_mean", "control_logvar")] if "control_mean" in batch else None
+        posterior = posterior or run.parts.autoencoder.posterior(batch["controls"].to(run.device))
+        hint = latents_of(run, *posterior, stream="control", **keys)
+    if not control.num_modes:
+        return {"hint": hint}
+    if "modes" not in batch or int(batch["modes"].max()) >= control.num_modes:
+        raise ValueError(
+            f"controlnet.num_modes={control.num_modes} needs a mode below it with each sample: a field mode in its json, or "
+            "data.control_mode=; " + ("there is none" if "modes" not in batch else f"there is {int(batch['modes'].max())}")
+        )
+    return {"hint": hint, "mode": batch["modes"].to(run.device)}
+
+
+def dropped(run, steer, keys):
+    """`encode_control`'s result with the control of a share of the samples emptied: black pixels, or latents of zero."""
+    share = run.config.controlnet.dropout
+    if not steer or not share:
+        return steer
+    hint = steer["hint"]
+    gone = (draws.uniform(stream="control dropout", **keys) < share).to(run.device).view(-1, *[1] * (hint.ndim - 1))
+    return steer | {"hint": torch.where(gone, -1.0 if run.config.controlnet.hint == "pixel" else 0.0, hint)}
+
+
+def predict(run, img, txt, rope, *, hint=None, mode=None, **inputs):
+    """The velocity, for a run with a ControlNet steered by it; without `hint` that of the frozen transformer alone."""
+    if hint is None:
+        return run.flux(img, txt, rope, **inputs)
+    samples = run.model(img, txt, rope, hint=hint.to(img.dtype), mode=mode, **inputs)
+    return run.base(img, txt, rope, residuals=spread(samples, run.model.config, run.base.config), **inputs)
+
+
+def flow_loss(run, x0, txt, pooled, *, noise, t, guidance, **steer):
+    """The velocity loss of each sample (B,) at times t (B,), all on the run's device; `steer` is `encode_batch`'s."""
     dtype = getattr(torch, run.config.dtype)
-    guidance = guidance if run.model.config.guidance_embed else None
+    guidance = guidance if run.flux.config.guidance_embed else None
     noisy = flow.add_noise(x0, noise, t)
-    velocity = run.model(noisy.to(dtype), txt.to(dtype), run.rope, t=t, pooled=pooled.to(dtype), guidance=guidance)
+    inputs = dict(t=t, pooled=pooled.to(dtype), guidance=guidance, **steer)
+    velocity = predict(run, noisy.to(dtype), txt.to(dtype), run.rope, **inputs)
     return flow.velocity_loss(velocity, x0, noise)
 
 
@@ -220,12 +372,13 @@ def train_step(run, batches, step):
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         parallel.reduce_gradients(run.model, i == len(batches) - 1)
-        x0, txt, pooled = encode_batch(run, batch)
+        x0, txt, pooled, steer = encode_batch(run, batch)
         keys = dict(seed=config.seed, indices=batch["indices"])
         noise = pack_latents(draws.normal(run.latent_shape, stream="noise", **keys)).to(device)
         t = flow.sample_t(config.flow, x0.shape[1], **keys).to(device)
         guidance = flow.sample_guidance(config.flow, **keys).to(device)
-        loss = flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance).mean() / len(batches)
+        steer = dropped(run, steer, keys)
+        loss = flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance, **steer).mean() / len(batches)
         loss.backward()
         total += loss.detach()
     return total, update(run, step)
@@ -240,6 +393,8 @@ def update(run, step):
             group["lr"] = optim.learning_rate(config.optim, step, config.steps)
         optimizer.step()
         optimizer.zero_grad()
+    if run.still:
+        run.still.restore()
     if run.ema:
         run.ema.update(step)
     return norm
@@ -271,7 +426,7 @@ def rank_loader(run, dataset, **options):
 
 
 def encode_validation(run, dataset):
-    """This rank's share of the validation set, encoded once: a list of (x0, txt, pooled, indices, weights) micro-batches.
+    """This rank's share of the validation set, encoded once: a list of (x0, txt, pooled, steer, indices, weights) micro-batches.
 
     Every rank gets as many batches; the surplus samples of the last ones weigh nothing.
     """
@@ -295,13 +450,13 @@ def evaluate(run, batches):
     round_robin = run.config.validation == "round_robin"
     sums = torch.zeros(2, len(flow.VALIDATION_T), device=run.device)  # of losses, and of samples
     low, high = flow.guidance_range(run.config.flow.guidance)
-    for x0, txt, pooled, indices, weights in batches:
+    for x0, txt, pooled, steer, indices, weights in batches:
         noise = pack_latents(draws.normal(run.latent_shape, seed=0, indices=indices, stream="validation")).to(run.device)
         guidance = torch.full((len(x0),), (low + high) / 2, device=run.device)
         numbers = torch.arange(len(flow.VALIDATION_T), device=run.device)
         for k in [indices.to(run.device) % len(numbers)] if round_robin else [n.expand(len(x0)) for n in numbers]:
             t = torch.tensor(flow.VALIDATION_T, device=run.device)[k]
-            losses = flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance)
+            losses = flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance, **steer)
             sums.index_add_(1, k, torch.stack([losses * weights, weights]))
     run.model.train()
     dist.all_reduce(sums)
@@ -314,22 +469,36 @@ def encode_prompts(run, dataset):
     if run.parts.encoders is None:
         return None
     plain = dataset.dataset if isinstance(dataset, CachedSamples) else dataset  # a cache holds no captions
-    prompts = [plain[i]["captions"] for i in range(min(run.config.sample.count, run.config.data.val_count))]
-    return prompts, run.parts.encoders.encode(prompts, run.config.model.max_sequence_length)
+    samples = [plain[i] for i in range(min(run.config.sample.count, run.config.data.val_count))]
+    prompts = [sample["captions"] for sample in samples]
+    texts = run.parts.encoders.encode(prompts, run.config.model.max_sequence_length)
+    if not run.base:
+        return Prompts(prompts, *texts, {}, [])
+    controls = torch.stack([sample["controls"] for sample in samples])
+    batch = {"controls": controls} | ({"modes": torch.tensor([s["modes"] for s in samples])} if "modes" in samples[0] else {})
+    with torch.no_grad():
+        steer = encode_control(run, batch, dict(seed=run.config.seed, indices=list(range(len(samples)))))
+    shown = [picture for sample in samples for picture in sampling.pictures_of(torch.stack([sample["controls"], sample["images"]]))]
+    return Prompts(prompts, *texts, steer, shown)
 
 
 def draw_grid(run, prompts):
-    """The same prompts and noise every time: a contact sheet. Collective, since the model is sharded."""
-    texts, (txt, pooled) = prompts
+    """The same prompts and noise every time: a contact sheet, with ControlNets of (control, target, drawn). Collective."""
     data, grid = run.config.data, run.config.sample
     settings = sampling.SampleConfig(height=data.height, width=data.width, steps=grid.steps, guidance=grid.guidance)
     dtype, size, pictures = getattr(torch, run.config.dtype), run.config.data.micro_batch, []
-    for start in range(0, len(texts), size):
+    for start in range(0, len(prompts.texts), size):
         rows = slice(start, start + size)
-        noise = sampling.initial_noise(run.latent_shape, list(range(len(texts)))[rows]).to(run.device)
-        tokens = sampling.sample_sharded(run.model, txt[rows].to(dtype), pooled[rows].to(dtype), noise, settings)
+        noise = sampling.initial_noise(run.latent_shape, list(range(len(prompts.texts)))[rows]).to(run.device)
+        steer = {name: values[rows] for name, values in prompts.steer.items()}
+        texts = prompts.txt[rows].to(dtype), prompts.pooled[rows].to(dtype)
+        tokens = sampling.sample_sharded(partial(predict, run, **steer), run.flux.config, *texts, noise, settings, dtype)
         pictures += sampling.decode(run.parts.autoencoder, tokens, data.height, data.width)
-    return contact_sheet(pictures, captions=texts)
+    if not prompts.shown:
+        return contact_sheet(pictures, captions=prompts.texts)
+    triples = [p for i, picture in enumerate(pictures) for p in (*prompts.shown[2 * i : 2 * i + 2], picture)]
+    captions = [line for text in prompts.texts for line in ("control", "target", text)]
+    return contact_sheet(triples, columns=6, captions=captions)
 
 
 # --- resuming -------------------------------------------------------------------------------------------------------------------
@@ -380,7 +549,8 @@ def describe(run):
     return {
         "layout": "fluxlite",
         "version": __version__,
-        "model": asdict(run.config.model.shape()),
+        "what": "controlnet" if run.base else "transformer",
+        "model": asdict(run.model.config),
         "flow": asdict(run.config.flow),
         "config": asdict(run.config),
         "ema": sorted(run.ema.average) if run.ema else [],
@@ -428,6 +598,8 @@ def train(config):
         log.info("resuming after step %d with sample %d, the very next one, whatever the mesh and the workers", start, start * size)
     slices = size // (config.data.micro_batch * run.mesh.dp_size)
     batches = rank_loader(run, training, global_batch=size, start_index=start * size, workers=config.data.workers)
+    if watch.meter and not last:
+        watch.metrics.log(0, watch.meter.look(0))
     with closing(watch.metrics), stop_signals() as caught:
         for step in range(start, config.steps):
             micro = [next(batches) for _ in range(slices)]
@@ -444,6 +616,8 @@ def train(config):
                 break
     if parallel.rank() == 0:
         plot_losses(config.output)
+        if watch.meter:
+            plot_control(config.output)
     return Path(config.output)
 
 
@@ -461,12 +635,20 @@ def start_watching(run, validation, start):
     metrics = Metrics(
         config.metrics, config.output, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main
     )
-    flops = 3 * run.model.forward_flops(config.model.max_sequence_length, num_image_tokens(*run.latent_shape[1:]))
+    flops = step_flops(run)
     ranks, peak = parallel.world_size(), config.metrics.peak_tflops
     held_out, prompts = encode_validation(run, validation), encode_prompts(run, validation)
     if config.data.cache:
         run.parts.encoders = None
-    return Watch(metrics, Throughput(device=run.device, flops_per_sample=flops, num_devices=ranks, peak=peak), held_out, prompts)
+    speed = Throughput(device=run.device, flops_per_sample=flops, num_devices=ranks, peak=peak)
+    meter = Meter(run, held_out, partial(flow_loss, run)) if run.base and config.controlnet.meter_every else None
+    return Watch(metrics, speed, held_out, prompts, meter)
+
+
+def step_flops(run):
+    """Floating-point operations of a sample's training step: three forwards, or of a frozen transformer two."""
+    tokens = run.config.model.max_sequence_length, num_image_tokens(*run.latent_shape[1:])
+    return 3 * run.model.forward_flops(*tokens) + (2 * run.base.forward_flops(*tokens) if run.base else 0)
 
 
 def report(run, watch, step, loss, norm):
@@ -485,6 +667,8 @@ def look(run, watch, step):
     config = run.config
     validate = due(step, config.validate_every, config.steps)
     draw = watch.prompts is not None and due(step, config.sample.every, config.steps)
+    if watch.meter and due(step, config.controlnet.meter_every, config.steps):
+        watch.metrics.log(step, watch.meter.look(step))
     if not (validate or draw):
         return
     with averaged(run):
