@@ -1,7 +1,7 @@
 """Make `assets/flux-tiny`: a tiny but complete FLUX pipeline, every part trained on generated fill50k pictures and captions.
 
     python scripts/make_tiny.py                    # all stages, about an hour and a half on two cores
-    python scripts/make_tiny.py --stage vae        # or text, transformer
+    python scripts/make_tiny.py --stage vae        # or text, transformer, controlnet
 
 Pairs of colours that `fill50k.is_held_out` holds out are in no stage's data. Weights are stored in bfloat16.
 """
@@ -23,7 +23,7 @@ from torch import nn
 
 from fluxlite import convert
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
-from fluxlite.checkpoint import load_transformer
+from fluxlite.checkpoint import load_transformer, open_source, write_converted
 from fluxlite.data import fill50k
 
 SIZE = 64
@@ -136,6 +136,13 @@ def make_transformer():
     write_index()
 
 
+def make_controlnet():
+    """Train by `train.py recipe=controlnet_tiny` beside the shipped transformer, then write the averaged weights as diffusers'."""
+    root, run = ASSETS.parent.parent, "runs/controlnet_tiny"
+    subprocess.run([sys.executable, "train.py", "recipe=controlnet_tiny", f"output={run}", "resume=auto"], cwd=root, check=True)
+    write_converted(open_source(root / run), ASSETS / "controlnet", to="diffusers", dtype=torch.bfloat16, overwrite=True)
+
+
 def write_index():
     """The files that make the parts a pipeline: for diffusers `model_index.json` and the scheduler's, for us default settings."""
     index = {
@@ -175,7 +182,7 @@ def write_index():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["all", "vae", "text", "transformer"], default="all")
+    parser.add_argument("--stage", choices=["all", "vae", "text", "transformer", "controlnet"], default="all")
     parser.add_argument("--vae-minutes", type=float, default=30)
     parser.add_argument("--text-minutes", type=float, default=7)
     parser.add_argument("--threads", type=int, default=2)
@@ -187,6 +194,8 @@ def main():
         make_text(ASSETS, args.text_minutes)
     if args.stage in ("all", "transformer"):
         make_transformer()
+    if args.stage in ("all", "controlnet"):
+        make_controlnet()
 
 
 if __name__ == "__main__":

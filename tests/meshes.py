@@ -16,7 +16,6 @@ from fluxlite import parallel, trainer
 from fluxlite.config import TrainConfig, load_config
 from fluxlite.convert import Piece
 from fluxlite.data import MockSamples
-from fluxlite.model import Flux
 
 MODEL = ["data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "model.num_double_blocks=1",
          "model.num_single_blocks=1", "model.num_heads=24", "model.hidden_size=192", "model.rope_axes=[2,2,4]",
@@ -41,6 +40,8 @@ MESHES = {
     },
 }
 PLAIN = ["dtype=float32"]
+CONTROL = [*PLAIN, "controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=1",
+           "controlnet.init_from_base=false"]  # fmt: skip
 
 
 def cases(ranks):
@@ -52,6 +53,8 @@ def cases(ranks):
                 options = [*mesh, f"shard_modulation={sharded}"]
                 found[f"{name}, accumulation {accumulation}, shard_modulation {sharded}"] = options, accumulation, PLAIN
         found[f"{name}, bfloat16"] = mesh, 1, ["dtype=bfloat16"]
+        if name in ("one", "dp2", "tp2", "tp2, sequence parallel", "cp2", "dp2 x tp2"):
+            found[f"{name}, controlnet"] = mesh, 1, CONTROL
     if ranks == 2:
         for name in ("dp2", "tp2, sequence parallel", "cp2"):
             for kind in ("full", "2", "selective"):
@@ -76,9 +79,9 @@ def configure(mesh, accumulation, rest):
     return config
 
 
-def random_pieces(model, seed, device):
+def random_pieces(model, seed, device, _values_of=None):
     """Non-trivial values for every parameter, the same for every mesh."""
-    whole = randomise(Flux(model.config), seed)
+    whole = randomise(type(model)(model.config), seed)
     return ((Piece(name), p.detach()) for name, p in whole.named_parameters())
 
 
@@ -104,7 +107,7 @@ def train(config, steps=10):
 
     def update(run, step):
         if step == 0:
-            figures["gradients"] = whole({name: p.grad for name, p in run.model.named_parameters()})
+            figures["gradients"] = whole({name: p.grad for name, p in run.model.named_parameters() if p.requires_grad})
         return real_update(run, step)
 
     with mock.patch.object(trainer, "update", update):

@@ -21,7 +21,7 @@ from test_convert import in_layout
 from test_trainer import MOCK
 
 from fluxlite import checkpoint, convert, offload, streams, verify
-from fluxlite.pipeline import ASSETS
+from fluxlite.checkpoint import ASSETS
 
 ROOT = Path(__file__).parents[1]
 TINY = ASSETS / "flux-tiny"

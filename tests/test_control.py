@@ -13,11 +13,12 @@ from reference import our_controlnet_from, randomise
 
 import fluxlite
 from fluxlite import checkpoint, draws, sampling
+from fluxlite.checkpoint import ASSETS
 from fluxlite.config import InferConfig, load_config
 from fluxlite.control import Control, hint_of, open_control, read_picture
 from fluxlite.controlnet import ControlNet, ControlNetConfig
 from fluxlite.latents import pack_latents
-from fluxlite.pipeline import ASSETS, picture_seed
+from fluxlite.pipeline import picture_seed
 
 TINY, ROOT = ASSETS / "flux-tiny", Path(__file__).parents[1]
 PROMPT = "red circle with dark blue background"

@@ -12,8 +12,9 @@ from PIL import Image
 
 import fluxlite
 from fluxlite import checkpoint, sampling
+from fluxlite.checkpoint import ASSETS
 from fluxlite.latents import unpack_latents
-from fluxlite.pipeline import ASSETS, picture_seed
+from fluxlite.pipeline import picture_seed
 
 ROOT = Path(__file__).parents[1]
 TINY = ASSETS / "flux-tiny"

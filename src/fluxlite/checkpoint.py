@@ -32,6 +32,9 @@ from fluxlite.model import FluxConfig
 
 log = logging.getLogger("fluxlite")
 
+TINY = "flux-tiny"
+ASSETS = Path(__file__).parents[2] / "assets"
+
 
 @dataclass
 class CheckpointConfig:
@@ -70,6 +73,15 @@ class Source:
         """A digest of the files' names, sizes and times of change, and of what is taken of them, without reading them."""
         lines = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in self.files]
         return hashlib.sha256("\n".join([*lines, f"averaged {self.averaged}"]).encode()).hexdigest()
+
+
+def resolve(path):
+    """`flux-tiny` names the pipeline that comes with the code; anything else stands for itself."""
+    if path != TINY:
+        return path
+    if not (ASSETS / TINY).is_dir():
+        raise ValueError(f"{ASSETS / TINY} is missing: work in a clone of the repository, or name a checkpoint of your own")
+    return str(ASSETS / TINY)
 
 
 def is_run(path):

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fluxlite import parallel, sampling
-from fluxlite.checkpoint import CheckpointConfig
+from fluxlite.checkpoint import TINY, CheckpointConfig
 from fluxlite.control import Control
 from fluxlite.controlnet import MODES, ControlNetConfig, check_starts
 from fluxlite.data import DataConfig
@@ -306,6 +306,8 @@ class InferConfig:
             raise ValueError(f"negative_prompt= needs true_cfg above 1, not {self.true_cfg}")
         if self.offload not in OFFLOAD:
             raise ValueError(f"offload={self.offload}: choose one of {', '.join(OFFLOAD)}")
+        if self.control_image and not self.controlnet.checkpoint and self.model.checkpoint == TINY:
+            self.controlnet.checkpoint = [TINY]
         self.controlnet.controls(self.control_image)
         for name in ("images_per_prompt", "batch"):
             if getattr(self, name) < 1:

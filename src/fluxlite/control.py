@@ -96,7 +96,7 @@ def open_control(control, base, height, width, num_prompts=1):
         source, where = control.checkpoint, "the ControlNet"
     else:
         where = f"controlnet.checkpoint={control.checkpoint}"
-        source = ckpt.converted(control.checkpoint, control.save_converted, group="controlnet", part="controlnet")
+        source = ckpt.converted(ckpt.resolve(control.checkpoint), control.save_converted, group="controlnet", part="controlnet")
     check_fits(source.config, base, where)
     return OpenControl(control, source, source.config, mode_number(control.mode, source.config.num_modes, where), pixels)
 

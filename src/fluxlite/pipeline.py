@@ -15,14 +15,13 @@ import torch
 
 from fluxlite import checkpoint as ckpt
 from fluxlite import control, parallel, sampling
+from fluxlite.checkpoint import TINY, resolve
 from fluxlite.conditioning import load_text_encoders
 from fluxlite.control import Steering, open_control
 from fluxlite.latents import num_image_tokens
 from fluxlite.offload import OFFLOAD, stream_blocks
 from fluxlite.sampling import SampleConfig, decode, initial_noise
 
-TINY = "flux-tiny"
-ASSETS = Path(__file__).parents[2] / "assets"
 PIPELINE_FILES = [f"{part}/*" for part in ("transformer", "vae", "text_encoder*", "tokenizer*")] + ["model_index.json"]
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
 
@@ -39,15 +38,6 @@ class Pipeline:
 
     def load_controlnet(self, opened, device=None):
         return opened.load(attention="auto", dtype=self.model.img_in.weight.dtype, device=device or self.device)
-
-
-def resolve(path):
-    """`flux-tiny` names the pipeline that comes with the code; anything else stands for itself."""
-    if path != TINY:
-        return path
-    if not (ASSETS / TINY).is_dir():
-        raise ValueError(f"{ASSETS / TINY} is missing: work in a clone of the repository, or name a checkpoint of your own")
-    return str(ASSETS / TINY)
 
 
 # --- finding --------------------------------------------------------------------------------------------------------------------
