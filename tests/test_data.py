@@ -7,6 +7,7 @@ import pickle
 import signal
 import tarfile
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from fluxlite.data import (
     prepare,
 )
 from fluxlite.data import cache as cache_module
-from fluxlite.data.images import BadSample, decode, resize_crop
+from fluxlite.data.images import BadSample, decode, edges, frame, pixels, resize_crop
 from fluxlite.data.shards import Order
 
 
@@ -404,6 +405,10 @@ def test_what_is_no_data_is_named(tmp_path, tars, name):
         (dict(cache="c", flip=True), "data.cache"),
         (dict(cache="c", kind="mock"), "data.cache"),
         (dict(kind="fill50k", path="s3://bucket"), "webdataset"),
+        (dict(control="sketch"), "data.control=sketch: choose jpg, jpeg, webp, png.*canny"),
+        (dict(control=""), "data.control="),
+        (dict(control="png", control_mode="colour"), "data.control_mode=colour: choose one of canny, tile"),
+        (dict(control_mode="canny"), "set data.control="),
     ],
 )
 def test_nonsense_is_refused(changes, named):
@@ -583,6 +588,239 @@ def test_the_original_layout_is_imported(tmp_path):
     assert dataset[0]["captions"] == "red circle with blue background" and len(dataset) == 1
     with pytest.raises(ValueError, match="prompt.json"):
         list(fill50k.imported_samples(tmp_path))
+
+
+# --- control --------------------------------------------------------------------------------------------------------------------
+
+
+def encoded(image, kind="png"):
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def smooth(number, size):
+    """A picture that survives being made smaller: a few large, soft patches, different for each number."""
+    patches = np.random.default_rng(number).integers(0, 256, (3, 4, 3), np.uint8)
+    return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
+
+
+def controlled(numbers, **fields):
+    """Samples of a webp target and the same picture as a png control; `fields` for the json, by number."""
+    found = {}
+    for i in numbers:
+        found |= {f"{i:03d}.webp": picture(i, "webp", (48, 40)), f"{i:03d}.txt": f"picture {i}".encode()}
+        found[f"{i:03d}.png"] = encoded(decode(found[f"{i:03d}.webp"]))
+        if f"_{i}" in fields:
+            found[f"{i:03d}.json"] = json.dumps(fields[f"_{i}"]).encode()
+    return found
+
+
+def differing_controls(path, **changes):
+    write_tar(path / "0.tar", members(range(9)) | {f"{i:03d}.png": picture(i + 50, "png") for i in range(9)})
+    return config_for(path, control="png", shuffle=False, **changes)
+
+
+def test_the_control_is_cropped_and_flipped_as_its_target(tmp_path):
+    write_tar(tmp_path / "0.tar", controlled(range(9)))
+    for size in ((32, 32), (40, 32), (64, 64)):  # resampled, cropped alone, enlarged
+        options = dict(height=size[0], width=size[1], crop="random", flip=True)
+        dataset = open_dataset(config_for(tmp_path, control="png", **options), "train", 0)
+        plain = open_dataset(config_for(tmp_path, **options), "train", 0)
+        flat = open_dataset(config_for(tmp_path, control="png", height=size[0], width=size[1]), "train", 0)
+        moved = 0
+        for i in range(24):
+            assert torch.equal(dataset[i]["controls"], dataset[i]["images"]) and dataset[i]["controls"].dtype == torch.float32
+            assert torch.equal(dataset[i]["images"], plain[i]["images"])  # a control draws nothing
+            moved += not torch.equal(dataset[i]["controls"], flat[i]["controls"])
+        assert moved > 8
+
+
+@pytest.mark.parametrize("scale", [2, 0.5, 1 / 3])
+def test_a_control_of_another_size_shows_the_same_part(tmp_path, scale):
+    content = {}
+    for i in range(8):
+        small, large = (200, 150), (round(200 * scale), round(150 * scale))
+        content |= {f"{i}.jpg": encoded(smooth(i, small), "png"), f"{i}.png": encoded(smooth(i, large)), f"{i}.txt": b"a"}
+    write_tar(tmp_path / "0.tar", content)
+    for side in (48, 150):
+        config = config_for(tmp_path, control="png", crop="random", flip=True, height=side, width=side)
+        dataset = open_dataset(config, "train", 0)
+        for i in range(12):
+            assert (dataset[i]["images"] - dataset[i]["controls"]).abs().mean() < 0.03
+            assert (dataset[i]["images"] - dataset[i]["controls"].flip(2)).abs().mean() > 0.1
+
+
+def test_a_box_of_whole_pixels_is_copied_from_a_control_of_half_the_size():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
+    target = Image.fromarray(pixels).resize((48, 32), Image.Resampling.NEAREST)
+    got = frame(target.size, 16, 16).of(Image.fromarray(pixels))
+    assert np.array_equal(np.array(got), pixels[:, 4:20])
+
+
+def test_missing_and_unfitting_controls_are_counted_with_the_reason(tmp_path, caplog):
+    content = controlled(range(12))
+    del content["003.png"], content["004.webp"]
+    content["005.png"] = picture(5, "png", (48, 48))
+    content["006.png"] = content["006.png"][:-200]
+    content["007.png"] = picture(7, "png", (24, 20))
+    write_tar(tmp_path / "0.tar", content)
+    config = config_for(tmp_path, control="png", shuffle=False)
+    with caplog.at_level(logging.WARNING, "fluxlite"):
+        dataset = open_dataset(config, "train", 0)
+    assert len(dataset) == 9 and [dataset[i]["keys"] for i in (2, 3, 4, 5)] == ["0/002", "0/007", "0/007", "0/007"]
+    assert "skipped 0/003: no control (png)" in caplog.text and "skipped 0/004: no picture (jpg, jpeg, webp)" in caplog.text
+    wrong_shape, broken = dataset[3]["bad"]
+    assert "its control (png)" in wrong_shape and "48x48 pixels beside 48x40" in wrong_shape and "unreadable" in broken
+    with pytest.raises(ValueError, match="2 of 12 samples.*no control.*0/003: no control .png."):
+        open_dataset(config_for(tmp_path, control="png", max_bad_fraction=0.1), "train", 0)
+    assert len(open_dataset(config_for(tmp_path), "train", 0)) == 11  # as it was; the index of one is not the other's
+
+
+def test_controls_with_endings_of_their_own_leave_other_pngs_alone(tmp_path):
+    content = {}
+    for i in range(2):
+        content |= {f"{i}.png": picture(i, "png"), f"{i}.txt": b"a", f"{i}.depth.png": picture(i + 5, "png")}
+    write_tar(tmp_path / "0.tar", content)
+    sample = open_dataset(config_for(tmp_path, control="depth.png", shuffle=False), "train", 0)[0]
+    assert torch.equal(sample["images"], resize_crop(decode(picture(0, "png")), 32, 32))
+    assert torch.equal(sample["controls"], resize_crop(decode(picture(5, "png")), 32, 32))
+
+
+def test_canny_draws_the_outline_of_a_square(tmp_path):
+    square = np.zeros((64, 64, 3), np.uint8)
+    square[16:48, 20:44] = (255, 0, 0)
+    content = {f"{i}.{e}": d for i in range(4) for e, d in (("png", encoded(Image.fromarray(square))), ("txt", b"a square"))}
+    write_tar(tmp_path / "0.tar", content)
+    options = dict(control="canny", height=64, width=64, val_path=str(tmp_path))
+    sample = open_dataset(config_for(tmp_path, **options), "train", 0)[0]
+    controls = sample["controls"]
+    assert controls.shape == (3, 64, 64) and set(controls.unique().tolist()) == {-1.0, 1.0}
+    inside = torch.zeros(64, 64, dtype=torch.bool)
+    inside[18:46, 22:42] = True
+    outside = torch.ones(64, 64, dtype=torch.bool)
+    outside[14:50, 18:46] = False
+    assert (controls[:, inside | outside] == -1).all() and 90 < (controls[0] == 1).sum() < 130
+    flipped = open_dataset(config_for(tmp_path, **(options | dict(height=32, width=16, crop="random", flip=True))), "train", 0)
+    for i in range(8):
+        assert torch.equal(flipped[i]["controls"], pixels(edges(to_picture(flipped[i]["images"]))))
+    assert same(by_index(batches(flipped, workers=2)), by_index(batches(flipped)))
+
+
+def test_canny_sees_edges_by_two_thresholds():
+    def outlined(*steps):  # columns in which an edge is seen between black and these steps below it; its gradient is 4 · step
+        image = np.zeros((32, 16 * len(steps), 3), np.uint8)
+        for i, step in enumerate(steps):
+            image[16:, 16 * i : 16 * i + 16] = step
+        return (pixels(edges(Image.fromarray(image)))[0] > 0).any(dim=0)[2:-2]
+
+    assert not outlined(45).any() and outlined(55).all()
+    assert outlined(45, 55).all()  # a weak edge that continues a strong one
+    assert not outlined(20, 55)[:12].any()
+
+
+def to_picture(image):
+    return Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_canny_without_opencv_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install opencv-python-headless"):
+        config_for("x", control="canny")
+
+
+def test_validation_has_controls_of_the_centre(tmp_path):
+    config = differing_controls(tmp_path, val_count=3, crop="random", flip=True, height=16, width=24)
+    dataset = open_dataset(config, "val", 0)
+    for i in range(3):
+        assert torch.equal(dataset[i]["controls"], resize_crop(decode(picture(56 + i, "png")), 16, 24))
+
+
+def test_modes_are_given_by_name_by_number_and_by_default(tmp_path):
+    content = controlled(range(6), _0={"mode": "depth"}, _1={"mode": 4}, _2={"mode": "5"}, _3={"mode": "colour"}, _4={"a": 1})
+    write_tar(tmp_path / "0.tar", content)
+    options = dict(control="png", shuffle=False, val_path=str(tmp_path))
+    (rank,) = batches(open_dataset(config_for(tmp_path, control_mode="canny", **options), "train", 0), stop=6)
+    assert [batch["modes"].tolist() for batch in rank] == [[2, 4], [5, 0], [0, 0]] and rank[0]["modes"].dtype == torch.int64
+    dataset = open_dataset(config_for(tmp_path, control_mode="9", **options), "train", 0)
+    assert dataset[4]["modes"] == 9 and "mode 'colour'" in dataset[3]["bad"][0]
+    dataset = open_dataset(config_for(tmp_path, **options), "train", 0)
+    assert dataset[3]["modes"] == 2 and ["no mode in its json" in why for why in dataset[3]["bad"]] == [False, True, True]
+    assert "modes" not in open_dataset(config_for(tmp_path, shuffle=False), "train", 0)[0]
+
+
+def test_a_set_without_modes_has_none(tmp_path):
+    write_tar(tmp_path / "0.tar", controlled(range(3), _0={"a": 1}, _1=[], _2={"mode": None}))
+    assert set(open_dataset(config_for(tmp_path, control="png"), "train", 0)[0]) == {
+        "images", "captions", "controls", "indices", "keys", "bad"}  # fmt: skip
+
+
+@pytest.mark.parametrize("control", ["png", "canny"])
+def test_cached_controls_equal_uncached_ones(tmp_path, control):
+    content = controlled(range(11), **{f"_{i}": {"mode": i % 7} for i in range(11) if i != 5})
+    content |= {f"{i:03d}.png": picture(i + 50, "png", (48, 40)) for i in range(11)} | {"003.png": b"", "004.webp": b""}
+    write_tar(tmp_path / "tars" / "0.tar", content)
+    dataset = open_dataset(config_for(tmp_path / "tars", control=control, caption_dropout=0.4), "train", 0)
+    cached = CachedSamples(dataset, make_cache(dataset, tmp_path / "cache"))
+    skipped = set()
+    for i in range(20):
+        a, b = dataset[i], cached[i]
+        for name, posterior in (("images", ("mean", "logvar")), ("controls", ("control_mean", "control_logvar"))):
+            assert all(torch.equal(b[k], v[0]) for k, v in zip(posterior, encode_images(a[name][None])))
+        assert torch.equal(a["modes"], b["modes"]) and a["keys"] == b["keys"] and a["bad"] == b["bad"]
+        assert torch.equal(b["txt"], encode_texts([a["captions"]])[0][0])
+        skipped |= {entry[:5] for entry in a["bad"]}
+    assert skipped == ({"0/003", "0/004", "0/005"} if control == "png" else {"0/004", "0/005"})
+    assert collated_shapes(cached)["modes"] == (2,)
+
+
+def collated_shapes(dataset):
+    (rank,) = batches(dataset, stop=6)
+    return {name: tuple(value.shape) for name, value in rank[0].items() if isinstance(value, torch.Tensor)}
+
+
+def test_caches_of_other_controls_are_stale(tmp_path):
+    write_tar(tmp_path / "tars" / "0.tar", controlled(range(5)))
+    settings = ({}, dict(control="png"), dict(control="png", control_mode="canny"), dict(control="png", control_mode="1"))
+    for changes in (*settings, dict(control="canny")):
+        dataset = open_dataset(config_for(tmp_path / "tars", **changes), "train", 0)
+        make_cache(dataset, tmp_path / "-".join(map(str, changes.values())))
+        for other in (*settings, dict(control="canny")):
+            if other != changes:
+                with pytest.raises(ValueError, match="stale: other data"):
+                    dataset = open_dataset(config_for(tmp_path / "tars", **other), "train", 0)
+                    make_cache(dataset, tmp_path / "-".join(map(str, changes.values())))
+
+
+def test_a_cache_without_controls_is_that_of_earlier_versions(tmp_path):
+    write_tar(tmp_path / "tars" / "0.tar", {f"{i}.{e}": b"x" * (i + 1) for i in range(3) for e in ("png", "jpg", "txt")})
+    assert cache_module.data_digest(open_dataset(config_for(tmp_path / "tars"), "train", 0)) == "d645ecdd9ee98d85"
+
+
+def test_generated_circles_have_their_outlines_as_controls(tmp_path):
+    config = fill50k_config(tmp_path / "data", control="png", caption_dropout=0.0)
+    config.validate()
+    for split, seed in (("train", 0), ("val", 1)):
+        prepare(config, split, 0)
+        sample = open_dataset(config, split, 0)[0]
+        number = int(sample["keys"].split("/")[1])
+        _, outline, text = fill50k.draw_sample(number, size=32, seed=seed, held_out=split == "val")
+        assert sample["captions"] == text and torch.equal(sample["controls"], pixels(Image.fromarray(outline)))
+
+
+def test_mock_controls_are_seeded_and_leave_the_rest_as_it_is():
+    config = DataConfig(kind="mock", count=10, height=32, width=32)
+    steered = replace(config, control="png", control_mode="depth")
+    shapes = dict(latent_shape=(4, 4, 4), text_shape=(3, 5), pooled_width=7)
+    plain, a, b = (MockSamples(c, split="train", seed=seed, **shapes) for c, seed in ((config, 0), (steered, 0), (steered, 1)))
+    assert torch.equal(a[3]["control_mean"], a[13]["control_mean"]) and a[3]["control_logvar"].shape == (4, 4, 4)
+    others = (a[4]["control_mean"], b[3]["control_mean"], a[3]["mean"])
+    assert not any(torch.equal(a[3]["control_mean"], other) for other in others)
+    assert set(a[3]) - set(plain[3]) == {"control_mean", "control_logvar", "modes"} and collated_shapes(a)["modes"] == (2,)
+    assert torch.equal(a[3]["mean"], plain[3]["mean"]) and torch.equal(a[3]["txt"], plain[3]["txt"]) and a[3]["modes"] == 2
+    pictures, without = (open_dataset(c, "train", 0) for c in (steered, config))
+    assert set(pictures[2]) - set(without[2]) == {"controls", "modes"} and pictures[2]["controls"].shape == (3, 32, 32)
+    assert torch.equal(pictures[2]["images"], without[2]["images"]) and pictures[2]["captions"] == without[2]["captions"]
 
 
 # --- mock -----------------------------------------------------------------------------------------------------------------------

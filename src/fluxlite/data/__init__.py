@@ -5,6 +5,7 @@ dataset = open_dataset(config, "train", seed)
 for batch in make_loader(dataset, global_batch=8, micro_batch=2, dp_rank=0, dp_size=2, start_index=0, workers=2): …
 """
 
+import importlib.util
 import json
 import logging
 import os
@@ -16,9 +17,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from fluxlite.controlnet import MODES
 from fluxlite.data.cache import CachedSamples, build_cache
 from fluxlite.data.mock import MockPictures, MockSamples
-from fluxlite.data.shards import Samples, cut, expand, locked, open_shards
+from fluxlite.data.shards import IMAGES, Samples, cut, expand, locked, mode_number, open_shards
 
 __all__ = [
     "CachedSamples",
@@ -60,6 +62,12 @@ class DataConfig:
         default="caption", metadata={"help": "field of a sample's json that is its caption; without it, its txt is"}
     )
     caption_dropout: float = field(default=0.1, metadata={"help": "share of samples trained with the empty caption"})
+    control: str | None = field(
+        default=None, metadata={"help": "a ControlNet's picture: an ending, as png, of a file beside the target; canny: its edges"}
+    )
+    control_mode: str | None = field(
+        default=None, metadata={"help": f"kind of control where a json has no mode: {', '.join(MODES)}, or a number"}
+    )
     micro_batch: int = field(default=1, metadata={"help": "samples of a forward pass, for each data-parallel rank"})
     global_batch: int = field(default=8, metadata={"help": "samples of an optimizer step, over all ranks"})
     shuffle: bool = field(default=True, metadata={"help": "a new order each epoch; false: the tars' own"})
@@ -73,6 +81,11 @@ class DataConfig:
     val_count: int = field(default=64, metadata={"help": "held-out samples that validation takes"})
     download: str = _path("~/.cache/fluxlite/shards", "folder for tars fetched from URLs")
 
+    @property
+    def control_ending(self):
+        """The ending of the control's file; None where there is no such file."""
+        return None if self.control == "canny" else self.control
+
     def validate(self):
         """Raise `ValueError` for values that make no sense, here or together."""
         for name, choices in (("kind", KINDS), ("crop", CROPS)):
@@ -82,6 +95,16 @@ class DataConfig:
             raise ValueError("data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a URL")
         if self.kind == "fill50k" and re.match(r"[A-Za-z][\w+.-]*:", self.path or ""):
             raise ValueError(f"data.path={self.path} must be a folder for data=fill50k; data=webdataset reads URLs")
+        if self.control_ending is not None and not re.fullmatch(rf"([a-z0-9_-]+\.)*({'|'.join(IMAGES)})", self.control_ending):
+            raise ValueError(
+                f"data.control={self.control}: choose {', '.join(IMAGES)}, an ending such as depth.png, canny, or null"
+            )
+        if self.control == "canny" and not importlib.util.find_spec("cv2"):
+            raise ValueError("data.control=canny needs OpenCV: pip install opencv-python-headless")
+        if self.control_mode is not None and not self.control:
+            raise ValueError(f"data.control_mode={self.control_mode} says of which kind a control is: set data.control= too")
+        if self.control_mode is not None and mode_number(self.control_mode) is None:
+            raise ValueError(f"data.control_mode={self.control_mode}: choose one of {', '.join(MODES)}, or a number")
         for name in ("count", "generate_size", "height", "width", "micro_batch", "global_batch", "shuffle_window", "val_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
@@ -152,7 +175,8 @@ def _check_generated(config, folder, count, *, at_least):
 
 def find_shards(config, split):
     """The shards of a split. Without a validation set of its own, the last `val_count` samples are validation's."""
-    limit, places = dict(max_bad_fraction=config.max_bad_fraction), dict(setting="data.path", download=config.download)
+    limit = dict(max_bad_fraction=config.max_bad_fraction, control=config.control_ending)
+    places = dict(setting="data.path", download=config.download)
     if split == "val" and config.val_path:
         places["setting"] = "data.val_path"
         paths = expand(config.val_path, "val", **places) or expand(config.val_path, "train", **places)
@@ -195,8 +219,9 @@ def make_loader(dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_i
     """An iterator over one rank's micro-batches from `start_index`, a multiple of `global_batch`, to `stop_index` or for ever.
 
     Step s, slice a, rank r takes `micro_batch` indices from s·global_batch + (a·dp_size + r)·micro_batch on. Batches are
-    dictionaries: images (B, 3, H, W) and captions, or mean, logvar, txt and pooled, stacked; indices (B,) and keys. Raises
-    `ValueError` where more than `max_bad_fraction` of 100 samples or more, or of an epoch, are bad.
+    dictionaries: images (B, 3, H, W) and captions, or mean, logvar, txt and pooled, stacked; indices (B,) and keys; with
+    `data.control` also controls (B, 3, H, W), or control_mean and control_logvar, and perhaps modes (B,) int64. Raises `ValueError`
+    where more than `max_bad_fraction` of 100 samples or more, or of an epoch, are bad.
     """
     for name, value, multiple in (
         ("global_batch", global_batch, micro_batch * dp_size),

@@ -21,6 +21,9 @@ from tqdm import tqdm
 from fluxlite.data.images import BadSample
 from fluxlite.data.shards import Kept, first_good
 
+POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
+OF_PICTURES = (*POSTERIORS["images"], *POSTERIORS["controls"], "modes")  # tensors of a row for each good sample
+OF_TEXTS = ("txt", "pooled")
 ROWS = 1000  # samples of a file: 4 GB of FLUX.1-dev's texts, all in memory until the file is written
 
 log = logging.getLogger("fluxlite")
@@ -73,7 +76,9 @@ def piece_name(shard, row):
 
 def data_digest(dataset):
     """Sixteen hexadecimal digits for the tars' names and sizes and for what is read from them."""
-    digest = hashlib.blake2b(dataset.config.caption_field.encode(), digest_size=8)
+    config = dataset.config
+    control = f"/{config.control}/{config.control_mode}" if config.control else ""
+    digest = hashlib.blake2b(f"{config.caption_field}{control}".encode(), digest_size=8)
     for shard in dataset.shards:
         digest.update(f"{shard.name}/{shard.size}/{len(shard.keys)}/".encode())
         digest.update(b"/".join(shard.keys.tolist()))
@@ -108,7 +113,7 @@ def _write(file, tensors, metadata=None):
 
 
 class _Readable:
-    """Some samples of a `Samples`, as (image, caption, None), or as (None, None, reason) where they are bad."""
+    """Some samples of a `Samples`, as (sample, None), or as (None, reason) where they are bad."""
 
     def __init__(self, dataset, numbers):
         self.dataset, self.numbers = dataset, numbers
@@ -118,33 +123,42 @@ class _Readable:
 
     def __getitem__(self, row):
         try:
-            return *self.dataset.read(self.numbers[row], 0), None
+            return self.dataset.read(self.numbers[row], 0), None
         except BadSample as error:
-            return None, None, str(error)
+            return None, str(error)
 
 
 @torch.no_grad()
 def _encode(dataset, numbers, encode_images, encode_texts, bar):
-    """One file's tensors and its bad rows: mean, logvar (n', C, h, w), txt (m, L, D), pooled (m, P); image_row, text_row (n,)."""
-    config, posteriors, texts, image_rows, text_rows, bad = dataset.config, [], {}, [], [], {}
+    """One file's tensors and its bad rows: mean, logvar (n', C, h, w), txt (m, L, D), pooled (m, P); image_row, text_row (n,).
+
+    Where samples have a control and a mode also control_mean, control_logvar (n', C, h, w) and modes (n',).
+    """
+    config, parts, texts, image_rows, text_rows, bad = dataset.config, {}, {}, [], [], {}
     workers = dict(num_workers=config.workers, generator=torch.Generator())
     for items in DataLoader(_Readable(dataset, numbers), batch_size=config.micro_batch, collate_fn=list, **workers):
-        for image, caption, reason in items:
-            if image is None:
+        for sample, reason in items:
+            if sample is None:
                 bad[len(image_rows)] = reason
-            image_rows.append(-1 if image is None else len(image_rows) - len(bad))
-            text_rows.append(-1 if image is None else texts.setdefault(caption, len(texts)))
-        images = [image for image, _, _ in items if image is not None]
-        if images:
-            posteriors.append([x.cpu() for x in encode_images(torch.stack(images))])
+            image_rows.append(-1 if sample is None else len(image_rows) - len(bad))
+            text_rows.append(-1 if sample is None else texts.setdefault(sample["captions"], len(texts)))
+        for name, values in _stacked([sample for sample, _ in items if sample is not None]).items():
+            encoded = zip(POSTERIORS[name], encode_images(values)) if name in POSTERIORS else [(name, values)]
+            for part, rows in encoded:
+                parts.setdefault(part, []).append(rows.cpu())
         bar.update(len(items))
     tensors = {"image_row": torch.tensor(image_rows), "text_row": torch.tensor(text_rows)}
     if texts:
         captions, size = list(texts), config.micro_batch
         encoded = [[x.cpu() for x in encode_texts(captions[i : i + size])] for i in range(0, len(captions), size)]
-        for name, parts in zip(("mean", "logvar", "txt", "pooled"), (*zip(*posteriors), *zip(*encoded))):
-            tensors[name] = torch.cat(parts)
+        tensors |= {name: torch.cat(rows) for name, rows in (parts | dict(zip(OF_TEXTS, zip(*encoded)))).items()}
     return tensors, bad
+
+
+def _stacked(samples):
+    """The tensors of some samples, stacked by name."""
+    names = [name for name in (*POSTERIORS, "modes") if samples and name in samples[0]]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
 def _bad_rows(file):
@@ -162,7 +176,8 @@ def _open(file):
 class CachedSamples:
     """A `Samples` from its cache: mean, logvar, txt, pooled, indices, keys, bad by global index, in the same order.
 
-    Substitutes of bad samples and dropped captions are the same too.
+    Those with a control have control_mean, control_logvar and perhaps modes. Substitutes of bad samples and dropped captions are
+    the same too.
     """
 
     def __init__(self, dataset, folder):
@@ -192,5 +207,5 @@ class CachedSamples:
         tensors, image_rows, text_rows, bad = self.files.get(name, lambda: _open(self.folder / name))
         if row in bad:
             raise BadSample(bad[row])
-        sample = {name: tensors[name][image_rows[row]] for name in ("mean", "logvar")}
-        return sample | {name: tensors[name][text_rows[row]] for name in ("txt", "pooled")}
+        sample = {name: tensors[name][image_rows[row]] for name in OF_PICTURES if name in tensors}
+        return sample | {name: tensors[name][text_rows[row]] for name in OF_TEXTS}

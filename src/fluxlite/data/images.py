@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,23 +37,60 @@ def decode(data):
     return image.convert("RGB")
 
 
-def resize_crop(image, height, width, *, crop="center", flip=False, generator=None):
-    """An RGB image as (3, height, width) float32 in [-1, 1]: the short side is resized to cover, the rest is cropped.
+@dataclass(frozen=True)
+class Frame:
+    """What is taken of a picture: `box` of its pixels, as height x width, mirrored or not."""
 
-    A crop of "random" and a `flip`, every other time, are drawn from `generator`. A picture whose short side fits is not resampled.
+    size: tuple  # width and height of the picture
+    box: tuple  # left, top, right, bottom
+    height: int
+    width: int
+    mirrored: bool
+
+    def of(self, image):
+        """The frame's RGB image, of the picture or of another that shows the same in another size.
+
+        One of other proportions, but for a side's rounding, raises `BadSample`. Whole pixels of the right size stay as they are.
+        """
+        scales = image.width / self.size[0], image.height / self.size[1]
+        if abs(image.width * self.size[1] - image.height * self.size[0]) > max(self.size):
+            theirs = "{}x{} pixels beside {}x{}".format(*image.size, *self.size)
+            raise BadSample(f"a picture of other proportions than the target's ({theirs})")
+        box = tuple(min(edge * scale, side) for edge, scale, side in zip(self.box, scales * 2, image.size * 2))
+        image = image.resize((self.width, self.height), Image.Resampling.LANCZOS, box=box)
+        return ImageOps.mirror(image) if self.mirrored else image
+
+
+def frame(size, height, width, *, crop="center", flip=False, generator=None):
+    """The `Frame` of height x width for a picture of `size`: its short side is resized to cover, the rest is cropped.
+
+    A crop of "random" and a `flip`, every other time, are drawn from `generator`.
     """
     draw = torch.rand(3, generator=generator) if crop == "random" or flip else None
     left, top = draw[:2].tolist() if crop == "random" else (0.5, 0.5)
-    scale = min(image.width / width, image.height / height)  # pixels of the picture per pixel of the result
+    scale = min(size[0] / width, size[1] / height)  # pixels of the picture per pixel of the result
+    x, y = left * (size[0] - width * scale), top * (size[1] - height * scale)
     if scale == 1:
-        x, y = int(left * (image.width - width + 1)), int(top * (image.height - height + 1))
-        if crop == "center":
-            x, y = (image.width - width) // 2, (image.height - height) // 2
-        image = image.crop((x, y, x + width, y + height))
-    else:
-        x, y = left * (image.width - width * scale), top * (image.height - height * scale)
-        box = x, y, min(x + width * scale, image.width), min(y + height * scale, image.height)
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    if flip and draw[2] < 0.5:
-        image = ImageOps.mirror(image)
+        x, y = (size[0] - width) // 2, (size[1] - height) // 2
+        if crop == "random":
+            x, y = int(left * (size[0] - width + 1)), int(top * (size[1] - height + 1))
+    box = x, y, min(x + width * scale, size[0]), min(y + height * scale, size[1])
+    return Frame(size, box, height, width, bool(flip and draw[2] < 0.5))
+
+
+def pixels(image):
+    """An RGB image as (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+
+
+def resize_crop(image, height, width, **options):
+    """An RGB image as (3, height, width) float32 in [-1, 1], framed as `frame` does with `options`."""
+    return pixels(frame(image.size, height, width, **options).of(image))
+
+
+def edges(image):
+    """The edges of an RGB image, white on black, as OpenCV's Canny finds them with the thresholds 100 and 200."""
+    import cv2
+
+    cv2.setNumThreads(0)  # else each loader process would start as many as there are cores
+    return Image.fromarray(cv2.Canny(np.asarray(image), 100, 200)).convert("RGB")

@@ -17,18 +17,20 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
+import torch
 
 from fluxlite import draws
-from fluxlite.data.images import BadSample, decode, resize_crop
+from fluxlite.controlnet import MODES
+from fluxlite.data.images import BadSample, decode, edges, frame, pixels
 
 IMAGES = ("jpg", "jpeg", "webp", "png")  # in this order: beside a jpg, a png is the control
-IMAGE, TEXT, JSON = range(3)  # columns of a shard's `spans`
+IMAGE, TEXT, JSON, CONTROL = range(4)  # columns of a shard's `spans`
 MAX_IN_A_ROW = 100  # bad samples, before a wrong setting is a likelier reason than bad luck
 
 log = logging.getLogger("fluxlite")
@@ -174,47 +176,57 @@ def locked(path):
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """The usable samples of one tar: n keys, and where each one's picture, txt and json lie; a size of -1 where there is none."""
+    """The usable samples of one tar: n keys, and where each one's picture, txt, json and, if it was asked for, control lie.
+
+    A size of -1 is none.
+    """
 
     path: str
     size: int
     keys: np.ndarray  # (n,) bytes
-    spans: np.ndarray  # (n, 3, 2) offset and size
-    skipped: tuple  # "key: reason" of the samples without a picture or a caption
+    spans: np.ndarray  # (n, 3 or 4, 2) offset and size
+    skipped: tuple  # "key: reason" of the samples without a picture, a caption or a control
 
     @property
     def name(self):
         return Path(self.path).stem
 
 
-def index_tar(path):
-    """The `Shard` of a tar; raises `ValueError` for one that is damaged, cut short or compressed."""
+def index_tar(path, control=None):
+    """The `Shard` of a tar; with `control`, the picture of that ending is a sample's control and never its target.
+
+    Raises `ValueError` for one that is damaged, cut short or compressed.
+    """
     about = os.stat(path)
-    return _index(str(path), about.st_size, about.st_mtime_ns)
+    return _index(str(path), about.st_size, about.st_mtime_ns, control)
 
 
 @cache  # validation is often cut from the training set, and opened more than once
-def _index(path, size, _modified):
+def _index(path, size, _modified, control):
     samples, keys, spans, skipped = {}, [], [], []
+    targets = [kind for kind in IMAGES if kind != control]
     for name, offset, length in _members(path):
         folder, _, base = name.removeprefix("./").rpartition("/")
         stem, _, extension = base.partition(".")
         if stem and extension and not folder.startswith(".") and "/." not in folder:
             samples.setdefault(f"{folder}/{stem}" if folder else stem, {})[extension.lower()] = offset, length
     for key, members in samples.items():
-        image = next((members[kind] for kind in IMAGES if kind in members), None)
+        image = next((members[kind] for kind in targets if kind in members), None)
         if image is None:
-            skipped.append(f"{key}: no picture ({', '.join(IMAGES)})")
+            skipped.append(f"{key}: no picture ({', '.join(targets)})")
         elif "txt" not in members and "json" not in members:
             skipped.append(f"{key}: no caption (txt, json)")
+        elif control and control not in members:
+            skipped.append(f"{key}: no control ({control})")
         else:
             keys.append(key.encode())
-            spans.append([image, members.get("txt", (0, -1)), members.get("json", (0, -1))])
+            columns = [image, members.get("txt", (0, -1)), members.get("json", (0, -1))]
+            spans.append(columns + [members[control]] if control else columns)
     return Shard(
         path,
         size,
         np.array(keys, f"S{max(map(len, keys), default=1)}"),
-        np.array(spans, np.int64).reshape(-1, 3, 2),
+        np.array(spans, np.int64).reshape(-1, 4 if control else 3, 2),
         tuple(skipped),
     )
 
@@ -234,18 +246,22 @@ def _members(path):
         raise ValueError(f"{path} is no whole, uncompressed tar ({error}): fetch or write it again") from None
 
 
-def open_shards(paths, *, setting, max_bad_fraction):
-    """Index tars in parallel; raises `ValueError`, naming `setting`, where nothing or too little in them is usable."""
+def open_shards(paths, *, setting, max_bad_fraction, control=None):
+    """Index tars in parallel, as `index_tar` does.
+
+    Raises `ValueError`, naming `setting`, where nothing or too little in them is usable.
+    """
     if not paths:
         raise ValueError(f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL")
     with ThreadPoolExecutor(16) as pool:
-        shards = list(pool.map(index_tar, paths))
+        shards = list(pool.map(partial(index_tar, control=control), paths))
     skipped = [f"{shard.name}/{entry}" for shard in shards for entry in shard.skipped]
     usable = sum(len(shard.keys) for shard in shards)
     if not usable or len(skipped) > max_bad_fraction * (usable + len(skipped)):
         shown, limit = "; ".join(skipped[:3]) or "they are empty", f"data.max_bad_fraction={max_bad_fraction}"
         counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(paths)} tars"
-        raise ValueError(f"{setting}: {counts} have no picture or no caption, more than {limit}: {shown}")
+        lacking = "no picture, no caption or no control" if control else "no picture or no caption"
+        raise ValueError(f"{setting}: {counts} have {lacking}, more than {limit}: {shown}")
     for entry in skipped:
         log.warning("skipped %s", entry)
     return shards
@@ -259,6 +275,27 @@ def cut(shards, start, stop):
         first += len(shard.keys)
         kept.append(replace(shard, keys=shard.keys[rows], spans=shard.spans[rows]))
     return [shard for shard in kept if len(shard.keys)]
+
+
+def stated_mode(data):
+    """What the json of a sample, as bytes or None, says of its kind of control; None where it says nothing."""
+    try:
+        fields = json.loads(data or b"{}")
+    except ValueError:  # there is no caption either, and that is the reason to report
+        return None
+    return fields.get("mode") if isinstance(fields, dict) else None
+
+
+def states_mode(shard):
+    """Whether the json of any of its samples says of which kind its control is."""
+    with open(shard.path, "rb", buffering=0) as file:
+        spans = [span for span in shard.spans[:, JSON].tolist() if span[1] >= 0]
+        return any(stated_mode(os.pread(file.fileno(), size, offset)) is not None for offset, size in spans)
+
+
+def mode_number(mode):
+    """The number of a kind of control, from a name of `MODES` or a number as it is or as text; None for anything else."""
+    return MODES.get(str(mode), int(str(mode)) if str(mode).isdecimal() else None)
 
 
 # --- in which order -------------------------------------------------------------------------------------------------------------
@@ -333,8 +370,10 @@ def first_good(samples, index, load):
 class Samples:
     """Pictures and captions by global index, as dictionaries named as batches are: images (3, H, W), captions, …
 
-    A bad sample's place is taken by the epoch's next good one, and `bad` lists what was passed over. In training the crop, the flip
-    and the dropping of the caption are keyed by (seed, index); otherwise the crop is the centre's and captions stay.
+    With `data.control` also controls (3, H, W), in the same frame as the image, and, where `data.control_mode` or the json of any
+    sample says of which kind they are, modes, an int64. A bad sample's place is taken by the epoch's next good one, and `bad`
+    lists what was passed over. In training the crop, the flip and the dropping of the caption are keyed by (seed, index); otherwise
+    the crop is the centre's and captions stay.
     """
 
     def __init__(self, config, shards, *, seed, training):
@@ -342,14 +381,19 @@ class Samples:
         counts = [len(shard.keys) for shard in shards]
         self.order = Order(counts, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window)
         self.files = Kept(256)
+        self.has_modes = config.control_mode is not None
+        if config.control and not self.has_modes:
+            with ThreadPoolExecutor(16) as pool:
+                self.has_modes = any(pool.map(states_mode, shards))
 
     def __len__(self):
         return len(self.order)
 
     def __getitem__(self, index):
-        number, (image, caption), bad = first_good(self, index, lambda number: self.read(number, index))
-        caption = "" if self.drops_caption(index) else caption
-        return {"images": image, "captions": caption, "indices": index, "keys": self.key(number), "bad": bad}
+        number, sample, bad = first_good(self, index, lambda number: self.read(number, index))
+        if self.drops_caption(index):
+            sample["captions"] = ""
+        return sample | {"indices": index, "keys": self.key(number), "bad": bad}
 
     def place(self, number):
         """The shard of a sample, by its position among the shards, and the row in it."""
@@ -362,21 +406,48 @@ class Samples:
         return f"{self.shards[shard].name}/{self.shards[shard].keys[row].decode()}"
 
     def read(self, number, index):
-        """Sample `number` as the image (3, H, W) and the caption that a global index has of it; raises `BadSample`."""
-        config, caption = self.config, self._caption(number)
-        image = decode(self._bytes(number, IMAGE))
-        if not self.training or (config.crop == "center" and not config.flip):
-            return resize_crop(image, config.height, config.width), caption
-        generator = draws.generator(self.seed, index, "crop")
-        return resize_crop(image, config.height, config.width, crop=config.crop, flip=config.flip, generator=generator), caption
+        """Sample `number` as a global index has it: images and captions, and controls and modes; raises `BadSample`."""
+        caption, image = self._caption(number), decode(self._bytes(number, IMAGE))
+        framed = self._frame(image.size, index)
+        target = framed.of(image)
+        sample = {"images": pixels(target), "captions": caption}
+        if self.config.control:
+            sample["controls"] = pixels(self._control(number, framed) if self.config.control_ending else edges(target))
+        if self.has_modes:
+            sample["modes"] = torch.tensor(self._mode(number))
+        return sample
 
     def drops_caption(self, index):
         """Whether the sample of a global index is trained with the empty caption."""
         drawn = draws.uniform(seed=self.seed, indices=[index], stream="dropout")
         return self.training and bool(drawn < self.config.caption_dropout)
 
+    def _frame(self, size, index):
+        """The part of a picture of `size` that a global index shows."""
+        config = self.config
+        if not self.training or (config.crop == "center" and not config.flip):
+            return frame(size, config.height, config.width)
+        generator = draws.generator(self.seed, index, "crop")
+        return frame(size, config.height, config.width, crop=config.crop, flip=config.flip, generator=generator)
+
+    def _control(self, number, framed):
+        try:
+            return framed.of(decode(self._bytes(number, CONTROL)))
+        except BadSample as error:
+            raise BadSample(f"its control ({self.config.control}): {error}") from None
+
+    def _mode(self, number):
+        """The number of a sample's kind of control: what its json says, else `data.control_mode`."""
+        stated = stated_mode(self._bytes(number, JSON))
+        mode = self.config.control_mode if stated is None else stated
+        if mode is None:
+            raise BadSample("no mode in its json, where others have one: set data.control_mode= for those without")
+        if mode_number(mode) is None:
+            raise BadSample(f"mode {mode!r} in its json is neither a number nor one of {', '.join(MODES)}")
+        return mode_number(mode)
+
     def _bytes(self, number, column):
-        """The bytes of a sample's picture, txt or json; None where it has none."""
+        """The bytes of a sample's picture, txt, json or control; None where it has none."""
         shard, row = self.place(number)
         offset, size = self.shards[shard].spans[row, column].tolist()
         if size < 0:
