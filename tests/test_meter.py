@@ -1,7 +1,6 @@
 """The meter's verdict, and a whole small run of a ControlNet with all that watches it."""
 
 import logging
-import math
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ def test_significance_is_that_of_paired_differences():
     values = torch.tensor([0.02, 0.01, 0.03, 0.02])
     sums = [len(values), values.sum().item(), values.square().sum().item()]
     gain, z = meter.significance(sums, [0.4, 0.6])
-    assert gain == pytest.approx(0.04) and z == pytest.approx(values.mean() / (values.std() / math.sqrt(4)), rel=1e-4)
+    assert gain == pytest.approx(0.04) and z == pytest.approx((values.mean() / values.std()).item() * 2, rel=1e-4)
     assert meter.significance([4, 0.0, 0.0], [0.5]) == (0.0, 0.0)
 
 
@@ -92,7 +91,7 @@ def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path
         assert (folder / name).is_file(), name
     text = (folder / "metrics.jsonl").read_text()
     assert text.count('"control/gain"') == 3 and '"control/residual_double_1"' in text and '"control/none_t0.875"' in text
-    assert "frozen, since no gradient can reach them: double_blocks.0.txt" in caplog.text and "step 4, control: " in caplog.text
+    assert "double_blocks.0.txt.mlp.linear_out.weight" in caplog.text and "step 4, control: " in caplog.text
     net = checkpoint.load_controlnet(folder)
     base = checkpoint.load_transformer(ASSETS / "flux-tiny")
     assert net.config.num_double_blocks == 1 and net.double_out[0].weight.norm() > 0
@@ -117,8 +116,7 @@ def test_blank_controls_are_not_learnt_and_that_is_said_loudly(data, tmp_path, c
 def test_wasteful_depths_name_the_nearest_that_wastes_none(caplog):
     config = configure(*TINY, "controlnet.num_single_blocks=3", "model.checkpoint=null", "controlnet.init_from_base=false")
     shape = config.controlnet.shape(config.model.shape())
-    with torch.device("meta"):
-        unused = trainer.unused_parameters(trainer.ControlNet(shape), config.model.shape())
+    unused = trainer.unused_parameters(trainer.ControlNet(shape), config.model.shape())
     trainer.report_unused(shape, config.model.shape(), unused)
     assert (
         "num_single_blocks=3: the transformer's 4 blocks take the outputs of 2" in caplog.text

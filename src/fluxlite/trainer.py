@@ -124,13 +124,18 @@ def build_flux(config, device, mesh, *, frozen=False):
 
 def wrap_flux(config, mesh, *, frozen=False):
     """The transformer on meta, wrapped as the configuration says."""
-    with torch.device("meta"):
-        model = Flux(config.model.shape(), config.model.attention)
+    model = meta_flux(config)
     if frozen:
         model.to(getattr(torch, config.dtype)).requires_grad_(False)
     else:
         optim.freeze(model.train(), config.optim)
     return wrap(model, config, mesh)
+
+
+def meta_flux(config):
+    """The transformer on meta, as it is."""
+    with torch.device("meta"):
+        return Flux(config.model.shape(), config.model.attention)
 
 
 def wrap(model, config, mesh):
@@ -142,8 +147,7 @@ def flux_pieces(config, device):
     """The transformer's weights, piece by piece: the checkpoint's, or random."""
     shape = config.model.shape()
     if not config.model.checkpoint:
-        with torch.device("meta"):
-            return random_pieces(Flux(shape), config.seed, device)
+        return random_pieces(meta_flux(config), config.seed, device)
     source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
     ckpt.check_part(source, "transformer", "model.checkpoint")
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
@@ -172,8 +176,7 @@ def base_pieces(config, device):
     def values_of(name, *options):
         return initial("img_in.weight" if name == "out.weight" else name, *options)
 
-    with torch.device("meta"):
-        return random_pieces(Flux(config.model.shape()), config.seed, device, values_of)
+    return random_pieces(meta_flux(config), config.seed, device, values_of)
 
 
 def build_controlnet(config, device, mesh):
