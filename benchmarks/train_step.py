@@ -4,9 +4,10 @@
     python benchmarks/train_step.py --dtype float32 --side 256
     python benchmarks/train_step.py --scaling              # one process on one core beside two on two, FSDP2
 
-Ours is the trainer's: float32 weights, gradients and AdamW under FSDP2's mixed precision on a mesh of one. Theirs has float32
-weights under autocast, as diffusers' training examples have. Times are alternating medians of `--repeats` steps in one process, in
-which both models lie; the most memory, private, is of a process of each one's own. Prints a table and a JSON line.
+Ours is the trainer's on a mesh of one: float32 weights, gradients and AdamW, weights cast to the compute dtype while a block runs.
+Theirs has float32 weights under autocast, as diffusers' training examples have. Times are alternating medians of `--repeats` steps
+in one process, in which both models lie; the most memory, private, is of a process of each one's own. Prints a table and a JSON
+line.
 """
 
 import argparse

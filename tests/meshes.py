@@ -66,6 +66,10 @@ def cases(ranks):
     if ranks == 4:
         found["hsdp 2 x tp2"] = ["dp_replicate=2", "tp=2"], 1, PLAIN
         found["tp2 x cp2, sequence parallel"] = ["tp=2", "cp=2", "sequence_parallel=true"], 1, PLAIN
+    if ranks in (1, 2):
+        some = ["optim.trainable=['*_norm.weight','txt_in.*']", *PLAIN]  # of which tensor parallelism sums the gradients over ranks
+        for mesh_name in ("one",) if ranks == 1 else ("tp2", "tp2, sequence parallel"):
+            found[f"{mesh_name}, frozen"] = MESHES[ranks][mesh_name], 1, some
     if ranks in (1, 4):
         found["one, muon" if ranks == 1 else "dp2 x tp2, muon"] = MESHES[ranks].get("dp2 x tp2", []), 1, [*PLAIN, "optim.kind=muon"]
     return found
@@ -115,6 +119,7 @@ def train(config, steps=10):
             loss, norm = trainer.train_step(run, next(batches), step)
             if step == 0:
                 figures |= {"loss": parallel.mean_over_ranks(loss).item(), "norm": norm.item()}
+    figures["trained"] = sorted(name for name, p in run.model.named_parameters() if p.requires_grad)
     return figures | {"weights": whole(dict(run.model.named_parameters())), "average": whole(run.ema.average)}
 
 

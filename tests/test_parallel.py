@@ -47,9 +47,10 @@ def run_meshes(ranks, folder, *names):
 
 def assert_same(figures, reference):
     for name, trained in figures.items():
-        kind = next((k for k in ("bfloat16", "muon", "controlnet") if k in name), "float32")
+        kind = next((k for k in ("bfloat16", "muon", "controlnet", "frozen") if k in name), "float32")
         expected = reference[f"one, {kind}" if kind != "float32" else "one, accumulation 1, shard_modulation true"]
         loss, gradient, weight = BOUNDS[kind if kind in BOUNDS else "float32"]
+        assert trained["trained"] == expected["trained"], name
         assert trained["loss"] == pytest.approx(expected["loss"], rel=loss), name
         assert trained["norm"] == pytest.approx(expected["norm"], rel=max(gradient, 2e-5)), name
         for key, bound in (("gradients", gradient), ("weights", weight), ("average", weight)):
@@ -121,11 +122,14 @@ def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
     [
         (["parallel.tp=3"], "tp=3 does not divide the 8 processes.*1, 2, 4, 8"),
         (["parallel.tp=4", "model.num_heads=2", "model.hidden_size=256"], "does not divide model.num_heads=2: .* one of 1, 2"),
-        (["parallel.dp_shard=3"], "dp_shard=3 x cp=1 is not the number of processes, 8: set parallel.dp_shard=8 or -1"),
+        (["parallel.dp_shard=3"], "dp_shard=3 is not the number of processes, 8: set parallel.dp_shard=8 or -1"),
         (["parallel.cp=0"], "parallel.cp=0 must be at least 1"),
         (["parallel.cp=2", "model.max_sequence_length=15"], "15 model.max_sequence_length do not divide .* multiple of 2"),
         (["parallel.sequence_parallel=true"], "needs parallel.tp above 1"),
         (["parallel.tp=2", "compile=true"], "compile=true does not work with parallel.tp"),
+        (["parallel.activation_checkpointing=true"], "choose none, full, selective or a number"),
+        (["parallel.activation_checkpointing=99"], "there are 57 blocks"),
+        (["parallel.shard_encoders=true"], "model.t5 is null"),
         (["parallel.activation_checkpointing=some"], "choose none, full, selective or a number"),
         (["parallel.cpu_offload=true"], "device is the CPU"),
         (["data.micro_batch=2", "data.global_batch=8"], "8 x 2 = 16: set data.global_batch=16, or data.micro_batch=1"),

@@ -143,6 +143,8 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     )
     wait_for_steps(tmp_path / "run", process)
     process.send_signal(signal.SIGTERM)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)  # as from a scheduler and from torchrun
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "SIGTERM" in errors
     assert checkpoint.read_meta(tmp_path / "run/checkpoints/last")["step"] >= 3

@@ -188,6 +188,8 @@ class TrainConfig:
         self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
         if self.compile and self.parallel.tp > 1:
             raise ValueError("compile=true does not work with parallel.tp above 1 yet: leave one of them out")
+        if self.parallel.shard_encoders and not self.model.t5:
+            raise ValueError("parallel.shard_encoders=true shards T5, and model.t5 is null: leave it out")
         if self.parallel.shard_encoders and self.data.cache:
             raise ValueError("parallel.shard_encoders=true gathers T5 on all ranks together, and data.cache encodes on each alone")
         if self.parallel.cpu_offload and not self.device.startswith("cuda"):

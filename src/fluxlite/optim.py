@@ -147,6 +147,9 @@ def clip_gradients(model, config):
 
     Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks hold in equal shares.
     """
+    for p in model.parameters():  # where FSDP2 has nothing to reduce, what tensor parallelism left to be summed is not summed yet
+        if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     squares = [torch.linalg.vector_norm(_local(g), dtype=torch.float32).square() * _share(g) for g in gradients]
     device = next(p.device for p in model.parameters())

@@ -71,7 +71,8 @@ class ParallelConfig:
         default="none",
         metadata={
             "help": "recompute in the backward: none, full (each block), a number k (each k-th block), or selective "
-            "(all but matrix products and attention)"
+            "(all but matrix products and attention)",
+            "verbatim": True,
         },
     )
     timeout_s: int = field(default=600, metadata={"help": "seconds after which a rank that waits for another gives up"})
@@ -96,13 +97,17 @@ class ParallelConfig:
             if value < 1:
                 raise ValueError(f"parallel.{name}={value} must be at least 1")
         product = self.dp_replicate * self.cp * self.tp
-        shown = " x ".join(f"{name}={value}" for name, value in fixed.items() if value > 1) or "cp=1"
+        shown = " x ".join(f"{name}={value}" for name, value in fixed.items() if value > 1)
+        if ranks == 1 and product > 1:
+            raise ValueError(
+                f"parallel.{shown} needs {product} processes or a multiple: torchrun --nproc_per_node {product} train.py …"
+            )
         if ranks % product:
             raise ValueError(f"parallel.{shown} does not divide the {ranks} processes: {_choices(ranks)}")
         dp_shard = ranks // product if self.dp_shard == -1 else self.dp_shard
         if dp_shard * product != ranks:
             raise ValueError(
-                f"parallel.dp_shard={self.dp_shard} x {shown} is not the number of processes, {ranks}: "
+                f"parallel.dp_shard={self.dp_shard}{f' x {shown}' if shown else ''} is not the number of processes, {ranks}: "
                 f"set parallel.dp_shard={ranks // product} or -1"
             )
         return self.dp_replicate, dp_shard, self.cp, self.tp
@@ -116,6 +121,9 @@ class ParallelConfig:
                 f"parallel.tp={self.tp} x parallel.cp={self.cp} does not divide model.num_heads={heads}: "
                 f"their product must be one of {fitting}"
             )
+        blocks = shape.num_double_blocks + shape.num_single_blocks
+        if _every(self.activation_checkpointing) > max(blocks, 1):
+            raise ValueError(f"parallel.activation_checkpointing={self.activation_checkpointing}: there are {blocks} blocks")
         parts = self.cp * (self.tp if self.sequence_parallel else 1)
         for name, count in (
             ("model.max_sequence_length", num_text_tokens),
@@ -133,7 +141,7 @@ def _choices(ranks):
 
 def _every(text):
     """The k of activation_checkpointing=k, or 0."""
-    return int(text) if text.isdecimal() else 0
+    return int(text) if text.isascii() and text.isdecimal() else 0
 
 
 # --- processes and devices ------------------------------------------------------------------------------------------------------
@@ -307,12 +315,15 @@ def tensor_plan(sequence):
 def shard_heads(model, mesh, *, sequence):
     """Tensor parallelism: the blocks, and with `sequence` the two ends, by `tensor_plan`."""
     double, single, ends = tensor_plan(sequence)
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}  # some styles make parameters anew, all trainable
     for block in model.double_blocks:
         parallelize_module(block, mesh, double)
     for block in model.single_blocks:
         parallelize_module(block, mesh, single)
     names = [name for name, _ in model.named_modules()]  # out is Flux's, hint_in and the outputs are a ControlNet's
     parallelize_module(model, mesh, {name: style for name, style in ends.items() if fnmatch.filter(names, name)})
+    for name, p in model.named_parameters():
+        p.requires_grad_(trained[name])
 
 
 class SumGradient(torch.autograd.Function):
@@ -390,7 +401,8 @@ class JoinTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mesh):
         ctx.mesh = mesh
-        return collectives.wait_tensor(collectives.all_gather_tensor(x.contiguous(), 1, mesh))
+        gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # the newer name first
+        return collectives.wait_tensor(gather(x.contiguous(), 1, mesh))
 
     @staticmethod
     def backward(ctx, gradient):
@@ -605,6 +617,21 @@ def mean_over_ranks(value):
     value = value.detach().float().clone()
     dist.all_reduce(value)
     return value / dist.get_world_size()
+
+
+def wait_for_all():
+    """Wait for the other ranks for as long as it takes: set-up may be much slower on one node than on another."""
+    dist.barrier(group=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+
+
+def check_agreed(number, what):
+    """Raise `ValueError`, on all ranks, unless `number` is the same on all."""
+    numbers = [None] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    if len(set(numbers)) > 1:
+        raise ValueError(
+            f"{what}, but the ranks have {', '.join(map(str, sorted(set(numbers))))}: do all nodes see the same folder?"
+        )
 
 
 def any_rank(flag, device):

@@ -3,7 +3,9 @@
     python -m fluxlite.preflight --ranks 8 model=flux_dev data=mock parallel.tp=2
 
 Takes the keys of `train.py`. The model is wrapped, filled, trained and updated by the trainer's own functions; nothing is computed
-and nothing is sent. Text encoders and autoencoder are not in it: their outputs are made up, as with data=mock.
+and nothing is sent. Text encoders and autoencoder are not in it: their outputs are made up, as with data=mock. The compute dtype is
+bfloat16 unless `dtype=` says otherwise; parallel.cpu_offload and what CUDA's allocator adds cannot be predicted. Where a process
+group holds all ranks of FSDP2, what travels among all ranks (the modulation's vectors, norms) is counted with it.
 """
 
 import argparse
@@ -117,7 +119,8 @@ def predict(arguments, ranks):
     environment = dict(os.environ)
     os.environ.update(RANK="0", WORLD_SIZE=str(ranks))
     try:
-        config = load_config(TrainConfig, "train", [*arguments, "device=cpu", "resume=null"])
+        config = load_config(TrainConfig, "train", ["dtype=bfloat16", *arguments, "device=cpu", "resume=null"])
+        about = {"mesh": dict(zip(("dp_replicate", "dp_shard", "cp", "tp"), config.parallel.sizes())), "dtype": config.dtype}
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         device = torch.device("cpu")
         mesh = parallel.make_mesh(config.parallel, device)
@@ -143,7 +146,7 @@ def predict(arguments, ranks):
         "average": local_bytes(run.ema.average.values()) if run.ema else 0,
         "peak": meter.peak,
     }
-    return {"memory": memory, "sent": dict(meter.sent), "calls": dict(meter.calls)}
+    return about | {"memory": memory, "sent": dict(meter.sent), "calls": dict(meter.calls)}
 
 
 def step(run, config):
@@ -168,6 +171,7 @@ def local_bytes(tensors):
 
 def report(found):
     """Print a prediction as two tables."""
+    print(" x ".join(f"{name} {size}" for name, size in found["mesh"].items()), f"in {found['dtype']}\n")
     print(f"{'memory of rank 0':<34}{'GB':>9}")
     for name, size in found["memory"].items():
         label = "at once at most, activations included" if name == "peak" else name
@@ -183,13 +187,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, required=True, help="processes of the run")
     args, rest = parser.parse_known_args()
+    if args.ranks < 1:
+        parser.error(f"--ranks {args.ranks} must be at least 1")
     try:
         found = predict(rest, args.ranks)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     report(found)
     sent = {" over ".join(key): size for key, size in found["sent"].items()}
-    print(json.dumps({"ranks": args.ranks, "arguments": rest, "memory": found["memory"], "sent": sent}))
+    print(json.dumps({"ranks": args.ranks, "arguments": rest, **found, "sent": sent, "calls": None}))
 
 
 if __name__ == "__main__":

@@ -263,7 +263,7 @@ def open_data(config, run):
                 rank=parallel.rank(),
                 world_size=parallel.world_size(),
             )
-            dist.barrier()
+            parallel.wait_for_all()
             dataset = CachedSamples(dataset, directory)
         sets.append(dataset)
     return sets
@@ -565,12 +565,16 @@ def describe(run):
 
 @contextmanager
 def stop_signals():
-    """A dictionary whose `name` becomes the signal's when SIGTERM or SIGINT asks the run to stop; a second one kills."""
+    """A dictionary whose `name` becomes the signal's when SIGTERM or SIGINT asks the run to stop.
+
+    A second SIGINT kills; a second SIGTERM does not, since schedulers and torchrun may both pass the same one on.
+    """
     caught = {"name": None}
 
     def catch(number, _frame):
         caught["name"] = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -592,7 +596,9 @@ def check_finite(loss, step, keys):
 def train(config):
     """Train as `config`, a `TrainConfig`, says; returns the run's folder."""
     last = find_resume(config)
-    run = set_up(config, *parallel.start(config.parallel, config.device))
+    device, mesh = parallel.start(config.parallel, config.device)
+    parallel.check_agreed(ckpt.read_meta(last)["step"] if last else 0, f"output={config.output} holds a run's last step")
+    run = set_up(config, device, mesh)
     training, validation = open_data(config, run)
     start = ckpt.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0
     watch = start_watching(run, validation, start)
