@@ -138,8 +138,9 @@ def make_transformer():
 
 def make_controlnet():
     """Train by `train.py recipe=controlnet_tiny` beside the shipped transformer, then write the averaged weights as diffusers'."""
-    root, run = ASSETS.parent.parent, "runs/controlnet_tiny"
-    subprocess.run([sys.executable, "train.py", "recipe=controlnet_tiny", f"output={run}", "resume=auto"], cwd=root, check=True)
+    root, run = ASSETS.parent.parent, "runs/controlnet_shipped"
+    command = [sys.executable, "train.py", "recipe=controlnet_tiny", "steps=2400", f"output={run}", "resume=auto"]
+    subprocess.run(command, cwd=root, check=True)
     write_converted(open_source(root / run), ASSETS / "controlnet", to="diffusers", dtype=torch.bfloat16, overwrite=True)
 
 
