@@ -137,10 +137,12 @@ def make_transformer():
 
 
 def make_controlnet():
-    """Train by `train.py recipe=controlnet_tiny` beside the shipped transformer, then write the averaged weights as diffusers'."""
-    root, run = ASSETS.parent.parent, "runs/controlnet_shipped"
-    command = [sys.executable, "train.py", "recipe=controlnet_tiny", "steps=2400", f"output={run}", "resume=auto"]
-    subprocess.run(command, cwd=root, check=True)
+    """Train by `train.py recipe=controlnet_tiny` beside the shipped transformer, go on from there, and write the averaged weights."""
+    root, first, run = ASSETS.parent.parent, "runs/controlnet_tiny", "runs/controlnet_shipped"
+    train = [sys.executable, "train.py", "recipe=controlnet_tiny", "resume=auto"]
+    subprocess.run([*train, f"output={first}"], cwd=root, check=True)
+    longer = [f"controlnet.checkpoint={first}", "optim.lr=2e-3", "steps=1500", f"output={run}"]
+    subprocess.run([*train, *longer], cwd=root, check=True)
     write_converted(open_source(root / run), ASSETS / "controlnet", to="diffusers", dtype=torch.bfloat16, overwrite=True)
 
 
