@@ -137,7 +137,7 @@ def make_transformer():
 
 
 def make_controlnet():
-    """Train by `train.py recipe=controlnet_tiny` beside the shipped transformer, go on from there, and write the averaged weights."""
+    """Train by `train.py recipe=controlnet_tiny` beside the shipped transformer, go on from there, and write the average."""
     root, first, run = ASSETS.parent.parent, "runs/controlnet_tiny", "runs/controlnet_shipped"
     train = [sys.executable, "train.py", "recipe=controlnet_tiny", "resume=auto"]
     subprocess.run([*train, f"output={first}"], cwd=root, check=True)
