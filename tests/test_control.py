@@ -285,7 +285,7 @@ def test_the_command_line_names_nets_once_each_and_the_rest_once_or_each():
     "arguments,named",
     [
         (["controlnet.checkpoint=a"], "control_image= 0 times"),
-        (["control_image=a.png"], "controlnet.checkpoint= is given 0 times and control_image= 1 times"),
+        (["control_image=a.png", "model.checkpoint=x"], "controlnet.checkpoint= is given 0 times and control_image= 1 times"),
         (["controlnet.checkpoint=a", "control_image=a.png", "control_image=b.png"], "control_image= 2 times"),
         (["controlnet.scale=1"], "controlnet.scale= is given 1 times, and controlnet.checkpoint= 0 times"),
         (

@@ -87,7 +87,7 @@ def test_steps_modulated_together_equal_steps_one_by_one(pipeline):
     config = sampling.SampleConfig(height=64, width=64, steps=3)
     times = sampling.times_for(config, pipeline.model.config, noise.shape[1])
     together = sampling.sample(pipeline.model, sampling.condition(pipeline.model, txt, pooled, times, 3.5), noise, times, config)
-    one_by_one = sampling.sample_sharded(pipeline.model, txt, pooled, noise, config)
+    one_by_one = sampling.sample_sharded(pipeline.model, pipeline.model.config, txt, pooled, noise, config, torch.float32)
     assert (together - one_by_one).norm() / one_by_one.norm() < 1e-5 and unpack_latents(together, 8, 8).shape == (2, 16, 8, 8)
 
 
