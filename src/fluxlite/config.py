@@ -25,6 +25,7 @@ from fluxlite.checkpoint import TINY, CheckpointConfig
 from fluxlite.control import Control
 from fluxlite.controlnet import MODES, ControlNetConfig, check_starts
 from fluxlite.data import DataConfig
+from fluxlite.data.shards import mode_number
 from fluxlite.flow import FlowConfig
 from fluxlite.latents import num_image_tokens
 from fluxlite.metrics import MetricsConfig
@@ -120,6 +121,17 @@ class ControlNetTrainConfig:
                 raise ValueError(f"controlnet.{name}={getattr(self, name)} must not be negative")
         if not config.data.control:
             raise ValueError("a ControlNet needs control pictures: set data.control=png (beside the target in the tar) or canny")
+        replicate, shard, _, _ = config.parallel.sizes()
+        if self.meter_every and config.data.val_count < 2 * replicate * shard:
+            raise ValueError(
+                f"the meter compares a control with another's, so each data-parallel rank needs two held-out samples: set "
+                f"data.val_count={2 * replicate * shard} or more, not {config.data.val_count}, or controlnet.meter_every=0"
+            )
+        mode = config.data.control_mode
+        if mode is not None and not mode_number(mode) < self.num_modes:
+            raise ValueError(f"data.control_mode={mode} needs controlnet.num_modes above {mode_number(mode)}, not {self.num_modes}")
+        if self.num_modes and mode is None and config.data.kind != "webdataset":
+            raise ValueError(f"controlnet.num_modes={self.num_modes}: data={config.data.kind} has no modes, set data.control_mode=")
         if self.init_from_base and not self.checkpoint:
             check_starts(shape, config.model.shape())
         shared = config.parallel.cp > 1 or config.parallel.sequence_parallel
@@ -198,6 +210,10 @@ class TrainConfig:
             raise ValueError("parallel.cpu_offload=true does not work with optim.kind=muon, which gathers matrices on the GPU")
         if self.controlnet.train:
             self.controlnet.check(self)
+        elif self.controlnet != ControlNetTrainConfig() or self.data.control:
+            raise ValueError(
+                "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, or leave them out"
+            )
         missing = [f"model.{part}=" for part in ("t5", "clip", "autoencoder") if not getattr(self.model, part)]
         if missing and (self.data.kind != "mock" or len(missing) < 3):
             raise ValueError(f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for each")

@@ -42,9 +42,9 @@ class Meter:
         self.run.model.train()
         gain, z = significance(differences, losses["right"])
         means = {kind: sum(by_t) / len(by_t) for kind, by_t in losses.items()}
-        self.verdict = judge(gain, z, step, self.run.config.controlnet.patience)
+        before, self.verdict = self.verdict, judge(gain, z, step, self.run.config.controlnet.patience)
         ratios = self.ratios()
-        report(step, self.verdict, means, gain, z, ratios)
+        report(step, self.verdict, means, gain, z, ratios, loudly=self.verdict == "not learning" != before)
         values = {f"control/{kind}": mean for kind, mean in means.items()} | {"control/gain": gain, "control/z": z}
         values |= {f"control/{kind}_t{t:.3f}": loss for kind, by_t in losses.items() for t, loss in zip(TIMES, by_t)}
         return values | {f"control/residual_{name}": ratio for name, ratio in ratios.items()}
@@ -133,13 +133,13 @@ def judge(gain, z, step, patience):
     return "not learning" if step >= patience else "not yet"
 
 
-def report(step, verdict, means, gain, z, ratios):
-    """One line on how it goes; loudly where nothing happens, with the blocks that add nothing."""
+def report(step, verdict, means, gain, z, ratios, *, loudly):
+    """One line on how it goes; `loudly`, once, that nothing happens, with the blocks that add nothing."""
     shown = ", ".join(
         f"{means[kind]:.4f} {name}" for kind, name in (("right", "right"), ("shuffled", "another's"), ("none", "none"))
     )
     log.info("step %d, control: %s; loss %s (gain %.2f %%, z %.1f)", step, verdict, shown, 100 * gain, z)
-    if verdict == "not learning":
+    if loudly and dist.get_rank() == 0:
         log.warning(
             "step %d: THE CONTROL HAS NO EFFECT. Are the control pictures blank or all alike, do they belong to their targets, "
             "is optim.lr too low, is controlnet.dropout near 1?",

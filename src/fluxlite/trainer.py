@@ -48,6 +48,7 @@ MAY_CHANGE = (
         "metrics.",
         "sample.",
     ),
+    *("controlnet.meter_every", "controlnet.patience"),
     *("data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention", "model.save_converted"),
 )
 
@@ -190,6 +191,10 @@ def build_controlnet(config, device, mesh):
     parameters = dict(net.named_parameters())
     for name in (name for name, rows in unused.items() if rows is None):
         parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(
+            "optim.trainable and optim.freeze leave nothing to train that a gradient can reach: see controlnet's depth"
+        )
     report_unused(net.config, base, unused)
     net = parallel.fill(wrap(net, config, mesh), pieces, "cpu" if config.parallel.cpu_offload else device)
     return net, parallel.Still(net, {name: rows for name, rows in unused.items() if rows is not None})
