@@ -2,6 +2,8 @@
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from fluxlite.checkpoint import ASSETS
 from fluxlite.config import InferConfig, load_config
 from fluxlite.control import Control, hint_of, open_control, read_picture
 from fluxlite.controlnet import ControlNet, ControlNetConfig
+from fluxlite.data.circles import figure_mask
 from fluxlite.latents import pack_latents
 from fluxlite.pipeline import picture_seed
 
@@ -315,3 +318,15 @@ def test_infer_draws_with_a_net_and_records_it(saved, pictures, tmp_path, capsys
     own = {"scale": 0.7, "start": 0.0, "end": 0.8, "mode": "depth"}
     assert about["controls"] == [{"checkpoint": str(saved["union"]), "image": f"{tmp_path}/edges.png"} | own]
     assert about["controlnet"]["scale"] == [0.7] and about["control_image"] == [f"{tmp_path}/edges.png"]
+
+
+def test_the_shipped_net_puts_the_circle_where_the_control_has_it(tmp_path):
+    arguments = ["control_image=docs/circle.png", "prompt=red circle with blue background", f"output={tmp_path}"]
+    result = subprocess.run([sys.executable, "infer.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    mask = figure_mask(np.asarray(Image.open(result.stdout.split()[0]).convert("RGB")), "red", "blue")
+    rows, columns = np.nonzero(np.asarray(Image.open(ROOT / "docs/circle.png").convert("L").resize((64, 64))) > 60)
+    y, x = np.mgrid[:64, :64]
+    centre, radius = ((rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2), (rows.max() - rows.min()) / 2
+    disc = np.hypot(y - centre[0], x - centre[1]) <= radius
+    assert (mask & disc).sum() / (mask | disc).sum() > 0.8
