@@ -407,7 +407,7 @@ def test_what_is_no_data_is_named(tmp_path, tars, name):
         (dict(kind="fill50k", path="s3://bucket"), "webdataset"),
         (dict(control="sketch"), "data.control=sketch: choose jpg, jpeg, webp, png.*canny"),
         (dict(control=""), "data.control="),
-        (dict(control="png", control_mode="colour"), "data.control_mode=colour: choose one of canny, tile"),
+        (dict(control="png", control_mode="colour"), "data.control_mode=colour: choose json, one of canny, tile"),
         (dict(control_mode="canny"), "set data.control="),
     ],
 )
@@ -744,9 +744,9 @@ def test_modes_are_given_by_name_by_number_and_by_default(tmp_path):
     assert [batch["modes"].tolist() for batch in rank] == [[2, 4], [5, 0], [0, 0]] and rank[0]["modes"].dtype == torch.int64
     dataset = open_dataset(config_for(tmp_path, control_mode="9", **options), "train", 0)
     assert dataset[4]["modes"] == 9 and "mode 'colour'" in dataset[3]["bad"][0]
-    dataset = open_dataset(config_for(tmp_path, **options), "train", 0)
+    dataset = open_dataset(config_for(tmp_path, control_mode="json", **options), "train", 0)
     assert dataset[3]["modes"] == 2 and ["no mode in its json" in why for why in dataset[3]["bad"]] == [False, True, True]
-    assert "modes" not in open_dataset(config_for(tmp_path, shuffle=False), "train", 0)[0]
+    assert "modes" not in open_dataset(config_for(tmp_path, **options), "train", 0)[0]
 
 
 def test_a_set_without_modes_has_none(tmp_path):
@@ -760,7 +760,7 @@ def test_cached_controls_equal_uncached_ones(tmp_path, control):
     content = controlled(range(11), **{f"_{i}": {"mode": i % 7} for i in range(11) if i != 5})
     content |= {f"{i:03d}.png": picture(i + 50, "png", (48, 40)) for i in range(11)} | {"003.png": b"", "004.webp": b""}
     write_tar(tmp_path / "tars" / "0.tar", content)
-    dataset = open_dataset(config_for(tmp_path / "tars", control=control, caption_dropout=0.4), "train", 0)
+    dataset = open_dataset(config_for(tmp_path / "tars", control=control, control_mode="json", caption_dropout=0.4), "train", 0)
     cached = CachedSamples(dataset, make_cache(dataset, tmp_path / "cache"))
     skipped = set()
     for i in range(20):

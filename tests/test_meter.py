@@ -140,6 +140,10 @@ def test_a_random_base_gets_an_output_layer_and_says_so(tmp_path, caplog):
         (["controlnet.num_double_blocks=0"], "leave nothing"),
         (["controlnet.dropout=1"], r"dropout=1.0 must be in \[0, 1\)"),
         (["controlnet.hint=pixel", "data.cache=/tmp/none"], "hint=pixel needs pictures"),
+        (["data.val_count=1"], "set data.val_count=2 or more"),
+        (["controlnet.num_modes=2"], "only a union net has both"),
+        (["controlnet.num_modes=2", "data.control_mode=depth"], "control_mode=depth is kind 2"),
+        (["controlnet=none"], "set controlnet=default too"),
         (["controlnet.dropuot=0.1"], "controlnet.dropout"),
     ],
 )

@@ -128,10 +128,12 @@ class ControlNetTrainConfig:
                 f"data.val_count={2 * replicate * shard} or more, not {config.data.val_count}, or controlnet.meter_every=0"
             )
         mode = config.data.control_mode
-        if mode is not None and not mode_number(mode) < self.num_modes:
-            raise ValueError(f"data.control_mode={mode} needs controlnet.num_modes above {mode_number(mode)}, not {self.num_modes}")
-        if self.num_modes and mode is None and config.data.kind != "webdataset":
-            raise ValueError(f"controlnet.num_modes={self.num_modes}: data={config.data.kind} has no modes, set data.control_mode=")
+        if (mode is None) == (self.num_modes > 0):
+            raise ValueError(f"controlnet.num_modes={self.num_modes} and data.control_mode={mode}: only a union net has both")
+        if mode == "json" and config.data.kind != "webdataset":
+            raise ValueError(f"data.control_mode=json: data={config.data.kind} has no modes, name a kind")
+        if mode not in (None, "json") and not mode_number(mode) < self.num_modes:
+            raise ValueError(f"data.control_mode={mode} is kind {mode_number(mode)}: set controlnet.num_modes above that")
         if self.init_from_base and not self.checkpoint:
             check_starts(shape, config.model.shape())
         shared = config.parallel.cp > 1 or config.parallel.sequence_parallel

@@ -338,11 +338,8 @@ def encode_control(run, batch, keys):
         hint = latents_of(run, *posterior, stream="control", **keys)
     if not control.num_modes:
         return {"hint": hint}
-    if "modes" not in batch or int(batch["modes"].max()) >= control.num_modes:
-        raise ValueError(
-            f"controlnet.num_modes={control.num_modes} needs a mode below it with each sample: a field mode in its json, or "
-            "data.control_mode=; " + ("there is none" if "modes" not in batch else f"there is {int(batch['modes'].max())}")
-        )
+    if int(batch["modes"].max()) >= control.num_modes:
+        raise ValueError(f"controlnet.num_modes={control.num_modes}, but a sample's json has the mode {int(batch['modes'].max())}")
     return {"hint": hint, "mode": batch["modes"].to(run.device)}
 
 

@@ -66,7 +66,8 @@ class DataConfig:
         default=None, metadata={"help": "a ControlNet's picture: an ending, as png, of a file beside the target; canny: its edges"}
     )
     control_mode: str | None = field(
-        default=None, metadata={"help": f"kind of control where a json has no mode: {', '.join(MODES)}, or a number"}
+        default=None,
+        metadata={"help": f"kind of control, for union nets: json (its field mode), or {', '.join(MODES)} or a number without one"},
     )
     micro_batch: int = field(default=1, metadata={"help": "samples of a forward pass, for each data-parallel rank"})
     global_batch: int = field(default=8, metadata={"help": "samples of an optimizer step, over all ranks"})
@@ -103,8 +104,8 @@ class DataConfig:
             raise ValueError("data.control=canny needs OpenCV: pip install opencv-python-headless")
         if self.control_mode is not None and not self.control:
             raise ValueError(f"data.control_mode={self.control_mode} says of which kind a control is: set data.control= too")
-        if self.control_mode is not None and mode_number(self.control_mode) is None:
-            raise ValueError(f"data.control_mode={self.control_mode}: choose one of {', '.join(MODES)}, or a number")
+        if self.control_mode not in (None, "json") and mode_number(self.control_mode) is None:
+            raise ValueError(f"data.control_mode={self.control_mode}: choose json, one of {', '.join(MODES)}, or a number")
         for name in ("count", "generate_size", "height", "width", "micro_batch", "global_batch", "shuffle_window", "val_count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")

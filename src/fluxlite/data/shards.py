@@ -286,13 +286,6 @@ def stated_mode(data):
     return fields.get("mode") if isinstance(fields, dict) else None
 
 
-def states_mode(shard):
-    """Whether the json of any of its samples says of which kind its control is."""
-    with open(shard.path, "rb", buffering=0) as file:
-        spans = [span for span in shard.spans[:, JSON].tolist() if span[1] >= 0]
-        return any(stated_mode(os.pread(file.fileno(), size, offset)) is not None for offset, size in spans)
-
-
 def mode_number(mode):
     """The number of a kind of control, from a name of `MODES` or a number as it is or as text; None for anything else."""
     return MODES.get(str(mode), int(str(mode)) if str(mode).isdecimal() else None)
@@ -381,10 +374,6 @@ class Samples:
         counts = [len(shard.keys) for shard in shards]
         self.order = Order(counts, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window)
         self.files = Kept(256)
-        self.has_modes = config.control_mode is not None
-        if config.control and not self.has_modes:
-            with ThreadPoolExecutor(16) as pool:
-                self.has_modes = any(pool.map(states_mode, shards))
 
     def __len__(self):
         return len(self.order)
@@ -413,7 +402,7 @@ class Samples:
         sample = {"images": pixels(target), "captions": caption}
         if self.config.control:
             sample["controls"] = pixels(self._control(number, framed) if self.config.control_ending else edges(target))
-        if self.has_modes:
+        if self.config.control_mode is not None:
             sample["modes"] = torch.tensor(self._mode(number))
         return sample
 
@@ -440,8 +429,8 @@ class Samples:
         """The number of a sample's kind of control: what its json says, else `data.control_mode`."""
         stated = stated_mode(self._bytes(number, JSON))
         mode = self.config.control_mode if stated is None else stated
-        if mode is None:
-            raise BadSample("no mode in its json, where others have one: set data.control_mode= for those without")
+        if mode == "json":
+            raise BadSample("no mode in its json: name one with data.control_mode= for those without")
         if mode_number(mode) is None:
             raise BadSample(f"mode {mode!r} in its json is neither a number nor one of {', '.join(MODES)}")
         return mode_number(mode)
