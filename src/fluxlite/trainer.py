@@ -481,8 +481,13 @@ def encode_prompts(run, dataset):
         return Prompts(prompts, *texts, {}, [])
     controls = torch.stack([sample["controls"] for sample in samples])
     batch = {"controls": controls} | ({"modes": torch.tensor([s["modes"] for s in samples])} if "modes" in samples[0] else {})
-    with torch.no_grad():
-        steer = encode_control(run, batch, dict(seed=run.config.seed, indices=list(range(len(samples)))))
+    size, indices, parts = run.config.data.micro_batch, list(range(len(samples))), []
+    for start in range(0, len(samples), size):
+        rows = slice(start, start + size)
+        with torch.no_grad():
+            part = {name: values[rows] for name, values in batch.items()}
+            parts.append(encode_control(run, part, dict(seed=run.config.seed, indices=indices[rows])))
+    steer = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     shown = [picture for sample in samples for picture in sampling.pictures_of(torch.stack([sample["controls"], sample["images"]]))]
     return Prompts(prompts, *texts, steer, shown)
 
