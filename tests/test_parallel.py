@@ -76,6 +76,7 @@ def test_every_mesh_computes_the_same_run(reference, tmp_path, ranks):
     assert_same(run_meshes(ranks, tmp_path), reference)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_compute_the_same_run(reference, tmp_path):
     assert_same(run_meshes(2, tmp_path, "compiled:"), reference)
