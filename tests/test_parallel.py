@@ -21,7 +21,6 @@ from fluxlite.config import TrainConfig, load_config
 ROOT = Path(__file__).parents[1]
 # ‖Δ‖/‖reference‖: of the loss, of each gradient, of each parameter after ten steps. bfloat16 and Muon's iteration round.
 BOUNDS = {
-    "controlnet": (1e-6, 1e-5, 2e-5),
     "float32": (1e-6, 1e-5, 2e-5),
     "bfloat16": (2e-3, 5e-2, 1e-2),
     "muon": (1e-6, 1e-5, 2e-3),
@@ -83,7 +82,7 @@ def test_compiled_blocks_compute_the_same_run(reference, tmp_path):
 
 
 def test_a_run_goes_on_from_mesh_to_mesh_as_if_uninterrupted(tmp_path):
-    """Four ranks by FSDP2, then two by two with tensor parallelism, then one process; relative bound 2e-5 for every number."""
+    """Four ranks by FSDP2, then two by two with tensor parallelism, then one process; every number within Muon's bound, 2e-3."""
     common = [*MOCK, "dtype=float32", "data.micro_batch=1", "checkpoint.every=3", "optim.kind=muon"]
     whole = losses(train(*common, "steps=9", f"output={tmp_path}/whole"))
     first = run(*common, "steps=3", f"output={tmp_path}/run", ranks=4)

@@ -158,7 +158,7 @@ def rank():
 
 
 def on_rank():
-    """ " on rank 3", or nothing where there is one."""
+    """What an error adds to say which rank it comes from; nothing where there is one."""
     return f" on rank {rank()}" if world_size() > 1 else ""
 
 

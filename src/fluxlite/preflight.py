@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fluxlite import parallel
+from fluxlite import parallel, trainer
 from fluxlite.config import TrainConfig, load_config
 from fluxlite.latents import num_image_tokens
 
@@ -43,7 +43,7 @@ aten = torch.ops.aten
 HEAVY = (aten.mm, aten.addmm, aten.bmm, aten._fused_adamw_, aten.gelu_backward)  # where memory is looked at
 
 
-class Meter(TorchDispatchMode):
+class Traffic(TorchDispatchMode):
     """Counts the bytes that this rank sends, {(collective, mesh dimension): bytes}, and the most that its tensors take at once.
 
     `groups` is {name of a process group: mesh dimension}. CommDebugMode of torch counts calls only.
@@ -114,8 +114,6 @@ def predict(arguments, ranks):
     """{"memory": bytes of each kind, "sent": {(collective, dimension): bytes}, "calls"} of one step of `train.py arguments`."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from fluxlite import trainer
-
     environment = dict(os.environ)
     os.environ.update(RANK="0", WORLD_SIZE=str(ranks))
     try:
@@ -125,7 +123,7 @@ def predict(arguments, ranks):
         device = torch.device("cpu")
         mesh = parallel.make_mesh(config.parallel, device)
         model = trainer.wrap_flux(config, mesh)
-        with FakeTensorMode(allow_non_fake_inputs=True), Meter(groups_of(mesh)) as meter:
+        with FakeTensorMode(allow_non_fake_inputs=True), Traffic(groups_of(mesh)) as meter:
             run = trainer.assemble(config, device, mesh, model.to_empty(device=device), trainer.Parts(None, None))
             parameters = list(run.model.parameters())
             for p in parameters:
@@ -151,8 +149,6 @@ def predict(arguments, ranks):
 
 def step(run, config):
     """The forwards and backwards of a training step on made-up samples."""
-    from fluxlite import trainer
-
     data, model, size = config.data, config.model, config.data.micro_batch
     tokens = num_image_tokens(data.height // 8, data.width // 8)
     slices = data.global_batch // (size * run.mesh.dp_size)
@@ -195,7 +191,8 @@ def main():
         parser.exit(2, f"error: {error}\n")
     report(found)
     sent = {" over ".join(key): size for key, size in found["sent"].items()}
-    print(json.dumps({"ranks": args.ranks, "arguments": rest, **found, "sent": sent, "calls": None}))
+    calls = {" over ".join(key): count for key, count in found["calls"].items()}
+    print(json.dumps({"ranks": args.ranks, "arguments": rest, **found, "sent": sent, "calls": calls}))
 
 
 if __name__ == "__main__":
