@@ -1,5 +1,6 @@
 """The meter's verdict, and a whole small run of a ControlNet with all that watches it."""
 
+import json
 import logging
 
 import pytest
@@ -90,6 +91,8 @@ def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path
     for name in ("control.png", "losses.png", "images/grid-000004.png", "checkpoints/last/meta.json"):
         assert (folder / name).is_file(), name
     text = (folder / "metrics.jsonl").read_text()
+    rows = [row for row in map(json.loads, text.splitlines()) if "control/gain" in row]
+    assert len({row["control/none"] for row in rows}) == 1 < len({row["control/right"] for row in rows})
     assert text.count('"control/gain"') == 3 and '"control/residual_double_1"' in text and '"control/none_t0.875"' in text
     assert "double_blocks.0.txt.mlp.linear_out.weight" in caplog.text and "step 4, control: " in caplog.text
     net = checkpoint.load_controlnet(folder)
@@ -145,6 +148,7 @@ def test_a_random_base_gets_an_output_layer_and_says_so(tmp_path, caplog):
         (["controlnet.num_modes=2", "data.control_mode=depth"], "control_mode=depth is kind 2"),
         (["controlnet=none"], "set controlnet=default too"),
         (["controlnet.dropuot=0.1"], "controlnet.dropout"),
+        (["sample.count=0"], "sample.count=0 must be at least 1"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(given, said):

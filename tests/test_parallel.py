@@ -161,6 +161,22 @@ def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
     assert plain - spread == pytest.approx(by_hand, rel=1e-2) and spread < 0.75 * plain
 
 
+def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
+    shape = [
+        "model=flux_dev",
+        "model.num_double_blocks=1",
+        "model.num_single_blocks=0",
+        "data=mock",
+        "data.height=64",
+        "data.width=64",
+    ]
+    net = ["controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=0", "data.global_batch=8"]
+    found, plain = (preflight.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"]))
+    assert found["memory"]["frozen transformer"] == pytest.approx(plain["memory"]["weights"] / 2, rel=1e-3)  # bfloat16 for float32
+    assert found["memory"]["gradients"] < found["memory"]["weights"]  # what no gradient reaches is frozen
+    assert found["calls"]["all_gather", "fsdp"] > plain["calls"]["all_gather", "fsdp"]
+
+
 def test_no_rank_holds_more_than_its_shard_and_a_block_while_building():
     """FLUX's width, as rank 0 of 8 ranks of which the others are pretended."""
     command = [sys.executable, "benchmarks/build.py", "--ranks", "8", "--set", "model.num_double_blocks=2", "--set"]

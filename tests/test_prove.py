@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 import fluxlite
 from fluxlite.data import circles
@@ -33,6 +34,10 @@ def paint(coverage, circle, background):
 
 def names(prompt):
     return prompt.removesuffix(" background").split(" circle with ")
+
+
+def figure(picture, circle, background):
+    return circles.figure_mask(np.asarray(picture), circle, background)
 
 
 def as_jpeg(picture):
@@ -70,6 +75,14 @@ def test_circle_is_found_where_it_was_drawn():
         mask[::63, ::63] = True  # specks in the corners
         found, found_radius, iou = circles.fit_circle(mask)
         assert np.hypot(*(found - centre)) < 0.5 and abs(found_radius - radius) < 0.5 and iou > 0.9
+
+
+@pytest.mark.parametrize(("circle", "background"), [("light yellow", "magenta"), ("snow", "cyan"), ("blue", "black")])
+def test_a_soft_rim_leaves_the_figure_its_size(circle, background):
+    """By ΔE these pairs' blends are nearer to one of the two: the figure would seem a pixel smaller or larger."""
+    sharp = draw_disc(64, centre=(30, 33), radius=11)
+    blurred = figure(paint(gaussian_filter(sharp, 2.0), circle, background), circle, background)
+    assert (blurred & (sharp > 0.5)).sum() / (blurred | (sharp > 0.5)).sum() > 0.95
 
 
 def test_no_figure_has_no_circle():

@@ -142,8 +142,10 @@ class ControlNetTrainConfig:
                 "parallel.cp and parallel.sequence_parallel share tokens, which a ControlNet with controlnet.hint=pixel or "
                 "controlnet.num_modes makes itself: leave them out"
             )
-        if self.hint == "pixel" and (config.data.cache or config.data.kind == "mock"):
-            raise ValueError(f"controlnet.hint=pixel needs pictures: set data.cache=null, and data other than {config.data.kind}")
+        if self.hint == "pixel" and config.data.cache:
+            raise ValueError("controlnet.hint=pixel needs pictures, and data.cache holds latents: set data.cache=null")
+        if self.hint == "pixel" and config.data.kind == "mock":
+            raise ValueError("controlnet.hint=pixel needs pictures, and data=mock makes up latents: choose other data")
 
 
 @dataclass
@@ -227,8 +229,9 @@ class TrainConfig:
             raise ValueError(f"validation={self.validation}: choose all or round_robin")
         if self.validation == "round_robin" and self.data.val_count < 8:
             raise ValueError(f"validation=round_robin needs data.val_count={self.data.val_count} to be at least 8")
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be at least 1")
+        for name, value in (("steps", self.steps), ("sample.count", self.sample.count), ("sample.steps", self.sample.steps)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
 
 
 def each(help):

@@ -197,7 +197,10 @@ def check_starts(config, base):
     _check_equal(config, base, "the ControlNet", ("mlp_ratio", "guidance_embed"))
     for name in ("num_double_blocks", "num_single_blocks"):
         if getattr(config, name) > getattr(base, name):
-            raise ValueError(f"controlnet.{name}={getattr(config, name)}: the transformer to start from has {getattr(base, name)}")
+            raise ValueError(
+                f"controlnet.{name}={getattr(config, name)}: the transformer to start from has {getattr(base, name)}; "
+                "take as many at most, or set controlnet.init_from_base=false"
+            )
 
 
 def check_fits(config, base, where):

@@ -33,12 +33,14 @@ class Meter:
     held_out: list
     losses_of: object  # (x0, txt, pooled, *, noise, t, guidance, **steer) → (B,), the trainer's `flow_loss` for this run
     verdict: str = "not yet"
+    alone: list | None = None  # losses without control, which never change
 
     @torch.no_grad()
     def look(self, step):
         """{name: value} of all that was measured, for the metrics; logs one line, and loudly where nothing happens. Collective."""
         self.run.model.eval()
         losses, differences = self.measure()
+        self.alone = losses["none"]
         self.run.model.train()
         gain, z = significance(differences, losses["right"])
         means = {kind: sum(by_t) / len(by_t) for kind, by_t in losses.items()}
@@ -51,7 +53,7 @@ class Meter:
 
     def measure(self):
         """Losses {"right", "shuffled", "none": one for each of TIMES}, and (count, sum, sum of squares) of each sample's gain."""
-        kinds, device = ("right", "shuffled", "none"), self.run.device
+        kinds, device = ("right", "shuffled") + (() if self.alone else ("none",)), self.run.device
         sums, gains = torch.zeros(len(kinds), len(TIMES), device=device), torch.zeros(3, device=device)
         count = torch.zeros((), device=device)
         hints = torch.cat([steer["hint"] for *_, steer, _, _ in self.held_out])
@@ -65,7 +67,8 @@ class Meter:
             for k, time in enumerate(TIMES):
                 t = torch.full((len(x0),), time, device=device)
                 found = [
-                    self.losses_of(x0, txt, pooled, noise=noise, t=t, guidance=guidance, **given) for given in (steer, shuffled, {})
+                    self.losses_of(x0, txt, pooled, noise=noise, t=t, guidance=guidance, **given)
+                    for given in (steer, shuffled, {})[: len(kinds)]
                 ]
                 sums[:, k] += torch.stack([(losses * weights).sum() for losses in found])
                 gain += (found[1] - found[0]) / len(TIMES)
@@ -73,11 +76,8 @@ class Meter:
             gains += torch.stack([weights.sum(), (gain * weights).sum(), (gain.square() * weights).sum()])
         for tensor in (sums, count, gains):
             dist.all_reduce(tensor)
-        return {kind: (row / count).tolist() for kind, row in zip(kinds, sums)}, self.alone(gains)
-
-    def alone(self, gains):
-        """`gains` without the ranks that repeat others': those of tensor and context parallelism."""
-        return (gains / (self.run.mesh.tp.size() * self.run.mesh.cp.size())).tolist()
+        repeats = self.run.mesh.tp.size() * self.run.mesh.cp.size()  # ranks that have the same samples
+        return {"none": self.alone} | {k: (row / count).tolist() for k, row in zip(kinds, sums)}, (gains / repeats).tolist()
 
     def guidance(self):
         low, high = flow.guidance_range(self.run.config.flow.guidance)

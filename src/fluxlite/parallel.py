@@ -438,7 +438,9 @@ def checkpoint_activations(model, kind):
     options = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if kind == "selective" else {}
     blocks = [*model.double_blocks, *model.single_blocks]
     for block in blocks[:: _every(kind) or 1]:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, **options)
+        block.forward = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, early_stop=False, **options
+        )
 
 
 def compile_blocks(model):
@@ -519,9 +521,9 @@ def compute_in(model, dtype):
     FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a CPU.
     """
     blocks = [*model.double_blocks, *model.single_blocks]
-    inside = {p for block in blocks for p in block.parameters()}
-    if isinstance(model.modulation, ShardedModulation):
-        inside |= set(model.modulation.parameters())
+    inside = {p for block in blocks for p in block.parameters()} | set(model.modulation.parameters())
+    if not isinstance(model.modulation, ShardedModulation):
+        model.modulation.forward = partial(_few_rows, model.modulation, dtype)
     for part in (*blocks, model):
         owners = [
             (m, name)
@@ -530,6 +532,34 @@ def compute_in(model, dtype):
             if part is not model or p not in inside
         ]
         part.forward = partial(_with_cast, part.forward, owners, dtype)
+
+
+class CastLinear(torch.autograd.Function):
+    """A linear of few rows x (B, in) in `dtype`, whose weights and their gradient, all float32, dwarf everything else.
+
+    The cast weights are not kept for the backward, and the weights' gradient is not made in `dtype` first.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dtype):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(dtype), bias.to(dtype))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
+        whole = gradient.to(weight.dtype)
+        return (
+            gradient @ weight.to(gradient.dtype) if for_x else None,
+            whole.T @ x.to(weight.dtype) if for_weight else None,
+            whole.sum(0) if for_bias else None,
+            None,
+        )
+
+
+def _few_rows(linear, dtype, x):
+    return CastLinear.apply(x, linear.weight, linear.bias, dtype)
 
 
 def _with_cast(forward, owners, dtype, *args, **kwargs):
@@ -596,19 +626,21 @@ def fill(model, pieces, device=None):
 
 
 class Still:
-    """Rows of parameters that no gradient reaches: weight decay is undone after each step, so that they stay as they are."""
+    """Rows of parameters that no gradient reaches: inside `with`, what an optimizer's weight decay does to them is undone."""
 
     def __init__(self, model, masks):
         parameters, self.kept = dict(model.named_parameters()), []
         for name, rows in masks.items():
             p = parameters[name]
             local = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
-            mine = rows[local_part(p)[0]].to(local.device)
-            self.kept.append((local, mine, local[mine].clone()))
+            self.kept.append((local, rows[local_part(p)[0]].to(local.device)))
+
+    def __enter__(self):
+        self.values = [local[rows] for local, rows in self.kept]
 
     @torch.no_grad()
-    def restore(self):
-        for local, rows, values in self.kept:
+    def __exit__(self, *_):
+        for (local, rows), values in zip(self.kept, self.values):
             local[rows] = values
 
 

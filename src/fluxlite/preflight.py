@@ -2,10 +2,11 @@
 
     python -m fluxlite.preflight --ranks 8 model=flux_dev data=mock parallel.tp=2
 
-Takes the keys of `train.py`. The model is wrapped, filled, trained and updated by the trainer's own functions; nothing is computed
-and nothing is sent. Text encoders and autoencoder are not in it: their outputs are made up, as with data=mock. The compute dtype is
-bfloat16 unless `dtype=` says otherwise; parallel.cpu_offload and what CUDA's allocator adds cannot be predicted. Where a process
-group holds all ranks of FSDP2, what travels among all ranks (the modulation's vectors, norms) is counted with it.
+Takes the keys of `train.py`, a ControlNet's too. The model is wrapped, filled, trained and updated by the trainer's own functions;
+nothing is computed and nothing is sent. Text encoders and autoencoder are not in it: their outputs are made up, as with data=mock.
+The compute dtype is bfloat16 unless `dtype=` says otherwise; parallel.cpu_offload and what CUDA's allocator adds cannot be
+predicted. Where a process group holds all ranks of FSDP2, what travels among all ranks (the modulation's vectors, norms) is counted
+with it.
 """
 
 import argparse
@@ -122,9 +123,12 @@ def predict(arguments, ranks):
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         device = torch.device("cpu")
         mesh = parallel.make_mesh(config.parallel, device)
-        model = trainer.wrap_flux(config, mesh)
+        beside = config.controlnet.train
+        model = trainer.wrap_controlnet(config, mesh)[0] if beside else trainer.wrap_flux(config, mesh)
+        base = trainer.wrap_flux(config, mesh, frozen=True) if beside else None
         with FakeTensorMode(allow_non_fake_inputs=True), Traffic(groups_of(mesh)) as meter:
-            run = trainer.assemble(config, device, mesh, model.to_empty(device=device), trainer.Parts(None, None))
+            model, base = (part and part.to_empty(device=device) for part in (model, base))
+            run = trainer.assemble(config, device, mesh, model, trainer.Parts(None, None), base=base)
             parameters = list(run.model.parameters())
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -139,6 +143,7 @@ def predict(arguments, ranks):
     states = [t for optimizer in run.optimizers for state in optimizer.state.values() for t in state.values()]
     memory = {
         "weights": local_bytes(parameters),
+        "frozen transformer": local_bytes(base.parameters()) if base else 0,
         "gradients": local_bytes(p for p in parameters if p.requires_grad),
         "optimizer": local_bytes(states),
         "average": local_bytes(run.ema.average.values()) if run.ema else 0,
@@ -149,7 +154,7 @@ def predict(arguments, ranks):
 
 def step(run, config):
     """The forwards and backwards of a training step on made-up samples."""
-    data, model, size = config.data, config.model, config.data.micro_batch
+    data, model, control, size = config.data, config.model, config.controlnet, config.data.micro_batch
     tokens = num_image_tokens(data.height // 8, data.width // 8)
     slices = data.global_batch // (size * run.mesh.dp_size)
     for i in range(slices):
@@ -157,7 +162,9 @@ def step(run, config):
         x0, noise = torch.randn(size, tokens, model.in_channels), torch.randn(size, tokens, model.in_channels)
         txt = torch.randn(size, model.max_sequence_length, model.text_width)
         pooled = torch.randn(size, model.pooled_width)
-        loss = trainer.flow_loss(run, x0, txt, pooled, noise=noise, t=torch.rand(size), guidance=torch.ones(size))
+        steer = {"hint": torch.randn(size, 3, data.height, data.width) if control.hint == "pixel" else x0} if run.base else {}
+        steer |= {"mode": torch.zeros(size, dtype=torch.long)} if run.base and control.num_modes else {}
+        loss = trainer.flow_loss(run, x0, txt, pooled, noise=noise, t=torch.rand(size), guidance=torch.ones(size), **steer)
         (loss.mean() / slices).backward()
 
 

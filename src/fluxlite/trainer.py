@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import signal
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -119,6 +119,8 @@ def build_flux(config, device, mesh, *, frozen=False):
     Wrapped on meta and filled a piece at a time, it is never whole on any rank. Frozen it is in the compute dtype.
     """
     pieces = base_pieces(config, device) if frozen else flux_pieces(config, device)
+    if frozen and not config.model.checkpoint:
+        log.warning("model.checkpoint is null: the frozen transformer is random, its output layer too; only the ControlNet learns")
     model = wrap_flux(config, mesh, frozen=frozen)
     return parallel.fill(model, pieces, "cpu" if config.parallel.cpu_offload else device)
 
@@ -172,7 +174,6 @@ def base_pieces(config, device):
     """`flux_pieces` of a frozen transformer. A random one gets a random output layer: behind a zero one nothing can learn."""
     if config.model.checkpoint:
         return flux_pieces(config, device)
-    log.warning("model.checkpoint is null: the frozen transformer is random, its output layer too, and only the ControlNet learns")
 
     def values_of(name, *options):
         return initial("img_in.weight" if name == "out.weight" else name, *options)
@@ -181,11 +182,24 @@ def base_pieces(config, device):
 
 
 def build_controlnet(config, device, mesh):
-    """The sharded ControlNet and the `parallel.Still` of what no gradient can reach in it, which is frozen and logged."""
-    base = config.model.shape()
+    """The sharded ControlNet and the `parallel.Still` of its rows that no gradient can reach."""
+    pieces = controlnet_pieces(config, device)
+    net, rows = wrap_controlnet(config, mesh)
+    return parallel.fill(net, pieces, "cpu" if config.parallel.cpu_offload else device), parallel.Still(net, rows)
+
+
+def meta_controlnet(config):
+    """The ControlNet on meta, as it is."""
     with torch.device("meta"):
-        net = ControlNet(config.controlnet.shape(base), config.model.attention)
-    pieces = controlnet_pieces(config, net, device)
+        return ControlNet(config.controlnet.shape(config.model.shape()), config.model.attention)
+
+
+def wrap_controlnet(config, mesh):
+    """The ControlNet on meta, wrapped; and {name: rows} of parameters that no gradient can reach in part.
+
+    Those that none reaches at all are frozen, and all are logged.
+    """
+    base, net = config.model.shape(), meta_controlnet(config)
     optim.freeze(net.train(), config.optim)
     unused = unused_parameters(net, base)
     parameters = dict(net.named_parameters())
@@ -196,15 +210,16 @@ def build_controlnet(config, device, mesh):
             "optim.trainable and optim.freeze leave nothing to train that a gradient can reach: see controlnet's depth"
         )
     report_unused(net.config, base, unused)
-    net = parallel.fill(wrap(net, config, mesh), pieces, "cpu" if config.parallel.cpu_offload else device)
-    return net, parallel.Still(net, {name: rows for name, rows in unused.items() if rows is not None})
+    return wrap(net, config, mesh), {name: rows for name, rows in unused.items() if rows is not None}
 
 
-def controlnet_pieces(config, net, device):
+def controlnet_pieces(config, device):
     """A ControlNet's weights to start from, piece by piece: a checkpoint's, its base's, or random."""
-    control = config.controlnet
+    control, net = config.controlnet, meta_controlnet(config)
     if control.checkpoint:
-        source = ckpt.open_source(resolve(control.checkpoint), setting="controlnet.checkpoint", part="controlnet")
+        source = ckpt.open_source(
+            resolve(control.checkpoint), setting="controlnet.checkpoint", ema=config.model.ema, part="controlnet"
+        )
         ckpt.check_part(source, "controlnet", "controlnet.checkpoint")
         check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
         return ckpt.pieces(source)
@@ -396,10 +411,9 @@ def update(run, step):
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(config.optim, step, config.steps)
-        optimizer.step()
+        with run.still or nullcontext():
+            optimizer.step()
         optimizer.zero_grad()
-    if run.still:
-        run.still.restore()
     if run.ema:
         run.ema.update(step)
     return norm
@@ -529,7 +543,8 @@ def _differences(old, new):
 
 def check_resume(saved, config):
     """Say which changed keys a resumed run accepts; raise `ValueError` for the others."""
-    old, new = _flat(saved), _flat(json.loads(json.dumps(asdict(config))))
+    new = _flat(json.loads(json.dumps(asdict(config))))
+    old = _flat(json.loads(json.dumps(asdict(type(config)())))) | _flat(saved)  # what an older version did not know has its default
     changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
     accepted = {k for k in changed if k.startswith(MAY_CHANGE)}
     if changed - accepted:

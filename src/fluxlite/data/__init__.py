@@ -101,7 +101,7 @@ class DataConfig:
                 f"data.control={self.control}: choose {', '.join(IMAGES)}, an ending such as depth.png, canny, or null"
             )
         if self.control == "canny" and not importlib.util.find_spec("cv2"):
-            raise ValueError("data.control=canny needs OpenCV: pip install opencv-python-headless")
+            raise ValueError("data.control=canny needs OpenCV: pip install opencv-python-headless, or -e '.[control]'")
         if self.control_mode is not None and not self.control:
             raise ValueError(f"data.control_mode={self.control_mode} says of which kind a control is: set data.control= too")
         if self.control_mode not in (None, "json") and mode_number(self.control_mode) is None:
