@@ -435,12 +435,12 @@ def checkpoint_activations(model, kind):
     def policy(_context, operator, *_args, **_kwargs):
         return CheckpointPolicy.MUST_SAVE if operator in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
-    options = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if kind == "selective" else {}
+    options = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)  # an early stop may leave a collective unwaited
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     blocks = [*model.double_blocks, *model.single_blocks]
     for block in blocks[:: _every(kind) or 1]:
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, early_stop=False, **options
-        )
+        block.forward = partial(checkpoint, block.forward, **options)
 
 
 def compile_blocks(model):
