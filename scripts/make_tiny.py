@@ -1,6 +1,6 @@
 """Make `assets/flux-tiny`: a tiny but complete FLUX pipeline, every part trained on generated fill50k pictures and captions.
 
-    python scripts/make_tiny.py                    # all stages, about an hour and a half on two cores
+    python scripts/make_tiny.py                    # all stages, about two hours and a half on two cores
     python scripts/make_tiny.py --stage vae        # or text, transformer, controlnet
 
 Pairs of colours that `fill50k.is_held_out` holds out are in no stage's data. Weights are stored in bfloat16.
@@ -141,7 +141,8 @@ def make_controlnet():
     root, first, run = ASSETS.parent.parent, "runs/controlnet_tiny", "runs/controlnet_shipped"
     train = [sys.executable, "train.py", "recipe=controlnet_tiny", "resume=auto"]
     subprocess.run([*train, f"output={first}"], cwd=root, check=True)
-    longer = [f"controlnet.checkpoint={first}", "optim.lr=2e-3", "steps=1500", f"output={run}"]
+    longer = [f"controlnet.checkpoint={first}", "optim.lr=3e-3", "steps=3000", f"output={run}"]
+    longer += ["data.count=40000", "data.cache=data/fill50k-64-40000-control"]
     subprocess.run([*train, *longer], cwd=root, check=True)
     write_converted(open_source(root / run), ASSETS / "controlnet", to="diffusers", dtype=torch.bfloat16, overwrite=True)
 
