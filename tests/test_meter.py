@@ -25,7 +25,8 @@ def data(tmp_path_factory):
 def test_a_clear_gain_is_learning_and_none_is_not():
     assert meter.judge(0.02, 8.0, 10, 300) == "learning"
     assert meter.judge(0.02, 2.0, 10, 300) == meter.judge(0.0005, 8.0, 10, 300) == "not yet"
-    assert meter.judge(0.0, 0.0, 300, 300) == "not learning"
+    assert meter.judge(0.0, 0.0, 300, 300) == meter.judge(0.0005, 9.0, 300, 300) == "not learning"
+    assert meter.judge(9.8, 3.5, 300, 300) == "not yet"
 
 
 def test_significance_is_that_of_paired_differences():
@@ -107,13 +108,26 @@ def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path
     assert all(b[k] == a[k] for k in a if k[0] in (3, 4))
 
 
-def test_blank_controls_are_not_learnt_and_that_is_said_loudly(data, tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("blank", [False, True], ids=["right", "blank"])
+def test_blank_controls_are_not_learnt_and_that_is_said_loudly(tmp_path, caplog, monkeypatch, blank):
+    """The shipped net, which follows its controls, and the same net shown the same empty control for each picture."""
     real = trainer.encode_control
-    monkeypatch.setattr(trainer, "encode_control", lambda *a: {k: torch.zeros_like(v) for k, v in real(*a).items()})
+    if blank:
+        monkeypatch.setattr(trainer, "encode_control", lambda *a: {k: torch.zeros_like(v) for k, v in real(*a).items()})
     with caplog.at_level(logging.INFO, "fluxlite"):
-        train(*TINY, data, f"output={tmp_path}/run", "steps=4")
-    assert "step 2, control: not yet" in caplog.text and "step 4, control: not learning" in caplog.text
-    assert "THE CONTROL HAS NO EFFECT" in caplog.text
+        train(*TINY, f"data.path={tmp_path}/data", f"output={tmp_path}/run", "steps=4", "data.val_count=24",
+              "controlnet.checkpoint=flux-tiny", "optim.lr=1e-6")  # fmt: skip
+    for step, verdict in ((2, "not yet"), (4, "not learning")) if blank else ((2, "learning"), (4, "learning")):
+        assert f"step {step}, control: {verdict};" in caplog.text
+    assert ("THE CONTROL HAS NO EFFECT" in caplog.text) is blank
+
+
+def test_a_control_is_compared_with_another_samples_where_padding_repeats_some():
+    rows = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 0]), torch.tensor([1, 1])]
+    held_out = [(None, None, None, {}, indices, None) for indices in rows]
+    numbers = torch.cat(rows)
+    partners = meter.Meter(None, held_out, None).partners()
+    assert all(numbers[partner] != own for partner, own in zip(partners, numbers)) and partners[2] == 1
 
 
 def test_wasteful_depths_name_the_nearest_that_wastes_none(caplog):
@@ -130,7 +144,7 @@ def test_wasteful_depths_name_the_nearest_that_wastes_none(caplog):
 def test_a_random_base_gets_an_output_layer_and_says_so(tmp_path, caplog):
     folder = train(*SMALL, "data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "data.count=20",
                    "controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=1", "steps=3",
-                   f"output={tmp_path}/run", "flow.guidance=1.0", "optim.lr=1e-2")  # fmt: skip
+                   f"output={tmp_path}/run", "flow.guidance=1.0", "optim.lr=1e-2", "data.val_count=8")  # fmt: skip
     assert "model.checkpoint is null: the frozen transformer is random, its output layer too" in caplog.text
     assert checkpoint.load_controlnet(folder).double_out[0].weight.norm() > 0
 
@@ -143,7 +157,7 @@ def test_a_random_base_gets_an_output_layer_and_says_so(tmp_path, caplog):
         (["controlnet.num_double_blocks=0"], "leave nothing"),
         (["controlnet.dropout=1"], r"dropout=1.0 must be in \[0, 1\)"),
         (["controlnet.hint=pixel", "data.cache=/tmp/none"], "hint=pixel needs pictures"),
-        (["data.val_count=1"], "set data.val_count=2 or more"),
+        (["data.val_count=7"], "set data.val_count=8 or more"),
         (["controlnet.num_modes=2"], "only a union net has both"),
         (["controlnet.num_modes=2", "data.control_mode=depth"], "control_mode=depth is kind 2"),
         (["controlnet=none"], "set controlnet=default too"),

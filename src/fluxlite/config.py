@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import sys
+import time
 import types
 import typing
 from dataclasses import dataclass, field
@@ -122,10 +123,11 @@ class ControlNetTrainConfig:
         if not config.data.control:
             raise ValueError("a ControlNet needs control pictures: set data.control=png (beside the target in the tar) or canny")
         replicate, shard, _, _ = config.parallel.sizes()
-        if self.meter_every and config.data.val_count < 2 * replicate * shard:
+        least = max(8, 2 * replicate * shard)
+        if self.meter_every and config.data.val_count < least:
             raise ValueError(
-                f"the meter compares a control with another's, so each data-parallel rank needs two held-out samples: set "
-                f"data.val_count={2 * replicate * shard} or more, not {config.data.val_count}, or controlnet.meter_every=0"
+                "the meter compares a control with another's, which takes eight held-out samples, and two on each data-parallel "
+                f"rank: set data.val_count={least} or more, not {config.data.val_count}, or controlnet.meter_every=0"
             )
         mode = config.data.control_mode
         if (mode is None) == (self.num_modes > 0):
@@ -497,8 +499,9 @@ def run_script(cls, name, usage, body):
     try:
         config = load_config(cls, name, sys.argv[1:])
     except (ValueError, OSError) as error:  # the same on every rank
-        if parallel.rank() == 0:
-            print(f"error: {error}", file=sys.stderr)
+        if parallel.rank():
+            time.sleep(30)  # the first rank to end has the others killed: it should be the one that speaks
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     try:
         body(config)

@@ -20,8 +20,9 @@ from fluxlite.latents import pack_latents
 log = logging.getLogger("fluxlite")
 
 TIMES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
-Z = 4.0  # standard errors by which the right control must be better: by chance once in 30,000 looks
+Z = 4.0  # standard errors by which the right control must be better: of 64 samples once in 10,000 looks by chance, of 8 in 400
 GAIN = 0.003  # and by this share of the loss
+DOUBT = 2.0  # standard errors below which a gain may be none at all
 DEAD = 1e-6  # of the hidden state's norm
 
 
@@ -57,7 +58,7 @@ class Meter:
         sums, gains = torch.zeros(len(kinds), len(TIMES), device=device), torch.zeros(3, device=device)
         count = torch.zeros((), device=device)
         hints = torch.cat([steer["hint"] for *_, steer, _, _ in self.held_out])
-        others, first = hints.roll(1, dims=0), 0
+        others, first = hints[self.partners()], 0
         for x0, txt, pooled, steer, indices, weights in self.held_out:
             noise = pack_latents(draws.normal(self.run.latent_shape, seed=0, indices=indices, stream="meter")).to(device)
             guidance = torch.full((len(x0),), self.guidance(), device=device)
@@ -78,6 +79,11 @@ class Meter:
             dist.all_reduce(tensor)
         repeats = self.run.mesh.tp.size() * self.run.mesh.cp.size()  # ranks that have the same samples
         return {"none": self.alone} | {k: (row / count).tolist() for k, row in zip(kinds, sums)}, (gains / repeats).tolist()
+
+    def partners(self):
+        """For each of this rank's samples the place of another one, the one before it unless that is the same (padding repeats)."""
+        numbers = [number for *_, indices, _ in self.held_out for number in indices.tolist()]
+        return [next((p - k for k in range(1, len(numbers)) if numbers[p - k] != numbers[p]), p) for p in range(len(numbers))]
 
     def guidance(self):
         low, high = flow.guidance_range(self.run.config.flow.guidance)
@@ -127,10 +133,10 @@ def significance(differences, right):
 
 
 def judge(gain, z, step, patience):
-    """The verdict on a gain of so many standard errors at a step."""
+    """The verdict on a gain of so many standard errors at a step; what is between the two is "not yet", however late."""
     if z > Z and gain > GAIN:
         return "learning"
-    return "not learning" if step >= patience else "not yet"
+    return "not learning" if step >= patience and (z < DOUBT or gain < GAIN) else "not yet"
 
 
 def report(step, verdict, means, gain, z, ratios, *, loudly):
@@ -138,7 +144,8 @@ def report(step, verdict, means, gain, z, ratios, *, loudly):
     shown = ", ".join(
         f"{means[kind]:.4f} {name}" for kind, name in (("right", "right"), ("shuffled", "another's"), ("none", "none"))
     )
-    log.info("step %d, control: %s; loss %s (gain %.2f %%, z %.1f)", step, verdict, shown, 100 * gain, z)
+    worse = ", worse than none yet" if means["right"] > means["none"] else ""
+    log.info("step %d, control: %s; loss %s (gain %.2f %%, z %.1f%s)", step, verdict, shown, 100 * gain, z, worse)
     if loudly and dist.get_rank() == 0:
         log.warning(
             "step %d: THE CONTROL HAS NO EFFECT. Are the control pictures blank or all alike, do they belong to their targets, "

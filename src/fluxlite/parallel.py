@@ -71,7 +71,7 @@ class ParallelConfig:
         default="none",
         metadata={
             "help": "recompute in the backward: none, full (each block), a number k (each k-th block), or selective "
-            "(all but matrix products and attention)",
+            "(all but matrix products and fused attention)",
             "verbatim": True,
         },
     )
@@ -411,7 +411,7 @@ class JoinTokens(torch.autograd.Function):
 
 # --- activation checkpointing and compilation -----------------------------------------------------------------------------------
 
-SAVED = {  # what selective checkpointing keeps: the matrix products and attention; the rest is recomputed
+SAVED = {  # what selective checkpointing keeps: the linears' products and fused attention; the rest is recomputed
     getattr(torch.ops.aten, name).default
     for name in (
         "mm",

@@ -33,7 +33,7 @@ from fluxlite.streams import Piece
 
 log = logging.getLogger("fluxlite")
 
-# What a resumed run may change: nothing that its weights or its order of samples depend on.
+# What a resumed run may change: nothing that its next sample or its model depends on. (A schedule ends at the new steps.)
 MAY_CHANGE = (
     *(
         "steps",
@@ -119,7 +119,7 @@ def build_flux(config, device, mesh, *, frozen=False):
     Wrapped on meta and filled a piece at a time, it is never whole on any rank. Frozen it is in the compute dtype.
     """
     pieces = base_pieces(config, device) if frozen else flux_pieces(config, device)
-    if frozen and not config.model.checkpoint:
+    if frozen and not config.model.checkpoint and parallel.rank() == 0:
         log.warning("model.checkpoint is null: the frozen transformer is random, its output layer too; only the ControlNet learns")
     model = wrap_flux(config, mesh, frozen=frozen)
     return parallel.fill(model, pieces, "cpu" if config.parallel.cpu_offload else device)
@@ -209,7 +209,8 @@ def wrap_controlnet(config, mesh):
         raise ValueError(
             "optim.trainable and optim.freeze leave nothing to train that a gradient can reach: see controlnet's depth"
         )
-    report_unused(net.config, base, unused)
+    if parallel.rank() == 0:
+        report_unused(net.config, base, unused)
     return wrap(net, config, mesh), {name: rows for name, rows in unused.items() if rows is not None}
 
 
@@ -554,6 +555,8 @@ def check_resume(saved, config):
         )
     if accepted - {"resume"}:
         log.info("resuming with changed %s", ", ".join(sorted(accepted - {"resume"})))
+    if "steps" in changed and config.optim.schedule != "constant":
+        log.warning("optim.schedule=%s now ends at step %d: the learning rate jumps", config.optim.schedule, config.steps)
 
 
 def find_resume(config):

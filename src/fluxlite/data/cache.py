@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def _claim(directory, made_from):
             )
     folder = directory / key
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".cache-{os.getpid()}"
+    aside = folder / f".cache-{uuid.uuid4().hex}"  # all ranks write it
     aside.write_text(json.dumps(made_from, indent=2) + "\n")
     os.replace(aside, folder / "cache.json")
     return folder
