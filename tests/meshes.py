@@ -42,6 +42,7 @@ MESHES = {
 PLAIN = ["dtype=float32"]
 CONTROL = [*PLAIN, "controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=1",
            "controlnet.init_from_base=false"]  # fmt: skip
+DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]  # in part out of any gradient's reach
 
 
 def cases(ranks):
@@ -55,6 +56,7 @@ def cases(ranks):
         found[f"{name}, bfloat16"] = mesh, 1, ["dtype=bfloat16"]
         if name in ("one", "dp2", "tp2", "tp2, sequence parallel", "cp2", "dp2 x tp2"):
             found[f"{name}, controlnet"] = mesh, 1, CONTROL
+            found[f"{name}, double blocks alone"] = mesh, 1, DOUBLES
     if ranks == 2:
         for name in ("dp2", "tp2, sequence parallel", "cp2"):
             for kind in ("full", "2", "selective"):

@@ -46,7 +46,7 @@ def run_meshes(ranks, folder, *names):
 
 def assert_same(figures, reference):
     for name, trained in figures.items():
-        kind = next((k for k in ("bfloat16", "muon", "controlnet", "frozen") if k in name), "float32")
+        kind = next((k for k in ("bfloat16", "muon", "controlnet", "double blocks alone", "frozen") if k in name), "float32")
         expected = reference[f"one, {kind}" if kind != "float32" else "one, accumulation 1, shard_modulation true"]
         loss, gradient, weight = BOUNDS[kind if kind in BOUNDS else "float32"]
         assert trained["trained"] == expected["trained"], name
