@@ -470,7 +470,8 @@ class ShardedModulation(nn.Module):
     """A linear whose output features are spread over all ranks and never gathered: the vectors travel, not the weights.
 
     Each rank's rows (B, H) go to all, are multiplied by each rank's features, and come back whole as (B, features): a few MB a
-    sample. The weights' gradient, a sum over the rows of all ranks, is averaged as FSDP2 does.
+    sample. The weights' gradient, a sum over the rows of all ranks, is averaged as FSDP2 does. For so few rows
+    weights are not cast: only what travels is in `dtype`.
     """
 
     def __init__(self, linear, mesh, dtype):
@@ -480,9 +481,10 @@ class ShardedModulation(nn.Module):
             self.register_parameter(name, nn.Parameter(distribute_tensor(p, mesh, [Shard(0)]), requires_grad=p.requires_grad))
 
     def forward(self, vec):
-        weight, bias = (ScaleGradient.apply(p.to(self.dtype), 1 / self.mesh.size()) for p in (self.weight, self.bias))
+        weight, bias = (ScaleGradient.apply(p, 1 / self.mesh.size()) for p in (self.weight, self.bias))
         rows = DTensor.from_local(vec, self.mesh, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
-        return F.linear(rows, weight, bias).redistribute(placements=[Shard(0)]).to_local()
+        out = F.linear(rows.to(weight.dtype), weight, bias).to(self.dtype)
+        return out.redistribute(placements=[Shard(0)]).to_local()
 
 
 def shard(model, mesh, config, dtype):
@@ -518,12 +520,13 @@ def shard_frozen(model, blocks, mesh):
 def compute_in(model, dtype):
     """Mixed precision where there is nothing to shard: blocks and ends see their weights in `dtype` while they run.
 
-    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a CPU.
+    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a CPU. The modulation computes in the
+    type of its weights: so few rows pass through it that to cast them costs more than to use them.
     """
     blocks = [*model.double_blocks, *model.single_blocks]
     inside = {p for block in blocks for p in block.parameters()} | set(model.modulation.parameters())
     if not isinstance(model.modulation, ShardedModulation):
-        model.modulation.forward = partial(_few_rows, model.modulation, dtype)
+        model.modulation.forward = partial(_as_stored, model.modulation.forward, model.modulation.weight.dtype, dtype)
     for part in (*blocks, model):
         owners = [
             (m, name)
@@ -534,32 +537,8 @@ def compute_in(model, dtype):
         part.forward = partial(_with_cast, part.forward, owners, dtype)
 
 
-class CastLinear(torch.autograd.Function):
-    """A linear of few rows x (B, in) in `dtype`, whose weights and their gradient, all float32, dwarf everything else.
-
-    The cast weights are not kept for the backward, and the weights' gradient is not made in `dtype` first.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, dtype):
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.to(dtype), bias.to(dtype))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        whole = gradient.to(weight.dtype)
-        return (
-            gradient @ weight.to(gradient.dtype) if for_x else None,
-            whole.T @ x.to(weight.dtype) if for_weight else None,
-            whole.sum(0) if for_bias else None,
-            None,
-        )
-
-
-def _few_rows(linear, dtype, x):
-    return CastLinear.apply(x, linear.weight, linear.bias, dtype)
+def _as_stored(forward, stored, dtype, vec):
+    return forward(vec.to(stored)).to(dtype)
 
 
 def _with_cast(forward, owners, dtype, *args, **kwargs):
