@@ -56,6 +56,7 @@ def cases(ranks):
         found[f"{name}, bfloat16"] = mesh, 1, ["dtype=bfloat16"]
         if name in ("one", "dp2", "tp2", "tp2, sequence parallel", "cp2", "dp2 x tp2"):
             found[f"{name}, controlnet"] = mesh, 1, CONTROL
+        if name in ("one", "dp2", "tp2", "dp2 x tp2"):
             found[f"{name}, double blocks alone"] = mesh, 1, DOUBLES
     if ranks == 2:
         for name in ("dp2", "tp2, sequence parallel", "cp2"):

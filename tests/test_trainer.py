@@ -108,9 +108,8 @@ def test_round_robin_validation_measures_each_sample_at_one_t(tmp_path):
     assert all(0.5 < some[k] / v < 2 and some[k] != v for k, v in every.items() if k[1].startswith("val/loss_t"))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
-    common = [*MOCK, f"optim.kind={kind}", "steps=60", "checkpoint.every=5", "validate_every=10"]
+def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+    common = [*MOCK, "optim.kind=muon", "steps=40", "checkpoint.every=5", "validate_every=10"]
     whole = train(*common, f"output={tmp_path}/whole")
     process = subprocess.Popen(command(*common, f"output={tmp_path}/killed"), cwd=ROOT, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed/checkpoints/step-000010").exists():
@@ -126,9 +125,8 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path, kind):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_two_processes_equal_one_and_resume_each_other(tmp_path, kind):
-    common = [*MOCK, "dtype=float32", "checkpoint.every=3", f"optim.kind={kind}"]
+def test_two_processes_equal_one_and_resume_each_other(tmp_path):
+    common = [*MOCK, "dtype=float32", "checkpoint.every=3", "optim.kind=muon"]  # with AdamW for what is no matrix
     whole = losses(train(*common, "steps=6", f"output={tmp_path}/one"))
     result = run(*common, "steps=3", f"output={tmp_path}/two", ranks=2)
     assert result.returncode == 0, result.stderr
