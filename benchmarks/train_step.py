@@ -7,8 +7,8 @@
 Ours is the trainer's on a mesh of one: float32 weights, gradients and AdamW, weights cast to the compute dtype while a block runs.
 Theirs has float32 weights under autocast, as diffusers' training examples have. Times are alternating medians of `--repeats` steps
 in one process, in which both models lie; the most memory, private, is of a process of each one's own, in which tensors are asked
-of the system one by one: "kept" is the same with what glibc's heap keeps of freed ones, a tenth and by chance. Prints a table and a
-JSON line.
+of the system one by one: "kept" is the same with what glibc's heap keeps of freed ones, a fifth more, which varies. Prints a table
+and a JSON line.
 """
 
 import argparse

@@ -176,9 +176,10 @@ def report(found):
     """Print a prediction as two tables."""
     print(" x ".join(f"{name} {size}" for name, size in found["mesh"].items()), f"in {found['dtype']}\n")
     print(f"{'memory of rank 0':<34}{'GB':>9}")
-    for name, size in ((name, size) for name, size in found["memory"].items() if size):
+    for name, size in found["memory"].items():
         label = "at once at most, activations included" if name == "peak" else name
-        print(f"{label:<38}{size / 1e9:>8.2f}")
+        if size:
+            print(f"{label:<38}{size / 1e9:>8.2f}")
     print(f"\n{'sent by rank 0 in a step':<26}{'over':<14}{'calls':>7}{'GB':>10}")
     for (name, dimension), size in sorted(found["sent"].items(), key=lambda item: -item[1]):
         print(f"{name:<26}{dimension:<14}{found['calls'][name, dimension]:>7}{size / 1e9:>10.4f}")

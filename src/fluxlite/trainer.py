@@ -556,7 +556,7 @@ def check_resume(saved, config):
     if accepted - {"resume"}:
         log.info("resuming with changed %s", ", ".join(sorted(accepted - {"resume"})))
     if "steps" in changed and config.optim.schedule != "constant":
-        log.warning("optim.schedule=%s now ends at step %d: the learning rate jumps", config.optim.schedule, config.steps)
+        log.info("optim.schedule=%s now ends at step %d: the learning rate jumps", config.optim.schedule, config.steps)
 
 
 def find_resume(config):
