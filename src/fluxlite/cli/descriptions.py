@@ -42,7 +42,7 @@ def parse_json(text, where, kind=dict):
     """
     try:
         values = json.loads(text, parse_constant=_refused, parse_float=_finite)
-        json.dumps(values).encode()  # half an emoji's escape is JSON and no text
+        json.dumps(values, ensure_ascii=False).encode()  # half an emoji's escape is JSON and no text
     except (ValueError, TypeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
         raise ValueError(f"{where} is no JSON ({reason[:120]}): {DAMAGED}") from None
