@@ -9,7 +9,7 @@ import os
 import stat
 from pathlib import Path
 
-from fluxlite.cli.options import typed_options
+from fluxlite.cli.options import check_sources, typed_options
 
 MAX_BYTES = 1 << 26  # a description is text; a diffusers index of 12 billion weights has 0.2 MB
 MAX_YAML_BYTES = 1 << 24  # read at some 5 MB/s
@@ -108,6 +108,7 @@ def read_description(path, cls, values=None):
     Raises `ValueError` that names the file and the key.
     """
     values = read_json(path) if values is None else values
+    check_sources(cls, values if isinstance(values, dict) else {}, path)
     try:
         return typed_options(cls, values)
     except ValueError as error:

@@ -77,7 +77,11 @@ def _warn_of_repeats(paths, setting):
 def _expanded(pattern, setting):
     if os.path.exists(os.path.expanduser(pattern)):  # braces may be part of a name
         return [pattern]
-    return expand_braces([pattern], setting, escape=False)
+    names = expand_braces([pattern], setting, escape=False)
+    made = [name for name in names if name[:5].lower() == "pipe:" and not pattern.startswith("pipe:")]
+    if made:  # a command is written as one, so that it is seen
+        raise ValueError(f"{setting}={pattern} makes {made[0]} of braces: write pipe: as it is")
+    return names
 
 
 def _local_tars(name, split, setting):
