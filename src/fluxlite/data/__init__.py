@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from fluxlite.cli.descriptions import read_description
 from fluxlite.controlnet import MODES
-from fluxlite.data.cache import CachedSamples, build_cache
+from fluxlite.data.cache import CachedSamples, build_cache, data_digest
 from fluxlite.data.mock import MockPictures, MockSamples
 from fluxlite.data.parts import IMAGES, JSON, TEXT, Parts
 from fluxlite.data.places import expand_home, expand_places
@@ -31,6 +31,7 @@ __all__ = [
     "MockSamples",
     "Samples",
     "build_cache",
+    "data_digest",
     "make_loader",
     "open_dataset",
     "prepare",

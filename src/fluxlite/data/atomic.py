@@ -35,7 +35,8 @@ def locked(path):
 def _locked_file(path):
     """The file at `path`, open and locked. Another's file may be renamed or removed meanwhile."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b")
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.fdopen(os.open(path, flags, 0o666), "r+b")
         _wait_for_lock(file, path)
         if _is_at(file, path):
             return file

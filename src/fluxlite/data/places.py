@@ -13,7 +13,6 @@ import re
 import select
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -251,12 +250,16 @@ def _copy_command(url, file, target):
 
     def read():
         if not select.select([number], [], [], SLOW_COMMAND)[0]:
-            stream.proc.kill()
             raise TimeoutError(f"nothing came for {SLOW_COMMAND} seconds")
         return os.read(number, 1 << 20)
 
-    with closing(stream):
+    try:
         _copy_chunks(read, file, target)
+    except BaseException:
+        stream.proc.kill()
+        stream.proc.wait()
+        raise
+    stream.close()  # raises for an exit code
 
 
 def _copy_chunks(read, file, target):
