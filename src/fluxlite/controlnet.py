@@ -19,7 +19,6 @@ from torch import nn
 
 from fluxlite.latents import pack_latents
 from fluxlite.model import FluxConfig, Trunk, initial
-from fluxlite.streams import Piece
 
 HINTS = ("latent", "pixel")
 MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}  # of the published Union nets
@@ -52,8 +51,8 @@ class ControlNetConfig(FluxConfig):
 
     @property
     def modulation_chunks(self):
-        """Vectors of width H that modulate the network: 6 a stream of a double block, 3 a single block."""
-        return 12 * self.num_double_blocks + 3 * self.num_single_blocks
+        """Vectors of width H that modulate each block: there is no final layer."""
+        return super().modulation_chunks[:-1]
 
     @classmethod
     def beside(cls, base, **changes):
@@ -103,15 +102,15 @@ class ControlNet(Trunk):
 
         rope is the base's; a union net's mode token has the position of the first text token.
         """
-        double, single, _ = self.split_modulation(modulation)
+        mods = iter(modulation.split(self.config.modulation_chunks))
         if self.config.num_modes:
             rope = tuple(torch.cat([table[:1], table]) for table in rope)
         img, after_double, after_single = self.img_in(self.cast(img)) + hint, [], []
-        for block, mod, out in zip(self.double_blocks, double, self.double_out):
+        for block, out, mod in zip(self.double_blocks, self.double_out, mods):
             img, txt = block(img, txt, mod, rope, self.attend)
             after_double.append(scale * out(img))
         x = torch.cat([txt, img], dim=1)
-        for block, mod, out in zip(self.single_blocks, single, self.single_out):
+        for block, out, mod in zip(self.single_blocks, self.single_out, mods):
             x = block(x, mod, rope, self.attend)
             after_single.append(scale * out(x[:, txt.shape[1] :]))
         return after_double, after_single
@@ -157,37 +156,32 @@ def initial_value(config, name, shape, device, generator=None):
     return initial(name, shape, device, generator)
 
 
-def pieces_from_base(controlnet, base, pieces, device="cpu", generator=None):
-    """A net's weights from those of its base: yields (`streams.Piece`, values), each of which `pieces` or a draw gives.
+def weights_from_base(controlnet, base, weights, device="cpu", generator=None):
+    """A net's weights from those of its base: yields (name, values).
 
-    `controlnet` may be on meta; `base` is the base's configuration, `pieces` its weights as `checkpoint.pieces` yields them, one
-    after the other. The net gets the embedders, the guidance embedder included, the first blocks and their modulation; what the
-    base has not is drawn from `generator`, or zero, so that the first step equals the base's. Raises `ValueError` where the widths
-    differ or the net is deeper than the base.
+    `controlnet` may be on meta; `base` is the base's configuration, `weights` yields (name, values)
+    of its parameters, one after the other. The net gets the embedders, the guidance embedder
+    included, the first blocks and their modulation. What the base has not is drawn from `generator`
+    or zero, so that the first step equals the base's. Raises `ValueError` where the widths differ
+    or the net is deeper than the base.
     """
-    config, shapes = controlnet.config, {name: p.shape for name, p in controlnet.named_parameters()}
+    config = controlnet.config
+    shapes = {name: p.shape for name, p in controlnet.named_parameters()}
     check_starts(config, base)
-    doubles, singles = 12 * config.num_double_blocks * config.hidden_size, 3 * config.num_single_blocks * config.hidden_size
-    of_singles = 12 * base.num_double_blocks * config.hidden_size
-    moved = [(0, doubles, 0), (of_singles, of_singles + singles, doubles)]  # rows of the base's modulation from … to, and where to
-    for piece, values in pieces:
-        for first, last, to in moved if piece.name.startswith("modulation.") else ():
-            start, stop = max(piece.start, first), min(piece.start + len(values), last)
-            if start < stop:
-                yield Piece(piece.name, start - first + to, stop - first + to), values[start - piece.start : stop - piece.start]
-        if piece.name in shapes and not piece.name.startswith("modulation."):
-            yield piece, values
+    for name, values in weights:
+        if shapes.pop(name, None) is not None:
+            yield name, values
     for name, shape in shapes.items():
-        if name.startswith(("hint_in.", "mode_in.", "hint_convs.", "double_out.", "single_out.")):
-            yield Piece(name), initial_value(config, name, shape, device, generator)
+        yield name, initial_value(config, name, shape, device, generator)
 
 
 @torch.no_grad()
 def init_from_base(controlnet, base, generator=None):
-    """Start from a `Flux`, as `pieces_from_base` says; returns the net."""
-    parameters, pieces = dict(controlnet.named_parameters()), ((Piece(name), value) for name, value in base.state_dict().items())
-    for piece, values in pieces_from_base(controlnet, base.config, pieces, controlnet.hint_in.weight.device, generator):
-        parameters[piece.name][piece.start : piece.stop].copy_(values)
+    """Start from a `Flux`, as `weights_from_base` says; returns the net."""
+    parameters, weights = dict(controlnet.named_parameters()), base.state_dict().items()
+    device = controlnet.hint_in.weight.device
+    for name, values in weights_from_base(controlnet, base.config, weights, device, generator):
+        parameters[name].copy_(values)
     return controlnet
 
 
@@ -265,29 +259,23 @@ def nearest_depth(num_base, num_control):
 
 
 def unused_parameters(controlnet, base):
-    """Parameters that can get no gradient beside a base of configuration `base`: {name: None, or a mask of its rows}.
+    """Names of parameters that can get no gradient beside a base of configuration `base`.
 
-    They are blocks whose samples nobody gets, and what lies behind the last that counts: where that is a double block, its text
-    stream but for keys and values. A mask is true for rows that get none: weight decay belongs masked there too.
+    They are blocks whose samples nobody gets, and what lies behind the last that counts: where that
+    is a double block, its text stream but for keys and values. Of that stream's modulation, one
+    linear, only the shift and scale before attention count. It is trained whole: four rows in six
+    get no gradient, and weight decay shrinks them towards zero, which no output shows.
     """
     config = controlnet.config
     double, single = (1 + max(places, default=-1) for places in placements(config, base))
-    blocks = double if not single else config.num_double_blocks  # single blocks see what all double blocks do
-    whole = [f"double_blocks.{i}." for i in range(blocks, config.num_double_blocks)]
-    whole += [f"single_blocks.{i}." for i in range(single, config.num_single_blocks)]
-    whole += [f"double_out.{i}." for i in range(double, config.num_double_blocks)]
-    whole += [f"single_out.{i}." for i in range(single, config.num_single_blocks)]
-    modulation = torch.zeros(config.modulation_chunks, dtype=torch.bool)
-    modulation[12 * blocks : 12 * config.num_double_blocks] = True
-    modulation[12 * config.num_double_blocks + 3 * single :] = True
-    masks = {}
+    blocks = double if not single else config.num_double_blocks  # single blocks see all doubles
+    found = []
+    for i in range(blocks, config.num_double_blocks):
+        found += [f"double_blocks.{i}.", f"modulation.img.{i}.", f"modulation.txt.{i}."]
+    for i in range(single, config.num_single_blocks):
+        found += [f"single_blocks.{i}.", f"modulation.single.{i}.", f"single_out.{i}."]
+    found += [f"double_out.{i}." for i in range(double, config.num_double_blocks)]
     if not single and double:
-        last = f"double_blocks.{double - 1}.txt."
-        whole += [f"{last}proj.", f"{last}mlp.", f"{last}qkv.q_norm."]
-        modulation[12 * double - 4 : 12 * double] = True  # of the text's six, all but the shift and scale before attention
-        queries = torch.tensor([True, False, False]).repeat(config.num_heads).repeat_interleave(config.head_width)
-        masks = {f"{last}qkv.linear.{leaf}": queries for leaf in ("weight", "bias")}
-    if modulation.any():
-        rows = modulation.repeat_interleave(config.hidden_size)
-        masks |= {f"modulation.{leaf}": rows for leaf in ("weight", "bias")}
-    return {n: masks.get(n) for n, _ in controlnet.named_parameters() if n in masks or n.startswith(tuple(whole))}
+        parts = ("qkv.q.", "qkv.q_norm.", "proj.", "mlp.")
+        found += [f"double_blocks.{double - 1}.txt.{part}" for part in parts]
+    return [name for name, _ in controlnet.named_parameters() if name.startswith(tuple(found))]

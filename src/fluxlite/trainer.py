@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import signal
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,14 +22,13 @@ from fluxlite import __version__, draws, flow, optim, parallel, sampling
 from fluxlite import checkpoint as ckpt
 from fluxlite.autoencoder import sample_posterior
 from fluxlite.conditioning import load_text_encoders
-from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, pieces_from_base, spread, unused_parameters, used
+from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, spread, unused_parameters, used, weights_from_base
 from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, open_dataset, prepare
 from fluxlite.latents import num_image_tokens, pack_latents, position_ids
 from fluxlite.meter import Meter
 from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
 from fluxlite.model import Flux, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
-from fluxlite.streams import Piece
 
 log = logging.getLogger("fluxlite")
 
@@ -92,7 +91,6 @@ class Run:
     mesh: parallel.Mesh
     model: Flux | ControlNet  # what is trained
     base: Flux | None  # the frozen transformer beside a ControlNet
-    still: parallel.Still | None  # what of a ControlNet no gradient can reach
     optimizers: list
     ema: optim.EMA | None
     parts: Parts
@@ -116,13 +114,13 @@ class Run:
 def build_flux(config, device, mesh, *, frozen=False):
     """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's.
 
-    Wrapped on meta and filled a piece at a time, it is never whole on any rank. Frozen it is in the compute dtype.
+    Wrapped on meta and filled a tensor at a time, it is never whole on any rank. Frozen it is in the compute dtype.
     """
-    pieces = base_pieces(config, device) if frozen else flux_pieces(config, device)
+    weights = base_weights(config, device) if frozen else flux_weights(config, device)
     if frozen and not config.model.checkpoint and parallel.rank() == 0:
         log.warning("model.checkpoint is null: the frozen transformer is random, its output layer too; only the ControlNet learns")
     model = wrap_flux(config, mesh, frozen=frozen)
-    return parallel.fill(model, pieces, "cpu" if config.parallel.cpu_offload else device)
+    return parallel.fill(model, weights, "cpu" if config.parallel.cpu_offload else device)
 
 
 def wrap_flux(config, mesh, *, frozen=False):
@@ -146,15 +144,15 @@ def wrap(model, config, mesh):
     return parallel.parallelize(model, mesh, config.parallel, getattr(torch, config.dtype), compile=config.compile)
 
 
-def flux_pieces(config, device):
-    """The transformer's weights, piece by piece: the checkpoint's, or random."""
+def flux_weights(config, device):
+    """The transformer's (name, values), one by one: the checkpoint's, or random."""
     shape = config.model.shape()
     if not config.model.checkpoint:
-        return random_pieces(meta_flux(config), config.seed, device)
+        return random_weights(meta_flux(config), config.seed, device)
     source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
     ckpt.check_part(source, "transformer", "model.checkpoint")
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
-    return ckpt.pieces(source)
+    return ckpt.weights_of(source)
 
 
 def check_shape(source, shape, key, value):
@@ -163,29 +161,28 @@ def check_shape(source, shape, key, value):
         raise ValueError(f"{key}={value} has another shape: {_differences(asdict(source.config), asdict(shape))}")
 
 
-def random_pieces(model, seed, device, values_of=initial):
+def random_weights(model, seed, device, values_of=initial):
     """Initial values of each parameter of a model, keyed by the seed: the same on any mesh."""
     generator = torch.Generator(device).manual_seed(draws.generator(seed, 0, "weights").initial_seed())
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    return ((Piece(name), values_of(name, shape, device, generator)) for name, shape in shapes.items())
+    return ((name, values_of(name, shape, device, generator)) for name, shape in shapes.items())
 
 
-def base_pieces(config, device):
-    """`flux_pieces` of a frozen transformer. A random one gets a random output layer: behind a zero one nothing can learn."""
+def base_weights(config, device):
+    """`flux_weights` of a frozen transformer. A random one gets a random output layer: behind a zero one nothing can learn."""
     if config.model.checkpoint:
-        return flux_pieces(config, device)
+        return flux_weights(config, device)
 
     def values_of(name, *options):
         return initial("img_in.weight" if name == "out.weight" else name, *options)
 
-    return random_pieces(meta_flux(config), config.seed, device, values_of)
+    return random_weights(meta_flux(config), config.seed, device, values_of)
 
 
 def build_controlnet(config, device, mesh):
-    """The sharded ControlNet and the `parallel.Still` of its rows that no gradient can reach."""
-    pieces = controlnet_pieces(config, device)
-    net, rows = wrap_controlnet(config, mesh)
-    return parallel.fill(net, pieces, "cpu" if config.parallel.cpu_offload else device), parallel.Still(net, rows)
+    """The sharded ControlNet."""
+    weights, net = controlnet_weights(config, device), wrap_controlnet(config, mesh)
+    return parallel.fill(net, weights, "cpu" if config.parallel.cpu_offload else device)
 
 
 def meta_controlnet(config):
@@ -195,15 +192,12 @@ def meta_controlnet(config):
 
 
 def wrap_controlnet(config, mesh):
-    """The ControlNet on meta, wrapped; and {name: rows} of parameters that no gradient can reach in part.
-
-    Those that none reaches at all are frozen, and all are logged.
-    """
+    """The ControlNet on meta, wrapped; parameters that no gradient can reach are frozen and logged."""
     base, net = config.model.shape(), meta_controlnet(config)
     optim.freeze(net.train(), config.optim)
     unused = unused_parameters(net, base)
     parameters = dict(net.named_parameters())
-    for name in (name for name, rows in unused.items() if rows is None):
+    for name in unused:
         parameters[name].requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError(
@@ -211,11 +205,11 @@ def wrap_controlnet(config, mesh):
         )
     if parallel.rank() == 0:
         report_unused(net.config, base, unused)
-    return wrap(net, config, mesh), {name: rows for name, rows in unused.items() if rows is not None}
+    return wrap(net, config, mesh)
 
 
-def controlnet_pieces(config, device):
-    """A ControlNet's weights to start from, piece by piece: a checkpoint's, its base's, or random."""
+def controlnet_weights(config, device):
+    """A ControlNet's (name, values) to start from: a checkpoint's, its base's, or random."""
     control, net = config.controlnet, meta_controlnet(config)
     if control.checkpoint:
         source = ckpt.open_source(
@@ -223,11 +217,11 @@ def controlnet_pieces(config, device):
         )
         ckpt.check_part(source, "controlnet", "controlnet.checkpoint")
         check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
-        return ckpt.pieces(source)
+        return ckpt.weights_of(source)
     if control.init_from_base:
         generator = torch.Generator(device).manual_seed(draws.generator(config.seed, 0, "controlnet").initial_seed())
-        return pieces_from_base(net, config.model.shape(), base_pieces(config, device), device, generator)
-    return random_pieces(net, config.seed, device, partial(initial_value, net.config))
+        return weights_from_base(net, config.model.shape(), base_weights(config, device), device, generator)
+    return random_weights(net, config.seed, device, partial(initial_value, net.config))
 
 
 def report_unused(shape, base, unused):
@@ -242,9 +236,7 @@ def report_unused(shape, base, unused):
                 *(kind, count, num_base, used(num_base, count, cyclic=cyclic), nearest_depth(num_base, count)),
             )
     if unused:
-        log.info(
-            "frozen, since no gradient can reach them: %s", ", ".join(n + " (rows)" * (r is not None) for n, r in unused.items())
-        )
+        log.info("frozen, since no gradient can reach them: %s", ", ".join(unused))
 
 
 def load_parts(config, device, mesh):
@@ -304,17 +296,17 @@ def set_up(config, device, mesh):
     parts = load_parts(config, device, mesh)
     if not config.controlnet.train:
         return assemble(config, device, mesh, build_flux(config, device, mesh), parts)
-    net, still = build_controlnet(config, device, mesh)
-    return assemble(config, device, mesh, net, parts, base=build_flux(config, device, mesh, frozen=True), still=still)
+    net, base = build_controlnet(config, device, mesh), build_flux(config, device, mesh, frozen=True)
+    return assemble(config, device, mesh, net, parts, base=base)
 
 
-def assemble(config, device, mesh, model, parts, *, base=None, still=None):
+def assemble(config, device, mesh, model, parts, *, base=None):
     """The `Run` of wrapped models."""
     optimizers = optim.make_optimizers(model, config.optim)
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
-    return Run(config, device, mesh, model, base, still, optimizers, ema, parts, rope_table(ids, config.model.shape()))
+    return Run(config, device, mesh, model, base, optimizers, ema, parts, rope_table(ids, config.model.shape()))
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------------------
@@ -412,8 +404,7 @@ def update(run, step):
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(config.optim, step, config.steps)
-        with run.still or nullcontext():
-            optimizer.step()
+        optimizer.step()
         optimizer.zero_grad()
     if run.ema:
         run.ema.update(step)
