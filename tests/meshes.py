@@ -14,7 +14,6 @@ from reference import randomise
 
 from fluxlite import parallel, trainer
 from fluxlite.config import TrainConfig, load_config
-from fluxlite.convert import Piece
 from fluxlite.data import MockSamples
 
 MODEL = ["data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "model.num_double_blocks=1",
@@ -86,10 +85,10 @@ def configure(mesh, accumulation, rest):
     return config
 
 
-def random_pieces(model, seed, device, _values_of=None):
+def random_weights(model, seed, device, _values_of=None):
     """Non-trivial values for every parameter, the same for every mesh."""
     whole = randomise(type(model)(model.config), seed)
-    return ((Piece(name), p.detach()) for name, p in whole.named_parameters())
+    return ((name, p.detach()) for name, p in whole.named_parameters())
 
 
 def whole(tensors):
@@ -108,7 +107,7 @@ def batches_of(config, run):
 
 def train(config, steps=10):
     """The figures of a short run."""
-    with mock.patch.object(trainer, "random_pieces", random_pieces):
+    with mock.patch.object(trainer, "random_weights", random_weights):
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
     figures, batches, real_update = {}, batches_of(config, run), trainer.update
 
@@ -130,7 +129,7 @@ def plain_autograd(config):
     """The first step's loss and gradients of a Flux that nothing is wrapped around."""
     with (
         mock.patch.object(parallel, "parallelize", lambda model, *_args, **_options: model),
-        mock.patch.object(parallel, "fill", lambda model, _pieces, device: randomise(model.to_empty(device=device), config.seed)),
+        mock.patch.object(parallel, "fill", lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed)),
     ):
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
     gradients = {}
