@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from fluxlite.config import InferConfig, run_script
+from fluxlite.cli.programs import run_program
 
 USAGE = """
 Draw pictures with a FLUX pipeline.
@@ -53,13 +53,23 @@ def save(picture, path, settings):
     picture.save(path, pnginfo=info)
 
 
-def body(config):
+def usage():
+    from fluxlite.cli.command_line import help_text
+    from fluxlite.config import InferConfig
+
+    return help_text(InferConfig, "infer", USAGE)
+
+
+def body(arguments):
     import torch
     from tqdm import tqdm
 
+    from fluxlite.cli.command_line import load_config
+    from fluxlite.config import InferConfig
     from fluxlite.metrics import Stages, contact_sheet
     from fluxlite.pipeline import generate
 
+    config = load_config(InferConfig, "infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prompts, folder = prompts_of(config), Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,4 +119,4 @@ def body(config):
 
 
 if __name__ == "__main__":
-    run_script(InferConfig, "infer", USAGE, body)
+    run_program(body, usage=usage)

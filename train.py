@@ -2,7 +2,7 @@
 
 import logging
 
-from fluxlite.config import TrainConfig, run_script
+from fluxlite.cli.programs import run_program
 
 USAGE = """
 Train a Flux.
@@ -14,10 +14,20 @@ Train a Flux.
 """
 
 
-def body(config):
+def usage():
+    from fluxlite.cli.command_line import help_text
+    from fluxlite.config import TrainConfig
+
+    return help_text(TrainConfig, "train", USAGE)
+
+
+def body(arguments):
     from fluxlite import parallel
+    from fluxlite.cli.command_line import load_config
+    from fluxlite.config import TrainConfig
     from fluxlite.trainer import train
 
+    config = load_config(TrainConfig, "train", arguments)
     logging.basicConfig(level=logging.INFO if parallel.rank() == 0 else logging.WARNING, format="%(message)s")
     try:
         with parallel.watching_ranks(config.parallel):
@@ -29,4 +39,4 @@ def body(config):
 
 
 if __name__ == "__main__":
-    run_script(TrainConfig, "train", USAGE, body)
+    run_program(body, usage=usage)

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from fluxlite import parallel, trainer
-from fluxlite.config import TrainConfig, load_config
+from fluxlite.cli.command_line import load_config
+from fluxlite.config import TrainConfig
 from fluxlite.metrics import memory_of_process
 from fluxlite.preflight import local_bytes
 

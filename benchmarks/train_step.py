@@ -25,7 +25,8 @@ import torch
 from build import Peak
 
 from fluxlite import convert, flow, optim, parallel, trainer
-from fluxlite.config import TrainConfig, load_config
+from fluxlite.cli.command_line import load_config
+from fluxlite.config import TrainConfig
 from fluxlite.latents import num_image_tokens, position_ids
 
 TEXT_TOKENS = 512

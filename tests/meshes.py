@@ -13,7 +13,8 @@ import torch
 from reference import randomise
 
 from fluxlite import parallel, trainer
-from fluxlite.config import TrainConfig, load_config
+from fluxlite.cli.command_line import load_config
+from fluxlite.config import TrainConfig
 from fluxlite.data import MockSamples
 
 MODEL = ["data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "model.num_double_blocks=1",

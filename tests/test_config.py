@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fluxlite import config as configuration
-from fluxlite.config import InferConfig, TrainConfig, load_config
+from fluxlite.cli.command_line import load_config
+from fluxlite.cli.options import option_fields
+from fluxlite.config import InferConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [
@@ -108,7 +109,7 @@ def test_missing_encoders_are_named_all_at_once():
 
 def test_every_field_says_what_it_means():
     for cls in (TrainConfig, InferConfig):
-        assert [key for key, f in configuration.leaves(cls).items() if not f.metadata.get("help")] == []
+        assert [key for key, f in option_fields(cls).items() if not f.metadata.get("help")] == []
 
 
 @pytest.mark.parametrize("recipe", ["default", "laptop", "flux_tiny", "debug", "benchmark"])

@@ -16,7 +16,8 @@ from reference import our_controlnet_from, randomise
 import fluxlite
 from fluxlite import checkpoint, draws, sampling
 from fluxlite.checkpoint import ASSETS
-from fluxlite.config import InferConfig, load_config
+from fluxlite.cli.command_line import load_config
+from fluxlite.config import InferConfig
 from fluxlite.control import Control, hint_of, open_control, read_picture
 from fluxlite.controlnet import ControlNet, ControlNetConfig
 from fluxlite.data.circles import figure_mask
@@ -308,11 +309,12 @@ def test_the_command_line_refuses(arguments, named):
 
 def test_infer_draws_with_a_net_and_records_it(saved, pictures, tmp_path, capsys):
     pictures[0].save(tmp_path / "edges.png")
-    config = parsed(
-        *(f"controlnet.checkpoint={saved['union']}", f"control_image={tmp_path}/edges.png", "controlnet.mode=depth"),
-        *("controlnet.scale=0.7", "controlnet.end=0.8", "steps=2", f"output={tmp_path}/out", "dtype=float32"),
-    )
-    runpy.run_path(str(ROOT / "infer.py"))["body"](config)
+    arguments = [
+        *("prompt=a", f"controlnet.checkpoint={saved['union']}", f"control_image={tmp_path}/edges.png"),
+        *("controlnet.mode=depth", "controlnet.scale=0.7", "controlnet.end=0.8"),
+        *("steps=2", f"output={tmp_path}/out", "dtype=float32"),
+    ]
+    runpy.run_path(str(ROOT / "infer.py"))["body"](arguments)
     (file,) = (tmp_path / "out").iterdir()
     about = json.loads(Image.open(file).text["fluxlite"])
     own = {"scale": 0.7, "start": 0.0, "end": 0.8, "mode": "depth"}

@@ -16,7 +16,8 @@ import torch
 from test_trainer import MOCK, command, losses, run, train, wait_for_steps, weights
 
 from fluxlite import preflight
-from fluxlite.config import TrainConfig, load_config
+from fluxlite.cli.command_line import load_config
+from fluxlite.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 # ‖Δ‖/‖reference‖: of the loss, of each gradient, of each parameter after ten steps. bfloat16 and Muon's iteration round.

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fluxlite import checkpoint, optim, parallel, trainer
-from fluxlite.config import TrainConfig, load_config
+from fluxlite.cli.command_line import load_config
+from fluxlite.config import TrainConfig
 from fluxlite.model import Flux, FluxConfig
 
 ROOT = Path(__file__).parents[1]

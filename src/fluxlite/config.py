@@ -1,25 +1,9 @@
-"""From the command line to typed configurations: Hydra composes YAML, dataclasses check it.
-
-Every key has a dataclass field, which lies beside the code that uses it; a key that none has is an error that names the nearest.
-Values of prompts and paths reach the program as the shell gave them: Hydra's grammar never sees them. Only an optional path may be
-unset with `null`.
-"""
+"""The settings of `train.py` and `infer.py`, composed of the dataclasses beside the code that uses them."""
 
 import dataclasses
-import difflib
-import json
 import math
-import sys
-import time
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from fluxlite import parallel, sampling
 from fluxlite.checkpoint import TINY, CheckpointConfig
@@ -35,7 +19,6 @@ from fluxlite.offload import OFFLOAD
 from fluxlite.optim import OptimConfig
 from fluxlite.parallel import ParallelConfig
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -361,150 +344,3 @@ def check_machine(config):
         raise ValueError(f"model.attention={attention}: choose one of {', '.join(ATTENTION)}")
     if kind == "cpu" and attention in ("cudnn", "efficient"):
         raise ValueError(f"model.attention={attention} needs a CUDA device: choose auto, flash or math on the CPU")
-
-
-# --- the command line ------------------------------------------------------------------------------------------------------------
-
-
-def groups(name):
-    """The groups that `configs/{name}.yaml` chooses from, and their choices: {"model": ["flux_dev", …], …}."""
-    defaults = OmegaConf.load(CONFIGS / f"{name}.yaml").get("defaults", [])
-    chosen = [key for entry in defaults if not isinstance(entry, str) for key in entry]
-    return {group: sorted(f.stem for f in (CONFIGS / group).glob("*.yaml")) for group in chosen}
-
-
-def leaves(cls, prefix=""):
-    """{dotted key: dataclass field} of a configuration and all below it."""
-    hints, found = typing.get_type_hints(cls), {}
-    for f in dataclasses.fields(cls):
-        if dataclasses.is_dataclass(hints[f.name]):
-            found |= leaves(hints[f.name], f"{prefix}{f.name}.")
-        else:
-            found[prefix + f.name] = f
-    return found
-
-
-def nearest(key, known):
-    """`: did you mean …?` for a key that is unknown."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-    tails = difflib.get_close_matches(key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.8)
-    if not close and tails:
-        close = [k for k in known if k.split(".")[-1] == tails[0]]
-    return f": did you mean {close[0]}?" if close else ": --help lists the keys"
-
-
-def _split_arguments(cls, name, argv):
-    """Arguments as Hydra overrides, and those whose values must stay as they are: [(key, value)]."""
-    fields, choices, overrides, kept = leaves(cls), groups(name), [], []
-    for argument in argv:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
-        if key in fields and fields[key].metadata.get("verbatim"):
-            optional = f"{fields[key].type}".endswith("None")  # a path may be unset with null; a file of that name is ./null
-            kept.append((key, None if optional and value == "null" else value))
-        elif key in choices:
-            if value not in choices[key]:
-                raise ValueError(f"{argument}: no such {key}{nearest(value, choices[key])} There are {', '.join(choices[key])}")
-            overrides.append(argument)
-        elif key in fields:
-            overrides.append(f"++{argument}")  # the YAML need not name what the dataclasses do
-        else:
-            raise ValueError(f"{key} is not a key{nearest(key, [*fields, *choices])}")
-    return overrides, kept
-
-
-def load_config(cls, name, argv):
-    """The configuration `configs/{name}.yaml` with the overrides of `argv`, checked; raises `ValueError` with the remedy."""
-    overrides, kept = _split_arguments(cls, name, argv)
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            values = OmegaConf.to_container(compose(name, overrides), resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(str(error).split("\n")[0]) from None
-    lists = {key: typing.get_args(f.type)[0] for key, f in leaves(cls).items() if typing.get_origin(f.type) is list}
-    for key, value in kept:
-        at = values
-        *path, last = key.split(".")
-        for part in path:
-            at = at.setdefault(part, {})
-        if key in lists:
-            at[last] = [*(at.get(last) or []), _number(key, value) if lists[key] is float else value]
-        else:
-            at[last] = value
-    config = typed(cls, values)
-    config.validate()
-    return config
-
-
-def _number(key, text):
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{key}={text} must be a number") from None
-
-
-def typed(cls, values, prefix=""):
-    """An instance of the dataclass `cls` from nested dictionaries; raises `ValueError` for unknown keys and wrong types."""
-    hints, known = typing.get_type_hints(cls), {f.name for f in dataclasses.fields(cls)}
-    arguments = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{prefix}{key} is not a key{nearest(prefix + key, [prefix + k for k in known])}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint):
-            arguments[key] = typed(hint, value or {}, f"{prefix}{key}.")
-        else:
-            arguments[key] = _convert(value, hint, prefix + key)
-    return cls(**arguments)
-
-
-def _convert(value, hint, key):
-    """`value` as the annotated type: int serves as float, null only where None is allowed."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        base = typing.get_origin(option) or option
-        if base is float and type(value) is int:
-            return float(value)
-        if base in (list, tuple) and isinstance(value, (list, tuple)):
-            inner = (typing.get_args(option) or (typing.Any,))[0]
-            return base(value if inner is typing.Any else [_convert(v, inner, key) for v in value])
-        if type(value) is base:
-            return value
-        if base is str and str in options and type(value) in (int, float):
-            return str(value)
-    names = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    raise ValueError(f"{key}={value!r} must be {names}, not {type(value).__name__}")
-
-
-def help_text(cls, name, usage):
-    """What `--help` prints: usage, groups with their choices, and every key with its default and meaning."""
-    lines, choices = [usage.strip()], groups(name)
-    if choices:
-        lines += ["", "Groups, chosen with group=choice:"]
-        lines += [f"  {group + '=':12}{', '.join(names)}" for group, names in choices.items()]
-    lines += ["", "Keys, set with key=value (defaults before a group or recipe changes them):"]
-    for key, f in leaves(cls).items():
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else json.dumps(default)
-        lines.append(f"  {key}={shown}".ljust(42) + f"  {f.metadata.get('help', '')}")
-    return "\n".join(lines)
-
-
-def run_script(cls, name, usage, body):
-    """Parse the command line and call `body(config)`; errors that a user can cause become one line and exit code 2."""
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(help_text(cls, name, usage))
-        return
-    try:
-        config = load_config(cls, name, sys.argv[1:])
-    except (ValueError, OSError) as error:  # the same on every rank
-        if parallel.rank():
-            time.sleep(30)  # the first rank to end has the others killed: it should be the one that speaks
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        body(config)
-    except (ValueError, OSError) as error:  # perhaps this rank's alone
-        print(f"error{parallel.on_rank()}: {error}", file=sys.stderr)
-        sys.exit(2)

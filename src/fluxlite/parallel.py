@@ -157,11 +157,6 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
-def on_rank():
-    """What an error adds to say which rank it comes from; nothing where there is one."""
-    return f" on rank {rank()}" if world_size() > 1 else ""
-
-
 @contextmanager
 def watching_ranks(config):
     """Turn the failure of a collective, which tells little, into a `ValueError` that says what has happened and what to do."""

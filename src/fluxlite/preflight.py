@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fluxlite import parallel, trainer
-from fluxlite.config import TrainConfig, load_config
+from fluxlite.cli.command_line import load_config
+from fluxlite.config import TrainConfig
 from fluxlite.latents import num_image_tokens
 
 # Bytes that a rank sends for each byte of the larger of its input and output, in a ring of n or pairwise: times (n - 1) / n.

@@ -1,0 +1,78 @@
+"""Descriptions from a disk (JSON, YAML), read in one place: what they say is checked before anyone uses it.
+
+about = read_description(folder / "meta.json", CheckpointDescription)      # or ValueError that names the file
+"""
+
+import json
+import math
+import os
+import stat
+from pathlib import Path
+
+from fluxlite.cli.options import typed_options
+
+MAX_BYTES = 1 << 26  # a description is text; a diffusers index of 12 billion weights has 0.2 MB
+DAMAGED = "it is damaged: fetch or write it again"
+
+
+def check_regular(path):
+    """Raise `ValueError` unless `path` is a file: opening a pipe or a device would wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path} is not a file: name one")
+
+
+def read_text(path, *, limit=MAX_BYTES):
+    """The UTF-8 text of a file of at most `limit` bytes, without a byte-order mark.
+
+    Raises `ValueError` that names it, `OSError` where it cannot be opened.
+    """
+    check_regular(path)
+    if os.path.getsize(path) > limit:
+        raise ValueError(f"{path} has more than {limit} bytes, too many for a description")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no text in UTF-8: {DAMAGED}") from None
+
+
+def parse_json(text, where, kind=dict):
+    """JSON text as Python values of type `kind`; `where` names it in the `ValueError` for anything else.
+
+    NaN, infinities and nesting deeper than Python's stack are refused: they are no JSON.
+    """
+    try:
+        values = json.loads(text, parse_constant=_refused, parse_float=_finite)
+        json.dumps(values, ensure_ascii=False).encode()  # half an emoji's escape is JSON and no text
+    except (ValueError, TypeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
+        raise ValueError(f"{where} is no JSON ({reason[:120]}): {DAMAGED}") from None
+    if not isinstance(values, kind):
+        names = {dict: "an object", list: "a list"}
+        raise ValueError(f"{where} holds {type(values).__name__}, not {names[kind]}: {DAMAGED}")
+    return values
+
+
+def _refused(name):
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text):
+    number = float(text)
+    return number if math.isfinite(number) else _refused(text)
+
+
+def read_json(path, kind=dict):
+    """`parse_json` of a file."""
+    return parse_json(read_text(path), path, kind)
+
+
+def read_description(path, cls, values=None):
+    """The dataclass `cls` that the JSON object of a file describes (or `values`, read from it before).
+
+    Raises `ValueError` that names the file and the key.
+    """
+    values = read_json(path) if values is None else values
+    try:
+        return typed_options(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,150 @@
+"""Settings and descriptions as dataclasses, each field with its help, range and choices declared once.
+
+@dataclass
+class OptimConfig:
+    lr: float = option(1e-4, "peak learning rate", at_least=0)
+
+typed_options(OptimConfig, {"lr": 1e-3}, "optim.")    # checked, or a ValueError that names optim.lr
+
+The same checks serve a command line and a description read from a disk.
+"""
+
+import dataclasses
+import difflib
+import math
+import operator
+import types
+import typing
+from dataclasses import field
+
+RANGES = {  # name of the bound: what holds, and how an error says it
+    "at_least": (operator.ge, "at least"),
+    "above": (operator.gt, "above"),
+    "at_most": (operator.le, "at most"),
+    "below": (operator.lt, "below"),
+}
+
+
+def option(default, help, **about):
+    """A dataclass field with its `help` and, of the value or of a list's values, `choices` or bounds.
+
+    The bounds are `at_least`, `above`, `at_most` and `below`. `verbatim`: the command line's text is
+    taken as it stands. A default that is a list or a class is made anew for each instance.
+    """
+    metadata = {"help": help, **about}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def option_fields(cls, prefix=""):
+    """{dotted key: dataclass field} of a configuration and all below it."""
+    hints, found = typing.get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(hints[f.name]):
+            found |= option_fields(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            found[prefix + f.name] = f
+    return found
+
+
+def nearest_key(key, known):
+    """`: did you mean …?` for a key that is unknown."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    tails = difflib.get_close_matches(
+        key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.8
+    )
+    if not close and tails:
+        close = [k for k in known if k.split(".")[-1] == tails[0]]
+    return f": did you mean {close[0]}?" if close else ": --help lists the keys"
+
+
+def typed_options(cls, values, prefix=""):
+    """An instance of the dataclass `cls` from nested dictionaries, its types and bounds checked.
+
+    Raises `ValueError` that names the key: unknown, missing, of a wrong type, out of bounds.
+    """
+    hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or cls.__name__} must be an object with named values")
+    arguments = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ValueError(
+                f"{prefix}{key} is not a key{nearest_key(f'{prefix}{key}', [prefix + k for k in fields])}"
+            )
+        if dataclasses.is_dataclass(hints[key]):
+            arguments[key] = typed_options(hints[key], value or {}, f"{prefix}{key}.")
+        else:
+            arguments[key] = typed_value(value, hints[key], prefix + key)
+            check_bounds(arguments[key], fields[key].metadata, prefix + key)
+    missing = [name for name, f in fields.items() if name not in arguments and _is_required(f)]
+    if missing:
+        raise ValueError(f"{prefix}{missing[0]} is missing")
+    return cls(**arguments)
+
+
+def _is_required(f):
+    return f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+
+
+def typed_value(value, hint, key):
+    """`value` as the annotated type: int serves as float, null only where None is allowed."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in options:
+        base = typing.get_origin(kind) or kind
+        if base is typing.Any or type(value) is base and base not in (list, tuple):
+            return value
+        if base is float and type(value) is int and abs(value) < 1e300:
+            return float(value)
+        if base in (list, tuple) and isinstance(value, (list, tuple)):
+            inner = (typing.get_args(kind) or (typing.Any,))[0]
+            return base(typed_value(v, inner, key) for v in value)
+        if base is str and str in options and type(value) in (int, float):
+            return str(value)
+    names = " or ".join(_name_of(kind) for kind in options)
+    raise ValueError(f"{key}={shortened(value)} must be {names}, not {type(value).__name__}")
+
+
+def _name_of(kind):
+    return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
+
+
+def shortened(value):
+    """A value as an error shows it: on one line, cut where it is long."""
+    huge = isinstance(value, int) and value.bit_length() > 256  # Python refuses to print it
+    text = f"a number of {value.bit_length()} bits" if huge else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def check_bounds(value, metadata, key):
+    """Raise `ValueError`, naming `key`, where a value or one of a list's is out of its bounds."""
+    for one in value if isinstance(value, (list, tuple)) else [value]:
+        if isinstance(one, float) and not math.isfinite(one):
+            raise ValueError(f"{key}={one} must be a finite number")
+        if one is None:
+            continue
+        choices = metadata.get("choices")
+        if choices and one not in choices:
+            shown = one if isinstance(one, str) else shortened(one)
+            raise ValueError(f"{key}={shown}: choose one of {', '.join(map(str, choices))}")
+        wrong = [n for n, (holds, _) in RANGES.items() if n in metadata and not holds(one, metadata[n])]
+        if wrong:
+            raise ValueError(f"{key}={shortened(one)} must be {bounds_of(metadata)}")
+
+
+def bounds_of(metadata):
+    """`at least 0 and below 1`, from a field's metadata."""
+    return " and ".join(f"{words} {metadata[n]}" for n, (_, words) in RANGES.items() if n in metadata)
+
+
+def check_options(config, prefix=""):
+    """`check_bounds` of every field of a dataclass instance and of those below it."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            check_options(value, f"{prefix}{f.name}.")
+        else:
+            check_bounds(value, f.metadata, prefix + f.name)

@@ -1,0 +1,80 @@
+"""One way to run a program: what a user or a disk can cause ends in one line, a bug in a traceback.
+
+Imports nothing heavy, so that an interruption is caught from a program's first moment on.
+"""
+
+import os
+import signal
+import sys
+import time
+
+BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception: what is half written is removed on the way out, as after Ctrl-C."""
+
+
+def run_program(body, *, usage=None):
+    """Call `body(arguments)` with the command line's; never returns where it fails.
+
+    Exit codes: 2 and one line for what a user or a disk can cause, 130 after Ctrl-C, 143 after
+    SIGTERM, 141 where the reader of our output is gone. `usage()` gives the text of --help.
+    """
+    arguments = sys.argv[1:]
+    if usage and {"-h", "--help"} & set(arguments):
+        print(usage())
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        body(arguments)
+        sys.stdout.flush()
+    except Terminated:
+        _end(143, "stopped by SIGTERM")
+    except KeyboardInterrupt:
+        _end(130, "stopped")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
+        sys.exit(141)
+    except Exception as error:
+        line = one_line(error)
+        if line is None or os.environ.get(BUG):
+            raise
+        if on_rank():
+            time.sleep(FIRST_SPEAKS * (int(os.environ["RANK"]) > 0))
+        _end(2, f"error{on_rank()}: {line}")
+
+
+FIRST_SPEAKS = 5  # seconds: the first rank to end has the others killed; it should be rank 0
+
+
+def _terminate(*_):
+    raise Terminated
+
+
+def _end(code, line):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C adds no traceback
+    print(line, file=sys.stderr)
+    sys.exit(code)
+
+
+def on_rank():
+    """What an error adds to say which rank it comes from; nothing where there is one."""
+    return f" on rank {os.environ.get('RANK', 0)}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+
+
+def one_line(error):
+    """What to tell of an error that a user, a disk or the memory can cause; None for a bug."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"out of memory ({text[:160] or 'of this machine'}): {REMEDIES}"
+    if isinstance(error, OSError) and error.strerror:
+        places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return f"{' → '.join(places) or 'a file'}: {error.strerror}"
+    return text if isinstance(error, (ValueError, OSError)) else None
+
+
+REMEDIES = (
+    "try smaller pictures, data.micro_batch or batch, dtype=bfloat16, offload=all when drawing, "
+    "parallel.activation_checkpointing=full or more GPUs when training"
+)
