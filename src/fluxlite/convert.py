@@ -228,6 +228,11 @@ CONTROL = {
     "nemo": control("controlnet_x_embedder", "double_blocks", *CONVS),
 }
 LAYOUTS = ("fluxlite", *TABLES)
+FIRST_EDITION = (
+    "fluxlite 0.1, whose weights lie in another order: "
+    "python scripts/convert_first_edition.py --src OLD --dst NEW.safetensors converts them "
+    "(what save_converted kept may be removed instead)"
+)
 PREFIXES = ("", "model.diffusion_model.")  # the second: BFL's layout as ComfyUI saves it
 
 
@@ -345,6 +350,8 @@ def recognise(keys):
         shown = ", ".join(sorted(keys)[:3]) or "none"
         raise ValueError(f"neither a FLUX transformer, a ControlNet nor an autoencoder: {len(keys)} keys such as {shown}")
     layout, prefix = found[0]
+    if layout == "fluxlite" and "modulation.weight" in keys:
+        raise ValueError(f"it was written by {FIRST_EDITION}")
     return "controlnet" if prefix + their_name(layout, "hint_in") in keys else "transformer", layout, prefix
 
 
