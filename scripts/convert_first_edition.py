@@ -66,11 +66,22 @@ def old_name(name):
 def open_file(path):
     """(what, configuration, read, {name: dtype}, metadata, files, sampling settings) of a file or folder."""
     tensors = streams.Tensors(path)
-    about, types = tensors.metadata, {name: dtype for name, (dtype, _) in tensors.described().items()}
+    about, types = (
+        tensors.metadata,
+        {name: dtype for name, (dtype, _) in tensors.described().items()},
+    )
     if not about.get("fluxlite_version", "").startswith("0.1.") or "modulation.weight" not in types:
         raise ValueError(f"--src {path} is no file of fluxlite 0.1: convert_hf.py reads all others")
     settings = json.loads(about.get("sampling", "{}"))
-    return about["what"], json.loads(about["config"]), tensors.read, types, about, tensors.files, settings
+    return (
+        about["what"],
+        json.loads(about["config"]),
+        tensors.read,
+        types,
+        about,
+        tensors.files,
+        settings,
+    )
 
 
 def open_run(path, ema):
@@ -98,7 +109,9 @@ def open_first_edition(path, *, ema=True):
     """The `Source`, in today's layout, of a file, folder or run of fluxlite 0.1; raises `ValueError`."""
     opened = open_run(path, ema) if checkpoint.is_run(path) else open_file(path)
     what, values, read_old, types, about, files, settings = opened
-    config = checkpoint.flux_config(values, ControlNetConfig if what == "controlnet" else FluxConfig)
+    config = checkpoint.flux_config(
+        values, ControlNetConfig if what == "controlnet" else FluxConfig
+    )
     shapes = {name: tuple(t.shape) for name, t in convert.our_shapes(config).items()}
     described = {name: (types[old_name(name)], shape) for name, shape in shapes.items()}
     read = partial(read_tensor, read_old, config)
@@ -111,10 +124,14 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--src", type=Path, required=True, help="file, folder or run of fluxlite 0.1")
+    parser.add_argument(
+        "--src", type=Path, required=True, help="file, folder or run of fluxlite 0.1"
+    )
     parser.add_argument("--dst", required=True, help="what to write, as convert_hf.py takes it")
     parser.add_argument("--to", choices=convert.LAYOUTS, default="fluxlite", help="layout to write")
-    parser.add_argument("--no-ema", action="store_true", help="of a run, its weights, not their average")
+    parser.add_argument(
+        "--no-ema", action="store_true", help="of a run, its weights, not their average"
+    )
     return parser.parse_args(argv)
 
 

@@ -237,7 +237,8 @@ def run_folder(tmp_path_factory):
 @pytest.mark.parametrize("ema", [True, False])
 def test_a_run_of_two_shards_is_a_source_and_its_average_is_chosen(run_folder, tmp_path, ema):
     source = checkpoint.open_source(run_folder, ema=ema)
-    assert len(checkpoint.RunTensors(checkpoint.last_checkpoint(run_folder)).tensors["model.modulation.single.0.weight"].chunks) == 2
+    tensors = checkpoint.RunTensors(checkpoint.last_checkpoint(run_folder)).tensors
+    assert len(tensors["model.modulation.single.0.weight"].chunks) == 2
     group = "ema" if ema else "model"
     expected = {name: torch.empty(shape) for name, (_, shape) in source.described.items()}
     dcp.load({group: expected}, checkpoint_id=checkpoint.last_checkpoint(run_folder), no_dist=True)

@@ -18,7 +18,10 @@ from fluxlite import checkpoint, trainer, verify
 from fluxlite.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-FILES = {part: ROOT / "tests" / "golden" / f"first_edition_{part}.safetensors" for part in ("flux", "net")}
+FILES = {
+    part: ROOT / "tests" / "golden" / f"first_edition_{part}.safetensors"
+    for part in ("flux", "net")
+}
 script = runpy.run_path(str(ROOT / "scripts" / "convert_first_edition.py"))
 
 
@@ -27,22 +30,21 @@ def metadata(file):
         return opened.metadata()
 
 
-def export_digest(where, folder):
-    """The digest of diffusers' folder made from `where`."""
-    source = checkpoint.open_source(where, part="controlnet")
-    checkpoint.write_converted(source, folder, to="diffusers")
-    return verify.digests_of(checkpoint.open_source(folder, part="controlnet"))[1]
-
-
 @pytest.mark.parametrize("part", FILES)
 def test_a_file_of_the_first_edition_is_refused_with_the_command_that_converts_it(tmp_path, part):
-    with pytest.raises(ValueError, match="fluxlite 0.1.*scripts/convert_first_edition.py --src") as caught:
+    with pytest.raises(
+        ValueError, match="fluxlite 0.1.*scripts/convert_first_edition.py --src"
+    ) as caught:
         checkpoint.open_source(FILES[part])
     assert "\n" not in str(caught.value)
-    script["main"](["--src", str(FILES[part]), "--dst", str(tmp_path / "new.safetensors")])
-    assert export_digest(tmp_path / "new.safetensors", tmp_path / "back") == metadata(FILES[part])["source_digest"]
-    script["main"](["--src", str(FILES[part]), "--dst", str(tmp_path / "direct"), "--to", "diffusers"])
-    assert verify.digests_of(checkpoint.open_source(tmp_path / "direct", part="controlnet"))[1] == metadata(FILES[part])["source_digest"]
+    expected, new = metadata(FILES[part])["source_digest"], tmp_path / "new.safetensors"
+    script["main"](["--src", str(FILES[part]), "--dst", str(new)])
+    checkpoint.write_converted(checkpoint.open_source(new), tmp_path / "back", to="diffusers")
+    script["main"](
+        ["--src", str(FILES[part]), "--dst", str(tmp_path / "direct"), "--to", "diffusers"]
+    )
+    for folder in ("back", "direct"):
+        assert verify.digests_of(checkpoint.open_source(tmp_path / folder))[1] == expected
 
 
 def test_what_is_no_file_of_the_first_edition_is_left_to_the_converter():
@@ -76,5 +78,7 @@ def test_a_run_of_the_first_edition_is_refused_and_its_weights_convert(old_run, 
         new = tmp_path / f"new{sign}.safetensors"
         script["main"](["--src", str(old_run), "--dst", str(new), *flags])
         got = checkpoint.open_source(new)
-        assert all((got.read(name) == sign * values.float()).all() for name, values in expected.items())
+        assert all(
+            (got.read(name) == sign * values.float()).all() for name, values in expected.items()
+        )
         assert json.loads(got.metadata["training"]) == {"step": 3, "ema": sign < 0}

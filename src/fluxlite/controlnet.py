@@ -21,7 +21,15 @@ from fluxlite.latents import pack_latents
 from fluxlite.model import FluxConfig, Trunk, initial
 
 HINTS = ("latent", "pixel")
-MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}  # of the published Union nets
+MODES = {
+    "canny": 0,
+    "tile": 1,
+    "depth": 2,
+    "blur": 3,
+    "pose": 4,
+    "gray": 5,
+    "lq": 6,
+}  # of the published Union nets
 HINT_CHANNELS = 16
 HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)  # of the convolutions from pixels to latent cells
 
@@ -32,8 +40,14 @@ class ControlNetConfig(FluxConfig):
 
     num_double_blocks: int = field(default=4, metadata={"help": "double blocks of the ControlNet"})
     num_single_blocks: int = field(default=10, metadata={"help": "single blocks of the ControlNet"})
-    hint: str = field(default="latent", metadata={"help": "what it sees of the control picture: latent, or pixel (XLabs)"})
-    num_modes: int = field(default=0, metadata={"help": "kinds of control that a union net is told apart by; 0 for no union"})
+    hint: str = field(
+        default="latent",
+        metadata={"help": "what it sees of the control picture: latent, or pixel (XLabs)"},
+    )
+    num_modes: int = field(
+        default=0,
+        metadata={"help": "kinds of control that a union net is told apart by; 0 for no union"},
+    )
     out_channels: ClassVar[int] = 0  # there is no final layer
 
     def validate(self):
@@ -41,12 +55,16 @@ class ControlNetConfig(FluxConfig):
         if self.hint not in HINTS:
             raise ValueError(f"controlnet.hint={self.hint}: choose one of {', '.join(HINTS)}")
         if self.hint == "pixel" and self.in_channels % 4:
-            raise ValueError(f"controlnet.hint=pixel needs model.in_channels={self.in_channels} to be a multiple of 4")
+            raise ValueError(
+                f"controlnet.hint=pixel needs model.in_channels={self.in_channels} to be a multiple of 4"
+            )
         for name in ("num_double_blocks", "num_single_blocks", "num_modes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"controlnet.{name}={getattr(self, name)} must not be negative")
         if not self.num_double_blocks + self.num_single_blocks:
-            raise ValueError("controlnet.num_double_blocks=0 and controlnet.num_single_blocks=0 leave nothing: set one of them")
+            raise ValueError(
+                "controlnet.num_double_blocks=0 and controlnet.num_single_blocks=0 leave nothing: set one of them"
+            )
         super().validate()
 
     @property
@@ -58,7 +76,9 @@ class ControlNetConfig(FluxConfig):
     def beside(cls, base, **changes):
         """A configuration with the widths of `base`, a `FluxConfig`, and the depth, hint and modes of `changes`."""
         own = {"num_double_blocks", "num_single_blocks", "hint", "num_modes"}
-        return cls(**{f.name: getattr(base, f.name) for f in fields(cls) if f.name not in own} | changes)
+        return cls(
+            **{f.name: getattr(base, f.name) for f in fields(cls) if f.name not in own} | changes
+        )
 
 
 class ControlNet(Trunk):
@@ -69,9 +89,15 @@ class ControlNet(Trunk):
         hidden = config.hidden_size
         self.hint_in = nn.Linear(config.in_channels, hidden)
         self.mode_in = nn.Embedding(config.num_modes, hidden) if config.num_modes else None
-        self.hint_convs = nn.ModuleList(convolutions(config.in_channels // 4) if config.hint == "pixel" else ())
-        self.double_out = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(config.num_double_blocks))
-        self.single_out = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(config.num_single_blocks))
+        self.hint_convs = nn.ModuleList(
+            convolutions(config.in_channels // 4) if config.hint == "pixel" else ()
+        )
+        self.double_out = nn.ModuleList(
+            nn.Linear(hidden, hidden) for _ in range(config.num_double_blocks)
+        )
+        self.single_out = nn.ModuleList(
+            nn.Linear(hidden, hidden) for _ in range(config.num_single_blocks)
+        )
 
     def forward(self, img, txt, rope, *, t, pooled, guidance=None, hint, mode=None, scale=1.0):
         """Samples to add to the base's image tokens: a list for its double, one for its single blocks, of (B, L_img, H).
@@ -118,7 +144,12 @@ class ControlNet(Trunk):
     def forward_flops(self, num_text_tokens, num_image_tokens):
         """Floating-point operations of one sample's forward, its outputs included."""
         outputs = len(self.double_out) + len(self.single_out)
-        own = 2 * num_image_tokens * self.config.hidden_size * (outputs * self.config.hidden_size + self.config.in_channels)
+        own = (
+            2
+            * num_image_tokens
+            * self.config.hidden_size
+            * (outputs * self.config.hidden_size + self.config.in_channels)
+        )
         return super().forward_flops(num_text_tokens, num_image_tokens) + own
 
     def drop_conditioning(self):
@@ -130,7 +161,9 @@ class ControlNet(Trunk):
         """Fill all parameters with what `initial_value` gives."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.copy_(initial_value(self.config, name, parameter.shape, parameter.device, generator))
+                parameter.copy_(
+                    initial_value(self.config, name, parameter.shape, parameter.device, generator)
+                )
         return self
 
 
@@ -199,14 +232,21 @@ def check_starts(config, base):
 
 def check_fits(config, base, where):
     """Raise `ValueError`, naming `where`, unless a ControlNet's `config` has the widths and positions of `base`."""
-    _check_equal(config, base, where, ("hidden_size", "num_heads", "in_channels", "text_width", "pooled_width"))
+    _check_equal(
+        config,
+        base,
+        where,
+        ("hidden_size", "num_heads", "in_channels", "text_width", "pooled_width"),
+    )
     _check_equal(config, base, where, ("rope_axes", "rope_theta"))
 
 
 def _check_equal(config, base, where, names):
     for name in names:
         if getattr(config, name) != getattr(base, name):
-            raise ValueError(f"{where} has {name}={getattr(config, name)}, but the transformer has {getattr(base, name)}")
+            raise ValueError(
+                f"{where} has {name}={getattr(config, name)}, but the transformer has {getattr(base, name)}"
+            )
 
 
 # --- which block of the base gets which sample ----------------------------------------------------------------------------------
@@ -222,13 +262,17 @@ def placement(num_base, num_control, *, cyclic=False):
 
 def placements(config, base):
     """`placement` of the double and of the single blocks; a net that sees pixels repeats its double blocks, as x-flux does."""
-    double = placement(base.num_double_blocks, config.num_double_blocks, cyclic=config.hint == "pixel")
+    double = placement(
+        base.num_double_blocks, config.num_double_blocks, cyclic=config.hint == "pixel"
+    )
     return double, placement(base.num_single_blocks, config.num_single_blocks)
 
 
 def spread(samples, config, base):
     """A net's samples as `residuals` of `Flux.forward`: two lists over the blocks of the base; nothing is copied."""
-    return tuple([of_kind[i] for i in places] for of_kind, places in zip(samples, placements(config, base)))
+    return tuple(
+        [of_kind[i] for i in places] for of_kind, places in zip(samples, placements(config, base))
+    )
 
 
 def combine(residuals):
@@ -244,7 +288,9 @@ def combine(residuals):
             sums[key] = sum(tensors[1:], start=tensors[0])
         return sums[key]
 
-    return tuple([total(tensors) for tensors in zip(*filter(None, of_kind))] for of_kind in zip(*residuals))
+    return tuple(
+        [total(tensors) for tensors in zip(*filter(None, of_kind))] for of_kind in zip(*residuals)
+    )
 
 
 def used(num_base, num_control, *, cyclic=False):

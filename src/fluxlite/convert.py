@@ -44,7 +44,9 @@ def join_heads(tensors, config):
 
 def split_heads(tensors, config):
     """The inverse of `join_heads`."""
-    return list(rearrange(tensors[0], "(n three d) ... -> three (n d) ...", three=3, d=config.head_width))
+    return list(
+        rearrange(tensors[0], "(n three d) ... -> three (n d) ...", three=3, d=config.head_width)
+    )
 
 
 def split_rows(tensors, config):
@@ -93,13 +95,19 @@ def embedder(theirs, ours):
 def qkv(ours, theirs, norms, transform=SAME):
     """Rows of queries, keys, values and the norms of the first two; `theirs` and `norms` are names."""
     linears = [f"{name}.*" for name in theirs], [f"{ours}.qkv.{x}.*" for x in "qkv"], transform
-    return [linears, *(([norm], [f"{ours}.qkv.{x}_norm.weight"], SAME) for norm, x in zip(norms, "qk"))]
+    return [
+        linears,
+        *(([norm], [f"{ours}.qkv.{x}_norm.weight"], SAME) for norm, x in zip(norms, "qk")),
+    ]
 
 
 def stream(ours, *, qkv_rows, proj, mlp):
     """Rows for one stream of a double block; `mlp` are two names, `qkv_rows` the arguments of `qkv`."""
     linears = {proj: "proj", mlp[0]: "mlp.linear_in", mlp[1]: "mlp.linear_out"}
-    return [*qkv(ours, *qkv_rows), *same({theirs: f"{ours}.{name}" for theirs, name in linears.items()})]
+    return [
+        *qkv(ours, *qkv_rows),
+        *same({theirs: f"{ours}.{name}" for theirs, name in linears.items()}),
+    ]
 
 
 OUR_D, OUR_S = "double_blocks.{i}", "single_blocks.{i}"
@@ -215,7 +223,13 @@ TABLES = {"diffusers": DIFFUSERS, "bfl": BFL, "nemo": NEMO}
 def control(hint, double, *convs):
     """Rows for what a ControlNet has beside its blocks; `convs` are the names of its eight convolutions."""
     return [
-        *same({hint: "hint_in", f"controlnet_{double}.{{i}}": "double_out.{i}", "controlnet_single_blocks.{i}": "single_out.{i}"}),
+        *same(
+            {
+                hint: "hint_in",
+                f"controlnet_{double}.{{i}}": "double_out.{i}",
+                "controlnet_single_blocks.{i}": "single_out.{i}",
+            }
+        ),
         (["controlnet_mode_embedder.weight"], ["mode_in.weight"], SAME),
         *same({f"input_hint_block.{name}": f"hint_convs.{k}" for k, name in enumerate(convs)}),
     ]
@@ -224,7 +238,9 @@ def control(hint, double, *convs):
 CONVS = "conv_in", *(f"blocks.{k}" for k in range(6)), "conv_out"
 CONTROL = {
     "diffusers": control("controlnet_x_embedder", "blocks", *CONVS),
-    "bfl": control("pos_embed_input", "blocks", *range(0, 16, 2)),  # between the convolutions stand activations
+    "bfl": control(
+        "pos_embed_input", "blocks", *range(0, 16, 2)
+    ),  # between the convolutions stand activations
     "nemo": control("controlnet_x_embedder", "double_blocks", *CONVS),
 }
 LAYOUTS = ("fluxlite", *TABLES)
@@ -255,7 +271,13 @@ def spell_rows(layout, config):
         absent += ["out.", "modulation.out"]
         absent += ["hint_convs"] * (config.hint != "pixel") + ["mode_in"] * (not config.num_modes)
     kept = [row for row in rows if not row[1][0].startswith(tuple(absent))]
-    return [(row, i) for stage, depth in enumerate(depths) for i in range(depth) for row in kept if stage_of(row) == stage]
+    return [
+        (row, i)
+        for stage, depth in enumerate(depths)
+        for i in range(depth)
+        for row in kept
+        if stage_of(row) == stage
+    ]
 
 
 def flux_rules(layout, config):
@@ -288,7 +310,9 @@ def autoencoder_rules(config):
     """The rules between BFL's layout of the autoencoder and ours, whose names are diffusers'."""
     levels, found = len(config.block_out_channels), []
     for name in our_shapes(config):
-        theirs = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", name)
+        theirs = re.sub(
+            r"up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", name
+        )
         for ours, bfl in AUTOENCODER_NAMES:
             theirs = theirs.replace(ours, bfl)
         square = "attentions.0.to_" in name and name.endswith("weight")
@@ -330,7 +354,9 @@ def shapes(layout, config):
 def their_name(layout, linear):
     """The name in `layout` of the weight of one of our linears."""
     rows = (*TABLES[layout], *CONTROL[layout]) if layout in TABLES else ()
-    return next((r[0][0] for r in rows if r[1][0].startswith(linear)), f"{linear}.*").replace("*", "weight")
+    return next((r[0][0] for r in rows if r[1][0].startswith(linear)), f"{linear}.*").replace(
+        "*", "weight"
+    )
 
 
 def recognise(keys):
@@ -339,25 +365,46 @@ def recognise(keys):
     Raises `ValueError` for keys that are none's, or several layouts'.
     """
     keys, everywhere = set(keys), "time_in.linear_in"  # which each layout names in its own way
-    found = [(layout, prefix) for layout in LAYOUTS for prefix in PREFIXES if prefix + their_name(layout, everywhere) in keys]
+    found = [
+        (layout, prefix)
+        for layout in LAYOUTS
+        for prefix in PREFIXES
+        if prefix + their_name(layout, everywhere) in keys
+    ]
     if "decoder.conv_in.weight" in keys:
         if found:
-            raise ValueError("there are a transformer and an autoencoder here: name the file of one")
-        return "autoencoder", "bfl" if "decoder.mid.block_1.norm1.weight" in keys else "diffusers", ""
+            raise ValueError(
+                "there are a transformer and an autoencoder here: name the file of one"
+            )
+        return (
+            "autoencoder",
+            "bfl" if "decoder.mid.block_1.norm1.weight" in keys else "diffusers",
+            "",
+        )
     if len(found) > 1:
         raise ValueError(f"the keys mix layouts: {' and '.join(layout for layout, _ in found)}")
     if not found:
         shown = ", ".join(sorted(keys)[:3]) or "none"
-        raise ValueError(f"neither a FLUX transformer, a ControlNet nor an autoencoder: {len(keys)} keys such as {shown}")
+        raise ValueError(
+            f"neither a FLUX transformer, a ControlNet nor an autoencoder: {len(keys)} keys such as {shown}"
+        )
     layout, prefix = found[0]
     if layout == "fluxlite" and "modulation.weight" in keys:
         raise ValueError(f"it was written by {FIRST_EDITION}")
-    return "controlnet" if prefix + their_name(layout, "hint_in") in keys else "transformer", layout, prefix
+    return (
+        "controlnet" if prefix + their_name(layout, "hint_in") in keys else "transformer",
+        layout,
+        prefix,
+    )
 
 
 def depth(keys, pattern):
     """How many blocks there are: one more than the largest number in the keys that start with `pattern`."""
-    numbers = [int(match[1]) for key in keys if (match := re.match(re.escape(pattern).replace(r"\{i\}", r"(\d+)") + r"\.", key))]
+    numbers = [
+        int(match[1])
+        for key in keys
+        if (match := re.match(re.escape(pattern).replace(r"\{i\}", r"(\d+)") + r"\.", key))
+    ]
     return 1 + max(numbers, default=-1)
 
 
@@ -371,9 +418,16 @@ def infer_config(layout, found):
         blocks = ["double_blocks.{i}", "single_blocks.{i}"]
     else:
         rows = [*TABLES[layout], *CONTROL[layout]]
-        table = [(r[0][0].replace("*", leaf), r[1][0].replace("*", leaf)) for r in rows for leaf in ("weight", "bias")]
+        table = [
+            (r[0][0].replace("*", leaf), r[1][0].replace("*", leaf))
+            for r in rows
+            for leaf in ("weight", "bias")
+        ]
         at = {ours.format(i=0): theirs.format(i=0) for theirs, ours in table}
-        blocks = [next(t for t, o in table if o.startswith(kind)).split(".{i}")[0] + ".{i}" for kind in ("double_b", "single_b")]
+        blocks = [
+            next(t for t, o in table if o.startswith(kind)).split(".{i}")[0] + ".{i}"
+            for kind in ("double_b", "single_b")
+        ]
     doubles, singles = (depth(found, pattern) for pattern in blocks)
 
     def shape(name):
@@ -413,9 +467,16 @@ def infer_config(layout, found):
 def infer_autoencoder_config(layout, found, values=None):
     """The `AutoencoderConfig` of an autoencoder's {name: shape}; `values`, a vae/config.json, adds what shapes do not show."""
     levels = depth(found, "encoder.down.{i}" if layout == "bfl" else "encoder.down_blocks.{i}")
-    level, resnet = ("encoder.down.{i}", "block.{i}") if layout == "bfl" else ("encoder.down_blocks.{i}", "resnets.{i}")
+    level, resnet = (
+        ("encoder.down.{i}", "block.{i}")
+        if layout == "bfl"
+        else ("encoder.down_blocks.{i}", "resnets.{i}")
+    )
     inferred = AutoencoderConfig(
-        block_out_channels=tuple(found[f"{level.format(i=i)}.{resnet.format(i=0)}.conv1.weight"][0] for i in range(levels)),
+        block_out_channels=tuple(
+            found[f"{level.format(i=i)}.{resnet.format(i=0)}.conv1.weight"][0]
+            for i in range(levels)
+        ),
         layers_per_block=depth(found, f"{level.format(i=0)}.{resnet}"),
         latent_channels=found["decoder.conv_in.weight"][1],
     )
@@ -423,7 +484,9 @@ def infer_autoencoder_config(layout, found, values=None):
         if (values or {}).get(name) is not None:
             setattr(inferred, name, values[name])
     if any(width % inferred.norm_num_groups for width in inferred.block_out_channels):
-        raise ValueError("an autoencoder of other widths than FLUX's needs its config.json beside it, with norm_num_groups")
+        raise ValueError(
+            "an autoencoder of other widths than FLUX's needs its config.json beside it, with norm_num_groups"
+        )
     return inferred
 
 
@@ -435,13 +498,21 @@ def check(layout, config, found):
         "missing": sorted(expected.keys() - found.keys() - optional),
         "unknown": sorted(found.keys() - expected.keys()),
         "of another shape": [
-            f"{k} {list(found[k])}, not {list(expected[k])}" for k in expected if k in found and tuple(found[k]) != expected[k]
+            f"{k} {list(found[k])}, not {list(expected[k])}"
+            for k in expected
+            if k in found and tuple(found[k]) != expected[k]
         ],
     }
     if any(faults.values()):
-        listed = [f"{f}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" for f, names in faults.items() if names]
+        listed = [
+            f"{f}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            for f, names in faults.items()
+            if names
+        ]
         counts = ", ".join(f"{len(names)} {fault}" for fault, names in faults.items() if names)
-        raise ValueError(f"{counts} among the keys of this {layout} checkpoint; " + "; ".join(listed))
+        raise ValueError(
+            f"{counts} among the keys of this {layout} checkpoint; " + "; ".join(listed)
+        )
 
 
 # --- carrying over --------------------------------------------------------------------------------------------------------------
@@ -496,13 +567,18 @@ def from_fluxlite(state, config, layout):
 
 def config_from_diffusers(values):
     """`FluxConfig` of a diffusers `transformer/config.json`."""
-    return FluxConfig(**_shape_from_diffusers(values), out_channels=values.get("out_channels") or values["in_channels"])
+    return FluxConfig(
+        **_shape_from_diffusers(values),
+        out_channels=values.get("out_channels") or values["in_channels"],
+    )
 
 
 def controlnet_config_from_diffusers(values):
     """`ControlNetConfig` of the `config.json` of a FluxControlNetModel."""
     hint = "pixel" if values.get("conditioning_embedding_channels") else "latent"
-    return ControlNetConfig(**_shape_from_diffusers(values), hint=hint, num_modes=values.get("num_mode") or 0)
+    return ControlNetConfig(
+        **_shape_from_diffusers(values), hint=hint, num_modes=values.get("num_mode") or 0
+    )
 
 
 def _shape_from_diffusers(values):
@@ -522,7 +598,9 @@ def _shape_from_diffusers(values):
 def config_to_diffusers(config):
     """The `config.json` of a `FluxConfig` or a `ControlNetConfig`."""
     if (config.rope_theta, config.mlp_ratio) != (10_000, 4):
-        raise ValueError("diffusers fixes model.rope_theta=10000 and model.mlp_ratio=4: this model has no config.json there")
+        raise ValueError(
+            "diffusers fixes model.rope_theta=10000 and model.mlp_ratio=4: this model has no config.json there"
+        )
     shape = {
         "patch_size": 1,
         "num_layers": config.num_double_blocks,
@@ -537,7 +615,10 @@ def config_to_diffusers(config):
     }
     if isinstance(config, ControlNetConfig):
         pixel = config.hint == "pixel"  # patches of what the convolutions give are formed inside
-        own = {"num_mode": config.num_modes or None, "conditioning_embedding_channels": config.in_channels // 4 if pixel else None}
+        own = {
+            "num_mode": config.num_modes or None,
+            "conditioning_embedding_channels": config.in_channels // 4 if pixel else None,
+        }
         return _named("FluxControlNetModel") | shape | own | ({"patch_size": 2} if pixel else {})
     return _named("FluxTransformer2DModel") | shape | {"out_channels": config.out_channels}
 

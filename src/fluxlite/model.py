@@ -38,17 +38,30 @@ SINUSOID = 256
 class FluxConfig:
     """The shape of a Flux; the defaults are FLUX.1-dev's."""
 
-    num_double_blocks: int = field(default=19, metadata={"help": "blocks with separate text and image weights"})
-    num_single_blocks: int = field(default=38, metadata={"help": "blocks with one set of weights for both"})
+    num_double_blocks: int = field(
+        default=19, metadata={"help": "blocks with separate text and image weights"}
+    )
+    num_single_blocks: int = field(
+        default=38, metadata={"help": "blocks with one set of weights for both"}
+    )
     hidden_size: int = field(default=3072, metadata={"help": "width of a token inside the network"})
-    num_heads: int = field(default=24, metadata={"help": "attention heads; hidden_size / num_heads must be the sum of rope_axes"})
+    num_heads: int = field(
+        default=24,
+        metadata={"help": "attention heads; hidden_size / num_heads must be the sum of rope_axes"},
+    )
     mlp_ratio: int = field(default=4, metadata={"help": "width of the MLPs over hidden_size"})
-    in_channels: int = field(default=64, metadata={"help": "channels of an input token: latent channels x 4"})
+    in_channels: int = field(
+        default=64, metadata={"help": "channels of an input token: latent channels x 4"}
+    )
     out_channels: int = field(default=64, metadata={"help": "channels of an output token"})
     text_width: int = field(default=4096, metadata={"help": "width of the T5 encoder's output"})
     pooled_width: int = field(default=768, metadata={"help": "width of CLIP's pooled output"})
-    guidance_embed: bool = field(default=True, metadata={"help": "whether guidance is an input (dev) or not (schnell)"})
-    rope_axes: tuple = field(default=(16, 56, 56), metadata={"help": "head channels that rotate with each position axis"})
+    guidance_embed: bool = field(
+        default=True, metadata={"help": "whether guidance is an input (dev) or not (schnell)"}
+    )
+    rope_axes: tuple = field(
+        default=(16, 56, 56), metadata={"help": "head channels that rotate with each position axis"}
+    )
     rope_theta: float = field(default=10_000, metadata={"help": "base of the rotation frequencies"})
 
     def validate(self):
@@ -63,10 +76,14 @@ class FluxConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least {least}")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}")
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}"
+            )
         head = self.hidden_size // self.num_heads
         if sum(self.rope_axes) != head or any(a % 2 for a in self.rope_axes):
-            raise ValueError(f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head width, {head}")
+            raise ValueError(
+                f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head width, {head}"
+            )
 
     @property
     def head_width(self):
@@ -82,7 +99,9 @@ class FluxConfig:
 def sinusoid(x):
     """Embed x (B,) as (B, 256): cos before sin of 1000·x times frequencies from 1 to 1/10,000, in float32."""
     half = SINUSOID // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=x.device) / half
+    )
     angles = 1000 * x.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -98,14 +117,19 @@ def rope_table(ids, config):
 
 
 def rotate_pairs(x, cos, sin):
-    """Turn the pairs (0, 1), (2, 3) … of x (B, L, N, D) by angles (L, 1, D/2); one rounding at the end."""
+    """Turn the pairs (0, 1), (2, 3) … of x (B, L, N, D) by angles of float32 cos and sin (L, 1, D/2).
+
+    Products are float32 by promotion; `out=` rounds them to x's type as it joins the pairs again.
+    """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
-    return torch.stack([half.to(x.dtype) for half in turned], dim=-1).flatten(-2)
+    out = torch.empty_like(x)
+    torch.stack(turned, dim=-1, out=out.unflatten(-1, (-1, 2)))
+    return out
 
 
 class Rotate(torch.autograd.Function):
-    """`rotate_pairs` whose backward turns by the opposite angle: two thirds of autograd's bytes."""
+    """`rotate_pairs`; the backward turns by the opposite angle, in fewer passes than autograd's."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -254,7 +278,10 @@ class SingleBlock(nn.Module):
         self.qkv = QKV(hidden, config.num_heads)
         self.proj = nn.Linear(hidden, hidden, bias=False)
         self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu)
-        self.enter, self.leave = nn.Identity(), nn.Identity()  # where tensor parallelism hands h out and adds the shares up, once
+        self.enter, self.leave = (
+            nn.Identity(),
+            nn.Identity(),
+        )  # where tensor parallelism hands h out and adds the shares up, once
 
     def forward(self, x, modulation, rope, attend=attend):
         """x (B, L, H), modulation (3, B, 1, H)."""
@@ -301,8 +328,12 @@ class Trunk(nn.Module):
         self.guidance_in = MLP(SINUSOID, hidden, hidden, F.silu) if config.guidance_embed else None
         self.pooled_in = MLP(config.pooled_width, hidden, hidden, F.silu)
         self.modulation = Modulation(config)
-        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_blocks))
-        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_blocks))
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(config) for _ in range(config.num_double_blocks)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(config) for _ in range(config.num_single_blocks)
+        )
 
     def modulate(self, t, pooled, guidance=None):
         """Every shift, scale and gate of the network for B steps or samples: (chunks, B, 1, H).
@@ -310,9 +341,13 @@ class Trunk(nn.Module):
         `split(config.modulation_chunks)` gives each block its part, and the end its own.
         """
         if self.modulation is None:
-            raise ValueError("drop_conditioning has freed the weights of the modulation: load the model again")
+            raise ValueError(
+                "drop_conditioning has freed the weights of the modulation: load the model again"
+            )
         if (guidance is None) == self.config.guidance_embed:
-            raise ValueError("guidance must be given to a model with guidance_embed, and to no other")
+            raise ValueError(
+                "guidance must be given to a model with guidance_embed, and to no other"
+            )
         vec = self.time_in(sinusoid(t)) + self.pooled_in(pooled)
         if guidance is not None:
             vec = vec + self.guidance_in(sinusoid(guidance))
@@ -345,12 +380,24 @@ class Trunk(nn.Module):
         Modulation and embedders run once a sample.
         """
         c = self.config
-        blocks, tokens, hidden = c.num_double_blocks + c.num_single_blocks, num_text_tokens + num_image_tokens, c.hidden_size
+        blocks, tokens, hidden = (
+            c.num_double_blocks + c.num_single_blocks,
+            num_text_tokens + num_image_tokens,
+            c.hidden_size,
+        )
         linears = 2 * tokens * (4 + 2 * c.mlp_ratio) * hidden**2 * blocks
         attention = 4 * tokens**2 * hidden * blocks
         modulation = 2 * sum(c.modulation_chunks) * hidden**2
-        vec = 2 * hidden * ((SINUSOID + hidden) * (2 if c.guidance_embed else 1) + c.pooled_width + hidden)
-        ends = 2 * hidden * (num_text_tokens * c.text_width + num_image_tokens * (c.in_channels + c.out_channels))
+        vec = (
+            2
+            * hidden
+            * ((SINUSOID + hidden) * (2 if c.guidance_embed else 1) + c.pooled_width + hidden)
+        )
+        ends = (
+            2
+            * hidden
+            * (num_text_tokens * c.text_width + num_image_tokens * (c.in_channels + c.out_channels))
+        )
         return linears + attention + modulation + vec + ends
 
 

@@ -492,8 +492,9 @@ def spread_modulation(modulation, mesh, dtype):
 
 
 def feature_order(widths, ranks):
-    """For linears of `widths` features, each split among `ranks` as `Shard(0)` does: the number of
-    features of each rank, and where in all ranks' features, one after the other, each feature is.
+    """How many features each rank has, and where each is among all ranks', one after the other.
+
+    Linears of `widths` features are each split among `ranks` as `Shard(0)` does.
     """
     starts = torch.tensor([0, *widths]).cumsum(0)
     features = [torch.arange(a, b) for a, b in zip(starts, starts[1:])]
@@ -522,7 +523,7 @@ def modulate_spread(modulation, mesh, counts, order, dtype, vec):
 
 
 def shard(model, mesh, config, dtype, spread):
-    """FSDP2 over `mesh`: a unit for each block, for the modulation unless it is `spread` already, and for the two ends.
+    """FSDP2 over `mesh`: a unit for each block, for the modulation unless `spread`, for the two ends.
 
     Inputs are not cast: t, guidance and RoPE tables stay float32.
     """
@@ -553,8 +554,9 @@ def shard_frozen(model, blocks, mesh):
 def compute_in(model, dtype, spread):
     """Mixed precision where there is nothing to shard: blocks and ends see their weights in `dtype` while they run.
 
-    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a CPU. The modulation computes in the
-    type of its weights: so few rows pass through it that to cast them costs more than to use them. Where it is `spread` it does so already.
+    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a CPU.
+    The modulation computes in the type of its weights: so few rows pass through it that to cast
+    them costs more than to use them. Where it is `spread` it does so already.
     """
     blocks = [*model.double_blocks, *model.single_blocks]
     inside = {p for block in blocks for p in block.parameters()} | set(model.modulation.parameters())

@@ -48,7 +48,8 @@ def verify(source, dst, progress=lambda count: None):
         count += 1
         progress(expected.nbytes)
     if wrong:
-        raise ValueError(f"--verify: {len(wrong)} of {count} tensors differ from {source.where}, {wrong[0]} first: do not use {dst}")
+        found = f"{len(wrong)} of {count} tensors differ from {source.where}, {wrong[0]} first"
+        raise ValueError(f"--verify: {found}: do not use {dst}")
     how = f"as its values in {', '.join(sorted(rounded))}" if rounded else "bit for bit"
     lines = [f"verified: {count} tensors of {source.where} come back from {dst} {how}"]
     if isinstance(source.config, AutoencoderConfig) or source.config.mlp_ratio != 4:
@@ -69,8 +70,9 @@ def first_blocks(config):
 
 @torch.no_grad()
 def forward_error(source, back):
-    """‖ours − theirs‖ / ‖theirs‖ of a float32 forward: ours with `back`'s weights, diffusers' with
-    `source`'s in `back`'s types.
+    """‖ours − theirs‖ / ‖theirs‖ of a float32 forward.
+
+    Ours has `back`'s weights, diffusers' has `source`'s in `back`'s types.
     """
     shallow = first_blocks(source.config)
     inputs = make_inputs(shallow)
