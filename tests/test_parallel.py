@@ -153,10 +153,10 @@ def test_modulation_spread_unevenly_is_the_whole_one_by_one_gather_and_one_all_t
     vec = vecs.flatten(0, 1).requires_grad_()
     out = whole(vec)
     out.backward(gradients.flatten(0, 1))
-    for rank, (got, vec_gradient, _, calls) in found.items():
+    for rank, (got, vec_gradient, _weights, calls) in found.items():
         rows = slice(2 * rank, 2 * rank + 2)
         assert relative(got, out[rows]) < 1e-6 and relative(vec_gradient, vec.grad[rows]) < 1e-5
-        assert weights.keys() == dict(whole.named_parameters()).keys()
+        assert found[rank][2].keys() == dict(whole.named_parameters()).keys()
         assert +calls == {"all_gather_into_tensor": 1, "all_to_all_single": 2, "reduce_scatter_tensor": 1}
     for name, p in whole.named_parameters():  # averaged over the ranks, as FSDP2 does
         assert relative(found[0][2][name], p.grad / ranks) < 1e-6, name
