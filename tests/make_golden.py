@@ -1,10 +1,12 @@
-"""What the code computed once, kept in `golden/`: pictures and latents of the shipped weights, losses and gradients of small nets.
+"""What the code computed once, kept in `golden/`: pictures and latents of the shipped weights, losses
+and gradients of small nets.
 
-    python tests/make_golden.py        # writes the files anew; only where results are meant to change
+    python tests/make_golden.py        # writes the files anew, where results are meant to change
 
-`test_golden` compares them with what the code computes now. Weights and gradients have diffusers' names and layout, whatever ours
-is: a model gets its weights and gives its gradients through `convert`. Of a gradient, its norm and its inner products with
-`NUM_DIRECTIONS` random vectors are kept. All is float32 on the CPU.
+`test_golden` compares them with what the code computes now. Weights and gradients have diffusers'
+names and layout, whatever ours is: a model gets its weights and gives its gradients through
+`convert`. Of a gradient, its norm and its inner products with `NUM_DIRECTIONS` random vectors are
+kept. All is float32 on the CPU.
 """
 
 import json

@@ -73,6 +73,9 @@ def read_golden_step(kind):
 
 
 def relative_change(found, golden):
-    """The largest difference of a sketch's numbers, relative to the golden norm; infinite where that alone is zero."""
+    """The largest difference of a sketch's numbers, relative to the golden norm.
+
+    Infinite where that norm is zero and a number is not.
+    """
     largest = max(abs(a - b) for a, b in zip(found, golden))
     return largest / golden[0] if golden[0] else largest and float("inf")
