@@ -111,6 +111,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One step, or none where the tensor `found_inf`, if there is one, is 1: the convention of torch.amp.GradScaler."""
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
@@ -118,11 +119,12 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 mean = self.state[p]["momentum"]
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                update = self.orthogonalised(p.grad.lerp(mean, group["momentum"]))
-                local = _local(p)
-                local.mul_(1 - group["lr"] * group["weight_decay"])
-                local.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                moved = mean.lerp(p.grad, 1 - group["momentum"])
+                update = self.orthogonalised(p.grad.lerp(moved, group["momentum"]))
+                stepped = _local(p) * (1 - group["lr"] * group["weight_decay"])
+                stepped.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                for old, new in ((mean, moved), (p, stepped)):
+                    _replace_unless(getattr(self, "found_inf", None), _local(old), _local(new))
 
     @staticmethod
     def orthogonalised(update):
@@ -130,6 +132,11 @@ class Muon(torch.optim.Optimizer):
         if not isinstance(update, DTensor):
             return orthogonalise(update)
         return orthogonalise(update.full_tensor())[local_part(update)]
+
+
+def _replace_unless(skipped, old, new):
+    """Write `new` into `old`, unless the tensor `skipped` is 1; the host does not wait for it."""
+    old.copy_(new if skipped is None else torch.where(skipped.to(old.device) > 0, old, new))
 
 
 def learning_rate(config, step, total_steps):
@@ -142,10 +149,10 @@ def learning_rate(config, step, total_steps):
 
 
 @torch.no_grad()
-def clip_gradients(model, config):
+def clip_gradients(model, config, loss):
     """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor. Collective.
 
-    Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks hold in equal shares.
+    The norm is not finite on any rank where the gradient or the `loss`, of a single rank too, is not. Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks hold in equal shares.
     """
     for p in model.parameters():  # where FSDP2 has nothing to reduce, what tensor parallelism left to be summed is not summed yet
         if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
@@ -153,7 +160,7 @@ def clip_gradients(model, config):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     squares = [torch.linalg.vector_norm(_local(g), dtype=torch.float32).square() * _share(g) for g in gradients]
     device = next(p.device for p in model.parameters())
-    norm = torch.stack([square.to(device) for square in squares]).sum()
+    norm = torch.stack([square.to(device) for square in squares]).sum() + 0 * loss.to(device)
     dist.all_reduce(norm)
     norm = norm.sqrt_()
     if config.clip:
@@ -180,11 +187,15 @@ class EMA:
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()
-    def update(self, step):
-        """After optimizer step 0, 1, …: the decay rises as (1 + n) / (10 + n), so that the random start is forgotten."""
+    def update(self, step, skipped):
+        """After optimizer step 0, 1, …: the decay rises as (1 + n) / (10 + n), so that the random start is forgotten.
+
+        Where the tensor `skipped` is 1, nothing changes.
+        """
         decay = min(self.decay, (2 + step) / (11 + step))
+        share = (1 - decay) * (1 - skipped)
         for name, average in self.average.items():
-            _local(average).lerp_(_local(self.live[name]), 1 - decay)
+            _local(average).lerp_(_local(self.live[name]), share.to(average.device))
 
     @torch.no_grad()
     def swap(self):

@@ -640,8 +640,7 @@ def check_agreed(number, what):
         )
 
 
-def any_rank(flag, device):
-    """Whether `flag` is true on any rank."""
-    value = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
+def max_over_ranks(values):
+    """The greatest of each of some numbers, a float tensor (n,), over all ranks: a list."""
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
