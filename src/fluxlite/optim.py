@@ -85,14 +85,14 @@ def make_optimizers(model, config):
     return optimizers
 
 
-def orthogonalise(matrix, steps=5):
-    """The matrix (m, n) with all its singular values moved to about 1, by Newton-Schulz iteration in bfloat16.
+def orthogonalise(matrix, steps=5, dtype=torch.bfloat16):
+    """The matrix (m, n) with all its singular values moved to about 1, by Newton-Schulz iteration in `dtype`.
 
     The quintic's coefficients are those of Muon (Jordan et al., 2024), the steepest at zero that converge to within 0.3 of 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
+    x = (matrix if wide else matrix.T).to(dtype)
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
