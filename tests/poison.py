@@ -7,6 +7,7 @@ Fails with an `AssertionError` that names the case.
 
 from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from unittest import mock
 
 import torch
@@ -36,12 +37,12 @@ def state_of(run):
 
 
 @contextmanager
-def poisoned_gradient(value):
-    """One number of the last rank's gradient becomes `value` before the norm is taken."""
-    clip = optim.clip_gradients
+def poisoned_gradient(value, call=1):
+    """One number of the last rank's gradient becomes `value` before the norm is taken for the `call`-th time."""
+    clip, calls = optim.clip_gradients, count(1)
 
     def poison(model, *rest):
-        if dist.get_rank() == dist.get_world_size() - 1:
+        if next(calls) == call and dist.get_rank() == dist.get_world_size() - 1:
             p = next(p for p in model.parameters() if p.grad is not None and local_part(p.grad).numel())
             local_part(p.grad).view(-1)[0] = value
         return clip(model, *rest)
@@ -96,11 +97,24 @@ def check_poisoned_steps(options, kind, accumulation):
     assert len(moved) > len(before) / 2, f"{options} {kind}: {len(moved)} moved"
 
 
+def check_samples():
+    """An error names the samples of the rank whose loss is bad, on all ranks."""
+    last = dist.get_world_size() - 1
+    loss = torch.tensor(float("inf") if dist.get_rank() == last else 1.0)
+    try:
+        trainer.check_finite(False, loss, loss, 7, [f"sample {dist.get_rank()}"])
+    except ValueError as error:
+        assert f"the loss of step 7 is inf; its samples: sample {last}. Try" in str(error), error
+    else:
+        raise AssertionError("a bad step was accepted")
+
+
 def main():
     torch.set_num_threads(1)
     for options in MESHES[parallel.world_size()].values():
         for kind, accumulation in (("adamw", 1), ("muon", 2)):
             check_poisoned_steps(options, kind, accumulation)
+    check_samples()
     parallel.stop()
 
 
