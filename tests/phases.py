@@ -48,7 +48,9 @@ def signal_in(phase, name):
         calls.append(None)
         if len(calls) == number and os.environ.get("RANK", "0") == "0":
             ranked = "TORCHELASTIC_RUN_ID" in os.environ
-            os.kill(os.getppid(), signal.Signals[name]) if ranked else os.killpg(0, signal.Signals[name])
+            os.kill(os.getppid(), signal.Signals[name]) if ranked else os.killpg(
+                0, signal.Signals[name]
+            )
             time.sleep(0.5 * ranked)
         return original(*args, **options)
 
@@ -74,7 +76,9 @@ def fork_case(case, folder):
         run_phase(*case)
         sys.exit()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    left = subprocess.run(["pgrep", "-g", str(child)], capture_output=True, text=True).stdout.split()
+    left = subprocess.run(
+        ["pgrep", "-g", str(child)], capture_output=True, text=True
+    ).stdout.split()
     return {"code": code, "text": file.read_text(), "left": left}
 
 

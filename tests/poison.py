@@ -43,7 +43,9 @@ def poisoned_gradient(value, call=1):
 
     def poison(model, *rest):
         if next(calls) == call and dist.get_rank() == dist.get_world_size() - 1:
-            p = next(p for p in model.parameters() if p.grad is not None and local_part(p.grad).numel())
+            p = next(
+                p for p in model.parameters() if p.grad is not None and local_part(p.grad).numel()
+            )
             local_part(p.grad).view(-1)[0] = value
         return clip(model, *rest)
 
@@ -57,7 +59,9 @@ def infinite_loss():
     update = trainer.update
 
     def poison(run, step, loss):
-        return update(run, step, loss + float("inf") * (dist.get_rank() == dist.get_world_size() - 1))
+        return update(
+            run, step, loss + float("inf") * (dist.get_rank() == dist.get_world_size() - 1)
+        )
 
     with mock.patch.object(trainer, "update", poison):
         yield
@@ -73,8 +77,12 @@ POISONS = {
 
 def check_poisoned_steps(options, kind, accumulation):
     """A good step, then one of each poison, which changes no bit, then a good one, which does."""
-    config = load_config(TrainConfig, "train", [*MODEL, "data.micro_batch=1", f"optim.kind={kind}", *options])
-    config.data.micro_batch = config.data.global_batch // (accumulation * (parallel.world_size() if not options else 1))
+    config = load_config(
+        TrainConfig, "train", [*MODEL, "data.micro_batch=1", f"optim.kind={kind}", *options]
+    )
+    config.data.micro_batch = config.data.global_batch // (
+        accumulation * (parallel.world_size() if not options else 1)
+    )
     config.validate()
     with mock.patch.object(trainer, "random_pieces", random_pieces):  # none is zero, all move
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))

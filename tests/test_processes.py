@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -32,7 +33,9 @@ def wait_until(holds, what, seconds=60):
 
 def group_of(pid):
     """Processes of a group or of a session that are still there."""
-    found = subprocess.run(["ps", "-eo", "pid,pgid,sess,stat"], capture_output=True, text=True).stdout
+    found = subprocess.run(
+        ["ps", "-eo", "pid,pgid,sess,stat"], capture_output=True, text=True
+    ).stdout
     rows = [line.split() for line in found.splitlines()[1:]]
     return [int(row[0]) for row in rows if str(pid) in row[1:3] and not row[3].startswith("Z")]
 
@@ -50,7 +53,14 @@ def test_a_gradient_that_is_not_finite_changes_no_bit_on_one_process():
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_bit_on_any():
     """FSDP2 and tensor parallelism on two ranks, with and without accumulation; the samples named are that rank's."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/poison.py"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "tests/poison.py",
+    ]
     result = subprocess.run(launch, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stderr
 
@@ -60,7 +70,10 @@ def test_a_bad_step_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_path,
     common = [*MOCK, "steps=4", "checkpoint.every=1"]
     whole = weights(train(*common, f"output={tmp_path}/whole"))
     with poison.poisoned_gradient(math.nan, call=bad_step):
-        with pytest.raises(ValueError, match=rf"gradient's norm of step {bad_step} is nan; its samples: mock.*is whole"):
+        with pytest.raises(
+            ValueError,
+            match=rf"gradient's norm of step {bad_step} is nan; its samples: mock.*is whole",
+        ):
             train(*common, f"output={tmp_path}/run")
     last = tmp_path / "run/checkpoints/last"
     assert checkpoint.read_meta(last)["step"] == bad_step - 1
@@ -108,7 +121,10 @@ def test_loader_processes_survive_what_stops_a_run_and_end_with_their_batches():
     time.sleep(0.1)
     assert [index for index, _ in batches] == [2, 3]
     batches.close()
-    wait_until(lambda: not any(os.path.exists(f"/proc/{w}") for w in (first, second)), "the loader processes end")
+    wait_until(
+        lambda: not any(os.path.exists(f"/proc/{w}") for w in (first, second)),
+        "the loader processes end",
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal is Linux's")
@@ -124,7 +140,9 @@ def test_loader_processes_die_with_their_parent():
     assert count == b"4" and all(os.path.exists(f"/proc/{int(w)}") for w in (first, second))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    wait_until(lambda: not any(alive(int(w)) for w in (first, second)), "the loader processes end", 3)
+    wait_until(
+        lambda: not any(alive(int(w)) for w in (first, second)), "the loader processes end", 3
+    )
 
 
 def alive(pid):
@@ -148,7 +166,12 @@ run_program(body)
 def test_a_rank_dies_with_torchrun_and_a_plain_run_outlives_its_shell():
     for launched, survives in (({"TORCHELASTIC_RUN_ID": "1", "RANK": "0"}, False), ({}, True)):
         source = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {RANK!r}])"
-        launcher = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, text=True, env=os.environ | launched)
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", source],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | launched,
+        )
         rank = int(launcher.stdout.readline())
         launcher.kill()
         launcher.wait()
@@ -160,19 +183,63 @@ def test_a_rank_dies_with_torchrun_and_a_plain_run_outlives_its_shell():
             wait_until(lambda rank=rank: not alive(rank), "the rank ends", 3)
 
 
+def test_a_rank_whose_torchrun_is_gone_says_so_and_does_not_wait(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    values = {
+        "RANK": 0,
+        "WORLD_SIZE": 1,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "TORCHELASTIC_USE_AGENT_STORE": True,
+    }
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ValueError, match=f"torchrun is gone: 127.0.0.1:{port} does not answer"):
+        parallel.start(parallel.ParallelConfig(), "cpu")
+
+
 # --- every phase ----------------------------------------------------------------------------------------------------------------
 
 
-BEFORE = ("composing", "generating", "loading", "encoding", "first validation")  # nothing to save yet
+BEFORE = (
+    "composing",
+    "generating",
+    "loading",
+    "encoding",
+    "first validation",
+)  # nothing to save yet
 WITHIN = ("training", "validating", "drawing", "saving")  # saved after the step
 STOPPED = {"SIGTERM": (143, "stopped by SIGTERM"), "SIGINT": (130, "stopped")}
 
 
 def case_of(folder, phase, name, *more):
     """Arguments of a run on pictures yet to be generated and encoded, with loader processes."""
-    data = ["data=fill50k", f"data.path={folder}/data", "data.count=1000", "data.generate_size=16", f"data.cache={folder}/cache"]
-    rest = ["steps=3", "validate_every=2", "sample.every=2", "checkpoint.every=2", "data.workers=2", f"output={folder}/run"]
-    return [phase, name, *SMALL, *data, *rest, *more, *(["data.count=8"] if phase != "generating" else [])]
+    data = [
+        "data=fill50k",
+        f"data.path={folder}/data",
+        "data.count=1000",
+        "data.generate_size=16",
+        f"data.cache={folder}/cache",
+    ]
+    rest = [
+        "steps=3",
+        "validate_every=2",
+        "sample.every=2",
+        "checkpoint.every=2",
+        "data.workers=2",
+        f"output={folder}/run",
+    ]
+    return [
+        phase,
+        name,
+        *SMALL,
+        *data,
+        *rest,
+        *more,
+        *(["data.count=8"] if phase != "generating" else []),
+    ]
 
 
 def check_stopped(found, phase, name, folder):
@@ -186,7 +253,9 @@ def check_stopped(found, phase, name, folder):
         assert (code, said) == (STOPPED[name][0], [STOPPED[name][1]]) and not last.exists(), where
     elif phase in WITHIN:
         step = {"saving": 2}.get(phase) or checkpoint.read_meta(last)["step"]
-        assert code == 0 and said == [f"stopped by {name} after step {step}; resume=auto goes on"], where
+        assert code == 0 and said == [
+            f"stopped by {name} after step {step}; resume=auto goes on"
+        ], where
         assert checkpoint.read_meta(last)["step"] == step >= 2, where
     else:
         assert (code, said) == (0, []) and (folder / "run/losses.png").is_file(), where
@@ -214,12 +283,22 @@ def check_phases(folder, cases):
 
 def test_a_signal_in_any_phase_ends_a_run_in_one_line_with_nothing_left(tmp_path):
     """Also the group's loader processes get it. Two phases stand for those before the first step."""
-    check_phases(tmp_path, [("generating", "SIGTERM"), ("encoding", "SIGINT"), ("drawing", "SIGTERM"), ("plotting", "SIGTERM")])
+    check_phases(
+        tmp_path,
+        [
+            ("generating", "SIGTERM"),
+            ("encoding", "SIGINT"),
+            ("drawing", "SIGTERM"),
+            ("plotting", "SIGTERM"),
+        ],
+    )
 
 
 @pytest.mark.slow
 def test_each_signal_in_each_phase_ends_a_run_in_one_line_with_nothing_left(tmp_path):
-    check_phases(tmp_path, [(phase, name) for phase in (*BEFORE, *WITHIN, "plotting") for name in STOPPED])
+    check_phases(
+        tmp_path, [(phase, name) for phase in (*BEFORE, *WITHIN, "plotting") for name in STOPPED]
+    )
 
 
 @pytest.mark.slow
@@ -228,7 +307,12 @@ def test_a_signal_while_importing_ends_a_run_in_one_line(tmp_path, name):
     for delay in (0.1, 0.5, 1.5):
         process = subprocess.Popen(command(*MOCK, f"output={tmp_path}/run"), cwd=ROOT, stderr=subprocess.PIPE, text=True,
                                    start_new_session=True, env=ENVIRONMENT)  # fmt: skip
-        wait_until(lambda pid=process.pid: b"fluxlite" in Path(f"/proc/{pid}/cmdline").read_bytes() or imports(pid), "it runs")
+        wait_until(
+            lambda pid=process.pid: (
+                b"fluxlite" in Path(f"/proc/{pid}/cmdline").read_bytes() or imports(pid)
+            ),
+            "it runs",
+        )
         time.sleep(delay)
         os.killpg(process.pid, signal.Signals[name])
         _, errors = process.communicate(timeout=120)
@@ -237,7 +321,10 @@ def test_a_signal_while_importing_ends_a_run_in_one_line(tmp_path, name):
 
 def imports(pid):
     """Whether a Python has come to a library of its own."""
-    return "_signal" in Path(f"/proc/{pid}/maps").read_text() or "_ctypes" in Path(f"/proc/{pid}/maps").read_text()
+    return (
+        "_signal" in Path(f"/proc/{pid}/maps").read_text()
+        or "_ctypes" in Path(f"/proc/{pid}/maps").read_text()
+    )
 
 
 # --- torchrun -----------------------------------------------------------------------------------------------------------------
@@ -246,7 +333,9 @@ def imports(pid):
 def torchrun(folder, *arguments):
     """Two ranks with loader processes, in a session of their own."""
     options = [*MOCK, "data.micro_batch=1", "data.workers=2", f"output={folder}/run", *arguments]
-    return subprocess.Popen(command(*options, ranks=2), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(
+        command(*options, ranks=2), cwd=ROOT, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+    )
 
 
 def descendants(pid):
@@ -266,7 +355,9 @@ def test_sigterm_to_torchrun_saves_and_leaves_no_process(tmp_path):
     assert len(tree) == 1 + 2 + 4
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
-    assert errors.count("stopped by SIGTERM after step") == 1 and "DataLoader worker" not in errors, errors
+    assert (
+        errors.count("stopped by SIGTERM after step") == 1 and "DataLoader worker" not in errors
+    ), errors
     assert checkpoint.read_meta(tmp_path / "run/checkpoints/last")["step"] >= 3
     assert not any(alive(pid) for pid in tree)
 
@@ -285,12 +376,21 @@ def test_sigkill_to_torchrun_ends_its_ranks_and_their_loaders(tmp_path):
 @pytest.mark.parametrize("name", STOPPED)
 @pytest.mark.parametrize("phase", [*BEFORE, *WITHIN, "plotting"])
 def test_a_signal_to_torchrun_in_each_phase_leaves_nothing(tmp_path, phase, name):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "tests/phases.py"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "tests/phases.py",
+    ]
     run = subprocess.Popen([*launch, *case_of(tmp_path, phase, name, "data.micro_batch=1")], cwd=ROOT, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                            env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"})  # fmt: skip
     text, _ = run.communicate(timeout=240)
-    ours = text.split("Traceback (most recent call last):\n  File")[0]  # torchrun's own, of the signal that it got
+    ours = text.split("Traceback (most recent call last):\n  File")[
+        0
+    ]  # torchrun's own, of the signal that it got
     assert ours.count("\nstopped") == (phase != "plotting") and "DataLoader" not in text, text
     hidden = hidden_files(tmp_path)
     assert not hidden and (phase in BEFORE) != (tmp_path / "run/checkpoints/last").exists(), text
@@ -318,13 +418,25 @@ SHIMS = {
         ("", "echo error: no such file", 2, False),
     ],
 )
-def test_the_slurm_script_requeues_a_run_that_was_told_to_stop_and_no_other(tmp_path, earlier, lines, code, requeued):
+def test_the_slurm_script_requeues_a_run_that_was_told_to_stop_and_no_other(
+    tmp_path, earlier, lines, code, requeued
+):
     (tmp_path / "bin").mkdir()
     for name, body in (SHIMS | {"python": f"{lines}\nseq 30\nexit {code}"}).items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    job |= {"SLURM_JOB_NAME": "fluxlite", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0"}
+    job = {
+        "SLURM_JOB_NODELIST": "a",
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
+    job |= {
+        "SLURM_JOB_NAME": "fluxlite",
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "1",
+        "SLURM_LOCALID": "0",
+    }
     log = tmp_path / "fluxlite-7.log"
     log.write_text(f"{earlier}\n")
     with open(log, "a") as out:

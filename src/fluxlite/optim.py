@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step, or none where the tensor `found_inf`, if there is one, is 1: the convention of torch.amp.GradScaler."""
+        """One step; none where the tensor `found_inf`, if it is set, is 1, as torch.amp.GradScaler has it."""
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
@@ -152,7 +152,9 @@ def learning_rate(config, step, total_steps):
 def clip_gradients(model, config, loss):
     """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor. Collective.
 
-    The norm is not finite on any rank where the gradient or the `loss`, of a single rank too, is not. Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks hold in equal shares.
+    Where the gradient or the `loss` of a single rank is not finite, the norm is not on any rank.
+
+    Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks hold in equal shares.
     """
     for p in model.parameters():  # where FSDP2 has nothing to reduce, what tensor parallelism left to be summed is not summed yet
         if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:

@@ -658,7 +658,10 @@ def train(config):
 
 
 def finish_step(run, watch, step, stopped_by):
-    """Validate, draw and save where step `step` is due for it. A run that was told to stop saves first: it may be killed soon."""
+    """Validate, draw and save where step `step` is due for it.
+
+    A run that was told to stop saves first: it may be killed before a picture is drawn.
+    """
     if stopped_by:
         save(run, step)
         log.info("stopped by %s after step %d; resume=auto goes on", stopped_by, step)

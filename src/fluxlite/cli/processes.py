@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 @contextmanager
 def held_signals():
-    """Write SIGTERM and SIGINT down instead of acting on them; yields {"number": the first one's, or 0}.
+    """Write SIGTERM and SIGINT down, do not act on them; yields {"number": the first one's, or 0}.
 
     A second SIGINT kills. A second SIGTERM does not: a scheduler and torchrun may both pass one on.
     """
@@ -62,7 +62,7 @@ def die_with_parent(parent):
 
 
 def serve_parent(parent):
-    """Make this process one that its parent alone ends: what stops a program stops its children through it."""
+    """Make this a process that its parent alone ends: what stops a program stops its children so."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(parent)
@@ -77,6 +77,9 @@ def end_children():
 
 
 def end_children_at_exit():
-    """Have `end_children` called before multiprocessing's own end, which asks children that ignore SIGTERM and waits."""
+    """Have `end_children` called at exit, before multiprocessing sends SIGTERM and waits.
+
+    A child that is stuck and ignores SIGTERM would be waited for without end.
+    """
     atexit.unregister(end_children)
     atexit.register(end_children)

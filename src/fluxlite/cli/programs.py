@@ -61,7 +61,7 @@ def _stop(number, _frame):
 
 
 def _let_go():
-    """From now on a second Ctrl-C ends the program at once; SIGTERM, which may be passed on twice, does nothing."""
+    """Let a second Ctrl-C end the program at once. SIGTERM may be passed on twice: ignore it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -96,7 +96,7 @@ def one_line(error):
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return f"{' → '.join(places) or 'a file'}: {error.strerror}"
     if text.startswith("DataLoader worker"):
-        return f"a loader process died, perhaps for want of memory ({text[:100]}): try fewer data.workers"
+        return f"a loader process died, perhaps of too little memory ({text[:99]}): fewer data.workers?"
     return text if isinstance(error, (ValueError, OSError)) else None
 
 
