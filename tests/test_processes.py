@@ -254,7 +254,7 @@ def check_stopped(found, phase, name, folder):
     elif phase in WITHIN:
         step = {"saving": 2}.get(phase) or checkpoint.read_meta(last)["step"]
         assert code == 0 and said == [
-            f"stopped by {name} after step {step}; resume=auto goes on"
+            f"stopped by {name} after step {step}, which is saved; resume=auto goes on"
         ], where
         assert checkpoint.read_meta(last)["step"] == step >= 2, where
     else:

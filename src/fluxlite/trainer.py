@@ -664,7 +664,7 @@ def finish_step(run, watch, step, stopped_by):
     """
     if stopped_by:
         save(run, step)
-        log.info("stopped by %s after step %d; resume=auto goes on", stopped_by, step)
+        log.info("stopped by %s after step %d, which is saved; resume=auto goes on", stopped_by, step)
     look(run, watch, step)
     if not stopped_by and due(step, run.config.checkpoint.every, run.config.steps):
         save(run, step)
