@@ -7,12 +7,13 @@ Writes {name of the case: {"loss": of the first step, "gradients", "weights" and
 
 import sys
 import time
+from functools import partial
 from unittest import mock
 
 import torch
 from reference import randomise
 
-from fluxlite import parallel, trainer
+from fluxlite import optim, parallel, trainer
 from fluxlite.cli.command_line import load_config
 from fluxlite.config import TrainConfig
 from fluxlite.data import MockSamples
@@ -73,8 +74,9 @@ def cases(ranks):
         some = ["optim.trainable=['*_norm.weight','txt_in.*']", *PLAIN]  # of which tensor parallelism sums the gradients over ranks
         for mesh_name in ("one",) if ranks == 1 else ("tp2", "tp2, sequence parallel"):
             found[f"{mesh_name}, frozen"] = MESHES[ranks][mesh_name], 1, some
-    if ranks in (1, 4):
-        found["one, muon" if ranks == 1 else "dp2 x tp2, muon"] = MESHES[ranks].get("dp2 x tp2", []), 1, [*PLAIN, "optim.kind=muon"]
+    for name in MESHES[ranks].keys() & {"one", "dp2", "dp2 x tp2"}:
+        for kind in ("muon", "muon in float64"):
+            found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
     return found
 
 
@@ -112,10 +114,10 @@ def train(config, steps=10):
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
     figures, batches, real_update = {}, batches_of(config, run), trainer.update
 
-    def update(run, step):
+    def update(run, step, loss):
         if step == 0:
             figures["gradients"] = whole({name: p.grad for name, p in run.model.named_parameters() if p.requires_grad})
-        return real_update(run, step)
+        return real_update(run, step, loss)
 
     with mock.patch.object(trainer, "update", update):
         for step in range(steps):
@@ -135,7 +137,7 @@ def plain_autograd(config):
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
     gradients = {}
 
-    def update(run, _step):
+    def update(run, _step, _loss):
         gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
 
     with mock.patch.object(trainer, "update", update):
@@ -150,7 +152,9 @@ def main():
     for name, case in cases(ranks).items():
         if name.startswith(names) if names else not name.startswith("compiled"):
             began = time.perf_counter()
-            figures[name] = train(configure(*case))
+            exact = partial(optim.orthogonalise, dtype=torch.float64)
+            with mock.patch.object(optim, "orthogonalise", exact if "in float64" in name else optim.orthogonalise):
+                figures[name] = train(configure(*case))
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1:
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))

@@ -17,6 +17,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -208,6 +209,17 @@ class Mesh:
     dp_size: int
 
 
+def check_launcher():
+    """Raise `ValueError` where torchrun, in whose store its ranks meet, is gone: they would wait for it in vain."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(place, timeout=60).close()
+    except OSError as error:
+        raise ValueError(f"torchrun is gone: {place[0]}:{place[1]} does not answer ({error}). Start it again") from None
+
+
 def start(config, device):
     """Join torchrun's process group, or make one of this process alone; returns this rank's device and the `Mesh`."""
     device = torch.device(device)
@@ -218,6 +230,7 @@ def start(config, device):
     if not dist.is_initialized():
         backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device.type]
         if "RANK" in os.environ:
+            check_launcher()
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -659,8 +672,7 @@ def check_agreed(number, what):
         )
 
 
-def any_rank(flag, device):
-    """Whether `flag` is true on any rank."""
-    value = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
+def max_over_ranks(values):
+    """The greatest of each of some numbers, a float tensor (n,), over all ranks: a list."""
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()

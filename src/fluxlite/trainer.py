@@ -9,6 +9,7 @@ B samples of a micro-batch, L tokens, C channels of a token.
 import hashlib
 import json
 import logging
+import math
 import signal
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from fluxlite import __version__, draws, flow, optim, parallel, sampling
 from fluxlite import checkpoint as ckpt
 from fluxlite.autoencoder import sample_posterior
+from fluxlite.cli.processes import held_signals
 from fluxlite.conditioning import load_text_encoders
 from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, spread, unused_parameters, used, weights_from_base
 from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, open_dataset, prepare
@@ -394,20 +396,26 @@ def train_step(run, batches, step):
         loss = flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance, **steer).mean() / len(batches)
         loss.backward()
         total += loss.detach()
-    return total, update(run, step)
+    return total, update(run, step, total)
 
 
-def update(run, step):
-    """Clip the gradient, step the optimizers and the moving average; the gradient's norm, a tensor."""
+def update(run, step, loss):
+    """Clip the gradient, step the optimizers and the moving average; the gradient's norm, a tensor.
+
+    Where a rank's loss or the gradient is not finite, the norm is not either, and nothing changes: the device sees to
+    that without the host, which learns of it later, in `read_flags`.
+    """
     config = run.config
-    norm = optim.clip_gradients(run.model, config.optim)
+    norm = optim.clip_gradients(run.model, config.optim, loss)
+    skipped = (~torch.isfinite(norm)).float()
     for optimizer in run.optimizers:
+        optimizer.found_inf = skipped  # as torch.amp.GradScaler has it
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(config.optim, step, config.steps)
         optimizer.step()
         optimizer.zero_grad()
     if run.ema:
-        run.ema.update(step)
+        run.ema.update(step, skipped)
     return norm
 
 
@@ -579,34 +587,31 @@ def describe(run):
 # --- the run --------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def stop_signals():
-    """A dictionary whose `name` becomes the signal's when SIGTERM or SIGINT asks the run to stop.
+def read_flags(run, caught, norm):
+    """The name of a signal that asks any rank to stop, or None, and whether the step was good; collective.
 
-    A second SIGINT kills; a second SIGTERM does not, since schedulers and torchrun may both pass the same one on.
+    It is the one place of a step where the host waits for the device.
     """
-    caught = {"name": None}
-
-    def catch(number, _frame):
-        caught["name"] = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    asked = torch.tensor(float(caught["number"]), device=run.device)
+    bad = (~torch.isfinite(norm)).to(run.device, torch.float32)
+    number, bad = parallel.max_over_ranks(torch.stack([asked, bad]))
+    return signal.Signals(int(number)).name if number else None, not bad
 
 
-def check_finite(loss, step, keys):
-    """Raise `ValueError` for a loss that is not finite, with the samples it came from and what to try."""
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss of step {step} is {loss.item()}; its samples: {', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}. "
-            "Try a lower optim.lr, a longer optim.warmup, dtype=float32, or look at these samples; the last checkpoint is whole"
-        )
+def check_finite(good, loss, norm, step, keys):
+    """Raise `ValueError` for a step that is not `good`, with its samples and what to try; collective."""
+    if good:
+        return
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (loss.item(), keys))
+    guilty = [entry for entry in found if not math.isfinite(entry[0])]
+    samples = list(dict.fromkeys(key for _, keys in guilty or found for key in keys))
+    what = f"loss of step {step} is {guilty[0][0]}" if guilty else f"gradient's norm of step {step} is {norm.item()}"
+    raise ValueError(
+        f"the {what}; its samples: {', '.join(samples[:8])}{' …' if len(samples) > 8 else ''}. "
+        "Try a lower optim.lr, a longer optim.warmup, dtype=float32, or look at these samples. "
+        "The step was not taken and nothing of it is saved: the last checkpoint is whole"
+    )
 
 
 def train(config):
@@ -625,25 +630,35 @@ def train(config):
     batches = rank_loader(run, training, global_batch=size, start_index=start * size, workers=config.data.workers)
     if watch.meter and not last:
         watch.metrics.log(0, watch.meter.look(0))
-    with closing(watch.metrics), stop_signals() as caught:
+    with held_signals() as caught, closing(watch.metrics), closing(batches):
         for step in range(start, config.steps):
             micro = [next(batches) for _ in range(slices)]
             loss, norm = train_step(run, micro, step)
-            check_finite(loss, step + 1, [key for batch in micro for key in batch["keys"]])
+            stopped_by, good = read_flags(run, caught, norm)
+            check_finite(good, loss, norm, step + 1, [key for batch in micro for key in batch["keys"]])
             report(run, watch, step + 1, loss, norm)
-            stopping = parallel.any_rank(caught["name"], run.device)
             with watch.speed.paused():
-                look(run, watch, step + 1)
-                if stopping or due(step + 1, config.checkpoint.every, config.steps):
-                    save(run, step + 1)
-            if stopping:
-                log.info("stopped by %s after step %d; resume=auto goes on", caught["name"] or "another rank's signal", step + 1)
+                finish_step(run, watch, step + 1, stopped_by)
+            if stopped_by:
                 break
-    if parallel.rank() == 0:
-        plot_losses(config.output)
-        if watch.meter:
-            plot_control(config.output)
+        if parallel.rank() == 0:
+            plot_losses(config.output)
+            if watch.meter:
+                plot_control(config.output)
     return Path(config.output)
+
+
+def finish_step(run, watch, step, stopped_by):
+    """Validate, draw and save where step `step` is due for it.
+
+    A run that was told to stop saves first: it may be killed before a picture is drawn.
+    """
+    if stopped_by:
+        save(run, step)
+        log.info("stopped by %s after step %d, which is saved; resume=auto goes on", stopped_by, step)
+    look(run, watch, step)
+    if not stopped_by and due(step, run.config.checkpoint.every, run.config.steps):
+        save(run, step)
 
 
 def due(step, every, steps):
