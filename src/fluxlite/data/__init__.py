@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from fluxlite.cli.descriptions import read_description
 from fluxlite.controlnet import MODES
 from fluxlite.data.cache import CachedSamples, build_cache, data_digest
+from fluxlite.data.loading import load_batches
 from fluxlite.data.mock import MockPictures, MockSamples
 from fluxlite.data.parts import IMAGES, JSON, TEXT, Parts
 from fluxlite.data.places import expand_home, expand_places
@@ -281,15 +281,14 @@ def make_loader(dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_i
     ):
         if value % multiple:
             raise ValueError(f"{name}={value} must be a multiple of {multiple}")
-    loader = DataLoader(
-        PassedErrors(dataset),
+    batches = load_batches(
+        dataset,
+        workers=workers,
         batch_sampler=_Slices(start_index + dp_rank * micro_batch, stop_index, dp_size * micro_batch, micro_batch),
-        num_workers=workers,  # each with one thread
         prefetch_factor=4 if workers else None,
         collate_fn=collate,
-        generator=torch.Generator(),  # else the global one would be drawn from
     )
-    return _counted(loader, dataset.config.max_bad_fraction, size=len(dataset), share=-(-len(dataset) // dp_size))
+    return _counted(batches, dataset.config.max_bad_fraction, size=len(dataset), share=-(-len(dataset) // dp_size))
 
 
 @dataclass
@@ -308,24 +307,8 @@ class _Slices:
             first += self.stride
 
 
-class PassedErrors:
-    """A dataset whose `ValueError` and `OSError` are items: a loader process would add its traceback to their text."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, index):
-        try:
-            return self.dataset[index]
-        except (ValueError, OSError) as error:
-            return error
-
-
 def collate(items):
-    """Samples as a batch: tensors stacked, indices a LongTensor (B,), the rest lists. An error among them is the batch."""
-    error = next((item for item in items if isinstance(item, Exception)), None)
-    if error is not None:
-        return error
+    """Samples as a batch: tensors stacked, indices a LongTensor (B,), the rest lists."""
     batch = {}
     for name in items[0]:
         values = [item[name] for item in items]
@@ -338,8 +321,6 @@ def _counted(batches, max_bad_fraction, *, size, share):
     """The batches of one rank's `share` of `size` samples an epoch; what they skipped is logged and counted, once by key."""
     seen, bad, logged = 0, set(), set()
     for batch in batches:
-        if isinstance(batch, Exception):
-            raise batch
         skipped = batch.pop("bad")
         seen += len(skipped)
         bad |= {entries[0] for entries in skipped if entries}  # what a substitute passed over as well has a place of its own

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fluxlite.cli.descriptions import read_description, read_json
 from fluxlite.data.atomic import atomic_file
 from fluxlite.data.images import BadSample
+from fluxlite.data.loading import load_batches
 from fluxlite.data.parts import CONTROL
 from fluxlite.data.places import expand_home, fetched_description
 from fluxlite.data.rows import RowFile, write_rows
@@ -209,7 +209,7 @@ def file_digest(shard):
 
 
 class _Readable:
-    """Some samples of a `Samples`, as (sample, None), or as (None, reason) where they are bad, a text or an error."""
+    """Some samples of a `Samples`, as (sample, None), or as (None, reason) where they are bad."""
 
     def __init__(self, dataset, numbers):
         self.dataset, self.numbers = dataset, numbers
@@ -222,8 +222,6 @@ class _Readable:
             return self.dataset.read(self.numbers[row], 0), None
         except BadSample as error:
             return None, str(error)
-        except (ValueError, OSError) as error:  # raised in the training process, without this one's traceback
-            return None, error
 
 
 @torch.no_grad()
@@ -233,11 +231,9 @@ def _encode(dataset, numbers, encode_images, encode_texts, bar):
     Where samples have a control and a mode also control_mean, control_logvar (n', C, h, w) and modes (n',).
     """
     config, parts, texts, image_rows, text_rows, bad = dataset.config, {}, {}, [], [], {}
-    workers = dict(num_workers=config.workers, generator=torch.Generator())
-    for items in DataLoader(_Readable(dataset, numbers), batch_size=config.micro_batch, collate_fn=list, **workers):
+    readable = _Readable(dataset, numbers)
+    for items in load_batches(readable, workers=config.workers, batch_size=config.micro_batch, collate_fn=list):
         for sample, reason in items:
-            if isinstance(reason, Exception):
-                raise reason
             if sample is None:
                 bad[len(image_rows)] = reason
             image_rows.append(-1 if sample is None else len(image_rows) - len(bad))

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from webdataset import TarWriter
 
@@ -27,6 +25,7 @@ from fluxlite.cli.options import option
 from fluxlite.data.atomic import atomic_folder
 from fluxlite.data.energon import inside_folder
 from fluxlite.data.images import BadSample, decode
+from fluxlite.data.loading import load_batches
 
 NOTE = "fill50k.json"
 
@@ -132,7 +131,7 @@ class _Drawn:
 def generated_samples(count, *, size, seed, held_out=False, workers=0):
     """`count` samples as WebDataset dictionaries, drawn by `workers` processes beside this one, or by this one."""
     drawn = _Drawn(count, size=size, seed=seed, held_out=held_out)
-    yield from DataLoader(drawn, batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=torch.Generator())
+    yield from load_batches(drawn, workers=workers, batch_size=None, collate_fn=_unchanged)
 
 
 def _unchanged(sample):
