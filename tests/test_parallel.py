@@ -56,7 +56,8 @@ def run_meshes(ranks, folder, *names):
 
 def assert_same(figures, reference):
     for name, trained in figures.items():
-        kind = next((k for k in ("bfloat16", "muon in float64", "muon", "controlnet", "double blocks alone", "frozen") if k in name), "float32")
+        kinds = (*reversed(BOUNDS), "controlnet", "double blocks alone", "frozen")
+        kind = next((k for k in kinds if k in name), "float32")
         expected = reference[f"one, {kind}" if kind != "float32" else "one, accumulation 1, shard_modulation true"]
         loss, gradient, weight = BOUNDS[kind if kind in BOUNDS else "float32"]
         assert trained["trained"] == expected["trained"], name

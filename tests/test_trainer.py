@@ -256,7 +256,10 @@ def test_muon_orthogonalises_and_matches_torch():
 
 
 def test_meshes_differ_with_muon_by_the_iterations_bfloat16_alone():
-    """Meshes add a gradient up in other orders: float32's rounding. In bfloat16 that flips roundings, which the iteration amplifies."""
+    """Meshes add a gradient up in other orders, and float32 rounds. That flips roundings to bfloat16.
+
+    The iteration amplifies them.
+    """
     g = torch.Generator().manual_seed(0)
     gradient = torch.randn(64, 192, generator=g)
     summed_otherwise = gradient * (1 + 1e-7 * torch.randn(64, 192, generator=g))
