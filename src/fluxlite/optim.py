@@ -160,24 +160,27 @@ def clip_gradients(model, config, loss):
         if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    squares = [torch.linalg.vector_norm(_local(g), dtype=torch.float32).square() * _share(g) for g in gradients]
+    parts = [_local(gradient) for gradient in gradients]
+    norms = torch._foreach_norm(parts, dtype=torch.float32)
+    ranks = dist.get_world_size()
+    torch._foreach_mul_(norms, [math.sqrt(_share(gradient, ranks)) for gradient in gradients])
     device = next(p.device for p in model.parameters())
-    norm = torch.stack([square.to(device) for square in squares]).sum() + 0 * loss.to(device)
+    norm = torch.stack([part.to(device) for part in norms]).square().sum() + 0 * loss.to(device)
     dist.all_reduce(norm)
     norm = norm.sqrt_()
     if config.clip:
         scale = (config.clip / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            _local(gradient).mul_(scale.to(gradient.device))
+        for place in {part.device for part in parts}:
+            torch._foreach_mul_([p for p in parts if p.device == place], scale.to(place))
     return norm
 
 
-def _share(tensor):
+def _share(tensor, ranks):
     """This rank's share in its part of a tensor: one over the number of ranks that hold the same."""
     if not isinstance(tensor, DTensor):
-        return 1 / dist.get_world_size()
+        return 1 / ranks
     parts = [n for n, placement in zip(tensor.device_mesh.shape, tensor.placements) if not isinstance(placement, Replicate)]
-    return math.prod(parts) / dist.get_world_size()
+    return math.prod(parts) / ranks
 
 
 class EMA:
