@@ -295,11 +295,18 @@ def encoders_digest(parts, max_sequence_length, dtype):
 
 def set_up(config, device, mesh):
     """Model, optimizer and encoders of a run on this rank's device of a `parallel.Mesh`."""
+    warn_of_warmup(config)
     parts = load_parts(config, device, mesh)
     if not config.controlnet.train:
         return assemble(config, device, mesh, build_flux(config, device, mesh), parts)
     net, base = build_controlnet(config, device, mesh), build_flux(config, device, mesh, frozen=True)
     return assemble(config, device, mesh, net, parts, base=base)
+
+
+def warn_of_warmup(config):
+    """Say so where a run ends before its learning rate has risen to `optim.lr`."""
+    if config.optim.warmup >= config.steps and parallel.rank() == 0:
+        log.warning("optim.warmup=%d is not over when the run ends at steps=%d", config.optim.warmup, config.steps)
 
 
 def assemble(config, device, mesh, model, parts, *, base=None):
@@ -619,8 +626,6 @@ def train(config):
     last = find_resume(config)
     device, mesh = parallel.start(config.parallel, config.device)
     parallel.check_agreed(ckpt.read_meta(last)["step"] if last else 0, f"output={config.output} holds a run's last step")
-    if config.optim.warmup >= config.steps and parallel.rank() == 0:
-        log.warning("optim.warmup=%d is not over when the run ends at steps=%d", config.optim.warmup, config.steps)
     run = set_up(config, device, mesh)
     training, validation = open_data(config, run)
     start = ckpt.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0

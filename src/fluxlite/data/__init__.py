@@ -19,7 +19,7 @@ from fluxlite.controlnet import MODES
 from fluxlite.data.cache import CachedSamples, build_cache, data_digest
 from fluxlite.data.loading import load_batches
 from fluxlite.data.mock import MockPictures, MockSamples
-from fluxlite.data.parts import IMAGES, JSON, TEXT, Parts
+from fluxlite.data.parts import IMAGES, config_parts
 from fluxlite.data.places import expand_home, expand_places
 from fluxlite.data.shards import Samples, mode_number
 from fluxlite.data.tars import cut_shards, open_shards
@@ -196,11 +196,6 @@ def _check_generated(config, folder, count, *, at_least):
             f"{folder} holds {old.count} pictures of {old.size} pixels, but {setting}={count} and data.generate_size={size}: "
             "remove that folder, or set another data.path="
         )
-
-
-def config_parts(config):
-    """The `Parts` of a sample as `data.caption_field` and `data.control` have them."""
-    return Parts(captions=((JSON, config.caption_field), (TEXT,)), control=config.control_ending)
 
 
 def find_shards(config, split):

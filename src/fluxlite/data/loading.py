@@ -73,7 +73,8 @@ class _PassedErrors:
 
 def _collate(collate, items):
     """What `collate` makes of a batch's items, or the first error among them."""
-    errors = [x for x in (items if isinstance(items, list) else [items]) if isinstance(x, Exception)]
+    listed = items if isinstance(items, list) else [items]
+    errors = [item for item in listed if isinstance(item, Exception)]
     return errors[0] if errors else collate(items)
 
 
