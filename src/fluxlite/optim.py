@@ -149,7 +149,7 @@ def learning_rate(config, step, total_steps):
 
 
 @torch.no_grad()
-def clip_gradients(model, config, loss):
+def clip_gradients(model, config, loss=0.0):
     """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor. Collective.
 
     Where the gradient or the `loss` of a single rank is not finite, the norm is not on any rank.
@@ -162,7 +162,8 @@ def clip_gradients(model, config, loss):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     squares = [torch.linalg.vector_norm(_local(g), dtype=torch.float32).square() * _share(g) for g in gradients]
     device = next(p.device for p in model.parameters())
-    norm = torch.stack([square.to(device) for square in squares]).sum() + 0 * loss.to(device)
+    norm = torch.stack([square.to(device) for square in squares]).sum()
+    norm += 0 * torch.as_tensor(loss, device=device)
     dist.all_reduce(norm)
     norm = norm.sqrt_()
     if config.clip:
