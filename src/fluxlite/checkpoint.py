@@ -27,7 +27,7 @@ from tqdm import tqdm
 from fluxlite import __version__, convert, hub, streams
 from fluxlite.autoencoder import AutoencoderConfig
 from fluxlite.controlnet import ControlNetConfig
-from fluxlite.data.shards import locked
+from fluxlite.data.atomic import locked
 from fluxlite.model import FluxConfig
 
 log = logging.getLogger("fluxlite")

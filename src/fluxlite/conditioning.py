@@ -74,6 +74,8 @@ class TextEncoders:
         """
         if not prompts or isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r} must be a list of at least one string")
+        for prompt in prompts:
+            check_encodable(prompt)
         clip_length = min(self.clip_tokenizer.model_max_length, self.clip.config.max_position_embeddings)
         seen = f"T5 still reads up to {max_sequence_length} tokens"
         clip_ids = self._tokenize("CLIP", self.clip_tokenizer, prompts, clip_length, seen)
@@ -208,3 +210,11 @@ def quiet_transformers():
         their_log.set_verbosity(verbosity)
         if bars:
             their_log.enable_progress_bar()
+
+
+def check_encodable(prompt):
+    """Raise `ValueError` for a prompt that holds half a character, or bytes that are no UTF-8."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"prompt {prompt!a:.80} holds what is no character: write it in UTF-8") from None

@@ -7,8 +7,8 @@
 B pictures, L tokens, H hidden width.
 """
 
-import io
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -121,27 +121,19 @@ def read_picture(image, height, width):
 
     Raises `ValueError`.
     """
-    if is_picture(image):
-        data, name = _encoded(image), "the control image"
-    else:
-        name = f"control_image={image}"
-        if not Path(image).expanduser().is_file():
-            raise ValueError(f"{name} is not a file")
-        data = Path(image).expanduser().read_bytes()
+    name = "the control image" if is_picture(image) else f"control_image={image}"
     try:
-        return images.resize_crop(images.decode(data), height, width)
+        image = images.to_rgb(image) if is_picture(image) else images.decode(_bytes_of(image, name))
+        return images.resize_crop(image, height, width)
     except images.BadSample as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _encoded(image):
-    """A PIL image as bytes of a TIFF, which holds nearly every mode: so there is one way from a picture to RGB."""
-    file = io.BytesIO()
-    try:
-        image.save(file, "TIFF")
-    except (OSError, KeyError, SyntaxError) as error:
-        raise ValueError(f"the control image cannot be read ({error}): pass it as RGB") from None
-    return file.getvalue()
+def _bytes_of(path, name):
+    path = Path(os.path.expanduser(path))
+    if not path.is_file():
+        raise ValueError(f"{name} is not a file")
+    return path.read_bytes()
 
 
 # --- at each step ---------------------------------------------------------------------------------------------------------------

@@ -619,6 +619,8 @@ def train(config):
     last = find_resume(config)
     device, mesh = parallel.start(config.parallel, config.device)
     parallel.check_agreed(ckpt.read_meta(last)["step"] if last else 0, f"output={config.output} holds a run's last step")
+    if config.optim.warmup >= config.steps and parallel.rank() == 0:
+        log.warning("optim.warmup=%d is not over when the run ends at steps=%d", config.optim.warmup, config.steps)
     run = set_up(config, device, mesh)
     training, validation = open_data(config, run)
     start = ckpt.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0

@@ -10,7 +10,7 @@ import json
 import typing
 from pathlib import Path
 
-from fluxlite.cli.options import nearest_key, option_fields, typed_options
+from fluxlite.cli.options import check_sources, nearest_key, option_fields, typed_options
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -31,6 +31,7 @@ def load_config(cls, name, argv):
     """
     overrides, kept = _split_arguments(cls, name, argv)
     values = _composed(name, overrides)
+    check_sources(cls, values, "a YAML file of configs")
     lists = {key: f for key, f in option_fields(cls).items() if typing.get_origin(f.type) is list}
     for key, value in kept:
         at = values

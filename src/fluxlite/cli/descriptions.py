@@ -9,9 +9,10 @@ import os
 import stat
 from pathlib import Path
 
-from fluxlite.cli.options import typed_options
+from fluxlite.cli.options import check_sources, typed_options
 
 MAX_BYTES = 1 << 26  # a description is text; a diffusers index of 12 billion weights has 0.2 MB
+MAX_YAML_BYTES = 1 << 24  # read at some 5 MB/s
 DAMAGED = "it is damaged: fetch or write it again"
 
 
@@ -66,12 +67,48 @@ def read_json(path, kind=dict):
     return parse_json(read_text(path), path, kind)
 
 
+def read_yaml(path, kind=dict):
+    """A YAML file's plain values of type `kind`; an empty one is an empty `kind`.
+
+    Raises `ValueError` that names it. Anchors are refused: a few lines of them stand for gigabytes.
+    """
+    import yaml
+
+    try:
+        text = read_text(path, limit=MAX_YAML_BYTES)
+        values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        _check_plain(values, set())
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        if str(path) in str(error):
+            raise
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is no plain YAML ({' '.join(reason.split())[:120]})") from None
+    values = kind() if values is None else values
+    if not isinstance(values, kind):
+        names = {dict: "named values", list: "a list"}
+        raise ValueError(f"{path} holds {type(values).__name__}, not {names[kind]}: {DAMAGED}")
+    return values
+
+
+def _check_plain(value, seen):
+    """Raise `ValueError` unless this is a tree of JSON's types."""
+    if isinstance(value, (dict, list)):
+        if id(value) in seen:
+            raise ValueError("anchors and aliases are not read")
+        seen.add(id(value))
+        for part in [*value.keys(), *value.values()] if isinstance(value, dict) else value:
+            _check_plain(part, seen)
+    elif not (value is None or isinstance(value, (str, int, float))):
+        raise ValueError(f"a value of type {type(value).__name__}")
+
+
 def read_description(path, cls, values=None):
     """The dataclass `cls` that the JSON object of a file describes (or `values`, read from it before).
 
     Raises `ValueError` that names the file and the key.
     """
     values = read_json(path) if values is None else values
+    check_sources(cls, values if isinstance(values, dict) else {}, path)
     try:
         return typed_options(cls, values)
     except ValueError as error:

@@ -29,7 +29,9 @@ def option(default, help, **about):
     """A dataclass field with its `help` and, of the value or of a list's values, `choices` or bounds.
 
     The bounds are `at_least`, `above`, `at_most` and `below`. `verbatim`: the command line's text is
-    taken as it stands. A default that is a list or a class is made anew for each instance.
+    taken as it stands. `only_given`: a word, as `pipe:`, with which a value does something and is
+    therefore taken from the command line alone. A default that is a list or a class is made anew
+    for each instance.
     """
     metadata = {"help": help, **about}
     if isinstance(default, type):
@@ -84,6 +86,20 @@ def typed_options(cls, values, prefix=""):
     if missing:
         raise ValueError(f"{prefix}{missing[0]} is missing")
     return cls(**arguments)
+
+
+def check_sources(cls, values, where, prefix=""):
+    """Raise `ValueError` where nested dictionaries read from `where` hold what must be given by hand."""
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        value, word = values.get(f.name), f.metadata.get("only_given")
+        if dataclasses.is_dataclass(hints[f.name]) and isinstance(value, dict):
+            check_sources(hints[f.name], value, where, f"{prefix}{f.name}.")
+        elif word and isinstance(value, str) and word in value.lower():
+            raise ValueError(
+                f"{prefix}{f.name}={shortened(value)} in {where}: {word} runs a command, and is taken "
+                "from the command line alone: give it there"
+            )
 
 
 def _is_required(f):

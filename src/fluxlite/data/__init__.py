@@ -6,21 +6,23 @@ for batch in make_loader(dataset, global_batch=8, micro_batch=2, dp_rank=0, dp_s
 """
 
 import importlib.util
-import json
 import logging
 import os
 import re
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from fluxlite.cli.descriptions import read_description
 from fluxlite.controlnet import MODES
-from fluxlite.data.cache import CachedSamples, build_cache
+from fluxlite.data.cache import CachedSamples, build_cache, data_digest
 from fluxlite.data.loading import load_batches
 from fluxlite.data.mock import MockPictures, MockSamples
-from fluxlite.data.shards import IMAGES, Samples, cut, expand, locked, mode_number, open_shards
+from fluxlite.data.parts import IMAGES, JSON, TEXT, Parts
+from fluxlite.data.places import expand_home, expand_places
+from fluxlite.data.shards import Samples, mode_number
+from fluxlite.data.tars import cut_shards, open_shards
 
 __all__ = [
     "CachedSamples",
@@ -29,6 +31,7 @@ __all__ = [
     "MockSamples",
     "Samples",
     "build_cache",
+    "data_digest",
     "make_loader",
     "open_dataset",
     "prepare",
@@ -40,8 +43,8 @@ CROPS = ("center", "random")
 log = logging.getLogger("fluxlite")
 
 
-def _path(default, help):
-    return field(default=default, metadata={"help": help, "verbatim": True})
+def _path(default, help, **about):
+    return field(default=default, metadata={"help": help, "verbatim": True, **about})
 
 
 @dataclass
@@ -50,7 +53,10 @@ class DataConfig:
 
     kind: str = field(default="fill50k", metadata={"help": "mock, fill50k (generated where there are no shards) or webdataset"})
     path: str | None = _path(
-        None, "tars: a folder, a glob, a brace pattern or a URL; fill50k: the folder where they are or will be"
+        None,
+        "tars: a folder, a glob, a brace pattern, a URL, or from the command line alone pipe:COMMAND, a shell command that prints "
+        "a tar; several with :: between them; fill50k: the folder where they are or will be",
+        only_given="pipe:",
     )
     count: int = field(default=50_000, metadata={"help": "fill50k: pictures to generate; mock: samples of an epoch"})
     generate_size: int = field(default=512, metadata={"help": "fill50k: side of the generated pictures in pixels"})
@@ -77,7 +83,9 @@ class DataConfig:
     max_bad_fraction: float = field(default=0.01, metadata={"help": "share of unusable samples above which the run stops"})
     cache: str | None = _path(None, "folder for latents and texts that are encoded once; null: encode them each time")
     val_path: str | None = _path(
-        None, "tars of the validation set; null: an Energon split, fill50k's held-out pairs, or the last samples"
+        None,
+        "tars of the validation set, as data.path; null: an Energon split, fill50k's held-out pairs, or the last samples",
+        only_given="pipe:",
     )
     val_count: int = field(default=64, metadata={"help": "held-out samples that validation takes"})
     download: str = _path("~/.cache/fluxlite/shards", "folder for tars fetched from URLs")
@@ -124,16 +132,25 @@ class DataConfig:
 
 
 def fill50k_folder(config, split):
-    """Where fill50k's tars of a split are or will be: `path/train`, `path/val`; or `path` itself, where the user put tars there."""
-    root = Path(config.path or f"data/fill50k-{config.generate_size}-{config.count}").expanduser()
+    """Where fill50k's tars of a split are or will be: `path/train`, `path/val`.
+
+    `path` itself is the training set where it holds tars that the generator wrote there.
+    """
+    root = fill50k_root(config)
     return root if split == "train" and any(root.glob("*.tar")) else root / split
+
+
+def fill50k_root(config):
+    """The folder that fill50k's splits lie in."""
+    root = config.path or f"data/fill50k-{config.generate_size}-{config.count}"
+    return Path(expand_home(root, "data.path"))
 
 
 def prepare(config, split, seed=0):
     """Generate fill50k's tars of a split where there are none; every rank calls it: one works, the others wait.
 
     The pictures are the same whatever the `seed` of a run, so that runs share them. Raises `ValueError` where pictures of another
-    count or size were generated before.
+    count or size were generated before, and for a folder with files of the user's: nothing is written into that.
     """
     from fluxlite.data import fill50k
 
@@ -141,54 +158,68 @@ def prepare(config, split, seed=0):
         return
     folder, held_out = fill50k_folder(config, split), split == "val"
     count = config.val_count if held_out else config.count
+    _check_ours(fill50k_root(config))
     if not any(folder.glob("*.tar")):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with locked(folder.parent / f".{split}.lock"):
-            if not any(folder.glob("*.tar")):
-                if folder.is_dir() and any(folder.iterdir()):
-                    raise ValueError(f"{folder} holds no .tar but other files: empty it, or set another data.path=")
-                for abandoned in folder.parent.glob(f".{split}-*"):  # by a run that was killed
-                    shutil.rmtree(abandoned, ignore_errors=True)
-                workers = min(os.cpu_count() or 1, count // 500)
-                options = dict(size=config.generate_size, seed=int(held_out), held_out=held_out, workers=workers)
-                fill50k.write_shards(
-                    fill50k.generated_samples(count, **options),
-                    folder,
-                    count=count,
-                    about={"count": count, "size": config.generate_size},
-                )
+        workers = min(os.cpu_count() or 1, count // 500)
+        options = dict(size=config.generate_size, seed=int(held_out), held_out=held_out, workers=workers)
+        samples = fill50k.generated_samples(count, **options)
+        fill50k.write_shards(samples, folder, count=count, about={"count": count, "size": config.generate_size})
     _check_generated(config, folder, count, at_least=held_out)
 
 
-def _check_generated(config, folder, count, *, at_least):
-    """Compare `fill50k.json`, which generated tars have, with what is asked for; a larger validation set will do."""
-    note = folder / "fill50k.json"
-    if not note.is_file():
+def _check_ours(root):
+    """Raise `ValueError` unless fill50k's folder is new, or holds only what the generator wrote."""
+    from fluxlite.data.fill50k import NOTE
+
+    names = sorted(p.name for p in root.iterdir()) if root.exists() else []
+    if NOTE in names:
         return
-    old, size = json.loads(note.read_text()), config.generate_size
-    if old["size"] != size or (old["count"] < count if at_least else old["count"] != count):
+    foreign = [n for n in names if n[0] != "." and not (root / n / NOTE).is_file()]
+    if foreign:
+        raise ValueError(
+            f"data.path={root} holds {foreign[0]}, which is not data=fill50k's: set data=webdataset to train on tars of "
+            "your own, or name a new folder to generate circles in"
+        )
+
+
+def _check_generated(config, folder, count, *, at_least):
+    """Compare the note that generated tars have with what is asked for; a larger validation set will do."""
+    from fluxlite.data.fill50k import NOTE, GeneratedDescription
+
+    old, size = read_description(folder / NOTE, GeneratedDescription), config.generate_size
+    if old.count is None:  # imported from the original download
+        return
+    if old.size != size or (old.count < count if at_least else old.count != count):
         setting = "data.val_count" if at_least else "data.count"
         raise ValueError(
-            f"{folder} holds {old['count']} pictures of {old['size']} pixels, but {setting}={count} and data.generate_size={size}: "
+            f"{folder} holds {old.count} pictures of {old.size} pixels, but {setting}={count} and data.generate_size={size}: "
             "remove that folder, or set another data.path="
         )
 
 
+def config_parts(config):
+    """The `Parts` of a sample as `data.caption_field` and `data.control` have them."""
+    return Parts(captions=((JSON, config.caption_field), (TEXT,)), control=config.control_ending)
+
+
 def find_shards(config, split):
     """The shards of a split. Without a validation set of its own, the last `val_count` samples are validation's."""
-    limit = dict(max_bad_fraction=config.max_bad_fraction, control=config.control_ending)
-    places = dict(setting="data.path", download=config.download)
+    limit, parts = dict(max_bad_fraction=config.max_bad_fraction), config_parts(config)
+    options = dict(setting="data.path", download=config.download, parts=parts)
     if split == "val" and config.val_path:
-        places["setting"] = "data.val_path"
-        paths = expand(config.val_path, "val", **places) or expand(config.val_path, "train", **places)
-        return open_shards(paths, setting=f"data.val_path={config.val_path}", **limit)
+        options["setting"] = "data.val_path"
+        places = expand_places(config.val_path, "val", **options) or expand_places(config.val_path, "train", **options)
+        _warn_of_overlap(config, places)
+        return open_shards(places, setting=f"data.val_path={config.val_path}", **limit)
     if config.kind == "fill50k":
         folder = fill50k_folder(config, split)
-        return open_shards(sorted(folder.glob("*.tar")), setting=f"data.path={folder}", **limit)
-    held_out = [] if config.val_path else expand(config.path, "val", **places)
+        places = [(str(path), parts) for path in sorted(folder.glob("*.tar"))]
+        return open_shards(places, setting=f"data.path={folder}", **limit)
+    held_out = [] if config.val_path else expand_places(config.path, "val", **options)
     if split == "val" and held_out:
         return open_shards(held_out, setting=f"data.path={config.path}", **limit)
-    shards = open_shards(expand(config.path, "train", **places), setting=f"data.path={config.path}", **limit)
+    shards = open_shards(expand_places(config.path, "train", **options), setting=f"data.path={config.path}", **limit)
     if config.val_path or held_out:
         return shards
     total = sum(len(shard.keys) for shard in shards)
@@ -197,7 +228,26 @@ def find_shards(config, split):
         raise ValueError(f"data.path={config.path} holds {total} samples: set data.val_count below that, or data.val_path=")
     if split == "train":
         log.info("the last %d of %d samples are kept for validation", config.val_count, total)
-    return cut(shards, 0, start) if split == "train" else cut(shards, start, total)
+    return cut_shards(shards, 0, start) if split == "train" else cut_shards(shards, start, total)
+
+
+def _warn_of_overlap(config, places):
+    """Say so where a tar is of the training set and of the validation set."""
+    trained = {os.path.realpath(path) for path in training_paths(config)}
+    shared = [path for path, _ in places if os.path.realpath(path) in trained]
+    if shared:
+        log.warning(
+            "%d of %d tars of data.val_path are trained on too, %s first: validation will look better than it is",
+            *(len(shared), len(places), shared[0]),
+        )
+
+
+def training_paths(config):
+    """The training set's tars."""
+    if config.kind == "fill50k":
+        return [str(path) for path in fill50k_folder(config, "train").glob("*.tar")]
+    options = dict(setting="data.path", download=config.download, parts=config_parts(config))
+    return [path for path, _ in expand_places(config.path, "train", **options)]
 
 
 def open_dataset(config, split, seed):
@@ -210,7 +260,7 @@ def open_dataset(config, split, seed):
     total = sum(len(shard.keys) for shard in shards)
     if total < config.val_count:
         raise ValueError(f"the validation set holds {total} samples: set data.val_count={total} or less")
-    return Samples(config, cut(shards, 0, config.val_count), seed=seed, training=False)
+    return Samples(config, cut_shards(shards, 0, config.val_count), seed=seed, training=False)
 
 
 # --- batching -------------------------------------------------------------------------------------------------------------------

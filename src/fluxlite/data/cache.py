@@ -1,7 +1,9 @@
 """Pre-encoded data: every sample's posterior and text once through the encoders, then read from safetensors files.
 
 A cache holds a file for each tar (for every 1,000 samples of a larger one), and `cache.json` says what it was made from: a stale
-one is an error. Texts are stored once for each distinct caption of a file, padding included: FLUX attends to it.
+one is an error. Texts are stored once for each distinct caption of a file, padding included: FLUX attends to it. Each file keeps
+its tar's size, time of change and digest. Where size or time differ, the tar's contents decide; `times.json` keeps the times of
+tars whose contents are those that were encoded.
 
 Shapes: n samples, m captions, C channels, h and w in latent cells, L tokens, D and P the widths of T5 and CLIP.
 """
@@ -10,24 +12,38 @@ import hashlib
 import json
 import logging
 import os
-import uuid
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from fluxlite.cli.descriptions import read_description, read_json
+from fluxlite.data.atomic import atomic_file
 from fluxlite.data.images import BadSample
 from fluxlite.data.loading import load_batches
+from fluxlite.data.parts import CONTROL
+from fluxlite.data.places import expand_home, fetched_description
+from fluxlite.data.rows import RowFile, write_rows
 from fluxlite.data.shards import Kept, first_good
 
 POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
 OF_PICTURES = (*POSTERIORS["images"], *POSTERIORS["controls"], "modes")  # tensors of a row for each good sample
 OF_TEXTS = ("txt", "pooled")
 ROWS = 1000  # samples of a file: 4 GB of FLUX.1-dev's texts, all in memory until the file is written
+EMPTY = "empty.safetensors"  # the empty caption
+TIMES = "times.json"
 
 log = logging.getLogger("fluxlite")
+
+
+@dataclass
+class CacheDescription:
+    """`cache.json`: what a cache was made from."""
+
+    encoders: str
+    data: str
+    size: str
 
 
 def build_cache(dataset, directory, *, encode_images, encode_texts, digest, rank=0, world_size=1):
@@ -38,28 +54,35 @@ def build_cache(dataset, directory, *, encode_images, encode_texts, digest, rank
     `directory` is a cache of other encoders, data or size, or more than `data.max_bad_fraction` of the samples are bad.
     """
     config = dataset.config
-    made_from = {"encoders": digest, "data": data_digest(dataset), "size": f"{config.height}x{config.width}"}
-    folder, mine = _claim(Path(directory).expanduser(), made_from), pieces(dataset)[rank::world_size]
-    if rank == 0 and not (folder / "empty.safetensors").is_file():
+    made_from = CacheDescription(digest, layout_digest(dataset), f"{config.height}x{config.width}")
+    folder = _claimed_folder(Path(expand_home(str(directory), "data.cache")), made_from)
+    mine = pieces(dataset)[rank::world_size]
+    if rank == 0 and not (folder / EMPTY).is_file():
         with torch.no_grad():
             txt, pooled = encode_texts([""])
-        _write(folder / "empty.safetensors", {"txt": txt.cpu(), "pooled": pooled.cpu()})
-    todo = [(file, numbers) for file, numbers in mine if not (folder / file).is_file()]
+        write_rows(folder / EMPTY, {"txt": txt, "pooled": pooled}, {})
+    todo = [piece for piece in mine if not (folder / piece[0]).is_file()]
+    contents = _Contents(dataset, folder)
+    contents.check([RowFile(folder / piece[0]) for piece in mine if piece not in todo])
     total = sum(len(numbers) for _, numbers in todo)
     with tqdm(total=total, desc=f"encoding into {directory}", unit="picture", disable=rank > 0 or not todo) as bar:
         for file, numbers in todo:
-            tensors, bad = _encode(dataset, numbers, encode_images, encode_texts, bar)
-            _write(folder / file, tensors, {"bad": json.dumps(bad)})
-    bad = [f"{dataset.key(numbers[row])}: {why}" for file, numbers in mine for row, why in _bad_rows(folder / file).items()]
-    seen = sum(len(numbers) for _, numbers in mine)
+            tensors, about = _encode(dataset, numbers, encode_images, encode_texts, bar)
+            write_rows(folder / file, tensors, about | {"tar": contents.describe(numbers[0])})
+    _check_bad(dataset, [(RowFile(folder / file), numbers) for file, numbers in mine])
+    return folder
+
+
+def _check_bad(dataset, files):
+    """Log the bad samples of cache files; raises `ValueError` where there are too many."""
+    bad, limit = [], dataset.config.max_bad_fraction
+    for file, numbers in files:
+        bad += [f"{dataset.key(numbers[int(row)])}: {why}" for row, why in file.about["bad"].items()]
     for entry in bad:
         log.warning("skipped %s", entry)
-    if len(bad) > config.max_bad_fraction * seen:
-        shown = "; ".join(bad[:3])
-        raise ValueError(
-            f"{len(bad)} of {seen} samples are bad, more than data.max_bad_fraction={config.max_bad_fraction}: {shown}"
-        )
-    return folder
+    seen = sum(len(numbers) for _, numbers in files)
+    if len(bad) > limit * seen:
+        raise ValueError(f"{len(bad)} of {seen} samples are bad, more than data.max_bad_fraction={limit}: {'; '.join(bad[:3])}")
 
 
 def pieces(dataset):
@@ -75,45 +98,114 @@ def piece_name(shard, row):
     return f"{shard:06d}-{row // ROWS:04d}.safetensors"
 
 
-def data_digest(dataset):
-    """Sixteen hexadecimal digits for the tars' names and sizes and for what is read from them."""
+# --- what it was made from --------------------------------------------------------------------------------------------------------
+
+
+def layout_digest(dataset):
+    """Sixteen hexadecimal digits for the tars' names and sizes and for what is read from where in them."""
     config = dataset.config
     control = f"/{config.control}/{config.control_mode}" if config.control else ""
     digest = hashlib.blake2b(f"{config.caption_field}{control}".encode(), digest_size=8)
     for shard in dataset.shards:
-        digest.update(f"{shard.name}/{shard.size}/{len(shard.keys)}/".encode())
+        spans = shard.spans if config.control_ending else shard.spans[:, :CONTROL]
+        digest.update(os.fsencode(f"{shard.name}/{shard.size}/{len(shard.keys)}/"))
         digest.update(b"/".join(shard.keys.tolist()))
-        digest.update(shard.spans.tobytes())
+        digest.update(spans.tobytes())
+        if shard.parts.captions != ((2, config.caption_field), (1,)):
+            digest.update(repr(shard.parts).encode())
     return digest.hexdigest()
 
 
-def _claim(directory, made_from):
+def data_digest(dataset):
+    """Sixteen hexadecimal digits for all that a set's samples depend on: `layout_digest`, and which contents the tars have.
+
+    A tar's contents are told by what its server said of it, else by its time of change, as `make` and `rsync` do. Made-up data
+    have the digest of their settings.
+    """
+    dataset = getattr(dataset, "dataset", dataset)  # a cache's
+    if not hasattr(dataset, "shards"):
+        return hashlib.blake2b(f"mock/{dataset.config}".encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(layout_digest(dataset).encode(), digest_size=8)
+    for shard in dataset.shards:
+        fetched = fetched_description(shard.path)
+        known = fetched and (fetched.etag or fetched.modified)
+        digest.update(f"/{known or shard.modified}".encode())
+    return digest.hexdigest()
+
+
+def _claimed_folder(directory, made_from):
     """The folder for a cache that is made from these; raises `ValueError` where `directory` has one that is made from others."""
-    key = hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=8).hexdigest()
+    key = hashlib.blake2b(json.dumps(vars(made_from), sort_keys=True).encode(), digest_size=8).hexdigest()
     for file in sorted(directory.glob("*/cache.json")):
-        old = json.loads(file.read_text())
-        differing = [
-            f"{name} ({old.get(name)} there, {made_from[name]} now)" for name in made_from if old.get(name) != made_from[name]
-        ]
+        old = read_description(file, CacheDescription)
+        differing = [f"{name} ({getattr(old, name)} there, {new} now)" for name, new in vars(made_from).items()
+                     if getattr(old, name) != new]  # fmt: skip
         if differing:
             raise ValueError(
                 f"the cache in {directory} is stale: other {', '.join(differing)}; remove it, or set another data.cache="
             )
     folder = directory / key
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".cache-{uuid.uuid4().hex}"  # all ranks write it
-    aside.write_text(json.dumps(made_from, indent=2) + "\n")
-    os.replace(aside, folder / "cache.json")
+    if not (folder / "cache.json").is_file():  # a complete one may lie on a disk that only can be read
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / "cache.json") as file:
+            file.write((json.dumps(vars(made_from), indent=2) + "\n").encode())
     return folder
 
 
-def _write(file, tensors, metadata=None):
-    aside = file.with_name(f".{file.name}-{os.getpid()}")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-        os.replace(aside, file)
-    finally:
-        aside.unlink(missing_ok=True)
+class _Contents:
+    """Whether tars have the contents that were encoded: each is hashed once at most."""
+
+    def __init__(self, dataset, folder):
+        self.dataset, self.folder, self.digests = dataset, folder, Kept(1 << 20)
+
+    def describe(self, number):
+        """Size, time of change and digest of the tar of a sample, as they are now."""
+        shard = self.dataset.shards[self.dataset.place(number)[0]]
+        digest = self.digests.get(shard.path, lambda: file_digest(shard))
+        return {"size": shard.size, "modified": shard.modified, "digest": digest}
+
+    def check(self, files):
+        """Raise `ValueError` where cache files were made from other contents than their tars have."""
+        known, accepted = self._times(), {}
+        for file in files:
+            shard = self.dataset.shards[int(Path(file.path).name.split("-")[0])]
+            old, now = file.about["tar"], [shard.size, shard.modified]
+            if now in ([old["size"], old["modified"]], known.get(shard.name)):
+                continue
+            if self.digests.get(shard.path, lambda shard=shard: file_digest(shard)) != old["digest"]:
+                raise ValueError(
+                    f"the cache in {self.folder.parent} is stale: {shard.path} has other contents than were encoded; "
+                    "remove it, or set another data.cache="
+                )
+            accepted[shard.name] = now
+        if accepted:
+            self._keep(accepted)
+
+    def _times(self):
+        return read_json(self.folder / TIMES) if (self.folder / TIMES).is_file() else {}
+
+    def _keep(self, accepted):
+        """Note the times of tars that were touched, where that can be written: else they are hashed at each start."""
+        try:
+            with atomic_file(self.folder / TIMES) as file:
+                file.write(json.dumps(self._times() | accepted).encode())
+        except OSError as error:
+            log.info("%s cannot be written (%s): tars that were touched are read again at each start", TIMES, error.strerror)
+
+
+def file_digest(shard):
+    """A digest of all bytes of a shard's tar; raises `ValueError` where it is not the one that was indexed."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(shard.path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+        about = os.fstat(file.fileno())
+    if (about.st_size, about.st_mtime_ns) != (shard.size, shard.modified):
+        raise ValueError(f"{shard.path} was changed while it is read: start again")
+    return digest.hexdigest()
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------------------
 
 
 class _Readable:
@@ -134,7 +226,7 @@ class _Readable:
 
 @torch.no_grad()
 def _encode(dataset, numbers, encode_images, encode_texts, bar):
-    """One file's tensors and its bad rows: mean, logvar (n', C, h, w), txt (m, L, D), pooled (m, P); image_row, text_row (n,).
+    """One file's tensors, mean, logvar (n', C, h, w), txt (m, L, D), pooled (m, P); and image_row, text_row (n,), bad {row: why}.
 
     Where samples have a control and a mode also control_mean, control_logvar (n', C, h, w) and modes (n',).
     """
@@ -151,12 +243,12 @@ def _encode(dataset, numbers, encode_images, encode_texts, bar):
             for part, rows in encoded:
                 parts.setdefault(part, []).append(rows.cpu())
         bar.update(len(items))
-    tensors = {"image_row": torch.tensor(image_rows), "text_row": torch.tensor(text_rows)}
+    about, tensors = {"image_row": image_rows, "text_row": text_rows, "bad": bad}, {}
     if texts:
         captions, size = list(texts), config.micro_batch
         encoded = [[x.cpu() for x in encode_texts(captions[i : i + size])] for i in range(0, len(captions), size)]
-        tensors |= {name: torch.cat(rows) for name, rows in (parts | dict(zip(OF_TEXTS, zip(*encoded)))).items()}
-    return tensors, bad
+        tensors = {name: torch.cat(rows) for name, rows in (parts | dict(zip(OF_TEXTS, zip(*encoded)))).items()}
+    return tensors, about
 
 
 def _stacked(samples):
@@ -165,16 +257,7 @@ def _stacked(samples):
     return {name: torch.stack([sample[name] for sample in samples]) for name in names}
 
 
-def _bad_rows(file):
-    with safe_open(file, "pt") as opened:
-        return {int(row): reason for row, reason in json.loads(opened.metadata()["bad"]).items()}
-
-
-def _open(file):
-    """A cache file's tensors, mapped and not read, its rows as lists, its bad rows."""
-    with safe_open(file, "pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-    return tensors, tensors["image_row"].tolist(), tensors["text_row"].tolist(), _bad_rows(file)
+# --- reading ----------------------------------------------------------------------------------------------------------------------
 
 
 class CachedSamples:
@@ -187,13 +270,14 @@ class CachedSamples:
     def __init__(self, dataset, folder):
         self.dataset, self.config, self.folder = dataset, dataset.config, Path(folder)
         missing = [
-            name for name in ("empty.safetensors", *(name for name, _ in pieces(dataset))) if not (self.folder / name).is_file()
+            name for name in (EMPTY, *(name for name, _ in pieces(dataset))) if not (self.folder / name).is_file()
         ]
         if missing:
             raise ValueError(
                 f"data.cache: {folder} lacks {len(missing)} files, {missing[0]} first; it must be a folder that all ranks share"
             )
-        self.empty = load_file(self.folder / "empty.safetensors")
+        empty = RowFile(self.folder / EMPTY)
+        self.empty = {name: empty.row(name, 0) for name in OF_TEXTS}
         self.files = Kept(256)
 
     def __len__(self):
@@ -202,14 +286,15 @@ class CachedSamples:
     def __getitem__(self, index):
         number, sample, bad = first_good(self.dataset, index, self._read)
         if self.dataset.drops_caption(index):
-            sample |= {"txt": self.empty["txt"][0], "pooled": self.empty["pooled"][0]}
+            sample |= self.empty
         return sample | {"indices": index, "keys": self.dataset.key(number), "bad": bad}
 
     def _read(self, number):
         shard, row = self.dataset.place(number)
         name, row = piece_name(shard, row), row % ROWS
-        tensors, image_rows, text_rows, bad = self.files.get(name, lambda: _open(self.folder / name))
-        if row in bad:
-            raise BadSample(bad[row])
-        sample = {name: tensors[name][image_rows[row]] for name in OF_PICTURES if name in tensors}
-        return sample | {name: tensors[name][text_rows[row]] for name in OF_TEXTS}
+        file = self.files.get(name, lambda: RowFile(self.folder / name))
+        if str(row) in file.about["bad"]:
+            raise BadSample(file.about["bad"][str(row)])
+        image, text = file.about["image_row"][row], file.about["text_row"][row]
+        sample = {name: file.row(name, image) for name in OF_PICTURES if name in file.tensors}
+        return sample | {name: file.row(name, text) for name in OF_TEXTS}

@@ -11,9 +11,8 @@ import argparse
 import io
 import json
 import os
-import shutil
-import tempfile
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,14 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from fluxlite.cli.descriptions import check_regular, parse_json, read_description, read_text
+from fluxlite.cli.options import option
+from fluxlite.data.atomic import atomic_folder
+from fluxlite.data.energon import inside_folder
+from fluxlite.data.images import BadSample, decode
 from fluxlite.data.loading import load_batches
+
+NOTE = "fill50k.json"
 
 # The CSS colour names as captions spell them; synonyms (aqua, fuchsia, grey spellings) once only.
 COLOURS = dict(
@@ -132,61 +138,87 @@ def _unchanged(sample):
     return sample
 
 
+@dataclass
+class PromptDescription:
+    """A line of the original download's `prompt.json`."""
+
+    source: str
+    target: str
+    prompt: str
+
+
+@dataclass
+class GeneratedDescription:
+    """What `fill50k.json` says of the tars beside it; nothing of those made from the original download."""
+
+    count: int | None = option(None, "pictures", at_least=1)
+    size: int | None = option(None, "their side in pixels", at_least=1)
+
+
 def imported_samples(source):
     """The original download (`prompt.json`, `source/`, `target/`) as WebDataset dictionaries, held-out pairs left out.
 
-    Raises `ValueError` where `prompt.json` is missing; a picture that it names and that is missing raises FileNotFoundError.
+    Raises `ValueError`, with the line, for what is missing, damaged or outside of `source`.
     """
-    source = Path(source)
-    if not (source / "prompt.json").is_file():
+    source = Path(os.path.expanduser(source))
+    prompts = source / "prompt.json"
+    if not prompts.is_file():
         raise ValueError(f"{source} has no prompt.json: name the folder that holds prompt.json, source/ and target/")
-    with open(source / "prompt.json") as lines:
-        for index, line in enumerate(lines):
-            row = json.loads(line)
-            names = row["prompt"].removesuffix(" background").split(" circle with ")
-            if len(names) == 2 and is_held_out(*(SYNONYMS.get(name, name).replace("grey", "gray") for name in names)):
-                continue
-            target = Image.open(source / row["target"]).convert("RGB")
-            yield {
-                "__key__": f"{index:06d}",
-                "jpg": _encode(np.asarray(target), "jpeg"),
-                "png": (source / row["source"]).read_bytes(),
-                "txt": row["prompt"].encode(),
-            }
+    for index, line in enumerate(read_text(prompts).splitlines()):
+        where = f"{prompts} line {index + 1}"
+        row = read_description(where, PromptDescription, parse_json(line, where))
+        names = row.prompt.removesuffix(" background").split(" circle with ")
+        if len(names) == 2 and is_held_out(*(SYNONYMS.get(name, name).replace("grey", "gray") for name in names)):
+            continue
+        target, control = (inside_folder(source, name, where) for name in (row.target, row.source))
+        yield {
+            "__key__": f"{index:06d}",
+            "jpg": _encode(np.asarray(_decoded(target)), "jpeg"),
+            "png": control.read_bytes(),
+            "txt": row.prompt.encode(),
+        }
+
+
+def _decoded(path):
+    check_regular(path)
+    try:
+        return decode(path.read_bytes())
+    except BadSample as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_shards(samples, dst, *, count=None, per_shard=1000, about=None):
     """Write WebDataset dictionaries as `dst/000000.tar` …, and `about` as `dst/fill50k.json`; returns `dst`.
 
     The folder is written aside and renamed, so a killed run leaves nothing that looks whole, and of several processes that
-    meet here one wins and the others take its result: the bytes are the same.
+    meet here one writes and the others wait for its result: the bytes are the same.
     """
     dst = Path(dst)
     dst.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}-"))
+    with atomic_folder(dst) as folder:
+        if folder is not None:
+            progress = tqdm(samples, total=count, desc=f"writing {dst}", unit="picture")
+            _write_tars(progress, folder, per_shard)
+            (folder / NOTE).write_text(json.dumps(about or {}) + "\n")
+    return dst
+
+
+def _write_tars(samples, folder, per_shard):
+    """Tars of `per_shard` samples; raises `ValueError` where there is none."""
+    writer, written = None, 0
     try:
-        writer, written = None, 0
-        for sample in tqdm(samples, total=count, desc=f"writing {dst}", unit="picture"):
+        for sample in samples:
             if written % per_shard == 0:
                 if writer:
                     writer.close()
-                writer = TarWriter(str(aside / f"{written // per_shard:06d}.tar"), mtime=0, user="", group="")
+                writer = TarWriter(str(folder / f"{written // per_shard:06d}.tar"), mtime=0, user="", group="")
             writer.write(sample)
             written += 1
-        if writer is None:
-            raise ValueError(f"no samples to write to {dst}")
-        writer.close()
-        if about:
-            (aside / "fill50k.json").write_text(json.dumps(about) + "\n")
-        os.chmod(aside, 0o755)
-        try:
-            os.rename(aside, dst)
-        except OSError:
-            if not any(dst.glob("*.tar")):
-                raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return dst
+        if writer:
+            writer.close()
+    if not written:
+        raise ValueError(f"no samples to write to {folder.parent}")
 
 
 def main():
@@ -208,7 +240,8 @@ def main():
         options = dict(size=args.size, seed=args.seed, held_out=args.held_out, workers=args.workers)
         samples = generated_samples(args.count, **options)
         count = args.count
-    write_shards(samples, args.dst, count=count, per_shard=args.per_shard)
+    about = None if args.source else {"count": args.count, "size": args.size}
+    write_shards(samples, args.dst, count=count, per_shard=args.per_shard, about=about)
 
 
 if __name__ == "__main__":

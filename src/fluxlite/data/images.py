@@ -1,8 +1,6 @@
 """From an encoded picture to a tensor: any kind of file as RGB, resized and cropped, in [-1, 1]."""
 
 import io
-import struct
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +8,6 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class BadSample(ValueError):
@@ -18,23 +15,46 @@ class BadSample(ValueError):
 
 
 def decode(data):
-    """Encoded bytes as an RGB PIL image: EXIF rotation applied, alpha on white, 16 bits scaled to 8. Raises `BadSample`."""
+    """Encoded bytes as an RGB PIL image, as `to_rgb` makes it. Raises `BadSample`."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
-        image.load()
-        image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise BadSample("no picture of a known format") from None
-    except DAMAGE as error:
-        raise BadSample(f"unreadable picture ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
-    if image.mode.startswith("I"):
-        image = Image.fromarray(np.rint(np.asarray(image, np.float64) / 257).clip(0, 255).astype(np.uint8))
-    elif image.mode == "F":
-        raise BadSample("a picture of floating-point numbers, whose range is unknown")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    except Exception as error:  # PIL's readers raise whatever a damaged file makes them meet
+        raise BadSample(f"unreadable picture ({_reason(error)})") from None
+    return to_rgb(image)
+
+
+def to_rgb(image):
+    """Any PIL image as RGB: EXIF rotation applied, alpha on white, 16 bits scaled to 8.
+
+    Raises `BadSample`: it is the one way from a picture to pixels, whoever opened it.
+    """
+    try:
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = _of_eight_bits(image)
+        if image.mode == "F":
+            raise BadSample("a picture of floating-point numbers, whose range is unknown")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except BadSample:
+        raise
+    except Exception as error:  # as above: struct.error, KeyError, RecursionError, …
+        raise BadSample(f"unreadable picture ({_reason(error)})") from None
+
+
+def _of_eight_bits(image):
+    values = np.rint(np.asarray(image, np.float64) / 257).clip(0, 255)
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _reason(error):
+    """What a decoder's exception says, on one line."""
+    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,21 @@ def load_batches(dataset, *, workers, **options):
     """The batches of a DataLoader with so many worker processes, each with one thread; 0 reads in this process.
 
     The workers are forked: a start takes milliseconds, and the data set is shared and not copied.
-    Raises `ValueError` where one of them dies.
+    Their `ValueError` and `OSError` are raised here as they are, without a worker's traceback, and
+    a `ValueError` where one of them dies.
     """
     if workers:
         options["worker_init_fn"] = partial(_start_worker, os.getpid())
         options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
         end_children_at_exit()
     own = torch.Generator()  # else the global one would be drawn from
-    batches = _start_workers(DataLoader(dataset, num_workers=workers, generator=own, **options))
+    options["collate_fn"] = partial(_collate, options["collate_fn"])
+    loader = DataLoader(_PassedErrors(dataset), num_workers=workers, generator=own, **options)
     try:
-        yield from batches
+        for batch in _start_workers(loader):
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
@@ -48,6 +53,28 @@ def _start_workers(loader):
     if signal.getsignal(signal.SIGCHLD) is not before:
         signal.signal(signal.SIGCHLD, before)
     return batches
+
+
+class _PassedErrors:
+    """A data set whose `ValueError` and `OSError` are items."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self.dataset[index]
+        except (ValueError, OSError) as error:
+            return error
+
+
+def _collate(collate, items):
+    """What `collate` makes of a batch's items, or the first error among them."""
+    errors = [x for x in (items if isinstance(items, list) else [items]) if isinstance(x, Exception)]
+    return errors[0] if errors else collate(items)
 
 
 def _start_worker(parent, _number):

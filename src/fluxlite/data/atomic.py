@@ -1,0 +1,118 @@
+"""Files and folders that appear whole under their name or not at all, written by one process at a time.
+
+What is being written lies aside as `.NAME.part`. A killed process leaves that; the next one to
+write NAME takes it over. Locks are `flock`'s: they end with the process that holds them.
+"""
+
+import fcntl
+import logging
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger("fluxlite")
+
+
+@contextmanager
+def locked(path):
+    """Let one process at a time in; gives the lock's file, which is removed at the end.
+
+    A wait is logged. Processes share the lock where they share the file system. Where it has no
+    locks they work side by side.
+    """
+    path = Path(path)
+    with naming_errors(path):
+        file = _locked_file(path)
+    try:
+        yield file
+    finally:
+        if _is_at(file, path):
+            path.unlink()
+        _unlock(file)
+
+
+def _locked_file(path):
+    """The file at `path`, open and locked. Another's file may be renamed or removed meanwhile."""
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        file = os.fdopen(os.open(path, flags, 0o666), "r+b")
+        _wait_for_lock(file, path)
+        if _is_at(file, path):
+            return file
+        _unlock(file)
+
+
+def _wait_for_lock(file, path):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.warning("waiting for another process, which holds %s", path)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:  # a file system without locks: the renames decide
+        log.warning("%s cannot be locked: %s", path, error.strerror)
+
+
+def _unlock(file):
+    try:
+        fcntl.flock(file, fcntl.LOCK_UN)  # closing is not enough: forked workers hold the file too
+    except OSError:
+        pass  # there was no lock
+    file.close()
+
+
+def _is_at(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def aside_of(path):
+    """Where what will be at `path` is written."""
+    return Path(path).with_name(f".{Path(path).name}.part")
+
+
+@contextmanager
+def atomic_file(path):
+    """A binary file to write; it is at `path` once the block ends, and gone if it raises."""
+    path = Path(path)
+    aside = aside_of(path)
+    with naming_errors(path), locked(aside) as file:
+        file.truncate(0)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(aside, path)
+
+
+@contextmanager
+def atomic_folder(path):
+    """A folder to write into; it is at `path` once the block ends, and gone if it raises.
+
+    Gives None where another process has written `path` meanwhile.
+    """
+    path = Path(path)
+    aside = aside_of(path)
+    with naming_errors(path), locked(path.with_name(f".{path.name}.lock")):
+        if path.is_dir() and any(path.iterdir()):
+            yield None
+            return
+        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
+        try:
+            aside.mkdir()
+            yield aside
+            os.rename(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def naming_errors(path):
+    """Give an `OSError` that names no file, as a full disk's, the name of `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or not error.strerror:
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error

@@ -1,0 +1,159 @@
+"""Tars of samples, indexed: their headers are read once, then each file is one read away.
+
+n samples of a tar.
+"""
+
+import logging
+import os
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from fluxlite.cli.descriptions import check_regular
+from fluxlite.data.parts import MAX_KEY, Parts, choose_parts, printable_name, split_name
+
+MAX_HEADER = 1 << 20  # bytes of a long name or of attributes
+DAMAGE = (tarfile.TarError, ValueError, IndexError, KeyError, EOFError, OverflowError, RecursionError)
+
+log = logging.getLogger("fluxlite")
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The usable samples of one tar, and where each one's picture, txt, json and control lie.
+
+    A size of -1 is none.
+    """
+
+    path: str
+    size: int
+    modified: int  # mtime in nanoseconds
+    parts: Parts
+    keys: np.ndarray  # (n,) bytes
+    spans: np.ndarray  # (n, 4, 2) offset and size, by column
+    skipped: tuple  # "key: reason" of samples without a picture, a caption or a control
+
+    @property
+    def name(self):
+        return Path(self.path).stem
+
+
+def index_tar(path, parts=Parts()):  # noqa: B008 (frozen)
+    """The `Shard` of a tar; raises `ValueError` for one that is damaged, cut short or compressed."""
+    check_regular(path)
+    about = os.stat(path)
+    return _indexed(str(path), about.st_size, about.st_mtime_ns, parts)
+
+
+@cache  # validation is often cut from the training set, and opened more than once
+def _indexed(path, size, modified, parts):
+    keys, spans, skipped = [], [], []
+    for key, files in _files_by_key(path).items():
+        encoded = key.encode(errors="surrogateescape")
+        if len(encoded) > MAX_KEY:
+            skipped.append(f"{printable_name(key[:80])}…: a name of {len(encoded)} bytes")
+            continue
+        places, lost = choose_parts(files, parts)
+        skipped += [f"{printable_name(encoded)}: {reason}" for reason in lost]
+        if places:
+            keys.append(encoded)
+            spans.append([place or (0, -1) for place in places])
+    keys = np.array(keys, f"S{max(map(len, keys), default=1)}")
+    return Shard(path, size, modified, parts, keys, np.array(spans, np.int64).reshape(-1, 4, 2), tuple(skipped))
+
+
+def _files_by_key(path):
+    """{key: [(ending, (offset, size), run)]} of a tar; a run is a stretch of files of one key."""
+    found, before, run = {}, None, 0
+    for name, place in _members(path):
+        split = split_name(name)
+        if split is None:
+            continue
+        run += split[0] != before
+        before = split[0]
+        found.setdefault(before, []).append((split[1], place, run))
+    return found
+
+
+class _CheckedInfo(tarfile.TarInfo):
+    """A tar's header whose numbers are possible: tarfile would go back in the file for ever."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        found = super().frombuf(buf, encoding, errors)
+        long = found.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, *tarfile.GNU_TYPES[:2])
+        if found.size < 0 or long and found.size > MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {found.size} bytes")
+        return found
+
+
+def _members(path):
+    """Name, and offset and size, of each file in a tar, hard links too.
+
+    tarfile takes a damaged header for the end, so the end's mark is looked at.
+    """
+    places, offset = {}, -1
+    try:
+        with tarfile.open(path, "r:", tarinfo=_CheckedInfo, encoding="utf-8") as tar, open(path, "rb") as file:
+            while (member := tar.next()) is not None:
+                tar.members.clear()
+                if tar.offset <= offset or member.size < 0:
+                    raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}")
+                offset = tar.offset
+                place = _place_of(member, places)
+                if place is not None:
+                    places[_plain_name(member.name)] = place
+                    yield member.name, place
+            file.seek(tar.offset)
+            if file.read(512) != bytes(512):
+                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+    except DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is no whole, uncompressed tar ({reason}): fetch or write it again") from None
+
+
+def _place_of(member, places):
+    """Offset and size of a member's data, a hard link's being those of what it is linked to."""
+    if member.islnk():
+        return places.get(_plain_name(member.linkname))
+    return (member.offset_data, member.size) if member.isreg() and not member.issparse() else None
+
+
+def _plain_name(name):
+    return name.removeprefix("./")
+
+
+def open_shards(places, *, setting, max_bad_fraction):
+    """Index tars, [(path, its `Parts`)], in parallel, as `index_tar` does.
+
+    Raises `ValueError`, naming `setting`, where nothing or too little in them is usable.
+    """
+    if not places:
+        raise ValueError(f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL")
+    with ThreadPoolExecutor(16) as pool:
+        shards = list(pool.map(lambda place: index_tar(*place), places))
+    skipped = []
+    for shard in shards:
+        skipped += [f"{printable_name(shard.name)}/{entry}" for entry in shard.skipped]
+    usable = sum(len(shard.keys) for shard in shards)
+    if not usable or len(skipped) > max_bad_fraction * (usable + len(skipped)):
+        shown, limit = "; ".join(skipped[:3]) or "they are empty", f"data.max_bad_fraction={max_bad_fraction}"
+        counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(places)} tars"
+        raise ValueError(f"{setting}: {counts} cannot be used, more than {limit}: {shown}")
+    for entry in skipped:
+        log.warning("skipped %s", entry)
+    return shards
+
+
+def cut_shards(shards, start, stop):
+    """Samples `start` to `stop` of shards, numbered through, as shards."""
+    kept, first = [], 0
+    for shard in shards:
+        rows = slice(max(0, start - first), max(0, stop - first))
+        first += len(shard.keys)
+        kept.append(replace(shard, keys=shard.keys[rows], spans=shard.spans[rows]))
+    return [shard for shard in kept if len(shard.keys)]
