@@ -111,6 +111,11 @@ class Numbers:
         return index, os.getpid()
 
 
+def loaded(dataset, workers):
+    """Its samples one by one."""
+    return load_batches(dataset, workers=workers, batch_size=None, collate_fn=tuple)
+
+
 class Slow(Numbers):
     """Whose later samples take a while."""
 
@@ -120,7 +125,7 @@ class Slow(Numbers):
 
 
 def test_loader_processes_survive_what_stops_a_run_and_end_with_their_batches():
-    batches = load_batches(Numbers(), workers=2, batch_size=None)
+    batches = loaded(Numbers(), 2)
     (_, first), (_, second) = next(batches), next(batches)
     for worker in (first, second):
         assert worker != os.getpid()
@@ -137,7 +142,7 @@ def test_loader_processes_survive_what_stops_a_run_and_end_with_their_batches():
 
 def test_a_loader_process_that_is_killed_is_one_line_where_its_batch_is_awaited():
     before = signal.getsignal(signal.SIGCHLD)
-    batches = load_batches(Slow(), workers=1, batch_size=None)
+    batches = loaded(Slow(), 1)
     _, worker = next(batches)
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: not alive(worker), "the loader process ends")
@@ -151,8 +156,8 @@ def test_loader_processes_die_with_their_parent():
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        found = [worker for _, worker in load_batches(Numbers(), workers=2, batch_size=None)]
-        batches = load_batches(Numbers(), workers=2, batch_size=None)
+        found = [worker for _, worker in loaded(Numbers(), 2)]
+        batches = loaded(Numbers(), 2)
         os.write(write, f"{next(batches)[1]} {next(batches)[1]} {len(found)}\n".encode())
         time.sleep(60)
     first, second, count = os.read(read, 100).split()

@@ -149,7 +149,7 @@ def learning_rate(config, step, total_steps):
 
 
 @torch.no_grad()
-def clip_gradients(model, config, loss):
+def clip_gradients(model, config, loss=0.0):
     """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor. Collective.
 
     Where the gradient or the `loss` of a single rank is not finite, the norm is not on any rank.
@@ -165,7 +165,8 @@ def clip_gradients(model, config, loss):
     ranks = dist.get_world_size()
     torch._foreach_mul_(norms, [math.sqrt(_share(gradient, ranks)) for gradient in gradients])
     device = next(p.device for p in model.parameters())
-    norm = torch.stack([part.to(device) for part in norms]).square().sum() + 0 * loss.to(device)
+    norm = torch.stack([part.to(device) for part in norms]).square().sum()
+    norm += 0 * torch.as_tensor(loss, device=device)
     dist.all_reduce(norm)
     norm = norm.sqrt_()
     if config.clip:

@@ -406,7 +406,7 @@ def train_step(run, batches, step):
     return total, update(run, step, total)
 
 
-def update(run, step, loss):
+def update(run, step, loss=0.0):
     """Clip the gradient, step the optimizers and the moving average; the gradient's norm, a tensor.
 
     Where a rank's loss or the gradient is not finite, the norm is not either, and nothing changes: the device sees to
