@@ -324,7 +324,7 @@ def single(sources, tmp_path):
 
 
 FAULTS = {
-    "wrong folder": (lambda s, t: TINY / "text_encoder", None, "neither a FLUX transformer"),
+    "wrong folder": (lambda s, t: TINY / "text_encoder", None, "CLIP text encoder"),
     "missing shard": (lambda s, t: s["diffusers"], lambda p: sorted(p.glob("*-00002-*"))[0].unlink(), "lacks 1 of"),
     "truncated": (single, lambda p: os.truncate(p, p.stat().st_size - 1000), "no whole safetensors file"),
     "corrupt header": (single, corrupt_header, "no whole safetensors file"),

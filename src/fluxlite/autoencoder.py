@@ -17,7 +17,7 @@ from torch import nn
 class AutoencoderConfig:
     """The shape of an autoencoder and the scale of its latents; the defaults are FLUX.1's."""
 
-    block_out_channels: tuple = (128, 256, 512, 512)
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     latent_channels: int = 16
     norm_num_groups: int = 32

@@ -14,7 +14,7 @@ from fluxlite.data.shards import mode_number
 from fluxlite.flow import FlowConfig
 from fluxlite.latents import num_image_tokens
 from fluxlite.metrics import MetricsConfig
-from fluxlite.model import ATTENTION, FluxConfig
+from fluxlite.model import ATTENTION, FluxConfig, check_channels
 from fluxlite.offload import OFFLOAD
 from fluxlite.optim import OptimConfig
 from fluxlite.parallel import ParallelConfig
@@ -173,6 +173,7 @@ class TrainConfig:
     def validate(self):
         check_machine(self)
         self.model.shape().validate()
+        check_channels(self.model, f"model.in_channels={self.model.in_channels}: the transformer")
         for group in (self.data, self.flow, self.optim, self.parallel, self.checkpoint):
             group.validate()
         sampling.check_size(self.data.height, self.data.width)
@@ -266,7 +267,7 @@ class InferConfig:
         default_factory=list, metadata={"help": "what to draw; give it several times for several", "verbatim": True}
     )
     prompt_file: str | None = verbatim(None, "a text file with a prompt a line")
-    negative_prompt: str = verbatim("", "what to steer away from, with true_cfg above 1")
+    negative_prompt: str = verbatim("", "what to steer away from, with true_cfg above 1; may be empty")
     images_per_prompt: int = field(default=1, metadata={"help": "pictures of each prompt"})
     controlnet: ControlConfig = field(default_factory=ControlConfig)
     control_image: list[str] = each("the picture that a ControlNet follows, resized and cropped; once for each net")
@@ -280,7 +281,11 @@ class InferConfig:
     )
     true_cfg: float = field(default=1.0, metadata={"help": "classifier-free guidance away from negative_prompt; 1 for none"})
     shift: str = field(
-        default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"}
+        default="auto",
+        metadata={
+            "help": "time shift: auto (the checkpoint's scheduler_config.json, else resolution, and "
+            "none without guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)"
+        },
     )
     seed: int = field(default=0, metadata={"help": "picture i of prompt j depends on (seed, j, i) alone"})
     batch: int = field(default=8, metadata={"help": "pictures drawn at once"})

@@ -17,6 +17,7 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,11 @@ class FluxConfig:
     text_width: int = field(default=4096, metadata={"help": "width of the T5 encoder's output"})
     pooled_width: int = field(default=768, metadata={"help": "width of CLIP's pooled output"})
     guidance_embed: bool = field(default=True, metadata={"help": "whether guidance is an input (dev) or not (schnell)"})
-    rope_axes: tuple = field(default=(16, 56, 56), metadata={"help": "head channels that rotate with each position axis"})
-    rope_theta: float = field(default=10_000, metadata={"help": "base of the rotation frequencies"})
+    rope_axes: tuple[int, ...] = field(default=(16, 56, 56), metadata={"help": "head channels that rotate with each position axis"})
+    rope_theta: float = field(
+        default=10_000, metadata={"help": "base of the rotation frequencies", "at_least": 1}
+    )
+    scheduler: ClassVar[object] = None  # the `SchedulerConfig` of a checkpoint that has one; no shape
 
     def validate(self):
         """Raise `ValueError` for a shape that no Flux can have."""
@@ -65,7 +69,7 @@ class FluxConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}")
         head = self.hidden_size // self.num_heads
-        if sum(self.rope_axes) != head or any(a % 2 for a in self.rope_axes):
+        if sum(self.rope_axes) != head or any(a % 2 or a < 0 for a in self.rope_axes):
             raise ValueError(f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head width, {head}")
 
     @property
@@ -77,6 +81,19 @@ class FluxConfig:
     def modulation_chunks(self):
         """Vectors of width H that modulate the network: 6 a stream of a double block, 3 a single block, 2 at the end."""
         return 12 * self.num_double_blocks + 3 * self.num_single_blocks + 2
+
+
+CHANNELS = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or FLUX.1-Depth"}  # by input channels, of 64
+
+
+def check_channels(config, where):
+    """Raise `ValueError`, naming `where`, for a model that takes more than noise, or gives other than it takes."""
+    if config.in_channels != config.out_channels:
+        name = CHANNELS.get(config.in_channels, "a model that sees more than noise")
+        raise ValueError(
+            f"{where} takes {config.in_channels} channels and gives {config.out_channels}, as {name}: "
+            "it can be converted, but drawing with it and training it are not supported yet"
+        )
 
 
 def sinusoid(x):

@@ -5,6 +5,7 @@ pictures = fluxlite.generate("red circle with blue background", seed=1)      # P
 pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev", height=512, width=512)
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -20,9 +21,13 @@ from fluxlite.conditioning import load_text_encoders
 from fluxlite.control import Steering, open_control
 from fluxlite.latents import num_image_tokens
 from fluxlite.offload import OFFLOAD, stream_blocks
+from fluxlite.model import check_channels
 from fluxlite.sampling import SampleConfig, decode, initial_noise
+from fluxlite.scheduler import SCHNELL, is_schnell
 
-PIPELINE_FILES = [f"{part}/*" for part in ("transformer", "vae", "text_encoder*", "tokenizer*")] + ["model_index.json"]
+log = logging.getLogger("fluxlite")
+
+PIPELINE_FILES = [f"{part}/*" for part in ("transformer", "vae", "text_encoder*", "tokenizer*", "scheduler")] + ["model_index.json"]
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
 
 
@@ -113,10 +118,12 @@ def find_pipeline(
     device = torch.device(device or parallel.default_device())
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
     checkpoint = str(ckpt.local(resolve(checkpoint), PIPELINE_FILES))
-    transformer = ckpt.open_source(checkpoint, ema=ema)
+    given = dict(expected)
+    transformer = ckpt.open_source(checkpoint, ema=ema, given=given)
     ckpt.check_part(transformer, "transformer", "model.checkpoint")
-    for name, value in dict(expected).items():
-        if getattr(transformer.config, name) != value:
+    check_channels(transformer.config, f"model.checkpoint={checkpoint}")
+    for name, value in given.items():
+        if getattr(transformer.config, name) != (tuple(value) if isinstance(value, list) else value):
             raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}")
     named = {"t5": t5, "clip": clip, "autoencoder": autoencoder}
     parts = beside(checkpoint) | {k: resolve(v) for k, v in named.items() if v}
@@ -127,7 +134,7 @@ def find_pipeline(
     ckpt.check_part(vae, "autoencoder", "model.autoencoder")
     check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
     if save_converted:
-        transformer = ckpt.converted(checkpoint, save_converted, ema=ema)
+        transformer = ckpt.converted(checkpoint, save_converted, ema=ema, given=given)
     return Found(transformer, vae, **parts, attention=attention, compile=compile, device=device, dtype=dtype)
 
 
@@ -157,13 +164,23 @@ def load_pipeline(checkpoint=TINY, **options):
 
 def default_settings(transformer):
     """Settings that suit a transformer's `Source` where the user names none: {field of SampleConfig: value}."""
-    return transformer.settings or ({} if transformer.config.guidance_embed else {"steps": 4, "max_sequence_length": 256})
+    config, settings = transformer.config, transformer.settings
+    if config.guidance_embed or not is_schnell(config.scheduler or SCHNELL):
+        return settings
+    settings = {"steps": 4, "max_sequence_length": 256} | settings
+    if not config.scheduler and transformer.settings.get("shift", "auto") == "auto":
+        log.info(
+            "%s has no guidance input and no scheduler_config.json: it is taken for FLUX.1-schnell, "
+            "steps=%d without a time shift; if it is another, set steps= and shift=resolution",
+            *(transformer.where, settings["steps"]),
+        )
+    return settings
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------------------
 
 
-def settle(checkpoint, options, negative_prompt, controls, num_prompts):
+def settle(checkpoint, options, controls, num_prompts):
     """From the options of `generate`: the `Pipeline` or the `Found` parts on disk, a checked `SampleConfig` and `OpenControl`s."""
     names = {f.name for f in fields(SampleConfig)}
     settings = {k: v for k, v in options.items() if k in names}
@@ -180,8 +197,6 @@ def settle(checkpoint, options, negative_prompt, controls, num_prompts):
     config.validate(parts.autoencoder.config.downsampling)
     if "guidance" in settings and not model_config.guidance_embed:
         raise ValueError("guidance: this model (as schnell) has no guidance input; leave the setting out")
-    if config.true_cfg > 1 and not negative_prompt:
-        raise ValueError(f"true_cfg={config.true_cfg} needs a negative_prompt")
     return parts, config, [open_control(c, model_config, config.height, config.width, num_prompts) for c in controls]
 
 
@@ -213,7 +228,7 @@ def generate(
     if offload not in OFFLOAD:
         raise ValueError(f"offload={offload}: choose one of {', '.join(OFFLOAD)}")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    parts, config, controls = settle(checkpoint, options, negative_prompt, controls, len(prompts))
+    parts, config, controls = settle(checkpoint, options, controls, len(prompts))
     jobs = [(j, picture_seed(seed, j, i)) for j in range(len(prompts)) for i in range(images_per_prompt)]
     with stage("text encoders"):
         encoders = parts.encoders if isinstance(parts, Pipeline) else parts.load_encoders()

@@ -5,13 +5,15 @@ What depends on the step alone is computed for all steps before the first (`cond
 B pictures, L tokens, C channels.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
 from PIL import Image
 
-from fluxlite import draws, flow
+from fluxlite import __version__, draws, flow, scheduler
+from fluxlite.cli.descriptions import read_description
 from fluxlite.latents import check_size, pack_latents, position_ids, unpack_latents
 from fluxlite.model import rope_table
 
@@ -28,7 +30,11 @@ class SampleConfig:
         default=1.0, metadata={"help": "strength of classifier-free guidance away from negative_prompt; 1 for none"}
     )
     shift: str = field(
-        default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"}
+        default="auto",
+        metadata={
+            "help": "time shift: auto (the checkpoint's scheduler_config.json, else resolution, and "
+            "none without guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)"
+        },
     )
     max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens that prompts are padded and cut to"})
 
@@ -40,7 +46,41 @@ class SampleConfig:
         if not self.true_cfg >= 1:
             raise ValueError(f"true_cfg={self.true_cfg} must be at least 1")
         if self.shift != "auto":
-            flow.training_mu(self.shift, 256)
+            flow.shift_factor(self.shift, 256, "shift")
+
+
+def read_settings(where, values):
+    """{field of SampleConfig: value} of fluxlite.json or of a checkpoint's metadata, checked.
+
+    `version` says which fluxlite wrote them: to 0.1 a shift of 3 was the factor e^3, and is that still.
+    Without a version a numeric shift could be either, and is refused. Raises `ValueError` that names
+    the file, `where`.
+    """
+    version = values.get("version", "")
+    given = {name: value for name, value in values.items() if name != "version"}
+    config = read_description(where, SampleConfig, given)
+    try:
+        config.validate()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    settings = {name: getattr(config, name) for name in given}
+    if settings.get("shift", "auto") not in ("auto", "resolution", "none"):
+        settings["shift"] = shift_as_factor(where, config.shift, version)
+    return settings
+
+
+def shift_as_factor(where, shift, version):
+    """A numeric shift that was written by a version of fluxlite as the factor that it is today."""
+    if not version:
+        raise ValueError(
+            f'{where} has shift={shift} and no "version": to fluxlite 0.1 that was a factor of e^{shift}; '
+            f'write "version": "{__version__}" beside the factor that is meant'
+        )
+    if not str(version).startswith("0.1."):
+        return shift
+    if not abs(float(shift)) < 13:
+        raise ValueError(f"{where} has shift={shift}, which fluxlite 0.1 took as e^{shift}: too much")
+    return str(math.exp(float(shift)))
 
 
 def denoise(velocity, x, times, progress=lambda steps: steps):
@@ -51,11 +91,14 @@ def denoise(velocity, x, times, progress=lambda steps: steps):
 
 
 def times_for(config, model_config, num_image_tokens):
-    """Sampling times (steps + 1,) for a model: FLUX's shift by resolution, none for models without guidance (schnell)."""
-    shift = config.shift
-    if shift == "auto":
-        shift = "resolution" if model_config.guidance_embed else "none"
-    return flow.schedule(config.steps, flow.training_mu(shift, num_image_tokens))
+    """Sampling times (steps + 1,): those of `config.shift`, or with "auto" of the model's scheduler.
+
+    Without one they are FLUX.1-dev's, and of a model without guidance FLUX.1-schnell's.
+    """
+    if config.shift != "auto":
+        return flow.schedule(config.steps, flow.shift_factor(config.shift, num_image_tokens, "shift"))
+    assumed = scheduler.DEV if model_config.guidance_embed else scheduler.SCHNELL
+    return scheduler.scheduled_times(model_config.scheduler or assumed, config.steps, num_image_tokens)
 
 
 def initial_noise(shape, seeds):

@@ -27,7 +27,7 @@ from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, 
 from fluxlite.latents import num_image_tokens, pack_latents, position_ids
 from fluxlite.meter import Meter
 from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
-from fluxlite.model import Flux, initial, rope_table
+from fluxlite.model import Flux, check_channels, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
 from fluxlite.streams import Piece
 
@@ -146,13 +146,22 @@ def wrap(model, config, mesh):
     return parallel.parallelize(model, mesh, config.parallel, getattr(torch, config.dtype), compile=config.compile)
 
 
+def check_base(config):
+    """Raise `ValueError`, before anything is loaded, where model.checkpoint is none that can be trained."""
+    if config.model.checkpoint:
+        where = resolve(config.model.checkpoint)
+        source = ckpt.open_source(where, ema=config.model.ema, given=asdict(config.model.shape()))
+        ckpt.check_part(source, "transformer", "model.checkpoint")
+        check_channels(source.config, f"model.checkpoint={config.model.checkpoint}")
+
+
 def flux_pieces(config, device):
     """The transformer's weights, piece by piece: the checkpoint's, or random."""
     shape = config.model.shape()
     if not config.model.checkpoint:
         return random_pieces(meta_flux(config), config.seed, device)
-    source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
-    ckpt.check_part(source, "transformer", "model.checkpoint")
+    options = dict(ema=config.model.ema, given=asdict(shape))
+    source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, **options)
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
     return ckpt.pieces(source)
 
@@ -301,6 +310,7 @@ def encoders_digest(parts, max_sequence_length, dtype):
 
 def set_up(config, device, mesh):
     """Model, optimizer and encoders of a run on this rank's device of a `parallel.Mesh`."""
+    check_base(config)
     parts = load_parts(config, device, mesh)
     if not config.controlnet.train:
         return assemble(config, device, mesh, build_flux(config, device, mesh), parts)
@@ -314,6 +324,8 @@ def assemble(config, device, mesh, model, parts, *, base=None, still=None):
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
+    flux = (base or model).config
+    flux.scheduler = ckpt.scheduler_beside(config.model.checkpoint, flux)  # for the grids of pictures
     return Run(config, device, mesh, model, base, still, optimizers, ema, parts, rope_table(ids, config.model.shape()))
 
 
