@@ -119,8 +119,8 @@ def check_file(file):
 class Tensors:
     """The tensors of one file or a folder's files, mapped and read one by one, named without their common `prefix`."""
 
-    def __init__(self, path):
-        self.files, self.handles, self.metadata, self.prefix = files_of(path), {}, {}, ""
+    def __init__(self, path, files=None):
+        self.files, self.handles, self.metadata, self.prefix = files or files_of(path), {}, {}, ""
         for file in self.files:
             check_file(file)
             try:
@@ -149,6 +149,11 @@ class Tensors:
             raise ValueError(f"{self.files[0]} has {len(odd)} keys without the others' prefix {prefix}: {odd[0]} first")
         self.prefix = prefix
         return self
+
+    def shape(self, name):
+        """A tensor's shape, of whatever type it is; None where there is none of that name."""
+        handle = self.handles.get(self.prefix + name)
+        return handle and tuple(handle.get_slice(self.prefix + name).get_shape())
 
     def described(self):
         """{name: (dtype, shape)}, from the headers alone."""
