@@ -426,7 +426,9 @@ def _file_names(what, to, count):
 def _write_shards(source, to, shards, files, digests, progress):
     def read(name, start, stop):
         digests.add(name, source)
-        return source.read(name, start, stop)
+        tensor = source.read(name, start, stop)
+        streams.check_finite(f"{source.where}: {name}", tensor)
+        return tensor
 
     pieces = ((piece.name, tensor) for piece, tensor in convert.convert(read, source.layout, to, source.config))
     rewrites, held = [], []

@@ -482,12 +482,21 @@ def convert(read, source, target, config):
         if piece not in made:
             rule = makers[piece]
             pieces = rule.theirs[: len(rule.theirs) - len(rule.optional)]
-            tensors = rule.transform.forward([read(*piece) for piece in pieces], config)
+            tensors = apply_transform(rule.transform, "forward", [read(*piece) for piece in pieces], config)
             made.update(zip(rule.ours, tensors))
         return made.pop(piece)
 
     for rule in rules(target, config):
-        yield from zip(rule.theirs, rule.transform.backward([ours(piece) for piece in rule.ours], config))
+        tensors = [ours(piece) for piece in rule.ours]
+        yield from zip(rule.theirs, apply_transform(rule.transform, "backward", tensors, config))
+
+
+def apply_transform(transform, direction, tensors, config):
+    """A `Transform` of tensors, those that it joins in the widest of their types."""
+    if transform is not SAME and len(tensors) > 1:
+        common = reduce(wider, [t.dtype for t in tensors])
+        tensors = [t.to(common) for t in tensors]
+    return getattr(transform, direction)(tensors, config)
 
 
 def dtypes(source, target, config, theirs):
@@ -529,6 +538,8 @@ def assemble(pieces, shapes_like):
         else:
             if piece.name not in state:
                 state[piece.name] = torch.empty(shapes_like[piece.name].shape, dtype=tensor.dtype)
+            widest = wider(state[piece.name].dtype, tensor.dtype)
+            state[piece.name] = state[piece.name].to(widest)  # no copy where all are of one type
             state[piece.name][piece.start : piece.stop] = tensor
     return state
 

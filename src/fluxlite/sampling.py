@@ -156,9 +156,10 @@ def sample(model, conditions, noise, times, config, *, against=None, residuals=l
     `against` are the conditions of the negative prompts, for config.true_cfg > 1; `residuals(x, i, rope)` those of ControlNets at
     step i, or None. As in diffusers, those for the prompt serve the negative prompt too.
     """
-    rope = rope_for(model.config, noise, config, conditions.txt.shape[1])
+    rope, finite = rope_for(model.config, noise, config, conditions.txt.shape[1]), []
 
     def velocity(x, i):
+        finite.append(x.isfinite().all())  # looked at when all is drawn: the device is not waited for
         added = residuals(x, i, rope)
         positive = model.velocity(x, conditions.txt, rope, conditions.modulation[i], added)
         if against is None:
@@ -166,7 +167,24 @@ def sample(model, conditions, noise, times, config, *, against=None, residuals=l
         away = model.velocity(x, against.txt, rope, against.modulation[i], added).float()
         return away + config.true_cfg * (positive.float() - away)
 
-    return denoise(velocity, noise, times, progress)
+    latents = denoise(velocity, noise, times, progress)
+    check_drawn(model, conditions, [*finite, latents.isfinite().all()])
+    return latents
+
+
+def check_drawn(model, conditions, finite):
+    """Raise `ValueError`, naming where it began, unless latents were finite before each step and at the end."""
+    if all(finite):
+        return
+    tensors = [("the encoded prompt", conditions.txt), ("the modulation", conditions.modulation)]
+    tensors += model.named_parameters()
+    where = next((name for name, t in tensors if not t.float().isfinite().all()), None)
+    cause = f"{where} holds some" if where else "no weight holds any: try dtype=float32"
+    step = [bool(f) for f in finite].index(False)
+    raise ValueError(
+        f"the latents are NaN or infinite after step {step} of {len(finite) - 1}, and {cause}; "
+        "convert_hf.py names the first tensor of a checkpoint that does"
+    )
 
 
 @torch.inference_mode()
@@ -189,7 +207,12 @@ def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype):
 def decode(autoencoder, tokens, height, width):
     """Packed latents (B, L, C) to PIL pictures of height x width pixels."""
     factor = autoencoder.config.downsampling
-    return pictures_of(autoencoder.decode(unpack_latents(tokens, height // factor, width // factor)))
+    pixels = autoencoder.decode(unpack_latents(tokens, height // factor, width // factor))
+    if tokens.isfinite().all() and not pixels.isfinite().all():
+        raise ValueError(
+            "the autoencoder gives NaN or infinite pixels: try dtype=float32, or fetch model.autoencoder again"
+        )
+    return pictures_of(pixels)
 
 
 def pictures_of(pixels):

@@ -266,6 +266,16 @@ def cast(name, tensor, dtype):
     return result
 
 
+def check_finite(name, tensor):
+    """Raise `ValueError`, naming the tensor, where it holds NaN or an infinity."""
+    narrow = tensor.dtype.itemsize == 1  # of fp8 torch cannot ask
+    if not (tensor.float() if narrow else tensor).isfinite().all():
+        raise ValueError(
+            f"{name} holds NaN or infinite values: the file is damaged, or the run that wrote it had "
+            "diverged; fetch it again, or take an earlier checkpoint"
+        )
+
+
 def wider(a, b):
     """The smallest type that holds values of both."""
     if a == b:
