@@ -200,10 +200,10 @@ def library_errors(kind, what, folder):
 
 def load_tokenizer(cls, folder, kind):
     """The tokenizer `cls` in `folder`; raises `ValueError`."""
-    for file in (folder / name for name in TOKENIZER_JSON):
-        if file.exists():
-            read_json(file)
     with library_errors(kind, "tokenizer", folder):
+        for file in (folder / name for name in TOKENIZER_JSON):
+            if file.exists():
+                read_json(file)  # the library reads NaN, and of two values of one name the second
         return cls.from_pretrained(folder, local_files_only=True)
 
 

@@ -57,6 +57,17 @@ class AutoencoderDescription:
     shift_factor: float | None = option(None, "shift of the latents", at_least=-1e6, at_most=1e6)
 
 
+THEIR_NAMES = {  # of our fields in diffusers' config.json
+    "num_double_blocks": "num_layers",
+    "num_single_blocks": "num_single_layers",
+    "num_heads": "num_attention_heads",
+    "hidden_size": "num_attention_heads x attention_head_dim",
+    "text_width": "joint_attention_dim",
+    "pooled_width": "pooled_projection_dim",
+    "guidance_embed": "guidance_embeds",
+    "num_modes": "num_mode",
+    "hint": "conditioning_embedding_channels, so hint",
+}
 DIFFUSERS = {  # what: its class there, what is read of it, and how that becomes ours
     "transformer": (
         "FluxTransformer2DModel",
@@ -84,7 +95,7 @@ def read_net_config(what, layout, shapes, *, saved, where, beside, given=None):
     said, by = _said_config(what, layout, saved, where, beside)
     if said is None:
         return _with_rotations(shown, {k: v for k, v in (given or {}).items() if k in ROPE}, where)
-    check_agreement(said, shown, by, but=ROPE)
+    check_agreement(said, shown, by, but=ROPE, names={} if saved else THEIR_NAMES)
     said.validate()
     return said
 
@@ -112,13 +123,16 @@ def diffusers_values(file, class_name):
     return values if values.get("_class_name", class_name) == class_name and values else None
 
 
-def check_agreement(said, shown, by, *, but=()):
-    """Raise `ValueError`, naming the file `by`, where a description says other than the weights show."""
+def check_agreement(said, shown, by, *, but=(), names=None):
+    """Raise `ValueError`, naming the file `by`, where a description says other than the weights show.
+
+    `names` are {field: what it is called there}, where that is another name.
+    """
     for f in fields(shown):
         ours, theirs = getattr(shown, f.name), getattr(said, f.name)
         if f.name not in but and ours != theirs:
             raise ValueError(
-                f"{by} says {f.name}={shortened(theirs)}, and the weights have {ours}: "
+                f"{by} says {(names or {}).get(f.name, f.name)}={shortened(theirs)}, and the weights have {ours}: "
                 "they do not belong together, or one is damaged; fetch both again"
             )
 

@@ -121,6 +121,7 @@ class Tensors:
 
     def __init__(self, path, files=None):
         self.files, self.handles, self.metadata, self.prefix = files or files_of(path), {}, {}, ""
+        self.places = {}  # of each tensor its file, for errors
         for file in self.files:
             check_file(file)
             try:
@@ -134,6 +135,7 @@ class Tensors:
             if twice:
                 raise ValueError(f"{file.parent} has {min(twice)} in several files: name one of them")
             self.handles |= dict.fromkeys(handle.keys(), handle)
+            self.places |= dict.fromkeys(handle.keys(), file)
 
     def keys(self):
         return [name[len(self.prefix) :] for name in self.handles if name.startswith(self.prefix)]
@@ -164,14 +166,15 @@ class Tensors:
         return found
 
     def _described(self, name, spelled, shape):
+        where = f"{self.places[self.prefix + name]}: {name}"
         if spelled not in DTYPES:
             raise ValueError(
-                f"{self.files[0]}: {name} is of type {spelled}, which no weights have: quantised "
+                f"{where} is of type {spelled}, which no weights have: quantised "
                 "weights are not supported yet, fetch a version in bfloat16"
             )
         if not torch.Size(shape).numel():
             raise ValueError(
-                f"{self.files[0]}: {name} has no values (shape {list(shape)}), a placeholder that "
+                f"{where} has no values (shape {list(shape)}), a placeholder that "
                 "DeepSpeed ZeRO-3 leaves: gather the weights before they are saved"
             )
         return DTYPES[spelled], shape
