@@ -1,4 +1,4 @@
-"""What is offered as a model: recognised, bounded by what the file holds, or refused in one line by name."""
+"""What is offered as a model: recognised, held against its weights, or refused by name."""
 
 import json
 import math
@@ -52,7 +52,9 @@ def bfl_file(theirs, tmp_path):
 @pytest.fixture
 def pipe(tmp_path):
     """A copy of the shipped pipeline without settings of its own."""
-    shutil.copytree(TINY, tmp_path / "pipe", ignore=shutil.ignore_patterns("fluxlite.json", "controlnet"))
+    shutil.copytree(
+        TINY, tmp_path / "pipe", ignore=shutil.ignore_patterns("fluxlite.json", "controlnet")
+    )
     return tmp_path / "pipe"
 
 
@@ -83,7 +85,7 @@ def refusal(where, **options):
     return str(caught.value)
 
 
-# --- what an index names, and files that are none ---------------------------------------------------
+# --- what an index names, and files that are none -------------------------------------------------
 
 
 def write_index(folder, name):
@@ -96,7 +98,12 @@ def test_an_index_names_only_what_lies_in_its_folder_or_below(folder, tmp_path):
     outside = tmp_path / "outside.safetensors"
     shutil.copy(folder / WEIGHTS, outside)
     (folder / "link.safetensors").symlink_to(outside)
-    for name in ("../outside.safetensors", str(outside), "link.safetensors", "a/../../outside.safetensors"):
+    for name in (
+        "../outside.safetensors",
+        str(outside),
+        "link.safetensors",
+        "a/../../outside.safetensors",
+    ):
         write_index(folder, name)
         message = refusal(folder)
         assert "index.json names" in message and ("outside" in message or "its folder" in message)
@@ -141,17 +148,25 @@ def test_a_pipe_a_folder_or_a_dangling_link_is_refused_and_not_waited_for(folder
         open_source(folder)
 
 
-# --- headers ----------------------------------------------------------------------------------------
+# --- headers --------------------------------------------------------------------------------------
 
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 HEADERS = {
     "absurd length": ({"a": ENTRY}, 1 << 60, "no whole safetensors file"),
     "length of nothing": ({"a": ENTRY}, 0, "no whole safetensors file"),
-    "beyond the file": ({"a": ENTRY | {"data_offsets": [0, 1 << 40], "shape": [1 << 38]}}, None, "whole"),
+    "beyond the file": (
+        {"a": ENTRY | {"data_offsets": [0, 1 << 40], "shape": [1 << 38]}},
+        None,
+        "whole",
+    ),
     "overlapping": ({"a": ENTRY, "b": ENTRY}, None, "no whole safetensors file"),
     "cut short": ({"a": ENTRY | {"shape": [4], "data_offsets": [0, 16]}}, None, "whole"),
-    "twice": (b'{"a":' + json.dumps(ENTRY).encode() + b',"a":' + json.dumps(ENTRY).encode() + b"}", None, "twice"),
+    "twice": (
+        b'{"a":' + json.dumps(ENTRY).encode() + b',"a":' + json.dumps(ENTRY).encode() + b"}",
+        None,
+        "twice",
+    ),
     "no UTF-8": (b'{"\xff":' + json.dumps(ENTRY).encode() + b"}", None, "UTF-8"),
     "no JSON": (b'{"a":', None, "no JSON"),
     "deep": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", None, "nested too deeply"),
@@ -168,12 +183,19 @@ def test_a_damaged_header_is_refused(fault, tmp_path):
     assert named in message and str(file) in message and "\n" not in message
 
 
-# --- something else ---------------------------------------------------------------------------------
+# --- something else -------------------------------------------------------------------------------
 
 F = "model.diffusion_model.double_blocks.0.img_mod.lin.weight"
 OTHERS = {
-    "all-in-one": [F, "text_encoders.t5xxl.transformer.shared.weight", "vae.decoder.conv_in.weight"],
-    "bitsandbytes": ["double_blocks.0.img_mod.lin.weight", "double_blocks.0.img_mod.lin.weight.absmax"],
+    "all-in-one": [
+        F,
+        "text_encoders.t5xxl.transformer.shared.weight",
+        "vae.decoder.conv_in.weight",
+    ],
+    "bitsandbytes": [
+        "double_blocks.0.img_mod.lin.weight",
+        "double_blocks.0.img_mod.lin.weight.absmax",
+    ],
     "fp8 with scales": ["double_blocks.0.img_mod.lin.weight", "scaled_fp8"],
     "in fp8": ["double_blocks.0.img_mod.lin.scale_weight"],
     "quantised": ["transformer_blocks.0.attn.to_q.qweight"],
@@ -263,12 +285,14 @@ def test_an_autoencoder_without_its_convolutions_is_refused(tmp_path):
     assert "decoder.conv_in.weight" in refusal(tmp_path / "ae.safetensors", part="vae")
 
 
-# --- descriptions -----------------------------------------------------------------------------------
+# --- descriptions ---------------------------------------------------------------------------------
 
 WRONG = [10**9, -1, 0, 1.5, "two", None, [], {}, True]
 
 
-@pytest.mark.parametrize("key", ["num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads"])
+@pytest.mark.parametrize(
+    "key", ["num_layers", "num_single_layers", "attention_head_dim", "num_attention_heads"]
+)
 def test_a_config_that_promises_other_than_the_weights_is_refused_at_once(folder, key):
     for value in WRONG:
         change_json(folder / "config.json", **{key: value})
@@ -279,20 +303,31 @@ def test_a_config_that_promises_other_than_the_weights_is_refused_at_once(folder
     open_source(folder)
 
 
-@pytest.mark.parametrize("axes", [[10**9, 14, 14], [-4, 22, 14], ["4", 14, 14], 3, [], [4.0, 14, 14], [3, 14, 15]])
+@pytest.mark.parametrize(
+    "axes", [[10**9, 14, 14], [-4, 22, 14], ["4", 14, 14], 3, [], [4.0, 14, 14], [3, 14, 15]]
+)
 def test_rotations_of_no_head_are_refused(folder, axes):
     change_json(folder / "config.json", axes_dims_rope=axes)
     assert "rope" in refusal(folder)
 
 
-@pytest.mark.parametrize("text", ["", "3", "[" * 100_000, '{"num_layers": NaN}', "{}{}", '{"a":1,"a":2}', "\xff"])
+@pytest.mark.parametrize(
+    "text", ["", "3", "[" * 100_000, '{"num_layers": NaN}', "{}{}", '{"a":1,"a":2}', "\xff"]
+)
 def test_a_config_that_is_no_json_is_refused_by_name(folder, text):
     (folder / "config.json").write_bytes(text.encode("latin1"))
     assert "config.json" in refusal(folder)
 
 
 METADATA = {
-    "config": ["{", "[]", {"num_double_blocks": 10**9}, {"rope_axes": "x"}, {"rope_theta": -1}, {"x": 1}],
+    "config": [
+        "{",
+        "[]",
+        {"num_double_blocks": 10**9},
+        {"rope_axes": "x"},
+        {"rope_theta": -1},
+        {"x": 1},
+    ],
     "sampling": ["{", "[]", {"steps": 0}, {"shift": "much"}, {"x": 1}],
     "scheduler": ["{", "[]", {"shift": -1}, {"use_dynamic_shifting": "no"}],
 }
@@ -314,9 +349,17 @@ def test_damaged_metadata_of_our_own_files_is_refused(pipe, tmp_path, key):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"norm_num_groups": 0}, {"scaling_factor": "a"}, {"scaling_factor": 0}, {"block_out_channels": [16] * 9},
-     {"layers_per_block": 10**9}, {"latent_channels": -1}, {"shift_factor": [1]}, {"norm_num_groups": 10**12}],
-)  # fmt: skip
+    [
+        {"norm_num_groups": 0},
+        {"scaling_factor": "a"},
+        {"scaling_factor": 0},
+        {"block_out_channels": [16] * 9},
+        {"layers_per_block": 10**9},
+        {"latent_channels": -1},
+        {"shift_factor": [1]},
+        {"norm_num_groups": 10**12},
+    ],
+)
 def test_a_damaged_description_of_an_autoencoder_is_refused(pipe, changes):
     change_json(pipe / "vae" / "config.json", **changes)
     message = refusal(pipe, part="vae")
@@ -324,7 +367,16 @@ def test_a_damaged_description_of_an_autoencoder_is_refused(pipe, changes):
 
 
 @pytest.mark.parametrize(
-    "values", [{"steps": "many"}, {"steps": 10**9}, {"stepps": 4}, {"height": -64}, {"height": 65}, [], {"guidance": [1]}]
+    "values",
+    [
+        {"steps": "many"},
+        {"steps": 10**9},
+        {"stepps": 4},
+        {"height": -64},
+        {"height": 65},
+        [],
+        {"guidance": [1]},
+    ],
 )
 def test_damaged_settings_beside_a_model_are_refused_by_the_files_name(pipe, values):
     (pipe / "fluxlite.json").write_text(json.dumps(values))
@@ -338,9 +390,16 @@ def load_encoders(pipe):
 
 
 @pytest.mark.parametrize(
-    "part,key", [("text_encoder", "num_hidden_layers"), ("text_encoder", "vocab_size"), ("text_encoder", "intermediate_size"),
-                 ("text_encoder_2", "num_layers"), ("text_encoder_2", "d_ff"), ("text_encoder_2", "d_model")],
-)  # fmt: skip
+    "part,key",
+    [
+        ("text_encoder", "num_hidden_layers"),
+        ("text_encoder", "vocab_size"),
+        ("text_encoder", "intermediate_size"),
+        ("text_encoder_2", "num_layers"),
+        ("text_encoder_2", "d_ff"),
+        ("text_encoder_2", "d_model"),
+    ],
+)
 def test_a_text_encoder_that_promises_more_than_its_weights_is_refused_at_once(pipe, part, key):
     for value in (10**9, -1, 0, "x", None, [1]):
         change_json(pipe / part / "config.json", **{key: value})
@@ -348,7 +407,10 @@ def test_a_text_encoder_that_promises_more_than_its_weights_is_refused_at_once(p
         assert key in message and "config.json" in message and "\n" not in message
 
 
-@pytest.mark.parametrize("file", ["tokenizer_2/tokenizer.json", "tokenizer/vocab.json", "tokenizer/tokenizer_config.json"])
+@pytest.mark.parametrize(
+    "file",
+    ["tokenizer_2/tokenizer.json", "tokenizer/vocab.json", "tokenizer/tokenizer_config.json"],
+)
 @pytest.mark.parametrize("text", ["{", "3", '{"model": 3}', '{"a": [' + "[" * 50_000])
 def test_a_damaged_tokenizer_is_one_line_that_names_its_folder(pipe, file, text):
     if "vocab" in file:  # else the other file is read
@@ -361,19 +423,24 @@ def test_a_damaged_tokenizer_is_one_line_that_names_its_folder(pipe, file, text)
 
 
 def test_a_tokenizer_of_another_model_and_a_single_file_encoder_are_refused(pipe):
-    for encoder in (pipe / "text_encoder" / "model.safetensors", pipe / "text_encoder_2" / "model.safetensors"):
+    for encoder in (
+        pipe / "text_encoder" / "model.safetensors",
+        pipe / "text_encoder_2" / "model.safetensors",
+    ):
         with pytest.raises(ValueError, match="is a file, and an encoder in one file"):
             load_text_encoders(str(encoder), str(encoder), device="cpu", dtype=torch.float32)
     tokenizer = json.loads((pipe / "tokenizer_2" / "tokenizer.json").read_text())
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {
+        "special": True
+    }
     for number in range(30):
         tokenizer["added_tokens"].append(flags | {"id": 238 + number, "content": f"<new{number}>"})
     (pipe / "tokenizer_2" / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = load_encoders(pipe)
-    assert "tokenizer_2" in message and "the model knows 238" in message
+    assert "tokenizer_2" in message and "the model knows 238 tokens" in message
 
 
-# --- rotations of a bare file -----------------------------------------------------------------------
+# --- rotations of a bare file ---------------------------------------------------------------------
 
 
 def test_rotations_of_a_bare_file_are_said_and_can_be_set(bfl_file, caplog):
@@ -392,10 +459,13 @@ def test_a_head_width_that_flux_has_not_needs_its_axes_named(tmp_path):
     theirs = diffusers_flux(attention_head_dim=12, axes_dims_rope=(4, 4, 4))
     save_state(tmp_path / "odd.safetensors", in_layout(theirs, "bfl"))
     assert "set model.rope_axes=" in refusal(tmp_path / "odd.safetensors")
-    assert open_source(tmp_path / "odd.safetensors", given={"rope_axes": [4, 4, 4]}).config.head_width == 12
+    assert (
+        open_source(tmp_path / "odd.safetensors", given={"rope_axes": [4, 4, 4]}).config.head_width
+        == 12
+    )
 
 
-# --- schedulers -------------------------------------------------------------------------------------
+# --- schedulers -----------------------------------------------------------------------------------
 
 SCHEDULERS = [
     {},
@@ -409,25 +479,33 @@ SCHEDULERS = [
 
 
 @pytest.mark.parametrize("changes", SCHEDULERS)
-@pytest.mark.parametrize("steps,tokens", [(2, 16), (4, 256), (28, 1024), (50, 4096), (28, 16_384)])
-def test_times_are_those_of_the_folders_own_scheduler(pipe, changes, steps, tokens):
+def test_times_are_those_of_the_folders_own_scheduler(pipe, changes):
     change_json(pipe / "scheduler" / "scheduler_config.json", **changes)
+    found = pipeline.find_pipeline(str(pipe), device="cpu", dtype=torch.float32)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipe / "scheduler")
     about = scheduler.config
     ends = about.base_image_seq_len, about.max_image_seq_len, about.base_shift, about.max_shift
-    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=calculate_shift(tokens, *ends))
-    ours = times_for(SampleConfig(steps=steps), open_source(pipe).config, tokens)
-    assert torch.allclose(ours, scheduler.sigmas, atol=2e-6)
-    drawn = fluxlite.pipeline.find_pipeline(str(pipe), device="cpu", dtype=torch.float32)
-    assert drawn.transformer.config.scheduler is not None
+    for steps, tokens in [(2, 16), (4, 256), (28, 1024), (50, 4096), (28, 16_384)]:
+        mu = calculate_shift(tokens, *ends)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
+        ours = times_for(SampleConfig(steps=steps), found.transformer.config, tokens)
+        assert torch.allclose(ours, scheduler.sigmas, atol=2e-6)
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True}, {"invert_sigmas": True},
-     {"stochastic_sampling": True}, {"num_train_timesteps": 500}, {"_class_name": "FlowMatchHeunDiscreteScheduler"},
-     {"base_image_seq_len": 4096}, {"max_shift": 20, "max_image_seq_len": 257}],
-)  # fmt: skip
+    [
+        {"use_karras_sigmas": True},
+        {"use_exponential_sigmas": True},
+        {"use_beta_sigmas": True},
+        {"invert_sigmas": True},
+        {"stochastic_sampling": True},
+        {"num_train_timesteps": 500},
+        {"_class_name": "FlowMatchHeunDiscreteScheduler"},
+        {"base_image_seq_len": 4096},
+        {"max_shift": 20, "max_image_seq_len": 257},
+    ],
+)
 def test_what_a_scheduler_says_and_we_do_not_is_refused_until_shift_is_named(pipe, changes):
     change_json(pipe / "scheduler" / "scheduler_config.json", **changes)
     config = open_source(pipe).config
@@ -437,9 +515,18 @@ def test_what_a_scheduler_says_and_we_do_not_is_refused_until_shift_is_named(pip
 
 
 @pytest.mark.parametrize(
-    "changes", [{"shift": 0}, {"shift": "3"}, {"base_shift": [1]}, {"use_dynamic_shifting": 1}, {"shift_terminal": 1},
-                {"time_shift_type": "cubic"}, {"max_image_seq_len": 0}, {"num_train_timesteps": -1}],
-)  # fmt: skip
+    "changes",
+    [
+        {"shift": 0},
+        {"shift": "3"},
+        {"base_shift": [1]},
+        {"use_dynamic_shifting": 1},
+        {"shift_terminal": 1},
+        {"time_shift_type": "cubic"},
+        {"max_image_seq_len": 0},
+        {"num_train_timesteps": -1},
+    ],
+)
 def test_a_damaged_scheduler_is_refused_by_the_files_name(pipe, changes):
     change_json(pipe / "scheduler" / "scheduler_config.json", **changes)
     message = refusal(pipe)
@@ -498,7 +585,9 @@ def test_a_shift_saved_with_its_old_meaning_keeps_it_or_is_refused(folder, tmp_p
     (tmp_path / "fluxlite.json").write_text('{"shift": "1.3", "steps": 9, "version": "0.2.0"}')
     assert open_source(folder).settings == {"shift": "1.3", "steps": 9}
     saved = {"shift": "1.3"}
-    assert sampling.read_settings("a", saved | {"version": "0.1.0"}) == {"shift": str(math.exp(1.3))}
+    assert sampling.read_settings("a", saved | {"version": "0.1.0"}) == {
+        "shift": str(math.exp(1.3))
+    }
     assert sampling.read_settings("a", {"shift": "resolution"}) == {"shift": "resolution"}
 
 
@@ -511,7 +600,9 @@ def test_a_converted_model_carries_its_scheduler_along(pipe, tmp_path):
         assert open_source(file).config.scheduler == source.config.scheduler
     folder = tmp_path / "alone" / "transformer"
     write_converted(source, folder, to="diffusers")
-    theirs = FlowMatchEulerDiscreteScheduler.from_config(json.loads((folder / "scheduler_config.json").read_text()))
+    theirs = FlowMatchEulerDiscreteScheduler.from_config(
+        json.loads((folder / "scheduler_config.json").read_text())
+    )
     assert theirs.config.shift == 3.0 and not theirs.config.use_dynamic_shifting
     again = write_converted(open_source(folder), folder.parent / "again", to="diffusers")[0]
     assert len(again) == 1 and open_source(again[0].parent).config.scheduler.shift == 3.0
@@ -526,14 +617,22 @@ def test_true_cfg_steers_away_from_the_empty_prompt_as_diffusers_does():
     theirs.set_progress_bar_config(disable=True)
     noise = sampling.initial_noise((16, 8, 8), [pipeline.picture_seed(5, 0, 0)])
     expected = theirs(
-        prompt="red circle with teal background", negative_prompt="", true_cfg_scale=3.0, height=64, width=64,
-        num_inference_steps=3, max_sequence_length=16, latents=noise,
-    ).images  # fmt: skip
-    difference = [np.abs(np.asarray(a[0], int) - np.asarray(expected[0], int)).max() for a in (ours, plain)]
+        prompt="red circle with teal background",
+        negative_prompt="",
+        true_cfg_scale=3.0,
+        height=64,
+        width=64,
+        num_inference_steps=3,
+        max_sequence_length=16,
+        latents=noise,
+    ).images
+    difference = [
+        np.abs(np.asarray(a[0], int) - np.asarray(expected[0], int)).max() for a in (ours, plain)
+    ]
     assert difference[0] <= 1 and difference[1] > 20
 
 
-# --- types and values -------------------------------------------------------------------------------
+# --- types and values -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.int64])
@@ -589,25 +688,37 @@ def test_weights_that_are_not_finite_are_not_converted(bfl_file, tmp_path, value
 
 
 @pytest.mark.parametrize(
-    "name,where", [("single_transformer_blocks.1.proj_mlp.weight", "single_blocks.1"), ("norm_out.linear.bias", "modulation")]
+    "name,where",
+    [
+        ("single_transformer_blocks.1.proj_mlp.weight", "single_blocks.1"),
+        ("norm_out.linear.bias", "modulation"),
+    ],
 )
 def test_weights_that_are_not_finite_draw_no_black_picture(pipe, name, where):
     change_state(pipe / "transformer" / WEIGHTS, lambda s: s[name].view(-1)[0:1].fill_(math.nan))
     with pytest.raises(ValueError, match=f"NaN or infinite after step 1 of 3, and .*{where}"):
-        fluxlite.generate("a", checkpoint=pipe, height=64, width=64, steps=3, max_sequence_length=16, device="cpu")
+        fluxlite.generate(
+            "a", checkpoint=pipe, height=64, width=64, steps=3, max_sequence_length=16, device="cpu"
+        )
 
 
 def test_an_autoencoder_that_is_not_finite_draws_no_black_picture(pipe):
     change_state(pipe / "vae" / WEIGHTS, lambda s: s["decoder.conv_in.bias"].fill_(math.inf))
     with pytest.raises(ValueError, match="the autoencoder gives NaN"):
-        fluxlite.generate("a", checkpoint=pipe, height=64, width=64, steps=1, max_sequence_length=16, device="cpu")
+        fluxlite.generate(
+            "a", checkpoint=pipe, height=64, width=64, steps=1, max_sequence_length=16, device="cpu"
+        )
 
 
-# --- transformers that see more than noise ----------------------------------------------------------
+# --- transformers that see more than noise --------------------------------------------------------
 
 
-@pytest.mark.parametrize("channels,name", [(384, "FLUX.1-Fill"), (128, "FLUX.1-Canny"), (96, "more than noise")])
-def test_a_transformer_that_sees_more_than_noise_is_refused_by_name_and_converted(pipe, tmp_path, channels, name):
+@pytest.mark.parametrize(
+    "channels,name", [(384, "FLUX.1-Fill"), (128, "FLUX.1-Canny"), (96, "more than noise")]
+)
+def test_a_transformer_that_sees_more_than_noise_is_refused_by_name_and_converted(
+    pipe, tmp_path, channels, name
+):
     def widen(state):
         old = state["x_embedder.weight"]
         state["x_embedder.weight"] = torch.cat([old, torch.ones(256, channels - 64).to(old)], 1)

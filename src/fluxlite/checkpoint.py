@@ -105,7 +105,8 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
     """The `Source` that a path or hub repository holds, recognised by its keys and files.
 
     A pipeline's folder stands for its `part` (transformer, controlnet or vae); of a run, `ema` chooses the moving average where it
-    has one; `given` are {field: value} of the rotations where the weights come without a configuration. Raises `ValueError`, naming `setting`, for anything that is not exactly a transformer, a ControlNet or an autoencoder.
+    has one. `given` are {field: value} of the rotations, for weights without a configuration. Raises
+    `ValueError`, naming `setting`, for what is not exactly a transformer, a ControlNet or an autoencoder.
     """
     loose = ["*.safetensors"] if part == "controlnet" else []  # as XLabs publishes
     files = [f"{part}/*", "config.json", "diffusion_pytorch_model*", f"scheduler/{SCHEDULER_FILE}"]
@@ -179,26 +180,34 @@ def _open_run(path, ema):
     described = {name: tensors.described(key(name)) for name in convert.our_shapes(config)}
     metadata = {"training": json.dumps(meta["flow"] | {"step": meta["step"], "ema": bool(averaged)})}
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    saved = meta["config"]
-    settings = {k: saved["sample"][k] for k in ("steps", "guidance")} | {k: saved["data"][k] for k in ("height", "width")}
-    settings["max_sequence_length"] = saved["model"]["max_sequence_length"]
 
     def read(name, start=0, stop=None):
         return tensors.read(key(name), start, stop)
 
-    config.scheduler = scheduler_beside(saved["model"]["checkpoint"], config)
+    settings = run_settings(meta["config"])
+    config.scheduler = scheduler_beside(meta["config"]["model"]["checkpoint"], config)
     return Source(str(path), what, "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
 
 
 def scheduler_beside(checkpoint, config):
-    """The `SchedulerConfig` of the transformer that a run of configuration `config` started from, if that is still there."""
+    """The `SchedulerConfig` of a transformer that a run started from, None where that is gone.
+
+    `config` is the run's `FluxConfig`.
+    """
     if not checkpoint or not Path(resolve(checkpoint)).expanduser().exists():
         return None
     try:
         return open_source(resolve(checkpoint), given=asdict(config)).config.scheduler
     except ValueError as error:
-        log.warning("the scheduler that the run's base has is not known (%s): FLUX.1's is assumed", error)
+        log.warning("the scheduler of a run's base is not known (%s): FLUX.1's is assumed", error)
         return None
+
+
+def run_settings(saved):
+    """The settings for sampling that a run's configuration has."""
+    settings = {name: saved["sample"][name] for name in ("steps", "guidance")}
+    settings |= {name: saved["data"][name] for name in ("height", "width")}
+    return settings | {"max_sequence_length": saved["model"]["max_sequence_length"]}
 
 
 class RunTensors:
@@ -278,14 +287,12 @@ def flux_config(values, cls=FluxConfig):
 
 
 def load_state(source):
-    """A state dict in our layout: of our own files mapped and not copied, of others only what changes is copied."""
-    if source.layout == "fluxlite" or (source.what == "autoencoder" and source.layout == "diffusers"):
-        return {name: source.read(name) for name in source.described}
-    return convert.assemble(pieces(source), convert.our_shapes(source.config))
+    """A state dict in our layout: views of the mapped files, and copies of what they hold otherwise."""
+    return dict(weights_of(source))
 
 
-def pieces(source):
-    """A source's tensors in our layout, a few linears at a time: (piece, values)."""
+def weights_of(source):
+    """A source's tensors in our layout, a few linears at a time: (name, values)."""
     return convert.convert(source.read, source.layout, "fluxlite", source.config)
 
 
@@ -424,17 +431,17 @@ def _file_names(what, to, count):
 
 
 def _write_shards(source, to, shards, files, digests, progress):
-    def read(name, start, stop):
+    def read(name):
         digests.add(name, source)
-        tensor = source.read(name, start, stop)
+        tensor = source.read(name)
         streams.check_finite(f"{source.where}: {name}", tensor)
         return tensor
 
-    pieces = ((piece.name, tensor) for piece, tensor in convert.convert(read, source.layout, to, source.config))
+    pieces = convert.convert(read, source.layout, to, source.config)
     rewrites, held = [], []
 
     def of(shard):
-        """The pieces of one shard; the first of the next is held back for it."""
+        """The tensors of one shard; the first of the next is held back for it."""
         while held or (nxt := next(pieces, None)):
             name, tensor = held.pop() if held else nxt
             if name not in shard:
@@ -524,9 +531,12 @@ def read_meta(folder):
     file = Path(folder) / "meta.json"
     try:
         meta = json.loads(file.read_text())
-        return {k: meta[k] for k in ("model", "flow", "config", "ema", "step")} | meta
+        meta = {k: meta[k] for k in ("model", "flow", "config", "ema", "step")} | meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no whole description of a checkpoint ({error!r})") from None
+    if str(meta.get("version", "")).startswith("0.1."):
+        raise ValueError(f"{folder} was written by {convert.FIRST_EDITION}")
+    return meta
 
 
 BY_NAME = StateDictOptions(strict=True, flatten_optimizer_state_dict=True)  # groups of parameters differ from mesh to mesh

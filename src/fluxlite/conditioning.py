@@ -222,10 +222,12 @@ def check_tokens(tokenizer, config, folder, kind):
         length = tokenizer.model_max_length
         if not whole or not isinstance(length, (int, float)) or length < 2:
             raise ValueError(
-                f"{len(tokenizer)} tokens of at most {length}, and the model knows {config.vocab_size}"
+                f"{len(tokenizer)} tokens, texts of at most {length}, and the model knows "
+                f"{config.vocab_size} tokens"
             )
         if kind is CLIP and config.eos_token_id not in (ARGMAX_EOS, tokenizer.eos_token_id):
-            raise ValueError(f"it ends with {tokenizer.eos_token_id}, the model with {config.eos_token_id}")
+            ends = f"{tokenizer.eos_token_id}, the model's with {config.eos_token_id}"
+            raise ValueError(f"its texts end with {ends}")
 
 
 PROBE = 8  # tokens
@@ -243,7 +245,10 @@ def weight_files(folder):
 
 
 def check_description(folder, kind):
-    """Raise `ValueError` where config.json promises other than the weights have: transformers would make room for it."""
+    """Raise `ValueError` where config.json promises other than the weights have.
+
+    transformers would make room for it first, however much it is.
+    """
     file, values = folder / "config.json", read_json(folder / "config.json")
     if values.get("quantization_config"):
         raise ValueError(f"{file} says that it is quantised, which is not supported yet")

@@ -10,14 +10,18 @@ QUANTIZED = "it is not supported yet: fetch a version in bfloat16, or cast to pl
 WHOLE = "name a file or folder with the transformer alone"
 TEXT = "the transformer is model.checkpoint=; name the encoder's folder as "
 
-# A pattern of keys, what holds them, and what to do. The first that matches counts: what was made of
-# a model comes before the models.
+# A pattern of keys, what holds them, and what to do. The first that matches counts: what was made
+# of a model comes before the models.
 KEYS = (
-    (r"\.(absmax|quant_map|SCB)$|quant_state\.bitsandbytes", "quantised by bitsandbytes", QUANTIZED),
+    (
+        r"\.(absmax|quant_map|SCB)$|quant_state\.bitsandbytes",
+        "quantised by bitsandbytes",
+        QUANTIZED,
+    ),
     (r"\.(qweight|qzeros|wscales|smooth_factor|weight_packed)$", "quantised", QUANTIZED),
     (r"\.weight\._(data|scale)$|\.comfy_quant$", "quantised", QUANTIZED),
     (
-        r"(^|\.)scaled_fp8$|\.(scale_weight|scale_input|weight_scale|input_scale|weight_scale_inv)$",
+        r"(^|\.)scaled_fp8$|\.(scale_(weight|input)|(weight|input)_scale(_inv)?)$",
         "in fp8 with scales",
         QUANTIZED,
     ),
@@ -45,7 +49,11 @@ KEYS = (
     (r"individual_token_refiner", "HunyuanVideo", OTHER_MODEL),
     (r"(^|\.)noise_refiner\.|(^|\.)cap_embedder", "Lumina or Z-Image", OTHER_MODEL),
     (r"(^|\.)double_stream_blocks\.", "HiDream", OTHER_MODEL),
-    (r"^(model\.diffusion_model\.)?blocks\.\d+\.cross_attn\.", "a video model, as Wan", OTHER_MODEL),
+    (
+        r"^(model\.diffusion_model\.)?blocks\.\d+\.cross_attn\.",
+        "a video model, as Wan",
+        OTHER_MODEL,
+    ),
     (
         r"^(text_encoders|cond_stage_model|conditioner|first_stage_model|vae)\.",
         "an all-in-one checkpoint with text encoders or an autoencoder, as ComfyUI loads them",
@@ -90,7 +98,7 @@ BYTES = (
 
 
 def check_keys(keys):
-    """Raise `ValueError` that says what it is, and what to do, where keys are those of something else."""
+    """Raise `ValueError`, with a remedy, where keys are those of something else."""
     if len(keys) > MAX_KEYS:
         raise ValueError(f"it has {len(keys)} tensors, more than any FLUX model: {OTHER_MODEL}")
     for pattern, what, remedy in KEYS:
@@ -100,7 +108,7 @@ def check_keys(keys):
 
 
 def check_bytes(file, start):
-    """Raise `ValueError`, naming `file`, where its first bytes are those of another kind of file."""
+    """Raise `ValueError`, naming `file`, where its first bytes are another kind of file's."""
     if not start:
         raise ValueError(f"{file} is empty: fetch it again")
     if start[8:9] == b"{":  # as safetensors begin, whose length in front may look like anything

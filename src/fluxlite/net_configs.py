@@ -1,8 +1,8 @@
 """The configuration of a net on a disk: what its weights show, and what is written beside them.
 
-Shapes show all of it but the rotations' axes and base, and an autoencoder's scale. So a description,
-a config.json of diffusers' or our own metadata, adds those alone. In all else it must agree with the
-weights: it can promise nothing, a billion blocks for instance, that they do not hold.
+Shapes show all of it but the rotations' axes and base, and an autoencoder's scale. So a
+description, a config.json of diffusers' or our own metadata, adds those alone. In all else it must
+agree with the weights: it can promise nothing, such as a billion blocks, that they do not hold.
 """
 
 import logging
@@ -85,8 +85,8 @@ DIFFUSERS = {  # what: its class there, what is read of it, and how that becomes
 def read_net_config(what, layout, shapes, *, saved, where, beside, given=None):
     """The configuration of {name: shape}, a transformer's, ControlNet's or autoencoder's.
 
-    `saved` is the JSON text of our own metadata in the file `where`, or None; `beside` the path of a
-    config.json, which need not exist. `given` are {field: value} for the rotations where neither says.
+    `saved` is the JSON text of our own metadata in the file `where`, or None; `beside` the path of
+    a config.json, which need not exist. `given` are {field: value} where neither says the rotations.
     Raises `ValueError` that names the file.
     """
     if what == "autoencoder":
@@ -124,21 +124,22 @@ def diffusers_values(file, class_name):
 
 
 def check_agreement(said, shown, by, *, but=(), names=None):
-    """Raise `ValueError`, naming the file `by`, where a description says other than the weights show.
+    """Raise `ValueError`, naming the file `by`, where it says other than the weights show.
 
     `names` are {field: what it is called there}, where that is another name.
     """
     for f in fields(shown):
         ours, theirs = getattr(shown, f.name), getattr(said, f.name)
         if f.name not in but and ours != theirs:
+            name = (names or {}).get(f.name, f.name)
             raise ValueError(
-                f"{by} says {(names or {}).get(f.name, f.name)}={shortened(theirs)}, and the weights have {ours}: "
+                f"{by} says {name}={shortened(theirs)}, and the weights have {ours}: "
                 "they do not belong together, or one is damaged; fetch both again"
             )
 
 
 def _with_rotations(config, given, where):
-    """A configuration whose rotations nothing says: the `given` ones, or FLUX.1's, which is logged."""
+    """A configuration whose rotations nothing says: the `given`, or FLUX.1's, which is logged."""
     for f in fields(config):
         if f.name in given:
             setattr(config, f.name, typed_value(given[f.name], f.type, f"model.{f.name}"))

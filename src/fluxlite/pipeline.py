@@ -20,14 +20,15 @@ from fluxlite.checkpoint import TINY, resolve
 from fluxlite.conditioning import load_text_encoders
 from fluxlite.control import Steering, open_control
 from fluxlite.latents import num_image_tokens
-from fluxlite.offload import OFFLOAD, stream_blocks
 from fluxlite.model import check_channels
+from fluxlite.offload import OFFLOAD, stream_blocks
 from fluxlite.sampling import SampleConfig, decode, initial_noise
 from fluxlite.scheduler import SCHNELL, is_schnell
 
 log = logging.getLogger("fluxlite")
 
-PIPELINE_FILES = [f"{part}/*" for part in ("transformer", "vae", "text_encoder*", "tokenizer*", "scheduler")] + ["model_index.json"]
+FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
+PIPELINE_FILES = [*(f"{folder}/*" for folder in FOLDERS), "model_index.json"]
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
 
 
@@ -339,8 +340,9 @@ def get_ready(net, condition, texts, steps, *, keep):
 
 def fits(model, num_prompts, steps):
     """Whether the modulation of all prompts at all steps takes no more memory than the weights that it comes from."""
-    weight = model.modulation.weight
-    return sampling.Conditions.num_bytes(model.config, num_prompts, steps, weight.dtype) <= weight.nbytes
+    weights = [linear.weight for linear in model.modulation.linears()]
+    taken = sampling.Conditions.num_bytes(model.config, num_prompts, steps, weights[0].dtype)
+    return taken <= sum(weight.nbytes for weight in weights)
 
 
 def cells_of(config, latents):

@@ -73,8 +73,8 @@ def shift_as_factor(where, shift, version):
     """A numeric shift that was written by a version of fluxlite as the factor that it is today."""
     if not version:
         raise ValueError(
-            f'{where} has shift={shift} and no "version": to fluxlite 0.1 that was a factor of e^{shift}; '
-            f'write "version": "{__version__}" beside the factor that is meant'
+            f'{where} has shift={shift} and no "version": to fluxlite 0.1 that was a factor of '
+            f'e^{shift}; write "version": "{__version__}" beside the factor that is meant'
         )
     if not str(version).startswith("0.1."):
         return shift
@@ -123,7 +123,8 @@ class Conditions:
     @staticmethod
     def num_bytes(config, num_prompts, steps, dtype):
         """What the modulation of so many prompts and steps takes; at 28 steps FLUX.1-dev's weights are worth 110 prompts."""
-        return num_prompts * steps * config.modulation_chunks * config.hidden_size * dtype.itemsize
+        features = sum(config.modulation_chunks) * config.hidden_size
+        return num_prompts * steps * features * dtype.itemsize
 
 
 def guidance_rows(model_config, guidance, count, device):
@@ -173,7 +174,7 @@ def sample(model, conditions, noise, times, config, *, against=None, residuals=l
 
 
 def check_drawn(model, conditions, finite):
-    """Raise `ValueError`, naming where it began, unless latents were finite before each step and at the end."""
+    """Raise `ValueError`, naming where it began, unless latents were finite before each step and after."""
     if all(finite):
         return
     tensors = [("the encoded prompt", conditions.txt), ("the modulation", conditions.modulation)]
@@ -210,7 +211,7 @@ def decode(autoencoder, tokens, height, width):
     pixels = autoencoder.decode(unpack_latents(tokens, height // factor, width // factor))
     if tokens.isfinite().all() and not pixels.isfinite().all():
         raise ValueError(
-            "the autoencoder gives NaN or infinite pixels: try dtype=float32, or fetch model.autoencoder again"
+            "the autoencoder gives NaN or infinite pixels: try dtype=float32, or fetch it again"
         )
     return pictures_of(pixels)
 

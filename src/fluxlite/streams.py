@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import struct
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -33,8 +32,6 @@ DTYPES = {  # of weights, as safetensors spells them
     "F8_E5M2": torch.float8_e5m2,
 }
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
-# A tensor, or where stop is not None its rows from start to stop.
-Piece = namedtuple("Piece", "name start stop", defaults=(0, None))
 DIGEST_BYTES = 1 << 26  # read at a time
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -53,7 +50,9 @@ def files_of(path):
         if not found:
             others = sorted(p.name for p in path.iterdir() if p.suffix in OTHER_SUFFIXES)
             beside = f" but {others[0]}, which is not read" if others else ""
-            raise ValueError(f"{path} holds no .safetensors file{beside}: name the folder or file that does")
+            raise ValueError(
+                f"{path} holds no .safetensors file{beside}: name the folder or file that does"
+            )
         return found
     if len(indices) > 1:
         raise ValueError(f"{path} has {len(indices)} indices, {indices[0].name} first: move all but one away")
@@ -75,7 +74,10 @@ def indexed_files(index):
         check_inside(folder, name, index)
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} of {len(names)} files of its index, {missing[0]} first: fetch it again")
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(names)} files of its index, {missing[0]} first: "
+            "fetch it again"
+        )
     return [folder / name for name in names]
 
 
@@ -106,7 +108,8 @@ def check_file(file):
         length = int.from_bytes(start[:8], "little")
         if not 2 <= length <= min(size - 8, MAX_HEADER):
             raise ValueError(
-                f"{file} is no whole safetensors file (a header of {length} bytes in {size}): fetch it again"
+                f"{file} is no whole safetensors file (a header of {length} bytes in {size}): "
+                "fetch it again"
             )
         opened.seek(8)
         text = opened.read(length)
@@ -361,7 +364,8 @@ def check_replaceable(final, *, overwrite, folder, remedy):
     if not overwrite:
         raise ValueError(f"{final} exists: {remedy}")
     ours = (".safetensors", ".safetensors.index.json")
-    others = [p.name for p in inside if p.is_dir() or not (p.name.endswith(ours) or p.name in ("config.json", "scheduler_config.json"))]
+    known = ("config.json", "scheduler_config.json")
+    others = [p.name for p in inside if p.is_dir() or not p.name.endswith((*ours, *known))]
     if others:
         raise ValueError(
             f"{final} holds more than a checkpoint's files, {sorted(others)[0]} first: it is not overwritten; name another"
