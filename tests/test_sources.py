@@ -422,6 +422,16 @@ def test_a_damaged_tokenizer_is_one_line_that_names_its_folder(pipe, file, text)
     assert file.split("/")[0] in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    "file", ["tokenizer/merges.txt", "tokenizer_2/spiece.model", "text_encoder/extra.json"]
+)
+def test_a_pipe_beside_an_encoder_is_not_waited_for(pipe, file):
+    (pipe / file).unlink(missing_ok=True)
+    os.mkfifo(pipe / file)
+    message = load_encoders(pipe)
+    assert file in message and "is not a file" in message
+
+
 def test_a_tokenizer_of_another_model_and_a_single_file_encoder_are_refused(pipe):
     for encoder in (
         pipe / "text_encoder" / "model.safetensors",
@@ -453,6 +463,20 @@ def test_rotations_of_a_bare_file_are_said_and_can_be_set(bfl_file, caplog):
     assert (config.rope_axes, config.rope_theta, config.hidden_size) == ((8, 12, 12), 2000, 96)
     assert "assumed" not in caplog.text
     assert "rope_axes" in refusal(bfl_file, given={"rope_axes": [8, 12, 13]})
+
+
+def test_rotations_named_for_drawing_are_taken_or_compared(tmp_path):
+    bare = tmp_path / "bare.safetensors"
+    state = convert.from_fluxlite(
+        checkpoint.load_state(open_source(TINY)), open_source(TINY).config, "bfl"
+    )
+    save_state(bare, state)
+    parts = dict(t5=str(TINY), clip=str(TINY), autoencoder=str(TINY), device="cpu")
+    expected = {"rope_axes": [16, 24, 24], "rope_theta": 500}
+    found = pipeline.find_pipeline(str(bare), expected=expected, **parts)
+    assert found.load_transformer().config.rope_axes == (16, 24, 24)
+    with pytest.raises(ValueError, match="model.rope_axes=.*16, 24, 24.*but"):
+        pipeline.find_pipeline(str(TINY), expected=expected, device="cpu")
 
 
 def test_a_head_width_that_flux_has_not_needs_its_axes_named(tmp_path):

@@ -434,7 +434,7 @@ def _write_shards(source, to, shards, files, digests, progress):
     def read(name):
         digests.add(name, source)
         tensor = source.read(name)
-        streams.check_finite(f"{source.where}: {name}", tensor)
+        streams.check_values(f"{source.where}: {name}", tensor)
         return tensor
 
     pieces = convert.convert(read, source.layout, to, source.config)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fluxlite import convert, hub, streams
-from fluxlite.cli.descriptions import read_description, read_json
+from fluxlite.cli.descriptions import check_regular, read_description, read_json
 from fluxlite.cli.options import option, shortened
 from fluxlite.hub import one_line
 
@@ -198,9 +198,17 @@ def library_errors(kind, what, folder):
         ) from error
 
 
+def check_files(folder):
+    """Raise `ValueError` for a pipe or a device among a folder's files: a library would wait for it."""
+    for file in folder.iterdir():
+        if not file.is_dir():
+            check_regular(file)
+
+
 def load_tokenizer(cls, folder, kind):
     """The tokenizer `cls` in `folder`; raises `ValueError`."""
     with library_errors(kind, "tokenizer", folder):
+        check_files(folder)
         for file in (folder / name for name in TOKENIZER_JSON):
             if file.exists():
                 read_json(file)  # the library reads NaN, and of two values of one name the second
@@ -216,9 +224,9 @@ TOKENIZER_JSON = (
 def check_tokens(tokenizer, config, folder, kind):
     """Raise `ValueError` where a tokenizer is not that of a model of configuration `config`."""
     with library_errors(kind, "tokenizer", folder):
-        options = dict(padding="max_length", max_length=PROBE, truncation=True, return_tensors="pt")
+        options = dict(padding="max_length", max_length=PROBE_LENGTH, truncation=True, return_tensors="pt")
         ids = tokenizer(["a red circle"], **options).input_ids
-        whole = ids.shape == (1, PROBE) and 0 <= ids.min() and len(tokenizer) <= config.vocab_size
+        whole = ids.shape == (1, PROBE_LENGTH) and 0 <= ids.min() and len(tokenizer) <= config.vocab_size
         length = tokenizer.model_max_length
         if not whole or not isinstance(length, (int, float)) or length < 2:
             raise ValueError(
@@ -230,7 +238,7 @@ def check_tokens(tokenizer, config, folder, kind):
             raise ValueError(f"its texts end with {ends}")
 
 
-PROBE = 8  # tokens
+PROBE_LENGTH = 8  # tokens
 ARGMAX_EOS = 2  # what CLIP's first configurations say: transformers then pools at the largest token
 
 
@@ -249,6 +257,7 @@ def check_description(folder, kind):
 
     transformers would make room for it first, however much it is.
     """
+    check_files(folder)
     file, values = folder / "config.json", read_json(folder / "config.json")
     if values.get("quantization_config"):
         raise ValueError(f"{file} says that it is quantised, which is not supported yet")

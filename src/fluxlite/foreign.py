@@ -6,24 +6,24 @@ Two tables, so that what is supported some day is one row less.
 import re
 
 OTHER_MODEL = "fluxlite knows FLUX.1's transformers, ControlNets and autoencoders"
-QUANTIZED = "it is not supported yet: fetch a version in bfloat16, or cast to plain fp8"
-WHOLE = "name a file or folder with the transformer alone"
-TEXT = "the transformer is model.checkpoint=; name the encoder's folder as "
+QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16, or cast to plain fp8"
+PART_REMEDY = "name a file or folder with the transformer alone"
+ENCODER_REMEDY = "the transformer is model.checkpoint=; name the encoder's folder as "
 
 # A pattern of keys, what holds them, and what to do. The first that matches counts: what was made
 # of a model comes before the models.
-KEYS = (
+TELLTALE_KEYS = (
     (
         r"\.(absmax|quant_map|SCB)$|quant_state\.bitsandbytes",
         "quantised by bitsandbytes",
-        QUANTIZED,
+        QUANTIZED_REMEDY,
     ),
-    (r"\.(qweight|qzeros|wscales|smooth_factor|weight_packed)$", "quantised", QUANTIZED),
-    (r"\.weight\._(data|scale)$|\.comfy_quant$", "quantised", QUANTIZED),
+    (r"\.(qweight|qzeros|wscales|smooth_factor|weight_packed)$", "quantised", QUANTIZED_REMEDY),
+    (r"\.weight\._(data|scale)$|\.comfy_quant$", "quantised", QUANTIZED_REMEDY),
     (
         r"(^|\.)scaled_fp8$|\.(scale_(weight|input)|(weight|input)_scale(_inv)?)$",
         "in fp8 with scales",
-        QUANTIZED,
+        QUANTIZED_REMEDY,
     ),
     (
         r"(?i)lora|\.hada_|\.lokr_|\.dora_scale|\.oft_(blocks|diag)|\.diff(_b)?$",
@@ -57,14 +57,18 @@ KEYS = (
     (
         r"^(text_encoders|cond_stage_model|conditioner|first_stage_model|vae)\.",
         "an all-in-one checkpoint with text encoders or an autoencoder, as ComfyUI loads them",
-        f"it is not supported yet: {WHOLE}",
+        f"it is not supported yet: {PART_REMEDY}",
     ),
     (
         r"(^|\.)encoder\.block\.\d+\.layer\.|\.SelfAttention\.q\.",
         "a T5 text encoder",
-        f"{TEXT}model.t5=",
+        f"{ENCODER_REMEDY}model.t5=",
     ),
-    (r"(^|\.)text_model\.|(^|\.)resblocks\.", "a CLIP text encoder", f"{TEXT}model.clip="),
+    (
+        r"(^|\.)text_model\.|(^|\.)resblocks\.",
+        "a CLIP text encoder",
+        f"{ENCODER_REMEDY}model.clip=",
+    ),
     (r"(^|\.)vision_model\.", "an image encoder", "name a transformer"),
     (r"(^|\.)layers\.\d+\.self_attn\.q_proj", "a language model", OTHER_MODEL),
     (r"^(post_)?quant_conv\.", "an autoencoder, but not FLUX.1's", "fetch FLUX.1's ae.safetensors"),
@@ -73,15 +77,15 @@ KEYS = (
 )
 
 MAX_KEYS = 1 << 14  # FLUX.1 has 1,446 in diffusers' layout
-PICKLE = "pickles run code when they are opened, so they never are: fetch .safetensors"
+PICKLE_REMEDY = "pickles run code when they are opened, so they never are: fetch .safetensors"
 # First bytes of a file (of its text in lower case, without white space), what it is, what to do.
-BYTES = (
+TELLTALE_BYTES = (
     (b"gguf", "a GGUF file", "it is not supported yet: fetch .safetensors"),
-    (b"pk\x03\x04", "a zip archive, as torch.save writes .pt, .ckpt and .bin", PICKLE),
-    (b"\x80\x02", "a pickle", PICKLE),
-    (b"\x80\x03", "a pickle", PICKLE),
-    (b"\x80\x04", "a pickle", PICKLE),
-    (b"\x80\x05", "a pickle", PICKLE),
+    (b"pk\x03\x04", "a zip archive, as torch.save writes .pt, .ckpt and .bin", PICKLE_REMEDY),
+    (b"\x80\x02", "a pickle", PICKLE_REMEDY),
+    (b"\x80\x03", "a pickle", PICKLE_REMEDY),
+    (b"\x80\x04", "a pickle", PICKLE_REMEDY),
+    (b"\x80\x05", "a pickle", PICKLE_REMEDY),
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
     (b"<!doctype", "a web page", "it was saved in place of the file: fetch it again, logged in"),
     (b"<html", "a web page", "it was saved in place of the file: fetch it again, logged in"),
@@ -101,7 +105,7 @@ def check_keys(keys):
     """Raise `ValueError`, with a remedy, where keys are those of something else."""
     if len(keys) > MAX_KEYS:
         raise ValueError(f"it has {len(keys)} tensors, more than any FLUX model: {OTHER_MODEL}")
-    for pattern, what, remedy in KEYS:
+    for pattern, what, remedy in TELLTALE_KEYS:
         found = next((key for key in keys if re.search(pattern, key)), None)
         if found is not None:
             raise ValueError(f"it is {what} (it has {found[:120]}): {remedy}")
@@ -114,6 +118,6 @@ def check_bytes(file, start):
     if start[8:9] == b"{":  # as safetensors begin, whose length in front may look like anything
         return
     text = start.lstrip().lower()
-    for magic, what, remedy in BYTES:
+    for magic, what, remedy in TELLTALE_BYTES:
         if text.startswith(magic):
             raise ValueError(f"{file} is {what}: {remedy}")

@@ -100,13 +100,13 @@ class FluxConfig:
         return [12] * self.num_double_blocks + [3] * self.num_single_blocks + [2]
 
 
-CHANNELS = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or FLUX.1-Depth"}  # by input channels, of 64
+CHANNEL_NAMES = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or FLUX.1-Depth"}  # by input channels, of 64
 
 
 def check_channels(config, where):
     """Raise `ValueError`, naming `where`, for a model that does not give what it takes, noise alone."""
     if config.in_channels != config.out_channels:
-        name = CHANNELS.get(config.in_channels, "a model that sees more than noise")
+        name = CHANNEL_NAMES.get(config.in_channels, "a model that sees more than noise")
         raise ValueError(
             f"{where} takes {config.in_channels} channels and gives {config.out_channels}, as {name}: "
             "it can be converted, but drawing with it and training it are not supported yet"

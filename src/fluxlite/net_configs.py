@@ -17,8 +17,9 @@ from fluxlite.model import FluxConfig
 
 log = logging.getLogger("fluxlite")
 
-ROPE = ("rope_axes", "rope_theta")
-FLUX_HEAD = 128  # channels of a head of every published FLUX.1
+NET_CONFIGS = {"transformer": FluxConfig, "controlnet": ControlNetConfig}
+ROPE_FIELDS = ("rope_axes", "rope_theta")
+FLUX_HEAD_WIDTH = 128  # channels of a head of every published FLUX.1
 
 
 @dataclass
@@ -68,7 +69,7 @@ THEIR_NAMES = {  # of our fields in diffusers' config.json
     "num_modes": "num_mode",
     "hint": "conditioning_embedding_channels, so hint",
 }
-DIFFUSERS = {  # what: its class there, what is read of it, and how that becomes ours
+DIFFUSERS_CLASSES = {  # what: its class there, what is read of it, and how that becomes ours
     "transformer": (
         "FluxTransformer2DModel",
         TransformerDescription,
@@ -94,8 +95,10 @@ def read_net_config(what, layout, shapes, *, saved, where, beside, given=None):
     shown = convert.infer_config(layout, shapes)
     said, by = _said_config(what, layout, saved, where, beside)
     if said is None:
-        return _with_rotations(shown, {k: v for k, v in (given or {}).items() if k in ROPE}, where)
-    check_agreement(said, shown, by, but=ROPE, names={} if saved else THEIR_NAMES)
+        return _with_rotations(
+            shown, {k: v for k, v in (given or {}).items() if k in ROPE_FIELDS}, where
+        )
+    check_agreement(said, shown, by, but=ROPE_FIELDS, names={} if saved else THEIR_NAMES)
     said.validate()
     return said
 
@@ -103,18 +106,13 @@ def read_net_config(what, layout, shapes, *, saved, where, beside, given=None):
 def _said_config(what, layout, saved, where, beside):
     """What a description says (None without one), and the name of where it says so."""
     if saved:
-        cls, by = type_of(what), f"{where}'s metadata"
-        return read_description(by, cls, parse_json(saved, by)), by
-    class_name, description, ours_from = DIFFUSERS[what]
+        by = f"{where}'s metadata"
+        return read_description(by, NET_CONFIGS[what], parse_json(saved, by)), by
+    class_name, description, ours_from = DIFFUSERS_CLASSES[what]
     values = diffusers_values(beside, class_name) if layout == "diffusers" else None
     if not values:
         return None, None
     return ours_from(asdict(read_description(beside, description, values, foreign=True))), beside
-
-
-def type_of(what):
-    """The class of a net's configuration."""
-    return {"transformer": FluxConfig, "controlnet": ControlNetConfig}[what]
 
 
 def diffusers_values(file, class_name):
@@ -143,13 +141,13 @@ def _with_rotations(config, given, where):
     for f in fields(config):
         if f.name in given:
             setattr(config, f.name, typed_value(given[f.name], f.type, f"model.{f.name}"))
-    assumed = [name for name in ROPE if name not in given]
+    assumed = [name for name in ROPE_FIELDS if name not in given]
     try:
         config.validate()
     except ValueError as error:
         raise ValueError(f"{error}; the weights do not show them: set model.rope_axes=") from None
     if assumed:
-        level = logging.INFO if config.head_width == FLUX_HEAD else logging.WARNING
+        level = logging.INFO if config.head_width == FLUX_HEAD_WIDTH else logging.WARNING
         values = ", ".join(f"{name}={getattr(config, name)}" for name in assumed)
         log.log(level, "%s does not say how it rotates: %s is assumed, as of FLUX.1", where, values)
     return config

@@ -23,12 +23,12 @@ from fluxlite.latents import num_image_tokens
 from fluxlite.model import check_channels
 from fluxlite.offload import OFFLOAD, stream_blocks
 from fluxlite.sampling import SampleConfig, decode, initial_noise
-from fluxlite.scheduler import SCHNELL, is_schnell
+from fluxlite.scheduler import SCHNELL_SCHEDULER, is_schnell
 
 log = logging.getLogger("fluxlite")
 
-FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
-PIPELINE_FILES = [*(f"{folder}/*" for folder in FOLDERS), "model_index.json"]
+PIPELINE_FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
+PIPELINE_FILES = [*(f"{folder}/*" for folder in PIPELINE_FOLDERS), "model_index.json"]
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
 
 
@@ -166,7 +166,7 @@ def load_pipeline(checkpoint=TINY, **options):
 def default_settings(transformer):
     """Settings that suit a transformer's `Source` where the user names none: {field of SampleConfig: value}."""
     config, settings = transformer.config, transformer.settings
-    if config.guidance_embed or not is_schnell(config.scheduler or SCHNELL):
+    if config.guidance_embed or not is_schnell(config.scheduler or SCHNELL_SCHEDULER):
         return settings
     settings = {"steps": 4, "max_sequence_length": 256} | settings
     if not config.scheduler and transformer.settings.get("shift", "auto") == "auto":

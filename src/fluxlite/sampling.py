@@ -97,7 +97,7 @@ def times_for(config, model_config, num_image_tokens):
     """
     if config.shift != "auto":
         return flow.schedule(config.steps, flow.shift_factor(config.shift, num_image_tokens, "shift"))
-    assumed = scheduler.DEV if model_config.guidance_embed else scheduler.SCHNELL
+    assumed = scheduler.DEV_SCHEDULER if model_config.guidance_embed else scheduler.SCHNELL_SCHEDULER
     return scheduler.scheduled_times(model_config.scheduler or assumed, config.steps, num_image_tokens)
 
 
@@ -180,7 +180,8 @@ def check_drawn(model, conditions, finite):
     tensors = [("the encoded prompt", conditions.txt), ("the modulation", conditions.modulation)]
     tensors += model.named_parameters()
     where = next((name for name, t in tensors if not t.float().isfinite().all()), None)
-    cause = f"{where} holds some" if where else "no weight holds any: try dtype=float32"
+    others = "no weight of the transformer does: look at the ControlNet, or try dtype=float32"
+    cause = f"{where} holds some" if where else others
     step = [bool(f) for f in finite].index(False)
     raise ValueError(
         f"the latents are NaN or infinite after step {step} of {len(finite) - 1}, and {cause}; "

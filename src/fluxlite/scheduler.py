@@ -11,8 +11,8 @@ from fluxlite import flow
 from fluxlite.cli.descriptions import read_description
 from fluxlite.cli.options import option
 
-CLASS_NAME = "FlowMatchEulerDiscreteScheduler"
-REMEDY = "name shift= (resolution, none or a factor) to draw with Euler steps all the same"
+SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
+SHIFT_REMEDY = "name shift= (resolution, none or a factor) to draw with Euler steps all the same"
 
 
 @dataclass
@@ -33,13 +33,21 @@ class SchedulerConfig:
     use_exponential_sigmas: bool = False
     use_beta_sigmas: bool = False
     stochastic_sampling: bool = False
-    _class_name: str = CLASS_NAME
+    _class_name: str = SCHEDULER_CLASS
 
 
-DEV, SCHNELL = SchedulerConfig(use_dynamic_shifting=True, shift=3.0), SchedulerConfig()
+DEV_SCHEDULER, SCHNELL_SCHEDULER = (
+    SchedulerConfig(use_dynamic_shifting=True, shift=3.0),
+    SchedulerConfig(),
+)
 # Those of its settings that other models' schedulers have, and ours does not follow.
-FOLLOWED = ("num_train_timesteps", "invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas")
-FOLLOWED += ("use_beta_sigmas", "stochastic_sampling", "_class_name")
+FIXED_FIELDS = (
+    "num_train_timesteps",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+)
+FIXED_FIELDS += ("use_beta_sigmas", "stochastic_sampling", "_class_name")
 
 
 def read_scheduler(file, values=None):
@@ -52,27 +60,33 @@ def is_schnell(scheduler):
     return not scheduler.use_dynamic_shifting and scheduler.shift == 1
 
 
-def shift_factor(scheduler, num_image_tokens):
+def scheduled_factor(scheduler, num_image_tokens):
     """The factor of the time shift for so many packed tokens, as FluxPipeline computes it."""
     if not scheduler.use_dynamic_shifting:
         return scheduler.shift
     ends = scheduler.base_image_seq_len, scheduler.max_image_seq_len
     if ends[0] == ends[1]:
-        raise ValueError(f"base_image_seq_len and max_image_seq_len are both {ends[0]}: {REMEDY}")
+        raise ValueError(
+            f"base_image_seq_len and max_image_seq_len are both {ends[0]}: {SHIFT_REMEDY}"
+        )
     mu = flow.time_shift_mu(num_image_tokens, (scheduler.base_shift, scheduler.max_shift), ends)
     factor = math.exp(min(mu, 100)) if scheduler.time_shift_type == "exponential" else mu
     if not 0 < factor < 1e12:
-        raise ValueError(f"the time shift for {num_image_tokens} tokens is {factor:.3g}: {REMEDY}")
+        raise ValueError(
+            f"the time shift for {num_image_tokens} tokens is {factor:.3g}: {SHIFT_REMEDY}"
+        )
     return factor
 
 
 def scheduled_times(scheduler, steps, num_image_tokens):
     """Sampling times (steps + 1,) from 1 to 0. Raises `ValueError` for what is not followed."""
-    for name in FOLLOWED:
+    for name in FIXED_FIELDS:
         value = getattr(scheduler, name)
-        if value != getattr(SCHNELL, name):
-            raise ValueError(f"scheduler_config.json says {name}={value}, not supported: {REMEDY}")
+        if value != getattr(SCHNELL_SCHEDULER, name):
+            raise ValueError(
+                f"scheduler_config.json says {name}={value}, not supported: {SHIFT_REMEDY}"
+            )
     if scheduler.shift_terminal and steps < 2:
         raise ValueError("scheduler_config.json says shift_terminal, which takes steps=2 or more")
-    factor = shift_factor(scheduler, num_image_tokens)
+    factor = scheduled_factor(scheduler, num_image_tokens)
     return flow.schedule(steps, factor, terminal=scheduler.shift_terminal)

@@ -272,7 +272,7 @@ def cast(name, tensor, dtype):
     return result
 
 
-def check_finite(name, tensor):
+def check_values(name, tensor):
     """Raise `ValueError`, naming the tensor, where it holds NaN or an infinity."""
     narrow = tensor.dtype.itemsize == 1  # of fp8 torch cannot ask
     if not (tensor.float() if narrow else tensor).isfinite().all():
