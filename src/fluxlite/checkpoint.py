@@ -105,8 +105,9 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
     """The `Source` that a path or hub repository holds, recognised by its keys and files.
 
     A pipeline's folder stands for its `part` (transformer, controlnet or vae); of a run, `ema` chooses the moving average where it
-    has one. `given` are {field: value} of the rotations, for weights without a configuration. Raises
-    `ValueError`, naming `setting`, for what is not exactly a transformer, a ControlNet or an autoencoder.
+    has one. `given` are {field: value} of the rotations, for weights without a configuration.
+    Raises `ValueError`, naming `setting`, for what is not exactly a transformer, a ControlNet or an
+    autoencoder.
     """
     loose = ["*.safetensors"] if part == "controlnet" else []  # as XLabs publishes
     files = [f"{part}/*", "config.json", "diffusion_pytorch_model*", f"scheduler/{SCHEDULER_FILE}"]
@@ -139,7 +140,7 @@ def _open_tensors(path, given=None):
 
 
 def sampling_settings(path, about):
-    """{field of SampleConfig: value} of our own metadata, or of fluxlite.json beside a transformer."""
+    """{field of SampleConfig: value} of our own metadata, or fluxlite.json beside a transformer."""
     file, saved = path.parent / "fluxlite.json", about.get("sampling")
     if saved:
         by, version = f"{path}'s metadata", about["fluxlite_version"]
@@ -150,7 +151,7 @@ def sampling_settings(path, about):
 def scheduler_of(path, about):
     """The `SchedulerConfig` of our own metadata, or beside a transformer's file or folder; or None.
 
-    A pipeline has it in its folder `scheduler`; with what we write in diffusers' layout it lies beside
+    A pipeline has it in its folder `scheduler`; where we wrote diffusers' layout it lies beside
     config.json.
     """
     if about.get("scheduler"):

@@ -63,7 +63,7 @@ class Kind:
     other_weights: tuple  # prefixes of weights that full models have and this part does not
     description: type  # of config.json
     blocks: tuple  # the number of blocks in config.json, and their names
-    shapes: tuple  # (tensors, of which one at least is there, {dimension: what config.json calls it})
+    shapes: tuple  # (tensors, of which one is there, {dimension: what config.json calls it})
 
 
 T5 = Kind(
@@ -199,7 +199,7 @@ def library_errors(kind, what, folder):
 
 
 def check_files(folder):
-    """Raise `ValueError` for a pipe or a device among a folder's files: a library would wait for it."""
+    """Raise `ValueError` for a pipe or a device in a folder: a library would wait for it."""
     for file in folder.iterdir():
         if not file.is_dir():
             check_regular(file)
@@ -224,9 +224,9 @@ TOKENIZER_JSON = (
 def check_tokens(tokenizer, config, folder, kind):
     """Raise `ValueError` where a tokenizer is not that of a model of configuration `config`."""
     with library_errors(kind, "tokenizer", folder):
-        options = dict(padding="max_length", max_length=PROBE_LENGTH, truncation=True, return_tensors="pt")
-        ids = tokenizer(["a red circle"], **options).input_ids
-        whole = ids.shape == (1, PROBE_LENGTH) and 0 <= ids.min() and len(tokenizer) <= config.vocab_size
+        options = dict(padding="max_length", truncation=True, return_tensors="pt")
+        ids = tokenizer(["a red circle"], max_length=PROBE_LENGTH, **options).input_ids
+        whole = ids.shape == (1, PROBE_LENGTH) and len(tokenizer) <= config.vocab_size
         length = tokenizer.model_max_length
         if not whole or not isinstance(length, (int, float)) or length < 2:
             raise ValueError(
@@ -309,8 +309,8 @@ def locate(where, kind):
     folder = Path(where).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(
-            f"{kind.key}={where} is a file, and an encoder in one file is not supported yet: name a "
-            f"folder with config.json, the weights and a tokenizer, as {kind.encoder} of a pipeline"
+            f"{kind.key}={where} is a file, and an encoder in one file is not supported yet: name "
+            f"a folder with config.json, the weights and a tokenizer, as {kind.encoder} of a pipeline"
         )
     folder = folder if folder.is_dir() else download(str(where), kind)
     root = folder if (folder / kind.encoder).is_dir() else folder.parent

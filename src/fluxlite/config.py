@@ -267,7 +267,7 @@ class InferConfig:
         default_factory=list, metadata={"help": "what to draw; give it several times for several", "verbatim": True}
     )
     prompt_file: str | None = verbatim(None, "a text file with a prompt a line")
-    negative_prompt: str = verbatim("", "what to steer away from, with true_cfg above 1; may be empty")
+    negative_prompt: str = verbatim("", "what to steer away from, with true_cfg above 1; or empty")
     images_per_prompt: int = field(default=1, metadata={"help": "pictures of each prompt"})
     controlnet: ControlConfig = field(default_factory=ControlConfig)
     control_image: list[str] = each("the picture that a ControlNet follows, resized and cropped; once for each net")
@@ -283,7 +283,7 @@ class InferConfig:
     shift: str = field(
         default="auto",
         metadata={
-            "help": "time shift: auto (the checkpoint's scheduler_config.json, else resolution, and "
+            "help": "shift of t: auto (the checkpoint's scheduler_config.json, else resolution, or "
             "none without guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)"
         },
     )

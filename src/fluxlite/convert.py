@@ -406,7 +406,7 @@ def depth(keys, pattern):
         if (match := re.match(re.escape(pattern).replace(r"\{i\}", r"(\d+)") + r"\.", key))
     ]
     if max(numbers, default=-1) >= len(keys):
-        raise ValueError(f"a block has the number {max(numbers)} among {len(keys)} keys: it is damaged")
+        raise ValueError(f"block {max(numbers)} among {len(keys)} keys: the file is damaged")
     return 1 + max(numbers, default=-1)
 
 

@@ -69,7 +69,7 @@ def shift_factor(shift, num_image_tokens, key="flow.shift"):
     except ValueError:
         raise ValueError(f"{key}={shift}: choose resolution, none, or a number") from None
     if not 0 < factor <= 1e6:
-        raise ValueError(f"{key}={shift}: the factor must be above 0 and at most 1,000,000; 1 is none")
+        raise ValueError(f"{key}={shift}: the factor must be above 0, at most 1,000,000; 1 is none")
     return factor
 
 

@@ -66,7 +66,7 @@ class FluxConfig:
     rope_theta: float = field(
         default=10_000, metadata={"help": "base of the rotation frequencies", "at_least": 1}
     )
-    scheduler: ClassVar[object] = None  # the `SchedulerConfig` of a checkpoint that has one; no shape
+    scheduler: ClassVar[object] = None  # a checkpoint's `SchedulerConfig`, if any; it is no shape
 
     def validate(self):
         """Raise `ValueError` for a shape that no Flux can have."""
@@ -100,16 +100,16 @@ class FluxConfig:
         return [12] * self.num_double_blocks + [3] * self.num_single_blocks + [2]
 
 
-CHANNEL_NAMES = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or FLUX.1-Depth"}  # by input channels, of 64
+CHANNEL_NAMES = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or FLUX.1-Depth"}  # by input channels
 
 
 def check_channels(config, where):
-    """Raise `ValueError`, naming `where`, for a model that does not give what it takes, noise alone."""
+    """Raise `ValueError`, naming `where`, for a model that takes more than noise."""
     if config.in_channels != config.out_channels:
         name = CHANNEL_NAMES.get(config.in_channels, "a model that sees more than noise")
         raise ValueError(
-            f"{where} takes {config.in_channels} channels and gives {config.out_channels}, as {name}: "
-            "it can be converted, but drawing with it and training it are not supported yet"
+            f"{where} takes {config.in_channels} channels and gives {config.out_channels}, "
+            f"as {name}: it can be converted, but drawing with it and training it are not supported yet"
         )
 
 

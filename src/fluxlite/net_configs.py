@@ -87,7 +87,7 @@ def read_net_config(what, layout, shapes, *, saved, where, beside, given=None):
     """The configuration of {name: shape}, a transformer's, ControlNet's or autoencoder's.
 
     `saved` is the JSON text of our own metadata in the file `where`, or None; `beside` the path of
-    a config.json, which need not exist. `given` are {field: value} where neither says the rotations.
+    a config.json, which need not exist. `given` are {field: value} of rotations that none says.
     Raises `ValueError` that names the file.
     """
     if what == "autoencoder":

@@ -124,7 +124,8 @@ def find_pipeline(
     ckpt.check_part(transformer, "transformer", "model.checkpoint")
     check_channels(transformer.config, f"model.checkpoint={checkpoint}")
     for name, value in given.items():
-        if getattr(transformer.config, name) != (tuple(value) if isinstance(value, list) else value):
+        value = tuple(value) if isinstance(value, list) else value
+        if getattr(transformer.config, name) != value:
             raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}")
     named = {"t5": t5, "clip": clip, "autoencoder": autoencoder}
     parts = beside(checkpoint) | {k: resolve(v) for k, v in named.items() if v}
@@ -171,8 +172,8 @@ def default_settings(transformer):
     settings = {"steps": 4, "max_sequence_length": 256} | settings
     if not config.scheduler and transformer.settings.get("shift", "auto") == "auto":
         log.info(
-            "%s has no guidance input and no scheduler_config.json: it is taken for FLUX.1-schnell, "
-            "steps=%d without a time shift; if it is another, set steps= and shift=resolution",
+            "%s has no guidance input and no scheduler_config.json: it is taken for FLUX.1-schnell,"
+            " steps=%d without a time shift; if it is another, set steps= and shift=resolution",
             *(transformer.where, settings["steps"]),
         )
     return settings

@@ -12,10 +12,11 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from fluxlite import __version__, draws, flow, scheduler
+from fluxlite import __version__, draws, flow
 from fluxlite.cli.descriptions import read_description
 from fluxlite.latents import check_size, pack_latents, position_ids, unpack_latents
 from fluxlite.model import rope_table
+from fluxlite.scheduler import DEV_SCHEDULER, SCHNELL_SCHEDULER, scheduled_times
 
 
 @dataclass
@@ -32,7 +33,7 @@ class SampleConfig:
     shift: str = field(
         default="auto",
         metadata={
-            "help": "time shift: auto (the checkpoint's scheduler_config.json, else resolution, and "
+            "help": "shift of t: auto (the checkpoint's scheduler_config.json, else resolution, or "
             "none without guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)"
         },
     )
@@ -52,9 +53,9 @@ class SampleConfig:
 def read_settings(where, values):
     """{field of SampleConfig: value} of fluxlite.json or of a checkpoint's metadata, checked.
 
-    `version` says which fluxlite wrote them: to 0.1 a shift of 3 was the factor e^3, and is that still.
-    Without a version a numeric shift could be either, and is refused. Raises `ValueError` that names
-    the file, `where`.
+    `version` says which fluxlite wrote them: to 0.1 a shift of 3 was the factor e^3, and still is.
+    Without a version a numeric shift could be either, and is refused. Raises `ValueError` that
+    names the file, `where`.
     """
     version = values.get("version", "")
     given = {name: value for name, value in values.items() if name != "version"}
@@ -79,7 +80,7 @@ def shift_as_factor(where, shift, version):
     if not str(version).startswith("0.1."):
         return shift
     if not abs(float(shift)) < 13:
-        raise ValueError(f"{where} has shift={shift}, which fluxlite 0.1 took as e^{shift}: too much")
+        raise ValueError(f"{where} has shift={shift}, to fluxlite 0.1 e^{shift}: too much")
     return str(math.exp(float(shift)))
 
 
@@ -91,14 +92,15 @@ def denoise(velocity, x, times, progress=lambda steps: steps):
 
 
 def times_for(config, model_config, num_image_tokens):
-    """Sampling times (steps + 1,): those of `config.shift`, or with "auto" of the model's scheduler.
+    """Sampling times (steps + 1,) of `config.shift`, or with "auto" of the model's own scheduler.
 
     Without one they are FLUX.1-dev's, and of a model without guidance FLUX.1-schnell's.
     """
     if config.shift != "auto":
-        return flow.schedule(config.steps, flow.shift_factor(config.shift, num_image_tokens, "shift"))
-    assumed = scheduler.DEV_SCHEDULER if model_config.guidance_embed else scheduler.SCHNELL_SCHEDULER
-    return scheduler.scheduled_times(model_config.scheduler or assumed, config.steps, num_image_tokens)
+        factor = flow.shift_factor(config.shift, num_image_tokens, "shift")
+        return flow.schedule(config.steps, factor)
+    assumed = DEV_SCHEDULER if model_config.guidance_embed else SCHNELL_SCHEDULER
+    return scheduled_times(model_config.scheduler or assumed, config.steps, num_image_tokens)
 
 
 def initial_noise(shape, seeds):
@@ -160,7 +162,7 @@ def sample(model, conditions, noise, times, config, *, against=None, residuals=l
     rope, finite = rope_for(model.config, noise, config, conditions.txt.shape[1]), []
 
     def velocity(x, i):
-        finite.append(x.isfinite().all())  # looked at when all is drawn: the device is not waited for
+        finite.append(x.isfinite().all())  # looked at in the end: the device is not waited for
         added = residuals(x, i, rope)
         positive = model.velocity(x, conditions.txt, rope, conditions.modulation[i], added)
         if against is None:
@@ -174,7 +176,7 @@ def sample(model, conditions, noise, times, config, *, against=None, residuals=l
 
 
 def check_drawn(model, conditions, finite):
-    """Raise `ValueError`, naming where it began, unless latents were finite before each step and after."""
+    """Raise `ValueError`, naming where it began, unless latents were finite at every step."""
     if all(finite):
         return
     tensors = [("the encoded prompt", conditions.txt), ("the modulation", conditions.modulation)]

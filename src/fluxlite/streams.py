@@ -63,7 +63,7 @@ OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".onnx")
 
 
 def indexed_files(index):
-    """The files that an index names, all of which lie in its folder or below; raises `ValueError`."""
+    """The files that an index names, all in its folder or below; raises `ValueError`."""
     folder, places = index.parent, read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index} has no weight_map with a file's name for each weight: {DAMAGED}")
@@ -75,25 +75,25 @@ def indexed_files(index):
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         raise ValueError(
-            f"{folder} lacks {len(missing)} of {len(names)} files of its index, {missing[0]} first: "
-            "fetch it again"
+            f"{folder} lacks {len(missing)} of {len(names)} files of its index, {missing[0]} "
+            "first: fetch it again"
         )
     return [folder / name for name in names]
 
 
 def check_inside(folder, name, where):
-    """Raise `ValueError`, naming the file `where` that says `name`, unless that lies in `folder` or below.
+    """Raise `ValueError`, naming the file `where` that says `name`, unless that lies in `folder`.
 
-    A link that leads out is refused, except to the blobs of the Hugging Face cache, where a snapshot
-    holds nothing but links.
+    It may lie below. A link that leads out is refused, except to the blobs of the Hugging Face cache,
+    where a snapshot holds nothing but links.
     """
     if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{where} names {name!r}, which does not lie in its folder: fetch it again")
+        raise ValueError(f"{where} names {name!r}, which is not in its folder: fetch it again")
     place, inside = (Path(os.path.realpath(p)) for p in (folder / name, folder))
     snapshots = next((p for p in inside.parents if p.name == "snapshots"), None)
     roots = [inside] + ([snapshots.parent / "blobs"] if snapshots else [])
     if not any(place.is_relative_to(os.path.realpath(root)) for root in roots):
-        raise ValueError(f"{where} names {name}, a link to {place} outside: put the file itself there")
+        raise ValueError(f"{where} names {name}, a link to {place} outside: put the file there")
 
 
 def check_file(file):
@@ -277,8 +277,8 @@ def check_values(name, tensor):
     narrow = tensor.dtype.itemsize == 1  # of fp8 torch cannot ask
     if not (tensor.float() if narrow else tensor).isfinite().all():
         raise ValueError(
-            f"{name} holds NaN or infinite values: the file is damaged, or the run that wrote it had "
-            "diverged; fetch it again, or take an earlier checkpoint"
+            f"{name} holds NaN or infinite values: the file is damaged, or the run that wrote it "
+            "had diverged; fetch it again, or take an earlier checkpoint"
         )
 
 

@@ -160,8 +160,8 @@ def flux_weights(config, device):
     shape = config.model.shape()
     if not config.model.checkpoint:
         return random_weights(meta_flux(config), config.seed, device)
-    options = dict(ema=config.model.ema, given=asdict(shape))
-    source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, **options)
+    where, options = resolve(config.model.checkpoint), dict(ema=config.model.ema, given=asdict(shape))
+    source = ckpt.converted(where, config.model.save_converted, **options)
     ckpt.check_part(source, "transformer", "model.checkpoint")
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
     return ckpt.weights_of(source)
@@ -320,7 +320,7 @@ def assemble(config, device, mesh, model, parts, *, base=None):
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
     flux = (base or model).config
-    flux.scheduler = ckpt.scheduler_beside(config.model.checkpoint, flux)  # for the grids of pictures
+    flux.scheduler = ckpt.scheduler_beside(config.model.checkpoint, flux)  # for pictures
     return Run(config, device, mesh, model, base, optimizers, ema, parts, rope_table(ids, config.model.shape()))
 
 

@@ -82,7 +82,7 @@ def read_json(path, kind=dict):
 def read_description(path, cls, values=None, *, foreign=False):
     """The dataclass `cls` that the JSON object of a file describes (or `values`, read from it before).
 
-    Of a `foreign` file, another program's, unknown keys are left out, and null stands for a default.
+    Of a `foreign` file, another program's, unknown keys are left out, and null is a default.
     Raises `ValueError` that names the file and the key.
     """
     values = read_json(path) if values is None else values
