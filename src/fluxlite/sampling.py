@@ -5,14 +5,15 @@ What depends on the step alone is computed for all steps before the first (`cond
 B pictures, L tokens, C channels.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from PIL import Image
 
 from fluxlite import draws, flow
-from fluxlite.latents import check_size, pack_latents, position_ids, unpack_latents
+from fluxlite.cli.options import check_options, option
+from fluxlite.latents import MAX_SIDE, check_size, pack_latents, position_ids, unpack_latents
 from fluxlite.model import rope_table
 
 
@@ -20,25 +21,31 @@ from fluxlite.model import rope_table
 class SampleConfig:
     """How pictures are drawn."""
 
-    height: int = field(default=1024, metadata={"help": "height in pixels"})
-    width: int = field(default=1024, metadata={"help": "width in pixels"})
-    steps: int = field(default=28, metadata={"help": "Euler steps"})
-    guidance: float = field(default=3.5, metadata={"help": "guidance embedding; only for models that have one (dev)"})
-    true_cfg: float = field(
-        default=1.0, metadata={"help": "strength of classifier-free guidance away from negative_prompt; 1 for none"}
+    height: int = option(1024, "height in pixels", at_least=16, at_most=MAX_SIDE)
+    width: int = option(1024, "width in pixels", at_least=16, at_most=MAX_SIDE)
+    steps: int = option(28, "Euler steps of a picture", at_least=1, at_most=10_000)
+    guidance: float = option(
+        3.5,
+        "guidance embedding of a picture, for models that have one (dev)",
+        at_least=0,
+        at_most=1000,
     )
-    shift: str = field(
-        default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"}
+    true_cfg: float = option(
+        1.0,
+        "strength of classifier-free guidance away from negative_prompt; 1 for none",
+        at_least=1,
+        at_most=1000,
     )
-    max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens that prompts are padded and cut to"})
+    shift: str = option(
+        "auto", "time shift: auto (schnell none, else resolution), resolution, none, or a number"
+    )
+    max_sequence_length: int = option(
+        512, "T5 tokens that prompts are padded and cut to", at_least=1, at_most=10_000
+    )
 
     def validate(self, downsampling=8):
+        check_options(self)
         check_size(self.height, self.width, downsampling)
-        for name in ("steps", "max_sequence_length"):
-            if not 1 <= getattr(self, name) <= 10_000:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 1 and 10,000")
-        if not self.true_cfg >= 1:
-            raise ValueError(f"true_cfg={self.true_cfg} must be at least 1")
         if self.shift != "auto":
             flow.training_mu(self.shift, 256)
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from fluxlite import __version__, draws, flow, optim, parallel, sampling
 from fluxlite import checkpoint as ckpt
 from fluxlite.autoencoder import sample_posterior
+from fluxlite.cli.options import resumable_keys
 from fluxlite.conditioning import load_text_encoders
 from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, pieces_from_base, spread, unused_parameters, used
 from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, open_dataset, prepare
@@ -32,25 +33,6 @@ from fluxlite.pipeline import check_widths, resolve
 from fluxlite.streams import Piece
 
 log = logging.getLogger("fluxlite")
-
-# What a resumed run may change: nothing that its next sample or its model depends on. (A schedule ends at the new steps.)
-MAY_CHANGE = (
-    *(
-        "steps",
-        "output",
-        "resume",
-        "device",
-        "compile",
-        "validate_every",
-        "validation",
-        "parallel.",
-        "checkpoint.",
-        "metrics.",
-        "sample.",
-    ),
-    *("controlnet.meter_every", "controlnet.patience"),
-    *("data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention", "model.save_converted"),
-)
 
 
 @dataclass
@@ -547,7 +529,7 @@ def check_resume(saved, config):
     new = _flat(json.loads(json.dumps(asdict(config))))
     old = _flat(json.loads(json.dumps(asdict(type(config)())))) | _flat(saved)  # what an older version did not know has its default
     changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    accepted = {k for k in changed if k.startswith(MAY_CHANGE)}
+    accepted = changed & resumable_keys(type(config))
     if changed - accepted:
         listed = _differences({k: old.get(k) for k in changed - accepted}, {k: new.get(k) for k in changed - accepted})
         raise ValueError(

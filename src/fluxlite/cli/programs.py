@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
@@ -15,8 +16,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception: what is half written is removed on the way out, as after Ctrl-C."""
 
 
-def run_program(body, *, usage=None):
+def run_program(body, *, usage=None, ranks=True):
     """Call `body(arguments)` with the command line's; never returns where it fails.
+
+    Without `ranks` the program is one process: torchrun with several is refused.
 
     Exit codes: 2 and one line for what a user or a disk can cause, 130 after Ctrl-C, 143 after
     SIGTERM, 141 where the reader of our output is gone. `usage()` gives the text of --help.
@@ -27,6 +30,8 @@ def run_program(body, *, usage=None):
         return
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        if on_rank() and not ranks:
+            raise ValueError("this program is one process: start it without torchrun")
         body(arguments)
         sys.stdout.flush()
     except Terminated:
@@ -34,8 +39,7 @@ def run_program(body, *, usage=None):
     except KeyboardInterrupt:
         _end(130, "stopped")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
-        sys.exit(141)
+        _end(141, None)
     except Exception as error:
         line = one_line(error)
         if line is None or os.environ.get(BUG):
@@ -54,7 +58,13 @@ def _terminate(*_):
 
 def _end(code, line):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C adds no traceback
-    print(line, file=sys.stderr)
+    traceback.clear_frames(sys.exc_info()[2])  # closes what generators hold: bars, temporary files
+    if line:
+        print(line, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # its reader is gone, or its disk full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
     sys.exit(code)
 
 
