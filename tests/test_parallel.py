@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_trainer import MOCK, command, losses, run, train, wait_for_steps, weights
 
-from fluxlite import preflight
+from fluxlite import prediction
 from fluxlite.cli.command_line import load_config
 from fluxlite.config import TrainConfig
 
@@ -154,7 +154,7 @@ def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
         "model.num_single_blocks=1",
     ]
     plain, spread = (
-        sum(preflight.predict([*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8)["sent"].values())
+        sum(prediction.predict([*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8)["sent"].values())
         for flag in ("false", "true")
     )
     features = 17 * 3072
@@ -172,7 +172,7 @@ def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
         "data.width=64",
     ]
     net = ["controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=0", "data.global_batch=8"]
-    found, plain = (preflight.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"]))
+    found, plain = (prediction.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"]))
     assert found["memory"]["frozen transformer"] == pytest.approx(plain["memory"]["weights"] / 2, rel=1e-3)  # bfloat16 for float32
     assert found["memory"]["gradients"] < found["memory"]["weights"]  # what no gradient reaches is frozen
     assert found["calls"]["all_gather", "fsdp"] > plain["calls"]["all_gather", "fsdp"]

@@ -156,7 +156,7 @@ def help_text(cls, name, usage):
 def _help_line(name, f, width=42):
     """A field's line: its default, what it means, its choices or bounds."""
     default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-    if default is not dataclasses.MISSING:
+    if default is not dataclasses.MISSING and not (f.type is bool and name.startswith("--")):
         name += "null" if default is None else json.dumps(default)
     allowed = ", ".join(map(str, f.metadata.get("choices", ()))) or bounds_of(f.metadata)
     return f"  {name}".ljust(width) + f"  {f.metadata['help']}" + (f" ({allowed})" if allowed else "")
