@@ -16,7 +16,7 @@ import torch
 from fluxlite import checkpoint as ckpt
 from fluxlite import control, parallel, sampling
 from fluxlite.checkpoint import TINY, resolve
-from fluxlite.cli.options import check_options, option
+from fluxlite.cli.options import check_options, option, typed_options
 from fluxlite.conditioning import load_text_encoders
 from fluxlite.control import Steering, open_control
 from fluxlite.latents import num_image_tokens
@@ -200,7 +200,7 @@ def settle(checkpoint, options, negative_prompt, controls, num_prompts):
         parts = find_pipeline(checkpoint, **rest)
         model_config = parts.transformer.config
         defaults = default_settings(parts.transformer)
-    config = SampleConfig(**(defaults | settings))
+    config = typed_options(SampleConfig, defaults | settings)
     config.validate(parts.autoencoder.config.downsampling)
     if "guidance" in settings and not model_config.guidance_embed:
         raise ValueError("guidance: this model (as schnell) has no guidance input; leave the setting out")

@@ -124,7 +124,8 @@ def _refuse_twice(cls, argv):
     several = {key for key, f in fields.items() if typing.get_origin(f.type) is list and _verbatim(f)}
     for key, _, value in (argument.partition("=") for argument in argv):
         if key in seen and key not in several:
-            raise ValueError(f"{key}= is given twice, {seen[key]!r} and {value!r}: give it once")
+            both = f"{shortened(seen[key])} and {shortened(value)}"
+            raise ValueError(f"{key}= is given twice, {both}: give it once")
         seen[key] = value
 
 
@@ -179,7 +180,8 @@ def parse_flags(cls, arguments, *, rest=False):
     for f in dataclasses.fields(cls):
         flag, texts = flag_of(f), getattr(given, f.name, [])
         if len(texts) > 1:
-            raise ValueError(f"{flag} is given twice: {', '.join(map(repr, texts))}; give it once")
+            several = ", ".join(map(shortened, texts))
+            raise ValueError(f"{flag} is given twice: {several}; give it once")
         if texts:
             values[f.name] = _flag_value(texts[0], hints[f.name], f.metadata, flag)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:

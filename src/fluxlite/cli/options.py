@@ -109,6 +109,9 @@ def typed_options(cls, values, prefix=""):
             )
         else:
             arguments[key] = checked_value(value, hints[key], fields[key].metadata, prefix + key)
+    for name, f in fields.items():
+        if f.metadata.get("path") and name not in arguments and isinstance(f.default, str):
+            arguments[name] = expand_path(f.default, prefix + name)
     missing = [name for name, f in fields.items() if name not in arguments and _is_required(f)]
     if missing:
         raise ValueError(f"{prefix}{missing[0]} is missing")

@@ -49,6 +49,7 @@ def run_program(body, *, usage=None, ranks=True):
         _end(2, f"error{on_rank()}: {line}")
 
 
+LONGEST = 1500  # characters of an error
 FIRST_SPEAKS = 5  # seconds: the first rank to end has the others killed; it should be rank 0
 
 
@@ -76,6 +77,8 @@ def on_rank():
 def one_line(error):
     """What to tell of an error that a user, a disk or the memory can cause; None for a bug."""
     text = " ".join(str(error).split())
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"out of memory ({text[:160] or 'of this machine'}): {REMEDIES}"
     if isinstance(error, OSError) and error.strerror:
