@@ -28,6 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fluxlite.cli.options import check_options, option
+from fluxlite.streams import aside
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"); the first name found in the device's wins.
 PEAK_TFLOPS = (
@@ -108,12 +109,9 @@ def read_metrics(folder):
 def rewind_metrics(folder, step):
     """Drop the rows later than `step`, which a killed run wrote after its last checkpoint; all of them where `step` is 0."""
     path = Path(folder) / "metrics.jsonl"
-    aside = path.with_name(".metrics.jsonl.part")
-    with open(aside, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in read_metrics(folder) if 0 < step >= row["step"])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    rows = [row for row in read_metrics(folder) if 0 < step >= row["step"]]
+    with aside(path, overwrite=True) as part, open(part, "w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 class Metrics:
@@ -161,8 +159,8 @@ class Metrics:
         if not self.enabled:
             return None
         path = self.folder / "images" / f"{name}-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with aside(path, overwrite=True) as part:
+            picture.save(part, "PNG")
         if self.writer:
             self.writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
         if self.wandb:
@@ -381,7 +379,8 @@ def save_axes(figure, both, path):
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    with aside(path, overwrite=True) as part:
+        figure.savefig(part, format="png")
     return path
 
 

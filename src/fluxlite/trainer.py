@@ -30,7 +30,7 @@ from fluxlite.meter import Meter
 from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
 from fluxlite.model import Flux, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
-from fluxlite.streams import Piece
+from fluxlite.streams import Piece, aside
 
 log = logging.getLogger("fluxlite")
 
@@ -646,8 +646,8 @@ def start_watching(run, validation, start):
     """Open the run's folder and metrics and encode what it looks at; with a cache the text encoders are then freed."""
     config, main = run.config, parallel.rank() == 0
     if main:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        with aside(Path(config.output) / "config.json", overwrite=True) as part:
+            part.write_text(json.dumps(asdict(config), indent=2) + "\n")
     metrics = Metrics(
         config.metrics, config.output, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main
     )

@@ -7,6 +7,7 @@ A sample depends on (seed, index, size) alone. Ordered colour pairs that `is_hel
     python -m fluxlite.data.fill50k --dst fill50k_tarfiles --source training/fill50k     # the original download
 """
 
+import contextlib
 import io
 import json
 import os
@@ -168,8 +169,8 @@ def write_shards(samples, dst, *, count=None, per_shard=1000, about=None):
     dst = Path(dst)
     dst.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=dst.parent, prefix=f".{dst.name}-"))
+    writer, written = None, 0
     try:
-        writer, written = None, 0
         for sample in tqdm(samples, total=count, desc=f"writing {dst}", unit="picture"):
             if written % per_shard == 0:
                 if writer:
@@ -188,6 +189,13 @@ def write_shards(samples, dst, *, count=None, per_shard=1000, about=None):
         except OSError:
             if not any(dst.glob("*.tar")):
                 raise
+    except OSError as error:
+        if writer:
+            with contextlib.suppress(OSError):  # a stream that is not closed tries it again when freed
+                writer.close()
+        if error.filename is not None or error.strerror is None:  # of a source's picture
+            raise
+        raise ValueError(f"{dst} cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return dst
