@@ -130,8 +130,10 @@ def checked_value(value, hint, metadata, key):
 
 def expand_path(text, key):
     """A path with `~` for the home folder, as a shell gives it; raises `ValueError` where it is empty."""
-    if text is not None and (not text.strip() or "\0" in text):
-        raise ValueError(f"{key}={text!r} names no file or folder: name one, or leave {key} out")
+    parts = os.fsencode(text or "").split(b"/")
+    if text is not None and (not text.strip() or "\0" in text or len(max(parts, key=len)) > 255):
+        shown = shortened(text)
+        raise ValueError(f"{key}={shown} names no file or folder: name one, or leave {key} out")
     return os.path.expanduser(text) if text else text
 
 

@@ -77,13 +77,13 @@ def on_rank():
 def one_line(error):
     """What to tell of an error that a user, a disk or the memory can cause; None for a bug."""
     text = " ".join(str(error).split())
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         return f"out of memory ({text[:160] or 'of this machine'}): {REMEDIES}"
     if isinstance(error, OSError) and error.strerror:
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return f"{' → '.join(places) or 'a file'}: {error.strerror}"
+        text = f"{' → '.join(places) or 'a file'}: {error.strerror}"
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     return text if isinstance(error, (ValueError, OSError)) else None
 
 
