@@ -181,14 +181,19 @@ def _open_run(path, ema):
     described = {name: tensors.described(key(name)) for name in convert.our_shapes(config)}
     metadata = {"training": json.dumps(meta["flow"] | {"step": meta["step"], "ema": bool(averaged)})}
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    saved = meta["config"]
-    settings = {k: saved["sample"][k] for k in ("steps", "guidance")} | {k: saved["data"][k] for k in ("height", "width")}
-    settings["max_sequence_length"] = saved["model"]["max_sequence_length"]
 
     def read(name, start=0, stop=None):
         return tensors.read(key(name), start, stop)
 
+    settings = run_settings(meta["config"])
     return Source(str(path), what, "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
+
+
+def run_settings(saved):
+    """The settings for sampling that a run's configuration has."""
+    settings = {name: saved["sample"][name] for name in ("steps", "guidance")}
+    settings |= {name: saved["data"][name] for name in ("height", "width")}
+    return settings | {"max_sequence_length": saved["model"]["max_sequence_length"]}
 
 
 class RunTensors:
@@ -268,14 +273,12 @@ def flux_config(values, cls=FluxConfig):
 
 
 def load_state(source):
-    """A state dict in our layout: of our own files mapped and not copied, of others only what changes is copied."""
-    if source.layout == "fluxlite" or (source.what == "autoencoder" and source.layout == "diffusers"):
-        return {name: source.read(name) for name in source.described}
-    return convert.assemble(pieces(source), convert.our_shapes(source.config))
+    """A state dict in our layout: views of the mapped files, and copies of what they hold otherwise."""
+    return dict(weights_of(source))
 
 
-def pieces(source):
-    """A source's tensors in our layout, a few linears at a time: (piece, values)."""
+def weights_of(source):
+    """A source's tensors in our layout, a few linears at a time: (name, values)."""
     return convert.convert(source.read, source.layout, "fluxlite", source.config)
 
 
@@ -414,15 +417,15 @@ def _file_names(what, to, count):
 
 
 def _write_shards(source, to, shards, files, digests, progress):
-    def read(name, start, stop):
+    def read(name):
         digests.add(name, source)
-        return source.read(name, start, stop)
+        return source.read(name)
 
-    pieces = ((piece.name, tensor) for piece, tensor in convert.convert(read, source.layout, to, source.config))
+    pieces = convert.convert(read, source.layout, to, source.config)
     rewrites, held = [], []
 
     def of(shard):
-        """The pieces of one shard; the first of the next is held back for it."""
+        """The tensors of one shard; the first of the next is held back for it."""
         while held or (nxt := next(pieces, None)):
             name, tensor = held.pop() if held else nxt
             if name not in shard:
@@ -504,9 +507,12 @@ def read_meta(folder):
     file = Path(folder) / "meta.json"
     try:
         meta = json.loads(file.read_text())
-        return {k: meta[k] for k in ("model", "flow", "config", "ema", "step")} | meta
+        meta = {k: meta[k] for k in ("model", "flow", "config", "ema", "step")} | meta
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is no whole description of a checkpoint ({error!r})") from None
+    if str(meta.get("version", "")).startswith("0.1."):
+        raise ValueError(f"{folder} was written by {convert.FIRST_EDITION}")
+    return meta
 
 
 BY_NAME = StateDictOptions(strict=True, flatten_optimizer_state_dict=True)  # groups of parameters differ from mesh to mesh

@@ -9,6 +9,8 @@ import sys
 import time
 import traceback
 
+from fluxlite.cli.processes import STOP_SIGNALS, die_with_parent
+
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
 
@@ -28,24 +30,29 @@ def run_program(body, *, usage=None, ranks=True):
     if usage and {"-h", "--help"} & set(arguments):
         print(usage())
         return
-    signal.signal(signal.SIGTERM, _terminate)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun; a killed one cannot stop its ranks
+        die_with_parent(os.getppid())
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop)
     try:
         if on_rank() and not ranks:
             raise ValueError("this program is one process: start it without torchrun")
         body(arguments)
         sys.stdout.flush()
+        _let_go()
     except Terminated:
-        _end(143, "stopped by SIGTERM")
+        _end(143, _said_once("stopped by SIGTERM"))
     except KeyboardInterrupt:
-        _end(130, "stopped")
+        _end(130, _said_once("stopped"))
     except BrokenPipeError:
         _end(141, None)
     except Exception as error:
         line = one_line(error)
         if line is None or os.environ.get(BUG):
             raise
-        if on_rank():
-            time.sleep(FIRST_SPEAKS * (int(os.environ["RANK"]) > 0))
+        if not _is_first():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 has spoken
+            time.sleep(FIRST_SPEAKS)
         _end(2, f"error{on_rank()}: {line}")
 
 
@@ -53,12 +60,19 @@ LONGEST = 1500  # characters of an error
 FIRST_SPEAKS = 5  # seconds: the first rank to end has the others killed; it should be rank 0
 
 
-def _terminate(*_):
-    raise Terminated
+def _stop(number, _frame):
+    _let_go()
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _let_go():
+    """Let a second Ctrl-C end the program at once. SIGTERM may be passed on twice: ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end(code, line):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C adds no traceback
+    _let_go()
     traceback.clear_frames(sys.exc_info()[2])  # closes what generators hold: bars, temporary files
     if line:
         print(line, file=sys.stderr)
@@ -67,6 +81,15 @@ def _end(code, line):
     except OSError:  # its reader is gone, or its disk full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
     sys.exit(code)
+
+
+def _is_first():
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _said_once(line):
+    """A line that rank 0 says for all."""
+    return line if _is_first() else None
 
 
 def on_rank():
@@ -82,6 +105,8 @@ def one_line(error):
     if isinstance(error, OSError) and error.strerror:
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
         text = f"{' → '.join(places) or 'a file'}: {error.strerror}"
+    if text.startswith("DataLoader worker"):
+        return f"a loader process died, perhaps of too little memory ({text[:99]}): fewer data.workers?"
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     return text if isinstance(error, (ValueError, OSError)) else None
