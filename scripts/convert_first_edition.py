@@ -84,11 +84,11 @@ def open_file(path):
     )
 
 
-def with_factor(path, flow):
+def with_factor(flow):
     """Settings of training, a numeric shift in them as today's factor, e to what it was."""
     if flow.get("shift", "none") in ("resolution", "none"):
         return flow
-    return flow | {"shift": sampling.shift_as_factor(path, flow["shift"], "0.1.0")}
+    return flow | {"shift": sampling.shift_as_factor(flow["shift"], "0.1.0")}
 
 
 def open_run(path, ema):
@@ -106,7 +106,7 @@ def open_run(path, ema):
 
     names = [name.removeprefix("model.") for name in tensors.tensors if name.startswith("model.")]
     types = {name: tensors.described(key(name))[0] for name in names}
-    training = with_factor(path, meta["flow"]) | {"step": meta["step"], "ema": bool(averaged)}
+    training = with_factor(meta["flow"]) | {"step": meta["step"], "ema": bool(averaged)}
     about = {"training": json.dumps(training)}
     files = sorted(p for p in folder.iterdir() if p.is_file())
     settings = checkpoint.run_settings(meta["config"])

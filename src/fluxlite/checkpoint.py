@@ -13,7 +13,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from tqdm import tqdm
 from fluxlite import __version__, convert, foreign, hub, net_configs, sampling, streams
 from fluxlite.autoencoder import AutoencoderConfig
 from fluxlite.cli.descriptions import parse_json, read_json
+from fluxlite.cli.options import option
 from fluxlite.controlnet import ControlNetConfig
 from fluxlite.data.shards import locked
 from fluxlite.model import FluxConfig
@@ -42,12 +43,12 @@ ASSETS = Path(__file__).parents[2] / "assets"
 class CheckpointConfig:
     """When a run saves, and how much it keeps."""
 
-    every: int = field(default=1000, metadata={"help": "steps between checkpoints; the last step always saves"})
-    keep: int = field(default=2, metadata={"help": "checkpoints kept, the newest; 0 keeps all"})
-
-    def validate(self):
-        if self.every < 1 or self.keep < 0:
-            raise ValueError(f"checkpoint.every={self.every} must be at least 1 and checkpoint.keep={self.keep} not negative")
+    every: int = option(
+        1000, "steps between checkpoints; the last step always saves", at_least=1, at_most=10**9
+    )
+    keep: int = option(
+        2, "checkpoints kept, the newest; 0 keeps all", at_least=0, at_most=1_000_000
+    )
 
 
 # --- what a path holds ----------------------------------------------------------------------------------------------------------

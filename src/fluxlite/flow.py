@@ -6,11 +6,12 @@ B batch, L image tokens, C channels of a token.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from fluxlite import draws
+from fluxlite.cli.options import option
 
 DENSITIES = ("logit_normal", "uniform", "mode")
 VALIDATION_T = tuple(i / 8 for i in range(8))
@@ -20,26 +21,26 @@ VALIDATION_T = tuple(i / 8 for i in range(8))
 class FlowConfig:
     """How t and guidance are drawn in training."""
 
-    density: str = field(
-        default="logit_normal", metadata={"help": "density of t: logit_normal, uniform or mode (arXiv 2403.03206)"}
+    density: str = option(
+        "logit_normal", "density of t (arXiv 2403.03206)", choices=DENSITIES
     )
-    logit_mean: float = field(default=0.0, metadata={"help": "mean of logit(t) for logit_normal"})
-    logit_std: float = field(default=1.0, metadata={"help": "standard deviation of logit(t) for logit_normal"})
-    mode_scale: float = field(default=1.29, metadata={"help": "strength of the mode density, in [-1, 1.75]"})
-    shift: str = field(
-        default="resolution",
-        metadata={
-            "help": "time shift: resolution (from the number of tokens), none, or a factor s as "
-            "everywhere, t' = s*t / (1 + (s - 1)*t)"
-        },
+    logit_mean: float = option(
+        0.0, "mean of logit(t) for logit_normal", at_least=-20, at_most=20
     )
-    guidance: str = field(default="1.0", metadata={"help": "guidance in training: a constant, or uniform[a,b]", "verbatim": True})
+    logit_std: float = option(
+        1.0, "standard deviation of logit(t) for logit_normal", above=0, at_most=20
+    )
+    mode_scale: float = option(1.29, "strength of the mode density", at_least=-1, at_most=1.75)
+    shift: str = option(
+        "resolution",
+        "time shift: resolution (from the number of tokens), none, or a factor s as everywhere, "
+        "t' = s*t / (1 + (s - 1)*t)",
+    )
+    guidance: str = option(
+        "1.0", "guidance in training: a constant, or uniform[a,b]", verbatim=True
+    )
 
     def validate(self):
-        if self.density not in DENSITIES:
-            raise ValueError(f"flow.density={self.density}: choose one of {', '.join(DENSITIES)}")
-        if self.logit_std <= 0:
-            raise ValueError(f"flow.logit_std={self.logit_std} must be positive")
         shift_factor(self.shift, 256)
         guidance_range(self.guidance)
 
@@ -83,8 +84,8 @@ def guidance_range(policy):
             low = high = float(text)
     except ValueError:
         raise ValueError(f"flow.guidance={policy}: write a number, or uniform[a,b]") from None
-    if not low <= high:
-        raise ValueError(f"flow.guidance={policy}: the range is empty")
+    if not 0 <= low <= high <= 1000:
+        raise ValueError(f"flow.guidance={policy}: write a range within 0 and 1000, least first")
     return low, high
 
 

@@ -6,7 +6,7 @@ B pictures, L tokens, C channels.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
@@ -14,7 +14,8 @@ from PIL import Image
 
 from fluxlite import __version__, draws, flow
 from fluxlite.cli.descriptions import read_description
-from fluxlite.latents import check_size, pack_latents, position_ids, unpack_latents
+from fluxlite.cli.options import check_options, option
+from fluxlite.latents import MAX_SIDE, check_size, pack_latents, position_ids, unpack_latents
 from fluxlite.model import rope_table
 from fluxlite.scheduler import DEV_SCHEDULER, SCHNELL_SCHEDULER, scheduled_times
 
@@ -23,29 +24,33 @@ from fluxlite.scheduler import DEV_SCHEDULER, SCHNELL_SCHEDULER, scheduled_times
 class SampleConfig:
     """How pictures are drawn."""
 
-    height: int = field(default=1024, metadata={"help": "height in pixels"})
-    width: int = field(default=1024, metadata={"help": "width in pixels"})
-    steps: int = field(default=28, metadata={"help": "Euler steps"})
-    guidance: float = field(default=3.5, metadata={"help": "guidance embedding; only for models that have one (dev)"})
-    true_cfg: float = field(
-        default=1.0, metadata={"help": "strength of classifier-free guidance away from negative_prompt; 1 for none"}
+    height: int = option(1024, "height in pixels", at_least=16, at_most=MAX_SIDE)
+    width: int = option(1024, "width in pixels", at_least=16, at_most=MAX_SIDE)
+    steps: int = option(28, "Euler steps of a picture", at_least=1, at_most=10_000)
+    guidance: float = option(
+        3.5,
+        "guidance embedding of a picture, for models that have one (dev)",
+        at_least=0,
+        at_most=1000,
     )
-    shift: str = field(
-        default="auto",
-        metadata={
-            "help": "shift of t: auto (the checkpoint's scheduler_config.json, else resolution, or "
-            "none without guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)"
-        },
+    true_cfg: float = option(
+        1.0,
+        "strength of classifier-free guidance away from negative_prompt; 1 for none",
+        at_least=1,
+        at_most=1000,
     )
-    max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens that prompts are padded and cut to"})
+    shift: str = option(
+        "auto",
+        "shift of t: auto (the checkpoint's scheduler_config.json, else resolution, or none without "
+        "guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)",
+    )
+    max_sequence_length: int = option(
+        512, "T5 tokens that prompts are padded and cut to", at_least=1, at_most=10_000
+    )
 
     def validate(self, downsampling=8):
+        check_options(self)
         check_size(self.height, self.width, downsampling)
-        for name in ("steps", "max_sequence_length"):
-            if not 1 <= getattr(self, name) <= 10_000:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 1 and 10,000")
-        if not self.true_cfg >= 1:
-            raise ValueError(f"true_cfg={self.true_cfg} must be at least 1")
         if self.shift != "auto":
             flow.shift_factor(self.shift, 256, "shift")
 
@@ -61,27 +66,24 @@ def read_settings(where, values):
     given = {name: value for name, value in values.items() if name != "version"}
     config = read_description(where, SampleConfig, given)
     try:
+        if config.shift not in ("auto", "resolution", "none"):
+            config.shift = shift_as_factor(config.shift, version)
         config.validate()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    settings = {name: getattr(config, name) for name in given}
-    if settings.get("shift", "auto") not in ("auto", "resolution", "none"):
-        settings["shift"] = shift_as_factor(where, config.shift, version)
-    return settings
+    return {name: getattr(config, name) for name in given}
 
 
-def shift_as_factor(where, shift, version):
-    """A numeric shift that was written by a version of fluxlite as the factor that it is today."""
+def shift_as_factor(shift, version):
+    """A numeric shift that a version of fluxlite wrote, as the factor that it is today."""
     if not version:
         raise ValueError(
-            f'{where} has shift={shift} and no "version": to fluxlite 0.1 that was a factor of '
-            f'e^{shift}; write "version": "{__version__}" beside the factor that is meant'
+            f'shift={shift} and no "version": to fluxlite 0.1 that was a factor of e^{shift}; write '
+            f'"version": "{__version__}" beside the factor that is meant'
         )
     if not str(version).startswith("0.1."):
         return shift
-    if not abs(float(shift)) < 13:
-        raise ValueError(f"{where} has shift={shift}, to fluxlite 0.1 e^{shift}: too much")
-    return str(math.exp(float(shift)))
+    return str(math.exp(min(float(shift), 100)))
 
 
 def denoise(velocity, x, times, progress=lambda steps: steps):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from fluxlite import __version__, draws, flow, optim, parallel, sampling
 from fluxlite import checkpoint as ckpt
 from fluxlite.autoencoder import sample_posterior
+from fluxlite.cli.options import resumable_keys
 from fluxlite.cli.processes import held_signals
 from fluxlite.conditioning import load_text_encoders
 from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, spread, unused_parameters, used, weights_from_base
@@ -31,27 +32,9 @@ from fluxlite.meter import Meter
 from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
 from fluxlite.model import Flux, check_channels, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
+from fluxlite.streams import aside
 
 log = logging.getLogger("fluxlite")
-
-# What a resumed run may change: nothing that its next sample or its model depends on. (A schedule ends at the new steps.)
-MAY_CHANGE = (
-    *(
-        "steps",
-        "output",
-        "resume",
-        "device",
-        "compile",
-        "validate_every",
-        "validation",
-        "parallel.",
-        "checkpoint.",
-        "metrics.",
-        "sample.",
-    ),
-    *("controlnet.meter_every", "controlnet.patience"),
-    *("data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention", "model.save_converted"),
-)
 
 
 @dataclass
@@ -559,7 +542,7 @@ def check_resume(saved, config):
     new = _flat(json.loads(json.dumps(asdict(config))))
     old = _flat(json.loads(json.dumps(asdict(type(config)())))) | _flat(saved)  # what an older version did not know has its default
     changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    accepted = {k for k in changed if k.startswith(MAY_CHANGE)}
+    accepted = changed & resumable_keys(type(config))
     if changed - accepted:
         listed = _differences({k: old.get(k) for k in changed - accepted}, {k: new.get(k) for k in changed - accepted})
         raise ValueError(
@@ -683,8 +666,8 @@ def start_watching(run, validation, start):
     """Open the run's folder and metrics and encode what it looks at; with a cache the text encoders are then freed."""
     config, main = run.config, parallel.rank() == 0
     if main:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        with aside(Path(config.output) / "config.json", overwrite=True) as part:
+            part.write_text(json.dumps(asdict(config), indent=2) + "\n")
     metrics = Metrics(
         config.metrics, config.output, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main
     )
