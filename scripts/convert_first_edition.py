@@ -72,7 +72,10 @@ def open_file(path):
     )
     if not about.get("fluxlite_version", "").startswith("0.1.") or "modulation.weight" not in types:
         raise ValueError(f"--src {path} is no file of fluxlite 0.1: convert_hf.py reads all others")
-    settings = json.loads(about.get("sampling", "{}"))
+    saved = json.loads(about.get("sampling", "{}")) | {"version": about["fluxlite_version"]}
+    settings = sampling.read_settings(path, saved)
+    if "training" in about:
+        about |= {"training": json.dumps(with_factor(json.loads(about["training"])))}
     return (
         about["what"],
         json.loads(about["config"]),
