@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
-from fluxlite import checkpoint, convert, streams
+from fluxlite import checkpoint, convert, sampling, streams
 from fluxlite.cli.programs import run_program
 from fluxlite.controlnet import ControlNetConfig
 from fluxlite.model import FluxConfig
@@ -72,7 +72,10 @@ def open_file(path):
     )
     if not about.get("fluxlite_version", "").startswith("0.1.") or "modulation.weight" not in types:
         raise ValueError(f"--src {path} is no file of fluxlite 0.1: convert_hf.py reads all others")
-    settings = json.loads(about.get("sampling", "{}"))
+    saved = json.loads(about.get("sampling", "{}")) | {"version": about["fluxlite_version"]}
+    settings = sampling.read_settings(path, saved)
+    if "training" in about:
+        about |= {"training": json.dumps(with_factor(json.loads(about["training"])))}
     return (
         about["what"],
         json.loads(about["config"]),
@@ -82,6 +85,13 @@ def open_file(path):
         tensors.files,
         settings,
     )
+
+
+def with_factor(flow):
+    """Settings of training, a numeric shift in them as today's factor, e to what it was."""
+    if flow.get("shift", "none") in ("resolution", "none"):
+        return flow
+    return flow | {"shift": sampling.shift_as_factor(flow["shift"], "0.1.0")}
 
 
 def open_run(path, ema):
@@ -99,7 +109,8 @@ def open_run(path, ema):
 
     names = [name.removeprefix("model.") for name in tensors.tensors if name.startswith("model.")]
     types = {name: tensors.described(key(name))[0] for name in names}
-    about = {"training": json.dumps(meta["flow"] | {"step": meta["step"], "ema": bool(averaged)})}
+    training = with_factor(meta["flow"]) | {"step": meta["step"], "ema": bool(averaged)}
+    about = {"training": json.dumps(training)}
     files = sorted(p for p in folder.iterdir() if p.is_file())
     settings = checkpoint.run_settings(meta["config"])
     return meta.get("what", "transformer"), meta["model"], read, types, about, files, settings

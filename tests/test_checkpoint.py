@@ -22,6 +22,7 @@ from test_trainer import MOCK
 
 from fluxlite import checkpoint, convert, offload, streams, verify
 from fluxlite.checkpoint import ASSETS
+from fluxlite.cli.programs import one_line
 
 ROOT = Path(__file__).parents[1]
 TINY = ASSETS / "flux-tiny"
@@ -308,7 +309,17 @@ def convert_hf(*arguments, limit=None):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=prepare)
 
 
-run = runpy.run_path(str(ROOT / "convert_hf.py"))["run"]
+script = runpy.run_path(str(ROOT / "convert_hf.py"))
+
+
+def run(arguments):
+    """The script in this process; its exit code."""
+    try:
+        script["body"](arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def test_the_script_converts_a_tiny_pipeline_and_verifies(tmp_path, capfd):
@@ -338,7 +349,7 @@ def single(sources, tmp_path):
 
 
 FAULTS = {
-    "wrong folder": (lambda s, t: TINY / "text_encoder", None, "neither a FLUX transformer"),
+    "wrong folder": (lambda s, t: TINY / "text_encoder", None, "CLIP text encoder"),
     "missing shard": (lambda s, t: s["diffusers"], lambda p: sorted(p.glob("*-00002-*"))[0].unlink(), "lacks 1 of"),
     "truncated": (single, lambda p: os.truncate(p, p.stat().st_size - 1000), "no whole safetensors file"),
     "corrupt header": (single, corrupt_header, "no whole safetensors file"),

@@ -22,7 +22,7 @@ from test_trainer import MOCK, command, losses, run, train, wait_for_steps, weig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxlite import parallel, preflight
+from fluxlite import parallel, prediction
 from fluxlite.cli.command_line import load_config
 from fluxlite.config import TrainConfig
 from fluxlite.model import FluxConfig, Modulation
@@ -236,7 +236,7 @@ def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
         "model.num_single_blocks=1",
     ]
     plain, spread = (
-        sum(preflight.predict([*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8)["sent"].values())
+        sum(prediction.predict([*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8)["sent"].values())
         for flag in ("false", "true")
     )
     features = 17 * 3072
@@ -254,7 +254,7 @@ def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
         "data.width=64",
     ]
     net = ["controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=0", "data.global_batch=8"]
-    found, plain = (preflight.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"]))
+    found, plain = (prediction.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"]))
     assert found["memory"]["frozen transformer"] == pytest.approx(plain["memory"]["weights"] / 2, rel=1e-3)  # bfloat16 for float32
     assert found["memory"]["gradients"] < found["memory"]["weights"]  # what no gradient reaches is frozen
     assert found["calls"]["all_gather", "fsdp"] > plain["calls"]["all_gather", "fsdp"]

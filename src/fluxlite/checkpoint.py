@@ -13,7 +13,7 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +24,14 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
-from fluxlite import __version__, convert, hub, streams
+from fluxlite import __version__, convert, foreign, hub, net_configs, sampling, streams
 from fluxlite.autoencoder import AutoencoderConfig
+from fluxlite.cli.descriptions import parse_json, read_json
+from fluxlite.cli.options import option
 from fluxlite.controlnet import ControlNetConfig
 from fluxlite.data.atomic import locked
 from fluxlite.model import FluxConfig
+from fluxlite.scheduler import read_scheduler
 
 log = logging.getLogger("fluxlite")
 
@@ -40,12 +43,12 @@ ASSETS = Path(__file__).parents[2] / "assets"
 class CheckpointConfig:
     """When a run saves, and how much it keeps."""
 
-    every: int = field(default=1000, metadata={"help": "steps between checkpoints; the last step always saves"})
-    keep: int = field(default=2, metadata={"help": "checkpoints kept, the newest; 0 keeps all"})
-
-    def validate(self):
-        if self.every < 1 or self.keep < 0:
-            raise ValueError(f"checkpoint.every={self.every} must be at least 1 and checkpoint.keep={self.keep} not negative")
+    every: int = option(
+        1000, "steps between checkpoints; the last step always saves", at_least=1, at_most=10**9
+    )
+    keep: int = option(
+        2, "checkpoints kept, the newest; 0 keeps all", at_least=0, at_most=1_000_000
+    )
 
 
 # --- what a path holds ----------------------------------------------------------------------------------------------------------
@@ -99,71 +102,70 @@ def local(where, patterns, *, setting="model.checkpoint"):
     return hub.fetch(str(where), patterns, key=setting)
 
 
-def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer"):
+def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer", given=None):
     """The `Source` that a path or hub repository holds, recognised by its keys and files.
 
     A pipeline's folder stands for its `part` (transformer, controlnet or vae); of a run, `ema` chooses the moving average where it
-    has one. Raises `ValueError`, naming `setting`, for anything that is not exactly a transformer, a ControlNet or an autoencoder.
+    has one. `given` are {field: value} of the rotations, for weights without a configuration.
+    Raises `ValueError`, naming `setting`, for what is not exactly a transformer, a ControlNet or an
+    autoencoder.
     """
     loose = ["*.safetensors"] if part == "controlnet" else []  # as XLabs publishes
-    path = local(where, [f"{part}/*", "config.json", "diffusion_pytorch_model*", *loose], setting=setting)
+    files = [f"{part}/*", "config.json", "diffusion_pytorch_model*", f"scheduler/{SCHEDULER_FILE}"]
+    path = local(where, [*files, *loose], setting=setting)
     if not os.access(path, os.R_OK):
         raise ValueError(f"{setting}={where} cannot be read: no permission")
     path = path / part if (path / part).is_dir() else path
     try:
-        source = _open_run(path, ema) if is_run(path) else _open_tensors(path)
+        source = _open_run(path, ema) if is_run(path) else _open_tensors(path, given)
         convert.check(source.layout, source.config, {name: shape for name, (_, shape) in source.described.items()})
     except ValueError as error:
         raise ValueError(f"{setting}={where}: {error}") from None
     return source
 
 
-def _open_tensors(path):
+def _open_tensors(path, given=None):
     tensors = streams.Tensors(path)
+    foreign.check_keys(tensors.keys())
     what, layout, prefix = convert.recognise(tensors.keys())
     described = tensors.without(prefix).described()
     shapes = {name: shape for name, (_, shape) in described.items()}
     about = tensors.metadata if "fluxlite_version" in tensors.metadata else {}  # others' metadata may use the same words
-    values = about.get("config")
     beside = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        if what == "autoencoder":
-            values = json.loads(values) if values else _diffusers_values(beside, "AutoencoderKL")
-            config = convert.infer_autoencoder_config(layout, shapes, values)
-        else:
-            config = _net_config(what, layout, shapes, json.loads(values or "null"), beside)
-            config.validate()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its configuration is damaged ({error!r})") from None
-    settings = {} if what == "controlnet" else json.loads(about.get("sampling", "null")) or _settings_beside(path)
+    told = dict(saved=about.get("config"), where=path, beside=beside, given=given)
+    config, settings = net_configs.read_net_config(what, layout, shapes, **told), {}
+    if what == "transformer":
+        settings = sampling_settings(path, about)
+        config.scheduler = scheduler_of(path, about)
     return Source(str(path), what, layout, config, described, tensors.read, about, tensors.files, settings)
 
 
-def _net_config(what, layout, shapes, values, beside):
-    """The configuration of a transformer or a ControlNet: what it says of itself, or a config.json, or what its shapes show."""
-    cls, class_name, from_diffusers = {
-        "transformer": (FluxConfig, "FluxTransformer2DModel", convert.config_from_diffusers),
-        "controlnet": (ControlNetConfig, "FluxControlNetModel", convert.controlnet_config_from_diffusers),
-    }[what]
-    if values:
-        return flux_config(values, cls)
-    theirs = _diffusers_values(beside, class_name) if layout == "diffusers" else None
-    return from_diffusers(theirs) if theirs else convert.infer_config(layout, shapes)
+def sampling_settings(path, about):
+    """{field of SampleConfig: value} of our own metadata, or fluxlite.json beside a transformer."""
+    file, saved = path.parent / "fluxlite.json", about.get("sampling")
+    if saved:
+        by, version = f"{path}'s metadata", about["fluxlite_version"]
+        return sampling.read_settings(by, parse_json(saved, by) | {"version": version})
+    return sampling.read_settings(file, read_json(file)) if file.exists() else {}
 
 
-def _settings_beside(path):
-    """The sampling settings in the fluxlite.json of the pipeline's folder that a transformer lies in."""
-    file = path.parent / "fluxlite.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+def scheduler_of(path, about):
+    """The `SchedulerConfig` of our own metadata, or beside a transformer's file or folder; or None.
+
+    A pipeline has it in its folder `scheduler`; where we wrote diffusers' layout it lies beside
+    config.json.
+    """
+    if about.get("scheduler"):
+        by = f"{path}'s metadata"
+        return read_scheduler(by, parse_json(about["scheduler"], by))
+    folder = path if path.is_dir() else path.parent
+    roots = [folder.parent] if path.is_dir() or folder.name == "transformer" else []
+    places = [folder, *(root / "scheduler" for root in [folder, *roots])]
+    found = next((p for p in (place / SCHEDULER_FILE for place in places) if p.exists()), None)
+    return read_scheduler(found) if found else None
 
 
-def _diffusers_values(file, class_name):
-    """A diffusers config.json of `class_name`, or None where there is none."""
-    try:
-        values = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:
-        raise ValueError(f"{file} is damaged: fetch it again") from None
-    return values if values.get("_class_name", class_name) == class_name and values else None
+SCHEDULER_FILE = "scheduler_config.json"
 
 
 def _open_run(path, ema):
@@ -185,7 +187,22 @@ def _open_run(path, ema):
         return tensors.read(key(name), start, stop)
 
     settings = run_settings(meta["config"])
+    config.scheduler = scheduler_beside(meta["config"]["model"]["checkpoint"], config)
     return Source(str(path), what, "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
+
+
+def scheduler_beside(checkpoint, config):
+    """The `SchedulerConfig` of a transformer that a run started from, None where that is gone.
+
+    `config` is the run's `FluxConfig`.
+    """
+    if not checkpoint or not Path(resolve(checkpoint)).expanduser().exists():
+        return None
+    try:
+        return open_source(resolve(checkpoint), given=asdict(config)).config.scheduler
+    except ValueError as error:
+        log.warning("the scheduler of a run's base is not known (%s): FLUX.1's is assumed", error)
+        return None
 
 
 def run_settings(saved):
@@ -403,7 +420,7 @@ def _holds_another_part(place, what):
     """Whether whole safetensors files lie at `place` and are not a checkpoint of this kind, a text encoder's for instance."""
     try:
         keys = streams.Tensors(place).keys()
-    except ValueError:
+    except (ValueError, OSError):
         return False
     try:
         return convert.recognise(keys)[0] != what
@@ -418,7 +435,9 @@ def _file_names(what, to, count):
 def _write_shards(source, to, shards, files, digests, progress):
     def read(name):
         digests.add(name, source)
-        return source.read(name)
+        tensor = source.read(name)
+        streams.check_values(f"{source.where}: {name}", tensor)
+        return tensor
 
     pieces = convert.convert(read, source.layout, to, source.config)
     rewrites, held = [], []
@@ -441,6 +460,8 @@ def _metadata(source, to):
     kept = {k: v for k, v in source.metadata.items() if k == "training"}
     if source.settings:
         kept["sampling"] = json.dumps(source.settings)
+    if getattr(source.config, "scheduler", None):
+        kept["scheduler"] = json.dumps(asdict(source.config.scheduler))
     return kept | {
         "format": "pt",
         "what": source.what,
@@ -462,16 +483,22 @@ def _write_beside(folder, source, to, names, shards):
         of_net = source.what != "autoencoder"
         values = (convert.config_to_diffusers if of_net else convert.autoencoder_config_to_diffusers)(source.config)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        if getattr(source.config, "scheduler", None):
+            about = json.dumps(asdict(source.config.scheduler), indent=2)
+            (folder / SCHEDULER_FILE).write_text(about + "\n")
 
 
-def converted(where, save_converted, *, ema=True, group="model", part="transformer"):
+def converted(
+    where, save_converted, *, ema=True, group="model", part="transformer", given=None
+):
     """The `Source` of `model.checkpoint`; with `model.save_converted` that file, written first where it is not there yet.
 
     With group="controlnet" and that `part`, of `controlnet.checkpoint` and `controlnet.save_converted`. Ranks that share a disk may
     call this together: one writes, the others wait. Raises `ValueError` where the file was made from something else.
     """
     setting = f"{group}.save_converted"
-    source = open_source(where, setting=f"{group}.checkpoint", ema=ema, part=part)
+    options = dict(setting=f"{group}.checkpoint", ema=ema, part=part, given=given)
+    source = open_source(where, **options)
     check_part(source, part, f"{group}.checkpoint")
     if not save_converted:
         return source

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from fluxlite import __version__, draws, flow, optim, parallel, sampling
 from fluxlite import checkpoint as ckpt
 from fluxlite.autoencoder import sample_posterior
+from fluxlite.cli.options import resumable_keys
 from fluxlite.cli.processes import held_signals
 from fluxlite.conditioning import load_text_encoders
 from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, spread, unused_parameters, used, weights_from_base
@@ -29,29 +30,11 @@ from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, 
 from fluxlite.latents import num_image_tokens, pack_latents, position_ids
 from fluxlite.meter import Meter
 from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
-from fluxlite.model import Flux, initial, rope_table
+from fluxlite.model import Flux, check_channels, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
+from fluxlite.streams import aside
 
 log = logging.getLogger("fluxlite")
-
-# What a resumed run may change: nothing that its next sample or its model depends on. (A schedule ends at the new steps.)
-MAY_CHANGE = (
-    *(
-        "steps",
-        "output",
-        "resume",
-        "device",
-        "compile",
-        "validate_every",
-        "validation",
-        "parallel.",
-        "checkpoint.",
-        "metrics.",
-        "sample.",
-    ),
-    *("controlnet.meter_every", "controlnet.patience"),
-    *("data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention", "model.save_converted"),
-)
 
 
 @dataclass
@@ -146,12 +129,22 @@ def wrap(model, config, mesh):
     return parallel.parallelize(model, mesh, config.parallel, getattr(torch, config.dtype), compile=config.compile)
 
 
+def check_base(config):
+    """Raise `ValueError`, before anything is loaded, where model.checkpoint cannot be trained."""
+    if config.model.checkpoint:
+        where = resolve(config.model.checkpoint)
+        source = ckpt.open_source(where, ema=config.model.ema, given=asdict(config.model.shape()))
+        ckpt.check_part(source, "transformer", "model.checkpoint")
+        check_channels(source.config, f"model.checkpoint={config.model.checkpoint}")
+
+
 def flux_weights(config, device):
     """The transformer's (name, values), one by one: the checkpoint's, or random."""
     shape = config.model.shape()
     if not config.model.checkpoint:
         return random_weights(meta_flux(config), config.seed, device)
-    source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
+    where, options = resolve(config.model.checkpoint), dict(ema=config.model.ema, given=asdict(shape))
+    source = ckpt.converted(where, config.model.save_converted, **options)
     ckpt.check_part(source, "transformer", "model.checkpoint")
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
     return ckpt.weights_of(source)
@@ -296,6 +289,7 @@ def encoders_digest(parts, max_sequence_length, dtype):
 def set_up(config, device, mesh):
     """Model, optimizer and encoders of a run on this rank's device of a `parallel.Mesh`."""
     warn_of_warmup(config)
+    check_base(config)
     parts = load_parts(config, device, mesh)
     if not config.controlnet.train:
         return assemble(config, device, mesh, build_flux(config, device, mesh), parts)
@@ -315,6 +309,8 @@ def assemble(config, device, mesh, model, parts, *, base=None):
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
+    flux = (base or model).config
+    flux.scheduler = ckpt.scheduler_beside(config.model.checkpoint, flux)  # for pictures
     return Run(config, device, mesh, model, base, optimizers, ema, parts, rope_table(ids, config.model.shape()))
 
 
@@ -553,7 +549,7 @@ def check_resume(saved, config):
     new = _flat(json.loads(json.dumps(asdict(config))))
     old = _flat(json.loads(json.dumps(asdict(type(config)())))) | _flat(saved)  # what an older version did not know has its default
     changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    accepted = {k for k in changed if k.startswith(MAY_CHANGE)}
+    accepted = changed & resumable_keys(type(config))
     if changed - accepted:
         listed = _differences({k: old.get(k) for k in changed - accepted}, {k: new.get(k) for k in changed - accepted})
         raise ValueError(
@@ -677,8 +673,8 @@ def start_watching(run, validation, start):
     """Open the run's folder and metrics and encode what it looks at; with a cache the text encoders are then freed."""
     config, main = run.config, parallel.rank() == 0
     if main:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        with aside(Path(config.output) / "config.json", overwrite=True) as part:
+            part.write_text(json.dumps(asdict(config), indent=2) + "\n")
     metrics = Metrics(
         config.metrics, config.output, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main
     )
