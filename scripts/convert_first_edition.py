@@ -9,9 +9,9 @@ modulation in one linear. A tensor at a time is in memory. The optimizer's state
 train on with model.checkpoint=new.safetensors. This script goes with the next version.
 """
 
-import argparse
 import json
 import re
+from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,8 @@ import torch
 from einops import rearrange
 
 from fluxlite import checkpoint, convert, sampling, streams
+from fluxlite.cli.command_line import flags_help, parse_flags
+from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
 from fluxlite.controlnet import ControlNetConfig
 from fluxlite.model import FluxConfig
@@ -131,27 +133,26 @@ def open_first_edition(path, *, ema=True):
     )
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--src", type=Path, required=True, help="file, folder or run of fluxlite 0.1"
-    )
-    parser.add_argument("--dst", required=True, help="what to write, as convert_hf.py takes it")
-    parser.add_argument("--to", choices=convert.LAYOUTS, default="fluxlite", help="layout to write")
-    parser.add_argument(
-        "--no-ema", action="store_true", help="of a run, its weights, not their average"
-    )
-    return parser.parse_args(argv)
+@dataclass
+class FirstEditionConfig:
+    """What this script takes."""
+
+    src: str = option(MISSING, "file, folder or run of fluxlite 0.1", path=True)
+    dst: str = option(MISSING, "what to write, as convert_hf.py takes it", path=True)
+    to: str = option("fluxlite", "layout to write", choices=tuple(convert.LAYOUTS))
+    no_ema: bool = option(False, "of a run, its weights, not their average")
+
+
+def usage():
+    return flags_help(FirstEditionConfig, __doc__)
 
 
 def main(argv):
-    args = parse(argv)
-    source = open_first_edition(args.src.expanduser(), ema=not args.no_ema)
+    args = parse_flags(FirstEditionConfig, argv)
+    source = open_first_edition(Path(args.src), ema=not args.no_ema)
     files, _ = checkpoint.write_converted(source, args.dst, to=args.to)
     print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, usage=usage, ranks=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from reference import randomise
+from reference import last_of_each, randomise
 from test_trainer import MOCK, command, losses, run, train, wait_for_steps, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,7 +222,7 @@ def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
 def test_impossible_meshes_are_refused_with_what_is_possible(monkeypatch, given, said):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match=said):
-        load_config(TrainConfig, "train", ["data=mock", "model=flux_dev", "data.global_batch=8", *given])
+        load_config(TrainConfig, "train", last_of_each(["data=mock", "model=flux_dev", "data.global_batch=8", *given]))
 
 
 def test_preflight_counts_the_bytes_that_sharded_modulation_saves():

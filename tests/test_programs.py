@@ -184,3 +184,15 @@ def test_every_number_among_the_settings_has_a_least_and_a_largest_value(cls):
             below, above = {"at_least", "above"}, {"at_most", "below"}
             assert set(f.metadata) & below and set(f.metadata) & above, key
     assert {"at_least", "above", "at_most", "below"} == set(RANGES)
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [lambda: torch.empty(1 << 50), lambda: np.empty(1 << 50, np.uint8), lambda: bytearray(1 << 50)],
+    ids=["torch", "numpy", "python"],
+)
+def test_memory_that_no_machine_has_is_one_line_with_what_to_try(allocate):
+    with pytest.raises((MemoryError, RuntimeError)) as error:
+        allocate()
+    line = one_line(error.value)
+    assert line.startswith("out of memory") and "micro_batch" in line and "\n" not in line

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import last_of_each
 
 from fluxlite import checkpoint, optim, parallel, trainer
 from fluxlite.cli.command_line import load_config
@@ -23,7 +24,7 @@ MOCK = [*SMALL, "data=mock", "model.t5=null", "model.clip=null", "model.autoenco
 
 
 def configure(*arguments):
-    return load_config(TrainConfig, "train", list(arguments))
+    return load_config(TrainConfig, "train", last_of_each(arguments))
 
 
 def train(*arguments):
@@ -36,7 +37,7 @@ def train(*arguments):
 
 def command(*arguments, ranks=None):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
-    return [sys.executable, *launcher, "train.py", *arguments]
+    return [sys.executable, *launcher, "train.py", *last_of_each(arguments)]
 
 
 def run(*arguments, ranks=None):

@@ -126,10 +126,10 @@ def predict(arguments, ranks):
             parameters = list(run.model.parameters())
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
-            trainer.update(run, 0)  # makes the optimizer's state, which later steps find
+            trainer.update(run, 0, torch.ones(()))  # makes the optimizer's state, which later steps find
             meter.reset()
             step(run, config)
-            trainer.update(run, 1)
+            trainer.update(run, 1, torch.ones(()))
     finally:
         parallel.stop()
         os.environ.clear()
