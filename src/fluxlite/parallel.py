@@ -645,3 +645,28 @@ def any_rank(flag, device):
     value = torch.tensor(float(bool(flag)), device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value)
+
+
+def gather_values(value):
+    """What each rank has as `value`, a small Python object, as a list in their order; collective."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_rank_does(work):
+    """What `work()` returns on rank 0, on every rank; collective.
+
+    What a disk can cause there, `ValueError`, `OSError` or `MemoryError`, is raised on every rank.
+    """
+    told = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            told = [(work(), None)]
+        except (ValueError, OSError, MemoryError) as error:
+            told = [(None, error)]
+    dist.broadcast_object_list(told)
+    result, error = told[0]
+    if error is not None:
+        raise error
+    return result
