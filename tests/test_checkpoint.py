@@ -345,7 +345,7 @@ FAULTS = {
     "damaged run": (
         lambda s, t: s["diffusers"],
         lambda p: (p / "meta.json").write_text("{}"),
-        "meta.json is no whole description",
+        "meta.json: step is missing",
     ),
     "nowhere": (lambda s, t: "/nowhere/at/all", None, "does not exist"),
     "damaged index": (

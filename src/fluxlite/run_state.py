@@ -210,10 +210,10 @@ def open_checkpoint(folder):
         check_listed(folder, meta, DESCRIPTION)
         check_file_bytes(folder / DESCRIPTION, meta.files[DESCRIPTION].crc32)
     tensors = RunTensors(folder)
-    if meta.files:
-        for tensor in tensors.tensors.values():
-            for chunk in tensor.chunks:
-                check_listed(folder, meta, chunk.file)
+    for name in tensors.file_names() if meta.files else []:
+        check_listed(folder, meta, name)
+    for name in meta.ema:
+        tensors.described(f"ema.{name}")
     return meta, tensors
 
 

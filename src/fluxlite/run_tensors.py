@@ -200,6 +200,10 @@ class RunTensors:
     def __init__(self, folder):
         self.folder, self.tensors, self.checked = Path(folder), read_saved_tensors(folder), set()
 
+    def file_names(self):
+        """The files that hold them."""
+        return {chunk.file for tensor in self.tensors.values() for chunk in tensor.chunks}
+
     def described(self, key):
         """(dtype, shape); raises `ValueError` where there is no such tensor."""
         if key not in self.tensors:
