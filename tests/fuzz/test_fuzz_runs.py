@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from fuzzing import BOTH, try_cases
-from test_run_state import flip, original, run  # noqa: F401, fixtures
-from test_trainer import MOCK, train  # noqa: F401
+from test_run_state import flip, original  # noqa: F401, a fixture
 
-from fluxlite import checkpoint, run_state
+from fluxlite import checkpoint, parallel, run_state
 
 
 def change_bytes(rng, file):
@@ -74,7 +73,7 @@ def swap_files(rng, file):
 
 
 CHANGES = [change_bytes] * 4 + [cut_file, extend_file, move_block, remove_file, make_other]
-CHANGES += [change_value] * 3 + [swap_files]
+CHANGES += [change_value] * 3 + [swap_files]  # the last one nothing but a checksum can notice
 
 
 def read_all(folder):
@@ -82,6 +81,7 @@ def read_all(folder):
     return {name: source.read(name).clone() for name in source.described}
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", BOTH)
 @pytest.mark.parametrize("edition", ["with checksums", "without"])
 def test_a_changed_run_folder_is_refused_or_gives_the_very_tensors(original, tmp_path, count, edition):
@@ -98,7 +98,7 @@ def test_a_changed_run_folder_is_refused_or_gives_the_very_tensors(original, tmp
             (folder / "meta.json").write_text(
                 json.dumps({k: v for k, v in values.items() if k not in ("files", "checksum", "data")})
             )
-        change = rng.choice(CHANGES)
+        change = rng.choice(CHANGES if edition == "with checksums" else CHANGES[:-1])
         change(rng, rng.choice(sorted(folder.iterdir())))
         read = read_all(tmp_path / "run")
         for name, values in read.items():
@@ -125,20 +125,19 @@ def change_names(rng, root):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     elif change == 1 and not os.path.lexists(root / target):
         os.rename(path, root / target)
-    elif change == 2 and path.is_dir() and not os.path.lexists(root / target):
-        shutil.copytree(path, root / target)
+    elif change == 2 and path.is_dir() and not path.is_symlink() and not os.path.lexists(root / target):
+        shutil.copytree(path, root / target, symlinks=True)
     elif change == 3 and not os.path.lexists(root / target):
         os.symlink(rng.choice(["step-000004", "nowhere", ".", "..", target]), root / target)
-    elif path.is_dir():
+    elif path.is_dir() and not path.is_symlink():
         files = sorted(p for p in path.rglob("*") if p.is_file())
         if files:
             cut_file(rng, rng.choice(files))
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", BOTH)
 def test_of_any_checkpoints_folder_the_newest_whole_one_is_chosen_and_none_is_deleted(original, tmp_path, count):
-    from fluxlite import parallel
-
     parallel.start(parallel.ParallelConfig(), "cpu")
     chosen_steps = []
 
