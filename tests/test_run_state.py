@@ -114,6 +114,16 @@ def followed(root):
     shutil.copytree(root / "step-000006", root / "last")
 
 
+def followed_over_damage(root):
+    followed(root)
+    os.truncate(root / "step-000006" / "__0_0.distcp", 1000)
+
+
+def followed_and_damaged(root):
+    followed(root)
+    os.truncate(root / "last" / "__0_0.distcp", 1000)
+
+
 def followed_alone(root):
     followed(root)
     for step in (2, 4, 6):
@@ -132,7 +142,10 @@ def with_copies(root):
     (root / "step-notes.txt").write_text("mine")
 
 
-@pytest.mark.parametrize("copied", [unlinked, dangling, followed, followed_alone, behind, with_copies])
+COPIES = [unlinked, dangling, followed, followed_alone, followed_over_damage, followed_and_damaged, behind, with_copies]
+
+
+@pytest.mark.parametrize("copied", COPIES)
 def test_a_copied_run_goes_on_from_its_newest_whole_step(run, whole, copied, caplog):
     copied(run / "checkpoints")
     before = losses(run)
@@ -175,7 +188,7 @@ def test_a_folder_without_a_step_to_go_on_from_is_refused_and_kept(run, left):
         if name not in left:
             (root / name).unlink() if (root / name).is_symlink() else shutil.rmtree(root / name)
     rows = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="no step to go on from|no checkpoint .* is whole"):
+    with pytest.raises(ValueError, match="no checkpoint .* is whole: there is .*last|no checkpoint .* is whole: there is step-000008-good"):
         resume(run)
     assert names_in(root) == sorted(left) and (run / "metrics.jsonl").read_bytes() == rows
 
@@ -216,7 +229,7 @@ def test_of_a_damaged_checkpoint_the_one_before_it_is_chosen_and_said(run, group
     root = run / "checkpoints"
     DAMAGE[damage](root / "step-000006")
     assert run_state.choose_checkpoint(run) == root / "step-000004"
-    assert "going on from step-000004; step-000006 is set aside" in caplog.text
+    assert "step-000006 is now damaged-step-000006: going on from step-000004" in caplog.text
     assert os.readlink(root / "last") == "step-000004"
     assert names_in(root) == ["damaged-step-000006", "last", "step-000002", "step-000004"]
     assert run_state.choose_checkpoint(run) == root / "step-000004"
@@ -570,6 +583,55 @@ def test_a_file_in_the_checkpoints_place_is_said(tmp_path):
     with pytest.raises(ValueError, match="checkpoints: File exists"):
         train(*COMMON, "steps=1", f"output={tmp_path}/run")
     assert (tmp_path / "run" / "checkpoints").read_text() == "mine"
+
+
+@contextmanager
+def other_user(number=65534):
+    """This process as somebody else, whom root's files refuse."""
+    os.seteuid(number)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@contextmanager
+def small_disk(place, size):
+    """A disk of its own at a folder."""
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True).returncode:
+        pytest.skip("this needs the right to mount a disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="this needs the right to become another user")
+def test_a_folder_of_another_user_is_said_and_left_as_it_is(run, monkeypatch):
+    real = run_state.save_training
+
+    def save_as_another(*args, **options):
+        with other_user():
+            real(*args, **options)
+
+    before = bytes_below(run)
+    with other_user(), pytest.raises(OSError, match="Permission denied"):
+        run_state.lock_folder(run)
+    monkeypatch.setattr(run_state, "save_training", save_as_another)
+    with pytest.raises(ValueError, match="step 8 could not be written .*Permission denied"):
+        resume(run)
+    left = bytes_below(run / "checkpoints")
+    assert left == {path: data for path, data in before.items() if path.is_relative_to(run / "checkpoints")}
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_whole_and_nothing_of_the_new_one(tmp_path):
+    with small_disk(tmp_path / "disk", "7m"):
+        output = tmp_path / "disk" / "run"
+        with pytest.raises(ValueError, match="step 4 could not be written .*No space left on device"):
+            train(*COMMON, "steps=6", f"output={output}")
+        assert names_in(output / "checkpoints") == ["last", "step-000002"]
+        assert run_state.find_fault(output / "checkpoints" / "step-000002") is None
 
 
 def test_leftovers_of_killed_writers_go_with_the_next_checkpoint(run):

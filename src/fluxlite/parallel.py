@@ -649,6 +649,8 @@ def any_rank(flag, device):
 
 def gather_values(value):
     """What each rank has as `value`, a small Python object, as a list in their order; collective."""
+    if not dist.is_initialized():
+        return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
@@ -659,6 +661,8 @@ def first_rank_does(work):
 
     What a disk can cause there, `ValueError`, `OSError` or `MemoryError`, is raised on every rank.
     """
+    if not dist.is_initialized():
+        return work()
     told = [(None, None)]
     if dist.get_rank() == 0:
         try:

@@ -90,7 +90,7 @@ class CheckpointMeta:
     version: str = option("", "of the program that wrote it")
     what: str = option("transformer", "what was trained", choices=("transformer", "controlnet"))
     data: DataRecord = option(DataRecord, "what it was trained on")
-    files: dict = option(dict, "{name: FileRecord}; empty in what version 0.1 wrote")
+    files: dict = option(dict, "{name: FileRecord}; empty where none was taken")
     checksum: str = option("", "CRC-32 of meta.json with zeros in its place")
 
 
@@ -232,11 +232,15 @@ def check_files(folder, meta, share=slice(None)):
 # --- going on -------------------------------------------------------------------------------------
 
 
+def held_names(run):
+    """What lies among a run's checkpoints, less what killed writers left there."""
+    root = Path(run) / "checkpoints"
+    return [p.name for p in root.iterdir() if not p.name.startswith(".")] if root.is_dir() else []
+
+
 def check_unused(run):
     """Raise `ValueError` where a run's folder holds checkpoints, or what may be some."""
-    root = Path(run) / "checkpoints"
-    found = [p.name for p in root.iterdir() if not p.name.startswith(".")] if root.is_dir() else []
-    if found:
+    if held_names(run):
         raise ValueError(
             f"output={run} holds a run: resume=auto goes on with it; or set another output="
         )
@@ -245,7 +249,7 @@ def check_unused(run):
 def choose_checkpoint(run):
     """The folder of the newest whole checkpoint to go on from, or None in a new run; collective.
 
-    Damaged ones that are newer are said and set aside. Raises `ValueError` where none is whole.
+    Newer ones that are damaged are said and set aside. Raises `ValueError` where none is whole.
     """
     damaged = []
     for folder in parallel.first_rank_does(lambda: _candidates(run)):
@@ -253,13 +257,14 @@ def choose_checkpoint(run):
         if not faults:
             return parallel.first_rank_does(lambda: settle_checkpoints(run, folder, damaged))
         damaged.append((folder, faults[0]))
-    if damaged:
-        listed = "; ".join(fault for _, fault in damaged[:3])
+    names = parallel.first_rank_does(lambda: held_names(run))
+    if names:
+        why = "; ".join(fault for _, fault in damaged[:3]) or f"there is {', '.join(names[:3])}"
+        nodes = " Do all nodes see this folder?" if parallel.world_size() > 1 else ""
         raise ValueError(
-            f"resume=auto: no checkpoint of output={run} is whole: {listed}. Bring a whole one back, "
-            "or move them away to start anew"
+            f"resume=auto: no checkpoint of output={run} is whole: {why}. Bring one back, or move "
+            f"what is there away to start anew.{nodes}"
         )
-    parallel.first_rank_does(lambda: _check_nothing_else(run))
     return None
 
 
@@ -280,16 +285,6 @@ def _claimed_step(folder):
         return -1
 
 
-def _check_nothing_else(run):
-    try:
-        check_unused(run)
-    except ValueError:
-        raise ValueError(
-            f"resume=auto: output={run}/checkpoints holds no step to go on from (a link whose "
-            "checkpoint is gone, or other folders): bring one back, or move them away to start anew"
-        ) from None
-
-
 def find_fault(folder):
     """What is wrong with a checkpoint, in one line, or None; each rank checks its share of the files."""
     try:
@@ -306,26 +301,26 @@ def find_fault(folder):
 def settle_checkpoints(run, chosen, damaged):
     """Point `last` at the chosen checkpoint and set damaged ones aside; returns the chosen one's folder.
 
-    In a copied run the folder `last` gets the name of its step, or where that exists another name.
+    In a copied run the folder `last` gets the name of its step; where that is there, another name.
     """
     root = Path(run) / "checkpoints"
     last = root / "last"
-    if last.is_dir() and not last.is_symlink() and last not in [folder for folder, _ in damaged]:
-        place = root / f"step-{read_meta(last).step:06d}"
-        place = free_name(root / "copy-of-last") if place.exists() else place
-        os.rename(last, place)
-        chosen = place if chosen == last else chosen
-    moved = [(folder, fault) for folder, fault in damaged if folder != last]
+    copied = last.is_dir() and not last.is_symlink()
+    if not copied:  # before what it may name is moved
+        point_last(root, chosen.name)
     for folder, fault in damaged:
-        if folder == last:
-            os.rename(last, free_name(root / "damaged-last"))
-    point_last(root, chosen.name)
-    for folder, fault in moved:
-        os.rename(folder, place := free_name(root / f"damaged-{folder.name}"))
-    for folder, fault in damaged:
-        log.warning("%s: going on from %s; %s is set aside", fault, chosen.name, folder.name)
+        place = free_name(root / f"damaged-{folder.name}")
+        os.rename(folder, place)
+        log.warning("%s; %s is now %s: going on from %s", fault, folder.name, place.name, chosen.name)
+    if copied and chosen == last:
+        chosen = root / f"step-{read_meta(last).step:06d}"
+        os.rename(last, chosen)
+    elif last.is_dir() and not last.is_symlink():
+        os.rename(last, free_name(root / "copy-of-last"))
+    if copied:
+        point_last(root, chosen.name)
     if not read_meta(chosen).files:
-        log.warning("%s has no checksums of its files, as version 0.1 wrote it", chosen)
+        log.warning("%s has no checksums of its files: they are taken as they are", chosen)
     return chosen
 
 

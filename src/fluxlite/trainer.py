@@ -9,6 +9,7 @@ B samples of a micro-batch, L tokens, C channels of a token.
 import hashlib
 import json
 import logging
+import os
 import signal
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -693,7 +694,9 @@ def start_watching(run, validation, start):
     config, main = run.config, parallel.rank() == 0
     if main:
         Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        aside = Path(config.output) / ".config.json"
+        aside.write_text(json.dumps(asdict(config), indent=2, allow_nan=False) + "\n")
+        os.replace(aside, Path(config.output) / "config.json")
     metrics = Metrics(
         config.metrics, config.output, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main
     )
