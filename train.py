@@ -2,6 +2,7 @@
 
 import logging
 
+from fluxlite.cli.processes import deferred_signals
 from fluxlite.cli.programs import run_program
 
 USAGE = """
@@ -22,10 +23,11 @@ def usage():
 
 
 def body(arguments):
-    from fluxlite import parallel
-    from fluxlite.cli.command_line import load_config
-    from fluxlite.config import TrainConfig
-    from fluxlite.trainer import train
+    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+        from fluxlite import parallel
+        from fluxlite.cli.command_line import load_config
+        from fluxlite.config import TrainConfig
+        from fluxlite.trainer import train
 
     config = load_config(TrainConfig, "train", arguments)
     logging.basicConfig(level=logging.INFO if parallel.rank() == 0 else logging.WARNING, format="%(message)s")

@@ -97,13 +97,15 @@ def floor_step(ours, inputs):
         linear(ours.img_in, inputs["img"])
         for block in ours.double_blocks:
             for stream, length in ((block.txt, TEXT_TOKENS), (block.img, num_img)):
-                linear(stream.qkv.linear, x[length])
+                for part in (stream.qkv.q, stream.qkv.k, stream.qkv.v):
+                    linear(part, x[length])
                 linear(stream.proj, x[length])
                 linear(stream.mlp.linear_in, x[length])
                 linear(stream.mlp.linear_out, wide[length])
             F.scaled_dot_product_attention(q, k, v)
         for block in ours.single_blocks:
-            linear(block.qkv.linear, x[tokens])
+            for part in (block.qkv.q, block.qkv.k, block.qkv.v):
+                linear(part, x[tokens])
             linear(block.mlp.linear_in, x[tokens])
             F.scaled_dot_product_attention(q, k, v)
             linear(block.proj, x[tokens])

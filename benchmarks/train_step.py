@@ -115,7 +115,7 @@ def alternate(args, checkpointing):
             if name.startswith(("modulation.", "out.")):
                 value.normal_(std=0.02, generator=generator)
     steps = [their_step(config, checkpointing, weights), ours]
-    parallel.fill(model, ((convert.Piece(name), value) for name, value in weights.items()))
+    parallel.fill(model, weights.items())
     rounds = [[seconds_of(step) for step in steps] for _ in range(args.repeats + 1)]
     medians = [statistics.median(pair[i][0] for pair in rounds[1:]) for i in range(2)]
     parallel.stop()

@@ -7,15 +7,15 @@ Writes {name of the case: {"loss": of the first step, "gradients", "weights" and
 
 import sys
 import time
+from functools import partial
 from unittest import mock
 
 import torch
 from reference import randomise
 
-from fluxlite import parallel, trainer
+from fluxlite import optim, parallel, trainer
 from fluxlite.cli.command_line import load_config
 from fluxlite.config import TrainConfig
-from fluxlite.convert import Piece
 from fluxlite.data import MockSamples
 
 MODEL = ["data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "model.num_double_blocks=1",
@@ -74,8 +74,9 @@ def cases(ranks):
         some = ["optim.trainable=['*_norm.weight','txt_in.*']", *PLAIN]  # of which tensor parallelism sums the gradients over ranks
         for mesh_name in ("one",) if ranks == 1 else ("tp2", "tp2, sequence parallel"):
             found[f"{mesh_name}, frozen"] = MESHES[ranks][mesh_name], 1, some
-    if ranks in (1, 4):
-        found["one, muon" if ranks == 1 else "dp2 x tp2, muon"] = MESHES[ranks].get("dp2 x tp2", []), 1, [*PLAIN, "optim.kind=muon"]
+    for name in MESHES[ranks].keys() & {"one", "dp2", "dp2 x tp2"}:
+        for kind in ("muon", "muon in float64"):
+            found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
     return found
 
 
@@ -87,10 +88,10 @@ def configure(mesh, accumulation, rest):
     return config
 
 
-def random_pieces(model, seed, device, _values_of=None):
+def random_weights(model, seed, device, _values_of=None):
     """Non-trivial values for every parameter, the same for every mesh."""
     whole = randomise(type(model)(model.config), seed)
-    return ((Piece(name), p.detach()) for name, p in whole.named_parameters())
+    return ((name, p.detach()) for name, p in whole.named_parameters())
 
 
 def whole(tensors):
@@ -109,14 +110,14 @@ def batches_of(config, run):
 
 def train(config, steps=10):
     """The figures of a short run."""
-    with mock.patch.object(trainer, "random_pieces", random_pieces):
+    with mock.patch.object(trainer, "random_weights", random_weights):
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
     figures, batches, real_update = {}, batches_of(config, run), trainer.update
 
-    def update(run, step):
+    def update(run, step, loss):
         if step == 0:
             figures["gradients"] = whole({name: p.grad for name, p in run.model.named_parameters() if p.requires_grad})
-        return real_update(run, step)
+        return real_update(run, step, loss)
 
     with mock.patch.object(trainer, "update", update):
         for step in range(steps):
@@ -131,12 +132,12 @@ def plain_autograd(config):
     """The first step's loss and gradients of a Flux that nothing is wrapped around."""
     with (
         mock.patch.object(parallel, "parallelize", lambda model, *_args, **_options: model),
-        mock.patch.object(parallel, "fill", lambda model, _pieces, device: randomise(model.to_empty(device=device), config.seed)),
+        mock.patch.object(parallel, "fill", lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed)),
     ):
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
     gradients = {}
 
-    def update(run, _step):
+    def update(run, _step, _loss):
         gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
 
     with mock.patch.object(trainer, "update", update):
@@ -151,7 +152,9 @@ def main():
     for name, case in cases(ranks).items():
         if name.startswith(names) if names else not name.startswith("compiled"):
             began = time.perf_counter()
-            figures[name] = train(configure(*case))
+            exact = partial(optim.orthogonalise, dtype=torch.float64)
+            with mock.patch.object(optim, "orthogonalise", exact if "in float64" in name else optim.orthogonalise):
+                figures[name] = train(configure(*case))
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1:
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))

@@ -3,12 +3,24 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from reference import diffusers_flux, ours_from, randomise, relative_error
 
 from fluxlite import convert
 from fluxlite.latents import position_ids
-from fluxlite.model import ATTENTION, Flux, FluxConfig, rope_table, sinusoid
+from fluxlite.model import (
+    ATTENTION,
+    MLP,
+    Flux,
+    FluxConfig,
+    Rotate,
+    can_fuse_gelu,
+    gelu,
+    initial,
+    rope_table,
+    sinusoid,
+)
 
 
 def inputs(config, *, batch=3, height=6, width=10, num_text_tokens=5, dtype=torch.float32):
@@ -93,6 +105,62 @@ def test_times_keep_float32_beside_bfloat16_weights():
     img, txt, pooled, _, guidance, ids = inputs(model.config, dtype=torch.bfloat16)
     outputs = [run_ours(model, img, txt, pooled, torch.full((3,), t), guidance, ids) for t in (0.7502, 0.75)]
     assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
+def test_rotation_is_complex_multiplication_of_neighbours_and_its_gradient(dtype, bound):
+    g = torch.Generator().manual_seed(0)
+    x, weights = (torch.randn(2, 7, 3, 16, generator=g).to(dtype) for _ in range(2))
+    angles = 6 * torch.rand(7, 1, 8, generator=g)
+    expected = x.float().requires_grad_()
+    pairs = torch.view_as_complex(expected.unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones(()), angles)).flatten(-2)
+    turned.backward(weights.float())
+    x.requires_grad_()
+    got = Rotate.apply(x, angles.cos(), angles.sin())
+    got.backward(weights)
+    assert got.dtype == x.grad.dtype == dtype
+    assert relative_error(got.float(), turned) < bound
+    assert relative_error(x.grad.float(), expected.grad) < bound
+
+
+def adapted(linear):
+    """A linear with something beside it, as adapters add it."""
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    linear.__class__ = Adapted
+
+
+BESIDE = {
+    "subclass": adapted,
+    "hook": lambda linear: linear.register_forward_hook(lambda _module, _args, out: out + 1),
+    "forward": lambda linear: setattr(linear, "forward", lambda x: F.linear(x, linear.weight, linear.bias) + 1),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", BESIDE)
+def test_the_fused_gelu_passes_by_no_adapter_and_no_hook(kind):
+    """In bfloat16 without gradients, where a plain linear and its GELU are one operator."""
+    mlp = randomise(MLP(16, 64, 16, gelu)).to(torch.bfloat16)
+    x = torch.randn(5, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert can_fuse_gelu(mlp.linear_in, x)
+    plain = mlp.linear_out(gelu(mlp.linear_in(x)))
+    assert relative_error(mlp(x).float(), plain.float()) < 1e-2
+    BESIDE[kind](mlp.linear_in)
+    expected = mlp.linear_out(gelu(mlp.linear_in(x)))
+    assert torch.equal(mlp(x), expected) and relative_error(expected.float(), plain.float()) > 0.1
+
+
+def test_initial_queries_are_those_of_a_fused_linear():
+    """Of BFL's code, as MLPerf trains it: xavier over H inputs and 3H outputs."""
+    generator = torch.Generator().manual_seed(0)
+    values = initial("double_blocks.0.img.qkv.k.weight", (256, 256), "cpu", generator)
+    bound = (6 / (256 + 3 * 256)) ** 0.5
+    assert 0.99 * bound < values.abs().max() <= bound
 
 
 def test_precomputed_modulation_is_identical():

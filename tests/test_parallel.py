@@ -3,21 +3,29 @@
 The meshes run under torchrun (`meshes.py`); the reference is one process. All parameters are random, so that no gradient is zero.
 """
 
+import copy
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from reference import randomise
 from test_trainer import MOCK, command, losses, run, train, wait_for_steps, weights
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxlite import preflight
+from fluxlite import parallel, preflight
 from fluxlite.cli.command_line import load_config
 from fluxlite.config import TrainConfig
+from fluxlite.model import FluxConfig, Modulation
 
 ROOT = Path(__file__).parents[1]
 # ‖Δ‖/‖reference‖: of the loss, of each gradient, of each parameter after ten steps. bfloat16 and Muon's iteration round.
@@ -80,6 +88,78 @@ def test_every_mesh_computes_the_same_run(reference, tmp_path, ranks):
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_compute_the_same_run(reference, tmp_path):
     assert_same(run_meshes(2, tmp_path, "compiled:"), reference)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives of this thread by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        self.calls[name] += "c10d" in func.namespace and "wait" not in name and "wrap" not in name
+        return func(*args, **(kwargs or {}))
+
+
+def run_on_threads(ranks, body):
+    """`body(rank)` of so many ranks, threads of this process; {rank: what it returns}."""
+    from torch.testing._internal.distributed import multi_threaded_pg as threaded
+
+    world, store, found, errors = threaded._install_threaded_pg(), dist.HashStore(), {}, []
+
+    def run(rank):
+        try:
+            dist.init_process_group("threaded", rank=rank, world_size=ranks, store=store)
+            found[rank] = body(rank)
+        except Exception as error:
+            errors.append(error)
+            threaded.ProcessLocalGroup.exception_handle(error)
+        finally:
+            dist.destroy_process_group()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        threaded._uninstall_threaded_pg()
+    assert not errors and world is not None, errors
+    return found
+
+
+@pytest.mark.parametrize("ranks", [3, 64])
+def test_modulation_spread_unevenly_is_the_whole_one_by_one_gather_and_one_all_to_all(ranks):
+    """On 64 ranks some have no feature at all of a linear of 100."""
+    generator = torch.Generator().manual_seed(0)
+    whole = randomise(Modulation(FluxConfig(2, 3, 50, 5, 4, 12, 12, 20, 14, True, (2, 4, 4))))
+    vecs = torch.randn(ranks, 2, 50, generator=generator)
+    gradients = torch.randn(ranks, 2, sum(linear.out_features for linear in whole.linears()), generator=generator)
+
+    def modulate(rank):
+        part, vec = copy.deepcopy(whole), vecs[rank].clone().requires_grad_()
+        parallel.spread_modulation(part, init_device_mesh("cpu", (ranks,)), torch.float32)
+        with Collectives() as counted:
+            out = part(vec)
+            out.backward(gradients[rank])
+        return out.detach(), vec.grad, {n: p.grad.full_tensor() for n, p in part.named_parameters()}, counted.calls
+
+    found = run_on_threads(ranks, modulate)
+    vec = vecs.flatten(0, 1).requires_grad_()
+    out = whole(vec)
+    out.backward(gradients.flatten(0, 1))
+    for rank, (got, vec_gradient, _weights, calls) in found.items():
+        rows = slice(2 * rank, 2 * rank + 2)
+        assert relative(got, out[rows]) < 1e-6 and relative(vec_gradient, vec.grad[rows]) < 1e-5
+        assert found[rank][2].keys() == dict(whole.named_parameters()).keys()
+        assert +calls == {"all_gather_into_tensor": 1, "all_to_all_single": 2, "reduce_scatter_tensor": 1}
+    for name, p in whole.named_parameters():  # averaged over the ranks, as FSDP2 does
+        assert relative(found[0][2][name], p.grad / ranks) < 1e-6, name
 
 
 def test_a_run_goes_on_from_mesh_to_mesh_as_if_uninterrupted(tmp_path):

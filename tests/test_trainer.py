@@ -138,14 +138,15 @@ def test_two_processes_equal_one_and_resume_each_other(tmp_path):
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path):
     process = subprocess.Popen(
-        command(*MOCK, "steps=100000", f"output={tmp_path}/run"), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+        command(*MOCK, "data.workers=2", "steps=100000", f"output={tmp_path}/run"), cwd=ROOT, stderr=subprocess.PIPE,
+        text=True, start_new_session=True)  # fmt: skip
     wait_for_steps(tmp_path / "run", process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # the loader processes too
     time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)  # as from a scheduler and from torchrun
+    os.killpg(process.pid, signal.SIGTERM)  # as from a scheduler and from torchrun
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "SIGTERM" in errors
+    assert process.returncode == 0 and "stopped by SIGTERM after step" in errors and "worker" not in errors
+    assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
     assert run_state.read_meta(tmp_path / "run/checkpoints/last").step >= 3
 
 

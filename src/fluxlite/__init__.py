@@ -1,6 +1,6 @@
 """fluxlite: FLUX.1 training and inference in plain PyTorch."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name):

@@ -206,14 +206,12 @@ def flux_config(values, cls=FluxConfig):
 
 
 def load_state(source):
-    """A state dict in our layout: of our own files mapped and not copied, of others only what changes is copied."""
-    if source.layout == "fluxlite" or (source.what == "autoencoder" and source.layout == "diffusers"):
-        return {name: source.read(name) for name in source.described}
-    return convert.assemble(pieces(source), convert.our_shapes(source.config))
+    """A state dict in our layout: views of the mapped files, and copies of what they hold otherwise."""
+    return dict(weights_of(source))
 
 
-def pieces(source):
-    """A source's tensors in our layout, a few linears at a time: (piece, values)."""
+def weights_of(source):
+    """A source's tensors in our layout, a few linears at a time: (name, values)."""
     return convert.convert(source.read, source.layout, "fluxlite", source.config)
 
 
@@ -353,15 +351,15 @@ def _file_names(what, to, count):
 
 
 def _write_shards(source, to, shards, files, digests, progress):
-    def read(name, start, stop):
+    def read(name):
         digests.add(name, source)
-        return source.read(name, start, stop)
+        return source.read(name)
 
-    pieces = ((piece.name, tensor) for piece, tensor in convert.convert(read, source.layout, to, source.config))
+    pieces = convert.convert(read, source.layout, to, source.config)
     rewrites, held = [], []
 
     def of(shard):
-        """The pieces of one shard; the first of the next is held back for it."""
+        """The tensors of one shard; the first of the next is held back for it."""
         while held or (nxt := next(pieces, None)):
             name, tensor = held.pop() if held else nxt
             if name not in shard:

@@ -19,10 +19,17 @@ from torch import nn
 
 from fluxlite.latents import pack_latents
 from fluxlite.model import FluxConfig, Trunk, initial
-from fluxlite.streams import Piece
 
 HINTS = ("latent", "pixel")
-MODES = {"canny": 0, "tile": 1, "depth": 2, "blur": 3, "pose": 4, "gray": 5, "lq": 6}  # of the published Union nets
+MODES = {
+    "canny": 0,
+    "tile": 1,
+    "depth": 2,
+    "blur": 3,
+    "pose": 4,
+    "gray": 5,
+    "lq": 6,
+}  # of the published Union nets
 HINT_CHANNELS = 16
 HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)  # of the convolutions from pixels to latent cells
 
@@ -33,8 +40,14 @@ class ControlNetConfig(FluxConfig):
 
     num_double_blocks: int = field(default=4, metadata={"help": "double blocks of the ControlNet"})
     num_single_blocks: int = field(default=10, metadata={"help": "single blocks of the ControlNet"})
-    hint: str = field(default="latent", metadata={"help": "what it sees of the control picture: latent, or pixel (XLabs)"})
-    num_modes: int = field(default=0, metadata={"help": "kinds of control that a union net is told apart by; 0 for no union"})
+    hint: str = field(
+        default="latent",
+        metadata={"help": "what it sees of the control picture: latent, or pixel (XLabs)"},
+    )
+    num_modes: int = field(
+        default=0,
+        metadata={"help": "kinds of control that a union net is told apart by; 0 for no union"},
+    )
     out_channels: ClassVar[int] = 0  # there is no final layer
 
     def validate(self):
@@ -42,24 +55,30 @@ class ControlNetConfig(FluxConfig):
         if self.hint not in HINTS:
             raise ValueError(f"controlnet.hint={self.hint}: choose one of {', '.join(HINTS)}")
         if self.hint == "pixel" and self.in_channels % 4:
-            raise ValueError(f"controlnet.hint=pixel needs model.in_channels={self.in_channels} to be a multiple of 4")
+            raise ValueError(
+                f"controlnet.hint=pixel needs model.in_channels={self.in_channels} to be a multiple of 4"
+            )
         for name in ("num_double_blocks", "num_single_blocks", "num_modes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"controlnet.{name}={getattr(self, name)} must not be negative")
         if not self.num_double_blocks + self.num_single_blocks:
-            raise ValueError("controlnet.num_double_blocks=0 and controlnet.num_single_blocks=0 leave nothing: set one of them")
+            raise ValueError(
+                "controlnet.num_double_blocks=0 and controlnet.num_single_blocks=0 leave nothing: set one of them"
+            )
         super().validate()
 
     @property
     def modulation_chunks(self):
-        """Vectors of width H that modulate the network: 6 a stream of a double block, 3 a single block."""
-        return 12 * self.num_double_blocks + 3 * self.num_single_blocks
+        """Vectors of width H that modulate each block: there is no final layer."""
+        return super().modulation_chunks[:-1]
 
     @classmethod
     def beside(cls, base, **changes):
         """A configuration with the widths of `base`, a `FluxConfig`, and the depth, hint and modes of `changes`."""
         own = {"num_double_blocks", "num_single_blocks", "hint", "num_modes"}
-        return cls(**{f.name: getattr(base, f.name) for f in fields(cls) if f.name not in own} | changes)
+        return cls(
+            **{f.name: getattr(base, f.name) for f in fields(cls) if f.name not in own} | changes
+        )
 
 
 class ControlNet(Trunk):
@@ -70,9 +89,15 @@ class ControlNet(Trunk):
         hidden = config.hidden_size
         self.hint_in = nn.Linear(config.in_channels, hidden)
         self.mode_in = nn.Embedding(config.num_modes, hidden) if config.num_modes else None
-        self.hint_convs = nn.ModuleList(convolutions(config.in_channels // 4) if config.hint == "pixel" else ())
-        self.double_out = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(config.num_double_blocks))
-        self.single_out = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(config.num_single_blocks))
+        self.hint_convs = nn.ModuleList(
+            convolutions(config.in_channels // 4) if config.hint == "pixel" else ()
+        )
+        self.double_out = nn.ModuleList(
+            nn.Linear(hidden, hidden) for _ in range(config.num_double_blocks)
+        )
+        self.single_out = nn.ModuleList(
+            nn.Linear(hidden, hidden) for _ in range(config.num_single_blocks)
+        )
 
     def forward(self, img, txt, rope, *, t, pooled, guidance=None, hint, mode=None, scale=1.0):
         """Samples to add to the base's image tokens: a list for its double, one for its single blocks, of (B, L_img, H).
@@ -103,15 +128,15 @@ class ControlNet(Trunk):
 
         rope is the base's; a union net's mode token has the position of the first text token.
         """
-        double, single, _ = self.split_modulation(modulation)
+        mods = iter(modulation.split(self.config.modulation_chunks))
         if self.config.num_modes:
             rope = tuple(torch.cat([table[:1], table]) for table in rope)
         img, after_double, after_single = self.img_in(self.cast(img)) + hint, [], []
-        for block, mod, out in zip(self.double_blocks, double, self.double_out):
+        for block, out, mod in zip(self.double_blocks, self.double_out, mods):
             img, txt = block(img, txt, mod, rope, self.attend)
             after_double.append(scale * out(img))
         x = torch.cat([txt, img], dim=1)
-        for block, mod, out in zip(self.single_blocks, single, self.single_out):
+        for block, out, mod in zip(self.single_blocks, self.single_out, mods):
             x = block(x, mod, rope, self.attend)
             after_single.append(scale * out(x[:, txt.shape[1] :]))
         return after_double, after_single
@@ -119,7 +144,12 @@ class ControlNet(Trunk):
     def forward_flops(self, num_text_tokens, num_image_tokens):
         """Floating-point operations of one sample's forward, its outputs included."""
         outputs = len(self.double_out) + len(self.single_out)
-        own = 2 * num_image_tokens * self.config.hidden_size * (outputs * self.config.hidden_size + self.config.in_channels)
+        own = (
+            2
+            * num_image_tokens
+            * self.config.hidden_size
+            * (outputs * self.config.hidden_size + self.config.in_channels)
+        )
         return super().forward_flops(num_text_tokens, num_image_tokens) + own
 
     def drop_conditioning(self):
@@ -131,7 +161,9 @@ class ControlNet(Trunk):
         """Fill all parameters with what `initial_value` gives."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.copy_(initial_value(self.config, name, parameter.shape, parameter.device, generator))
+                parameter.copy_(
+                    initial_value(self.config, name, parameter.shape, parameter.device, generator)
+                )
         return self
 
 
@@ -157,37 +189,32 @@ def initial_value(config, name, shape, device, generator=None):
     return initial(name, shape, device, generator)
 
 
-def pieces_from_base(controlnet, base, pieces, device="cpu", generator=None):
-    """A net's weights from those of its base: yields (`streams.Piece`, values), each of which `pieces` or a draw gives.
+def weights_from_base(controlnet, base, weights, device="cpu", generator=None):
+    """A net's weights from those of its base: yields (name, values).
 
-    `controlnet` may be on meta; `base` is the base's configuration, `pieces` its weights as `checkpoint.pieces` yields them, one
-    after the other. The net gets the embedders, the guidance embedder included, the first blocks and their modulation; what the
-    base has not is drawn from `generator`, or zero, so that the first step equals the base's. Raises `ValueError` where the widths
-    differ or the net is deeper than the base.
+    `controlnet` may be on meta; `base` is the base's configuration, `weights` yields (name, values)
+    of its parameters, one after the other. The net gets the embedders, the guidance embedder
+    included, the first blocks and their modulation. What the base has not is drawn from `generator`
+    or zero, so that the first step equals the base's. Raises `ValueError` where the widths differ
+    or the net is deeper than the base.
     """
-    config, shapes = controlnet.config, {name: p.shape for name, p in controlnet.named_parameters()}
+    config = controlnet.config
+    shapes = {name: p.shape for name, p in controlnet.named_parameters()}
     check_starts(config, base)
-    doubles, singles = 12 * config.num_double_blocks * config.hidden_size, 3 * config.num_single_blocks * config.hidden_size
-    of_singles = 12 * base.num_double_blocks * config.hidden_size
-    moved = [(0, doubles, 0), (of_singles, of_singles + singles, doubles)]  # rows of the base's modulation from … to, and where to
-    for piece, values in pieces:
-        for first, last, to in moved if piece.name.startswith("modulation.") else ():
-            start, stop = max(piece.start, first), min(piece.start + len(values), last)
-            if start < stop:
-                yield Piece(piece.name, start - first + to, stop - first + to), values[start - piece.start : stop - piece.start]
-        if piece.name in shapes and not piece.name.startswith("modulation."):
-            yield piece, values
+    for name, values in weights:
+        if shapes.pop(name, None) is not None:
+            yield name, values
     for name, shape in shapes.items():
-        if name.startswith(("hint_in.", "mode_in.", "hint_convs.", "double_out.", "single_out.")):
-            yield Piece(name), initial_value(config, name, shape, device, generator)
+        yield name, initial_value(config, name, shape, device, generator)
 
 
 @torch.no_grad()
 def init_from_base(controlnet, base, generator=None):
-    """Start from a `Flux`, as `pieces_from_base` says; returns the net."""
-    parameters, pieces = dict(controlnet.named_parameters()), ((Piece(name), value) for name, value in base.state_dict().items())
-    for piece, values in pieces_from_base(controlnet, base.config, pieces, controlnet.hint_in.weight.device, generator):
-        parameters[piece.name][piece.start : piece.stop].copy_(values)
+    """Start from a `Flux`, as `weights_from_base` says; returns the net."""
+    parameters, weights = dict(controlnet.named_parameters()), base.state_dict().items()
+    device = controlnet.hint_in.weight.device
+    for name, values in weights_from_base(controlnet, base.config, weights, device, generator):
+        parameters[name].copy_(values)
     return controlnet
 
 
@@ -205,14 +232,21 @@ def check_starts(config, base):
 
 def check_fits(config, base, where):
     """Raise `ValueError`, naming `where`, unless a ControlNet's `config` has the widths and positions of `base`."""
-    _check_equal(config, base, where, ("hidden_size", "num_heads", "in_channels", "text_width", "pooled_width"))
+    _check_equal(
+        config,
+        base,
+        where,
+        ("hidden_size", "num_heads", "in_channels", "text_width", "pooled_width"),
+    )
     _check_equal(config, base, where, ("rope_axes", "rope_theta"))
 
 
 def _check_equal(config, base, where, names):
     for name in names:
         if getattr(config, name) != getattr(base, name):
-            raise ValueError(f"{where} has {name}={getattr(config, name)}, but the transformer has {getattr(base, name)}")
+            raise ValueError(
+                f"{where} has {name}={getattr(config, name)}, but the transformer has {getattr(base, name)}"
+            )
 
 
 # --- which block of the base gets which sample ----------------------------------------------------------------------------------
@@ -228,13 +262,17 @@ def placement(num_base, num_control, *, cyclic=False):
 
 def placements(config, base):
     """`placement` of the double and of the single blocks; a net that sees pixels repeats its double blocks, as x-flux does."""
-    double = placement(base.num_double_blocks, config.num_double_blocks, cyclic=config.hint == "pixel")
+    double = placement(
+        base.num_double_blocks, config.num_double_blocks, cyclic=config.hint == "pixel"
+    )
     return double, placement(base.num_single_blocks, config.num_single_blocks)
 
 
 def spread(samples, config, base):
     """A net's samples as `residuals` of `Flux.forward`: two lists over the blocks of the base; nothing is copied."""
-    return tuple([of_kind[i] for i in places] for of_kind, places in zip(samples, placements(config, base)))
+    return tuple(
+        [of_kind[i] for i in places] for of_kind, places in zip(samples, placements(config, base))
+    )
 
 
 def combine(residuals):
@@ -250,7 +288,9 @@ def combine(residuals):
             sums[key] = sum(tensors[1:], start=tensors[0])
         return sums[key]
 
-    return tuple([total(tensors) for tensors in zip(*filter(None, of_kind))] for of_kind in zip(*residuals))
+    return tuple(
+        [total(tensors) for tensors in zip(*filter(None, of_kind))] for of_kind in zip(*residuals)
+    )
 
 
 def used(num_base, num_control, *, cyclic=False):
@@ -265,29 +305,23 @@ def nearest_depth(num_base, num_control):
 
 
 def unused_parameters(controlnet, base):
-    """Parameters that can get no gradient beside a base of configuration `base`: {name: None, or a mask of its rows}.
+    """Names of parameters that can get no gradient beside a base of configuration `base`.
 
-    They are blocks whose samples nobody gets, and what lies behind the last that counts: where that is a double block, its text
-    stream but for keys and values. A mask is true for rows that get none: weight decay belongs masked there too.
+    They are blocks whose samples nobody gets, and what lies behind the last that counts: where that
+    is a double block, its text stream but for keys and values. Of that stream's modulation, one
+    linear, only the shift and scale before attention count. It is trained whole: four rows in six
+    get no gradient, and weight decay shrinks them towards zero, which no output shows.
     """
     config = controlnet.config
     double, single = (1 + max(places, default=-1) for places in placements(config, base))
-    blocks = double if not single else config.num_double_blocks  # single blocks see what all double blocks do
-    whole = [f"double_blocks.{i}." for i in range(blocks, config.num_double_blocks)]
-    whole += [f"single_blocks.{i}." for i in range(single, config.num_single_blocks)]
-    whole += [f"double_out.{i}." for i in range(double, config.num_double_blocks)]
-    whole += [f"single_out.{i}." for i in range(single, config.num_single_blocks)]
-    modulation = torch.zeros(config.modulation_chunks, dtype=torch.bool)
-    modulation[12 * blocks : 12 * config.num_double_blocks] = True
-    modulation[12 * config.num_double_blocks + 3 * single :] = True
-    masks = {}
+    blocks = double if not single else config.num_double_blocks  # single blocks see all doubles
+    found = []
+    for i in range(blocks, config.num_double_blocks):
+        found += [f"double_blocks.{i}.", f"modulation.img.{i}.", f"modulation.txt.{i}."]
+    for i in range(single, config.num_single_blocks):
+        found += [f"single_blocks.{i}.", f"modulation.single.{i}.", f"single_out.{i}."]
+    found += [f"double_out.{i}." for i in range(double, config.num_double_blocks)]
     if not single and double:
-        last = f"double_blocks.{double - 1}.txt."
-        whole += [f"{last}proj.", f"{last}mlp.", f"{last}qkv.q_norm."]
-        modulation[12 * double - 4 : 12 * double] = True  # of the text's six, all but the shift and scale before attention
-        queries = torch.tensor([True, False, False]).repeat(config.num_heads).repeat_interleave(config.head_width)
-        masks = {f"{last}qkv.linear.{leaf}": queries for leaf in ("weight", "bias")}
-    if modulation.any():
-        rows = modulation.repeat_interleave(config.hidden_size)
-        masks |= {f"modulation.{leaf}": rows for leaf in ("weight", "bias")}
-    return {n: masks.get(n) for n, _ in controlnet.named_parameters() if n in masks or n.startswith(tuple(whole))}
+        parts = ("qkv.q.", "qkv.q_norm.", "proj.", "mlp.")
+        found += [f"double_blocks.{double - 1}.txt.{part}" for part in parts]
+    return [name for name, _ in controlnet.named_parameters() if name.startswith(tuple(found))]

@@ -1,9 +1,12 @@
 """Names and layouts of checkpoints: a table for each foreign layout, read forwards or backwards.
 
-A row of a table is (their names, our names, transform). `{i}` counts blocks, `.*` stands for `.weight` and `.bias`, and
-`modulation/img` for the rows of our one modulation linear that belong to the image stream of block i. `rules` spells a table out
-for a model; `convert` carries the tensors of one layout to another, a rule at a time: no more than one block's linear is in memory.
-Completeness is checked on names and shapes before any tensor is read.
+A row of a table is (their names, our names, transform). `{i}` counts blocks, and `.*` stands for
+`.weight` and `.bias`. `rules` spells a table out for a model. `convert` carries the tensors of one
+layout to another, a rule at a time: no more than a few linears are in memory. Completeness is
+checked on names and shapes before any tensor is read.
+
+Ours holds what diffusers' holds under other names, and the single block's last linear in two. So a
+checkpoint of diffusers' is mapped and nothing of it is copied; of BFL's the last modulation alone.
 
 H hidden width, N heads, D head width. The layouts: `fluxlite` (ours), `diffusers`, `bfl` (flux1-dev.safetensors, ComfyUI; of a
 ControlNet x-flux's), `nemo`.
@@ -19,73 +22,55 @@ from einops import rearrange
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
 from fluxlite.controlnet import ControlNet, ControlNetConfig
 from fluxlite.model import Flux, FluxConfig
-from fluxlite.streams import Piece, wider
+from fluxlite.streams import wider
 
 MODELS = {FluxConfig: Flux, ControlNetConfig: ControlNet, AutoencoderConfig: Autoencoder}
 
-# forward: (their tensors, the model's configuration) → our tensors; backward: the inverse. Both are views where they can be.
+# forward: (their tensors, the model's configuration) → our tensors; backward: the inverse.
+# Both are views where they can be.
 Transform = namedtuple("Transform", "forward backward")
-# theirs and ours: lists of pieces; optional: of theirs, the names that a checkpoint may lack.
+# theirs and ours: lists of names; optional: of theirs, those that a checkpoint may lack.
 Rule = namedtuple("Rule", "theirs ours transform optional", defaults=((),))
 
 
 # --- transforms -----------------------------------------------------------------------------------------------------------------
 
 
-def half_split(x, config):
-    """Rows (N·D, ...) of queries or keys, from rotation pairs (0, 1), (2, 3) … of a head to pairs (i, i + D/2)."""
-    return rearrange(x, "(n d two) ... -> (n two d) ...", d=config.head_width // 2, two=2)
+def join_heads(tensors, config):
+    """q, k and v (N·D, ...) as one (N·3·D, ...), head by head."""
+    qkv = torch.stack(list(tensors))
+    return [rearrange(qkv, "three (n d) ... -> (n three d) ...", d=config.head_width)]
 
 
-def interleave(x, config):
-    """The inverse of `half_split`."""
-    return rearrange(x, "(n two d) ... -> (n d two) ...", d=config.head_width // 2, two=2)
-
-
-def by_head(q, k, v, config):
-    """(N·D, ...) each to (N·3·D, ...)."""
-    return rearrange(torch.stack([q, k, v]), "three (n d) ... -> (n three d) ...", d=config.head_width)
-
-
-def by_kind(qkv, config):
-    """The inverse of `by_head`."""
-    return rearrange(qkv, "(n three d) ... -> three (n d) ...", three=3, d=config.head_width)
-
-
-def join_qkv(tensors, config):
-    q, k, v = tensors
-    return [by_head(half_split(q, config), half_split(k, config), v, config)]
-
-
-def split_qkv(tensors, config):
-    q, k, v = by_kind(tensors[0], config)
-    return [interleave(q, config), interleave(k, config), v]
+def split_heads(tensors, config):
+    """The inverse of `join_heads`."""
+    return list(
+        rearrange(tensors[0], "(n three d) ... -> three (n d) ...", three=3, d=config.head_width)
+    )
 
 
 def split_rows(tensors, config):
-    qkv, mlp = tensors[0].split([3 * config.hidden_size, config.mlp_ratio * config.hidden_size])
-    return [*join_qkv(qkv.chunk(3), config), mlp]
+    """BFL's linear1 as q, k, v and the MLP's first linear."""
+    hidden = config.hidden_size
+    return list(tensors[0].split([hidden, hidden, hidden, config.mlp_ratio * hidden]))
 
 
-def _same(tensors, config):
-    return list(tensors)
+def split_columns(tensors, config):
+    """One linear from (attention H, MLP) to H as two."""
+    return list(tensors[0].tensor_split([config.hidden_size], dim=1))
 
 
-SAME = Transform(_same, _same)
-# separate q, k and v ↔ ours, head by head and half-split
-QKV = Transform(join_qkv, split_qkv)
-# BFL stacks all of q, all of k, all of v
-STACKED_QKV = Transform(lambda t, c: join_qkv(t[0].chunk(3), c), lambda t, c: [torch.cat(split_qkv(t, c))])
-# BFL's linear1: these over the MLP's first linear
-ROWS = Transform(split_rows, lambda t, c: [torch.cat([*split_qkv(t[:1], c), t[1]])])
-# NeMo is head by head as ours is, with interleaved rotation pairs
-HEADWISE_QKV = Transform(lambda t, c: join_qkv(by_kind(t[0], c), c), lambda t, c: [by_head(*split_qkv(t, c), c)])
-# the scale of a q or k norm
-NORM = Transform(lambda t, c: [half_split(t[0], c)], lambda t, c: [interleave(t[0], c)])
-# (scale, shift) ↔ our (shift, scale)
-SWAPPED = Transform(*2 * [lambda t, c: [torch.cat(t[0].chunk(2)[::-1])]])
-# one linear from (attention H, MLP) to H ↔ two
-COLUMNS = Transform(lambda t, c: [t[0][:, : c.hidden_size], t[0][:, c.hidden_size :]], lambda t, c: [torch.cat(t, dim=1)])
+def swap_halves(tensors, config):
+    """(shift, scale) ↔ (scale, shift)."""
+    return [torch.cat(tensors[0].chunk(2)[::-1])]
+
+
+SAME = Transform(*2 * [lambda t, c: list(t)])
+STACKED = Transform(lambda t, c: list(t[0].chunk(3)), lambda t, c: [torch.cat(t)])  # q, k, v
+ROWS = Transform(split_rows, lambda t, c: [torch.cat(t)])
+COLUMNS = Transform(split_columns, lambda t, c: [torch.cat(t, dim=1)])
+HEADS = Transform(split_heads, join_heads)
+SWAPPED = Transform(swap_halves, swap_halves)
 # NeMo writes the bias of the single block's output twice, and its forward uses the first alone
 TWICE = Transform(lambda t, c: [t[0]], lambda t, c: [t[0], t[0]])
 # a 1x1 convolution ↔ a linear
@@ -95,109 +80,141 @@ CONV_1X1 = Transform(lambda t, c: [t[0].flatten(1)], lambda t, c: [t[0][:, :, No
 # --- tables ---------------------------------------------------------------------------------------------------------------------
 
 
-def stream(ours, *, qkv, norms, proj, mlp, qkv_transform):
-    """Rows for one stream of a double block; `qkv`, `norms` and `mlp` are lists of their names."""
-    return [
-        *((([f"{name}.{leaf}" for name in qkv]), [f"{ours}.qkv.linear.{leaf}"], qkv_transform) for leaf in ("weight", "bias")),
-        *(([theirs], [f"{ours}.qkv.{x}_norm.weight"], NORM) for theirs, x in zip(norms, "qk")),
-        ([f"{proj}.*"], [f"{ours}.proj.*"], SAME),
-        ([f"{mlp[0]}.*"], [f"{ours}.mlp.linear_in.*"], SAME),
-        ([f"{mlp[1]}.*"], [f"{ours}.mlp.linear_out.*"], SAME),
-    ]
-
-
 def same(pairs):
     """Rows of linears that are alike but for their names: {theirs: ours}."""
     return [([f"{theirs}.*"], [f"{ours}.*"], SAME) for theirs, ours in pairs.items()]
 
 
+def embedder(theirs, ours):
+    """Rows of an embedder's two linears; `theirs` are two names, or what comes before BFL's."""
+    if isinstance(theirs, str):
+        theirs = f"{theirs}.in_layer", f"{theirs}.out_layer"
+    return same({theirs[0]: f"{ours}.linear_in", theirs[1]: f"{ours}.linear_out"})
+
+
+def qkv(ours, theirs, norms, transform=SAME):
+    """Rows of queries, keys, values and the norms of the first two; `theirs` and `norms` are names."""
+    linears = [f"{name}.*" for name in theirs], [f"{ours}.qkv.{x}.*" for x in "qkv"], transform
+    return [
+        linears,
+        *(([norm], [f"{ours}.qkv.{x}_norm.weight"], SAME) for norm, x in zip(norms, "qk")),
+    ]
+
+
+def stream(ours, *, qkv_rows, proj, mlp):
+    """Rows for one stream of a double block; `mlp` are two names, `qkv_rows` the arguments of `qkv`."""
+    linears = {proj: "proj", mlp[0]: "mlp.linear_in", mlp[1]: "mlp.linear_out"}
+    return [
+        *qkv(ours, *qkv_rows),
+        *same({theirs: f"{ours}.{name}" for theirs, name in linears.items()}),
+    ]
+
+
+OUR_D, OUR_S = "double_blocks.{i}", "single_blocks.{i}"
+LAST = [f"{OUR_S}.proj.weight", f"{OUR_S}.mlp.linear_out.weight"]
+
 D, S = "transformer_blocks.{i}", "single_transformer_blocks.{i}"
+EMBED = "time_text_embed.{}_embedder.linear_{}".format
 DIFFUSERS = [
     *same({"x_embedder": "img_in", "context_embedder": "txt_in"}),
-    *same({f"time_text_embed.timestep_embedder.linear_{k}": f"time_in.linear_{x}" for k, x in ((1, "in"), (2, "out"))}),
-    *same({f"time_text_embed.guidance_embedder.linear_{k}": f"guidance_in.linear_{x}" for k, x in ((1, "in"), (2, "out"))}),
-    *same({f"time_text_embed.text_embedder.linear_{k}": f"pooled_in.linear_{x}" for k, x in ((1, "in"), (2, "out"))}),
+    *embedder([EMBED("timestep", 1), EMBED("timestep", 2)], "time_in"),
+    *embedder([EMBED("guidance", 1), EMBED("guidance", 2)], "guidance_in"),
+    *embedder([EMBED("text", 1), EMBED("text", 2)], "pooled_in"),
     *stream(
-        "double_blocks.{i}.img",
-        qkv=[f"{D}.attn.to_{x}" for x in "qkv"],
-        norms=[f"{D}.attn.norm_{x}.weight" for x in "qk"],
+        f"{OUR_D}.img",
+        qkv_rows=(
+            [f"{D}.attn.to_{x}" for x in "qkv"],
+            [f"{D}.attn.norm_{x}.weight" for x in "qk"],
+        ),
         proj=f"{D}.attn.to_out.0",
         mlp=[f"{D}.ff.net.0.proj", f"{D}.ff.net.2"],
-        qkv_transform=QKV,
     ),
     *stream(
-        "double_blocks.{i}.txt",
-        qkv=[f"{D}.attn.add_{x}_proj" for x in "qkv"],
-        norms=[f"{D}.attn.norm_added_{x}.weight" for x in "qk"],
+        f"{OUR_D}.txt",
+        qkv_rows=(
+            [f"{D}.attn.add_{x}_proj" for x in "qkv"],
+            [f"{D}.attn.norm_added_{x}.weight" for x in "qk"],
+        ),
         proj=f"{D}.attn.to_add_out",
         mlp=[f"{D}.ff_context.net.0.proj", f"{D}.ff_context.net.2"],
-        qkv_transform=QKV,
     ),
-    *(([f"{S}.attn.to_{x}.{leaf}" for x in "qkv"], [f"single_blocks.{{i}}.qkv.linear.{leaf}"], QKV) for leaf in ("weight", "bias")),
-    *(([f"{S}.attn.norm_{x}.weight"], [f"single_blocks.{{i}}.qkv.{x}_norm.weight"], NORM) for x in "qk"),
-    ([f"{S}.proj_mlp.*"], ["single_blocks.{i}.mlp.linear_in.*"], SAME),
-    ([f"{S}.proj_out.weight"], ["single_blocks.{i}.proj.weight", "single_blocks.{i}.mlp.linear_out.weight"], COLUMNS),
-    ([f"{S}.proj_out.bias"], ["single_blocks.{i}.mlp.linear_out.bias"], SAME),
-    *same({"proj_out": "out"}),
-    *same({f"{D}.norm1.linear": "modulation/img", f"{D}.norm1_context.linear": "modulation/txt"}),
-    *same({f"{S}.norm.linear": "modulation/single"}),
-    (["norm_out.linear.*"], ["modulation/out.*"], SWAPPED),
+    *qkv(OUR_S, [f"{S}.attn.to_{x}" for x in "qkv"], [f"{S}.attn.norm_{x}.weight" for x in "qk"]),
+    *same({f"{S}.proj_mlp": f"{OUR_S}.mlp.linear_in"}),
+    ([f"{S}.proj_out.weight"], LAST, COLUMNS),
+    ([f"{S}.proj_out.bias"], [f"{OUR_S}.mlp.linear_out.bias"], SAME),
+    *same({f"{D}.norm1.linear": "modulation.img.{i}"}),
+    *same({f"{D}.norm1_context.linear": "modulation.txt.{i}"}),
+    *same({f"{S}.norm.linear": "modulation.single.{i}"}),
+    *same({"norm_out.linear": "modulation.out", "proj_out": "out"}),
 ]
 
 D, S = "double_blocks.{i}", "single_blocks.{i}"
-BFL = [
-    *same({"img_in": "img_in", "txt_in": "txt_in"}),
-    *same({f"time_in.{x}_layer": f"time_in.linear_{x}" for x in ("in", "out")}),
-    *same({f"guidance_in.{x}_layer": f"guidance_in.linear_{x}" for x in ("in", "out")}),
-    *same({f"vector_in.{x}_layer": f"pooled_in.linear_{x}" for x in ("in", "out")}),
-    *(
-        row
-        for s in ("img", "txt")
-        for row in stream(
-            f"{D}.{s}",
-            qkv=[f"{D}.{s}_attn.qkv"],
-            norms=[f"{D}.{s}_attn.norm.{x}_norm.scale" for x in ("query", "key")],
+
+
+def bfl_stream(s):
+    """Rows for the stream `s`, img or txt, of BFL's double blocks, and its modulation."""
+    norms = [f"{D}.{s}_attn.norm.{x}_norm.scale" for x in ("query", "key")]
+    return [
+        *stream(
+            f"{OUR_D}.{s}",
+            qkv_rows=([f"{D}.{s}_attn.qkv"], norms, STACKED),
             proj=f"{D}.{s}_attn.proj",
             mlp=[f"{D}.{s}_mlp.0", f"{D}.{s}_mlp.2"],
-            qkv_transform=STACKED_QKV,
-        )
+        ),
+        *same({f"{D}.{s}_mod.lin": f"modulation.{s}.{{i}}"}),
+    ]
+
+
+BFL = [
+    *same({"img_in": "img_in", "txt_in": "txt_in"}),
+    *embedder("time_in", "time_in"),
+    *embedder("guidance_in", "guidance_in"),
+    *embedder("vector_in", "pooled_in"),
+    *bfl_stream("img"),
+    *bfl_stream("txt"),
+    (
+        [f"{S}.linear1.*"],
+        [*(f"{OUR_S}.qkv.{x}.*" for x in "qkv"), f"{OUR_S}.mlp.linear_in.*"],
+        ROWS,
     ),
-    *(([f"{S}.linear1.{leaf}"], [f"{S}.qkv.linear.{leaf}", f"{S}.mlp.linear_in.{leaf}"], ROWS) for leaf in ("weight", "bias")),
-    *(([f"{S}.norm.{name}_norm.scale"], [f"{S}.qkv.{x}_norm.weight"], NORM) for name, x in (("query", "q"), ("key", "k"))),
-    ([f"{S}.linear2.weight"], [f"{S}.proj.weight", f"{S}.mlp.linear_out.weight"], COLUMNS),
-    ([f"{S}.linear2.bias"], [f"{S}.mlp.linear_out.bias"], SAME),
-    *same({"final_layer.linear": "out"}),
-    *same({f"{D}.{s}_mod.lin": f"modulation/{s}" for s in ("img", "txt")}),
-    *same({f"{S}.modulation.lin": "modulation/single", "final_layer.adaLN_modulation.1": "modulation/out"}),
+    ([f"{S}.norm.query_norm.scale"], [f"{OUR_S}.qkv.q_norm.weight"], SAME),
+    ([f"{S}.norm.key_norm.scale"], [f"{OUR_S}.qkv.k_norm.weight"], SAME),
+    ([f"{S}.linear2.weight"], LAST, COLUMNS),
+    ([f"{S}.linear2.bias"], [f"{OUR_S}.mlp.linear_out.bias"], SAME),
+    *same({f"{S}.modulation.lin": "modulation.single.{i}", "final_layer.linear": "out"}),
+    (["final_layer.adaLN_modulation.1.*"], ["modulation.out.*"], SWAPPED),
 ]
 
+
+def nemo_stream(s, added, mlp):
+    """Rows for the stream `s` of NeMo's double blocks."""
+    attention = f"{D}.self_attention.{added}"
+    norms = [f"{attention}{x}_layernorm.weight" for x in "qk"]
+    return stream(
+        f"{OUR_D}.{s}",
+        qkv_rows=([f"{attention}linear_qkv"], norms, HEADS),
+        proj=f"{attention}linear_proj",
+        mlp=[f"{D}.{mlp}.linear_fc1", f"{D}.{mlp}.linear_fc2"],
+    )
+
+
+A, M = f"{S}.self_attention", f"{S}.mlp"
 NEMO = [
     *same({"img_embed": "img_in", "txt_embed": "txt_in"}),
-    *same({f"timestep_embedding.time_embedder.{x}_layer": f"time_in.linear_{x}" for x in ("in", "out")}),
-    *same({f"guidance_embedding.{x}_layer": f"guidance_in.linear_{x}" for x in ("in", "out")}),
-    *same({f"vector_embedding.{x}_layer": f"pooled_in.linear_{x}" for x in ("in", "out")}),
-    *(
-        row
-        for s, added, mlp in (("img", "", "mlp"), ("txt", "added_", "context_mlp"))
-        for row in stream(
-            f"{D}.{s}",
-            qkv=[f"{D}.self_attention.{added}linear_qkv"],
-            norms=[f"{D}.self_attention.{added}{x}_layernorm.weight" for x in "qk"],
-            proj=f"{D}.self_attention.{added}linear_proj",
-            mlp=[f"{D}.{mlp}.linear_fc1", f"{D}.{mlp}.linear_fc2"],
-            qkv_transform=HEADWISE_QKV,
-        )
-    ),
-    *(([f"{S}.self_attention.linear_qkv.{leaf}"], [f"{S}.qkv.linear.{leaf}"], HEADWISE_QKV) for leaf in ("weight", "bias")),
-    *(([f"{S}.self_attention.{x}_layernorm.weight"], [f"{S}.qkv.{x}_norm.weight"], NORM) for x in "qk"),
-    *same({f"{S}.mlp.linear_fc1": f"{S}.mlp.linear_in"}),
-    ([f"{S}.self_attention.linear_proj.weight"], [f"{S}.proj.weight"], SAME),
-    ([f"{S}.mlp.linear_fc2.weight"], [f"{S}.mlp.linear_out.weight"], SAME),
-    ([f"{S}.mlp.linear_fc2.bias", f"{S}.self_attention.linear_proj.bias"], [f"{S}.mlp.linear_out.bias"], TWICE),
-    *same({"proj_out": "out"}),
-    *same({f"{D}.adaln.adaLN_modulation.1": "modulation/img", f"{D}.adaln_context.adaLN_modulation.1": "modulation/txt"}),
-    *same({f"{S}.adaln.adaLN_modulation.1": "modulation/single"}),
-    (["norm_out.adaLN_modulation.1.*"], ["modulation/out.*"], SWAPPED),
+    *embedder("timestep_embedding.time_embedder", "time_in"),
+    *embedder("guidance_embedding", "guidance_in"),
+    *embedder("vector_embedding", "pooled_in"),
+    *nemo_stream("img", "", "mlp"),
+    *nemo_stream("txt", "added_", "context_mlp"),
+    *qkv(OUR_S, [f"{A}.linear_qkv"], [f"{A}.{x}_layernorm.weight" for x in "qk"], HEADS),
+    *same({f"{M}.linear_fc1": f"{OUR_S}.mlp.linear_in"}),
+    ([f"{A}.linear_proj.weight"], LAST[:1], SAME),
+    ([f"{M}.linear_fc2.weight"], LAST[1:], SAME),
+    ([f"{M}.linear_fc2.bias", f"{A}.linear_proj.bias"], [f"{OUR_S}.mlp.linear_out.bias"], TWICE),
+    *same({f"{D}.adaln.adaLN_modulation.1": "modulation.img.{i}"}),
+    *same({f"{D}.adaln_context.adaLN_modulation.1": "modulation.txt.{i}"}),
+    *same({f"{S}.adaln.adaLN_modulation.1": "modulation.single.{i}"}),
+    *same({"norm_out.adaLN_modulation.1": "modulation.out", "proj_out": "out"}),
 ]
 
 TABLES = {"diffusers": DIFFUSERS, "bfl": BFL, "nemo": NEMO}
@@ -206,7 +223,13 @@ TABLES = {"diffusers": DIFFUSERS, "bfl": BFL, "nemo": NEMO}
 def control(hint, double, *convs):
     """Rows for what a ControlNet has beside its blocks; `convs` are the names of its eight convolutions."""
     return [
-        *same({hint: "hint_in", f"controlnet_{double}.{{i}}": "double_out.{i}", "controlnet_single_blocks.{i}": "single_out.{i}"}),
+        *same(
+            {
+                hint: "hint_in",
+                f"controlnet_{double}.{{i}}": "double_out.{i}",
+                "controlnet_single_blocks.{i}": "single_out.{i}",
+            }
+        ),
         (["controlnet_mode_embedder.weight"], ["mode_in.weight"], SAME),
         *same({f"input_hint_block.{name}": f"hint_convs.{k}" for k, name in enumerate(convs)}),
     ]
@@ -215,61 +238,55 @@ def control(hint, double, *convs):
 CONVS = "conv_in", *(f"blocks.{k}" for k in range(6)), "conv_out"
 CONTROL = {
     "diffusers": control("controlnet_x_embedder", "blocks", *CONVS),
-    "bfl": control("pos_embed_input", "blocks", *range(0, 16, 2)),  # between the convolutions stand activations
+    "bfl": control(
+        "pos_embed_input", "blocks", *range(0, 16, 2)
+    ),  # between the convolutions stand activations
     "nemo": control("controlnet_x_embedder", "double_blocks", *CONVS),
 }
 LAYOUTS = ("fluxlite", *TABLES)
+FIRST_EDITION = (
+    "fluxlite 0.1, whose weights lie in another order: "
+    "python scripts/convert_first_edition.py --src OLD --dst NEW.safetensors converts them "
+    "(what save_converted kept may be removed instead)"
+)
 PREFIXES = ("", "model.diffusion_model.")  # the second: BFL's layout as ComfyUI saves it
 
 
 # --- tables spelled out for a model ---------------------------------------------------------------------------------------------
 
 
-def _piece(name, i, config):
-    """Our `modulation/img.weight` and its like as rows of the modulation linear; other names stand for whole tensors."""
-    if not name.startswith("modulation/"):
-        return Piece(name.format(i=i))
-    part, leaf = name.removeprefix("modulation/").split(".")
-    single = 12 * config.num_double_blocks
-    first, chunks = {
-        "img": (12 * i, 6),
-        "txt": (12 * i + 6, 6),
-        "single": (single + 3 * i, 3),
-        "out": (single + 3 * config.num_single_blocks, 2),
-    }[part]
-    return Piece(f"modulation.{leaf}", first * config.hidden_size, (first + chunks) * config.hidden_size)
+def stage_of(row):
+    """Where a row's tensors stand: 0 embedders, 1 double blocks, 2 single blocks, 3 the end."""
+    ours = row[1][0].removeprefix("modulation.")
+    prefixes = {"double": 1, "img.": 1, "txt.": 1, "single": 2, "out.": 3}
+    return next((stage for prefix, stage in prefixes.items() if ours.startswith(prefix)), 0)
 
 
-def _stage(row):
-    """Where a row's tensors stand in a checkpoint: 0 embedders, 1 double blocks, 2 single blocks, 3 the end."""
-    name = row[1][0].replace("modulation/img", "double").replace("modulation/txt", "double").replace("modulation/single", "single")
-    return 1 if name.startswith("double") else 2 if name.startswith("single") else 3 if name.startswith(("out", "mod")) else 0
-
-
-def _spelled(layout, config):
+def spell_rows(layout, config):
     """The rows of `layout` that a model of this shape has, with each block number, block after block: (row, i)."""
     depths = (1, config.num_double_blocks, config.num_single_blocks, 1)
     rows, absent = TABLES[layout], [] if config.guidance_embed else ["guidance_in"]
     if isinstance(config, ControlNetConfig):
         rows = [*rows, *CONTROL[layout]]
-        absent += ["out.", "modulation/out"] + ["hint_convs"] * (config.hint != "pixel") + ["mode_in"] * (not config.num_modes)
+        absent += ["out.", "modulation.out"]
+        absent += ["hint_convs"] * (config.hint != "pixel") + ["mode_in"] * (not config.num_modes)
     kept = [row for row in rows if not row[1][0].startswith(tuple(absent))]
-    return [(row, i) for stage, depth in enumerate(depths) for i in range(depth) for row in kept if _stage(row) == stage]
+    return [
+        (row, i)
+        for stage, depth in enumerate(depths)
+        for i in range(depth)
+        for row in kept
+        if stage_of(row) == stage
+    ]
 
 
 def flux_rules(layout, config):
-    """The rules between a layout of a transformer or a ControlNet and ours."""
-    if layout == "fluxlite":  # the modulation last, in the pieces that the other layouts have it in
-        pieces = [piece for rule in flux_rules("bfl", config) for piece in rule.ours]
-        pieces.sort(key=lambda piece: (piece.stop is not None, piece.name if piece.stop is not None else "", piece.start))
-        return [Rule([piece], [piece], SAME) for piece in pieces]
+    """The rules between a foreign layout of a transformer or a ControlNet and ours."""
     found = []
-    for (theirs, ours, transform), i in _spelled(layout, config):
+    for (theirs, ours, transform), i in spell_rows(layout, config):
         for leaf in ("weight", "bias") if theirs[0].endswith(".*") else [""]:
-            their_pieces = [Piece(name.format(i=i).replace("*", leaf)) for name in theirs]
-            our_pieces = [_piece(name.replace("*", leaf), i, config) for name in ours]
-            optional = tuple(piece.name for piece in their_pieces[1:]) if transform is TWICE else ()
-            found.append(Rule(their_pieces, our_pieces, transform, optional))
+            names = [[name.format(i=i).replace("*", leaf) for name in of] for of in (theirs, ours)]
+            found.append(Rule(*names, transform, names[0][1:] if transform is TWICE else ()))
     return found
 
 
@@ -289,25 +306,26 @@ AUTOENCODER_NAMES = (  # diffusers' and our names → those of `ae.safetensors`,
 )
 
 
-def autoencoder_rules(layout, config):
-    """The rules between a layout of the autoencoder and ours, whose names are diffusers'."""
-    levels, rules = len(config.block_out_channels), []
-    with torch.device("meta"):
-        names = list(Autoencoder(config).state_dict())
-    for name in names:
-        theirs, transform = name, SAME
-        if layout == "bfl":
-            theirs = re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", name)
-            for ours, bfl in AUTOENCODER_NAMES:
-                theirs = theirs.replace(ours, bfl)
-            transform = CONV_1X1 if "attentions.0.to_" in name and name.endswith("weight") else SAME
-        rules.append(Rule([Piece(theirs)], [Piece(name)], transform))
-    return rules
+def autoencoder_rules(config):
+    """The rules between BFL's layout of the autoencoder and ours, whose names are diffusers'."""
+    levels, found = len(config.block_out_channels), []
+    for name in our_shapes(config):
+        theirs = re.sub(
+            r"up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", name
+        )
+        for ours, bfl in AUTOENCODER_NAMES:
+            theirs = theirs.replace(ours, bfl)
+        square = "attentions.0.to_" in name and name.endswith("weight")
+        found.append(Rule([theirs], [name], CONV_1X1 if square else SAME))
+    return found
 
 
 def rules(layout, config):
     """The rules between `layout` and ours for the model that `config`, of one of `MODELS`, describes."""
-    return (autoencoder_rules if isinstance(config, AutoencoderConfig) else flux_rules)(layout, config)
+    of_autoencoder = isinstance(config, AutoencoderConfig)
+    if layout == "fluxlite" or (of_autoencoder and layout == "diffusers"):
+        return [Rule([name], [name], SAME) for name in our_shapes(config)]
+    return autoencoder_rules(config) if of_autoencoder else flux_rules(layout, config)
 
 
 def our_shapes(config):
@@ -325,9 +343,8 @@ def shapes(layout, config):
     """{name: shape} of a whole checkpoint in `layout`, in the order that `convert` yields tensors."""
     ours, found = our_shapes(config), {}
     for rule in rules(layout, config):
-        parts = rule.transform.backward([ours[p.name][p.start : p.stop] for p in rule.ours], config)
-        for piece, part in zip(rule.theirs, parts):
-            found[piece.name] = tuple(ours[piece.name].shape) if piece.stop is not None else tuple(part.shape)
+        parts = rule.transform.backward([ours[name] for name in rule.ours], config)
+        found |= {name: tuple(part.shape) for name, part in zip(rule.theirs, parts)}
     return found
 
 
@@ -337,7 +354,9 @@ def shapes(layout, config):
 def their_name(layout, linear):
     """The name in `layout` of the weight of one of our linears."""
     rows = (*TABLES[layout], *CONTROL[layout]) if layout in TABLES else ()
-    return next((r[0][0] for r in rows if r[1][0].startswith(linear)), f"{linear}.*").replace("*", "weight")
+    return next((r[0][0] for r in rows if r[1][0].startswith(linear)), f"{linear}.*").replace(
+        "*", "weight"
+    )
 
 
 def recognise(keys):
@@ -346,23 +365,46 @@ def recognise(keys):
     Raises `ValueError` for keys that are none's, or several layouts'.
     """
     keys, everywhere = set(keys), "time_in.linear_in"  # which each layout names in its own way
-    found = [(layout, prefix) for layout in LAYOUTS for prefix in PREFIXES if prefix + their_name(layout, everywhere) in keys]
+    found = [
+        (layout, prefix)
+        for layout in LAYOUTS
+        for prefix in PREFIXES
+        if prefix + their_name(layout, everywhere) in keys
+    ]
     if "decoder.conv_in.weight" in keys:
         if found:
-            raise ValueError("there are a transformer and an autoencoder here: name the file of one")
-        return "autoencoder", "bfl" if "decoder.mid.block_1.norm1.weight" in keys else "diffusers", ""
+            raise ValueError(
+                "there are a transformer and an autoencoder here: name the file of one"
+            )
+        return (
+            "autoencoder",
+            "bfl" if "decoder.mid.block_1.norm1.weight" in keys else "diffusers",
+            "",
+        )
     if len(found) > 1:
         raise ValueError(f"the keys mix layouts: {' and '.join(layout for layout, _ in found)}")
     if not found:
         shown = ", ".join(sorted(keys)[:3]) or "none"
-        raise ValueError(f"neither a FLUX transformer, a ControlNet nor an autoencoder: {len(keys)} keys such as {shown}")
+        raise ValueError(
+            f"neither a FLUX transformer, a ControlNet nor an autoencoder: {len(keys)} keys such as {shown}"
+        )
     layout, prefix = found[0]
-    return "controlnet" if prefix + their_name(layout, "hint_in") in keys else "transformer", layout, prefix
+    if layout == "fluxlite" and "modulation.weight" in keys:
+        raise ValueError(f"it was written by {FIRST_EDITION}")
+    return (
+        "controlnet" if prefix + their_name(layout, "hint_in") in keys else "transformer",
+        layout,
+        prefix,
+    )
 
 
 def depth(keys, pattern):
     """How many blocks there are: one more than the largest number in the keys that start with `pattern`."""
-    numbers = [int(match[1]) for key in keys if (match := re.match(re.escape(pattern).replace(r"\{i\}", r"(\d+)") + r"\.", key))]
+    numbers = [
+        int(match[1])
+        for key in keys
+        if (match := re.match(re.escape(pattern).replace(r"\{i\}", r"(\d+)") + r"\.", key))
+    ]
     return 1 + max(numbers, default=-1)
 
 
@@ -376,9 +418,16 @@ def infer_config(layout, found):
         blocks = ["double_blocks.{i}", "single_blocks.{i}"]
     else:
         rows = [*TABLES[layout], *CONTROL[layout]]
-        table = [(r[0][0].replace("*", leaf), r[1][0].replace("*", leaf)) for r in rows for leaf in ("weight", "bias")]
+        table = [
+            (r[0][0].replace("*", leaf), r[1][0].replace("*", leaf))
+            for r in rows
+            for leaf in ("weight", "bias")
+        ]
         at = {ours.format(i=0): theirs.format(i=0) for theirs, ours in table}
-        blocks = [next(t for t, o in table if o.startswith(kind)).split(".{i}")[0] + ".{i}" for kind in ("double_b", "single_b")]
+        blocks = [
+            next(t for t, o in table if o.startswith(kind)).split(".{i}")[0] + ".{i}"
+            for kind in ("double_b", "single_b")
+        ]
     doubles, singles = (depth(found, pattern) for pattern in blocks)
 
     def shape(name):
@@ -392,7 +441,7 @@ def infer_config(layout, found):
         mlp = shape("double_blocks.0.img.mlp.linear_in.weight")[0]
     else:
         mlp = (
-            shape("single_blocks.0.qkv.linear.weight")[0] - 3 * hidden
+            shape("single_blocks.0.qkv.q.weight")[0] - 3 * hidden
             if layout == "bfl"
             else shape(f"{first}.mlp.linear_in.weight")[0]
         )
@@ -418,9 +467,16 @@ def infer_config(layout, found):
 def infer_autoencoder_config(layout, found, values=None):
     """The `AutoencoderConfig` of an autoencoder's {name: shape}; `values`, a vae/config.json, adds what shapes do not show."""
     levels = depth(found, "encoder.down.{i}" if layout == "bfl" else "encoder.down_blocks.{i}")
-    level, resnet = ("encoder.down.{i}", "block.{i}") if layout == "bfl" else ("encoder.down_blocks.{i}", "resnets.{i}")
+    level, resnet = (
+        ("encoder.down.{i}", "block.{i}")
+        if layout == "bfl"
+        else ("encoder.down_blocks.{i}", "resnets.{i}")
+    )
     inferred = AutoencoderConfig(
-        block_out_channels=tuple(found[f"{level.format(i=i)}.{resnet.format(i=0)}.conv1.weight"][0] for i in range(levels)),
+        block_out_channels=tuple(
+            found[f"{level.format(i=i)}.{resnet.format(i=0)}.conv1.weight"][0]
+            for i in range(levels)
+        ),
         layers_per_block=depth(found, f"{level.format(i=0)}.{resnet}"),
         latent_channels=found["decoder.conv_in.weight"][1],
     )
@@ -428,7 +484,9 @@ def infer_autoencoder_config(layout, found, values=None):
         if (values or {}).get(name) is not None:
             setattr(inferred, name, values[name])
     if any(width % inferred.norm_num_groups for width in inferred.block_out_channels):
-        raise ValueError("an autoencoder of other widths than FLUX's needs its config.json beside it, with norm_num_groups")
+        raise ValueError(
+            "an autoencoder of other widths than FLUX's needs its config.json beside it, with norm_num_groups"
+        )
     return inferred
 
 
@@ -440,79 +498,68 @@ def check(layout, config, found):
         "missing": sorted(expected.keys() - found.keys() - optional),
         "unknown": sorted(found.keys() - expected.keys()),
         "of another shape": [
-            f"{k} {list(found[k])}, not {list(expected[k])}" for k in expected if k in found and tuple(found[k]) != expected[k]
+            f"{k} {list(found[k])}, not {list(expected[k])}"
+            for k in expected
+            if k in found and tuple(found[k]) != expected[k]
         ],
     }
     if any(faults.values()):
-        listed = [f"{f}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}" for f, names in faults.items() if names]
+        listed = [
+            f"{f}: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+            for f, names in faults.items()
+            if names
+        ]
         counts = ", ".join(f"{len(names)} {fault}" for fault, names in faults.items() if names)
-        raise ValueError(f"{counts} among the keys of this {layout} checkpoint; " + "; ".join(listed))
+        raise ValueError(
+            f"{counts} among the keys of this {layout} checkpoint; " + "; ".join(listed)
+        )
 
 
 # --- carrying over --------------------------------------------------------------------------------------------------------------
 
 
 def convert(read, source, target, config):
-    """Yield (piece of `target`'s layout, tensor) for a whole model; `read(name, start, stop)` reads rows of one of `source`'s.
+    """Yield (name in `target`'s layout, tensor) of a whole model; `read(name)` reads one of `source`'s.
 
-    Pieces of one tensor come one after the other, their rows in order. Every tensor of the source is read about once and no more
-    than a few linears are held; tensors whose bytes do not change are views of the source's.
+    Every tensor of the source is read once and no more than a few linears are held; tensors whose
+    bytes do not change are views of the source's.
     """
-    made, makers = {}, {piece: rule for rule in rules(source, config) for piece in rule.ours}
+    made, makers = {}, {name: rule for rule in rules(source, config) for name in rule.ours}
 
-    def ours(piece):
-        if piece not in made:
-            rule = makers[piece]
-            pieces = rule.theirs[: len(rule.theirs) - len(rule.optional)]
-            tensors = rule.transform.forward([read(*piece) for piece in pieces], config)
-            made.update(zip(rule.ours, tensors))
-        return made.pop(piece)
+    def ours(name):
+        if name not in made:
+            rule = makers[name]
+            required = rule.theirs[: len(rule.theirs) - len(rule.optional)]
+            made.update(zip(rule.ours, rule.transform.forward([read(n) for n in required], config)))
+        return made.pop(name)
 
     for rule in rules(target, config):
-        yield from zip(rule.theirs, rule.transform.backward([ours(piece) for piece in rule.ours], config))
+        yield from zip(rule.theirs, rule.transform.backward([ours(n) for n in rule.ours], config))
 
 
 def dtypes(source, target, config, theirs):
-    """{name: type} in `target` for a checkpoint in `source` whose types are {name: dtype}: each tensor's is that of its sources.
+    """{name: type} in `target` for a checkpoint in `source` whose types are {name: dtype}.
 
-    Where they differ, the wider one.
+    Each tensor's is that of its sources; where they differ, the wider one.
     """
-    makers, found = {piece: rule for rule in rules(source, config) for piece in rule.ours}, {}
+    makers = {name: rule for rule in rules(source, config) for name in rule.ours}
+    found = {}
     for rule in rules(target, config):
-        of = [theirs[p.name] for piece in rule.ours for p in makers[piece].theirs if p.name in theirs]
-        for piece in rule.theirs:
-            found[piece.name] = reduce(wider, of, found.get(piece.name, of[0]))
+        names = [name for ours in rule.ours for name in makers[ours].theirs if name in theirs]
+        found |= dict.fromkeys(rule.theirs, reduce(wider, [theirs[name] for name in names]))
     return found
 
 
 def to_fluxlite(state, config, layout):
     """A state dict of ours from one in `layout`, checked first; only what changes is copied."""
     check(layout, config, {name: tuple(state[name].shape) for name in state.keys()})
-    return assemble(convert(reader(state), layout, "fluxlite", config), our_shapes(config))
+    return dict(convert(state.__getitem__, layout, "fluxlite", config))
 
 
 def from_fluxlite(state, config, layout):
     """A state dict in `layout` from one of ours, checked first."""
     check("fluxlite", config, {name: tuple(state[name].shape) for name in state.keys()})
-    return {piece.name: tensor for piece, tensor in convert(reader(state), "fluxlite", layout, config)}
-
-
-def reader(state):
-    """The `read` of `convert` for a state dict in memory."""
-    return lambda name, start=0, stop=None: state[name][start:stop]
-
-
-def assemble(pieces, shapes_like):
-    """Whole tensors from `convert`'s pieces: {name: tensor}."""
-    state = {}
-    for piece, tensor in pieces:
-        if piece.stop is None:
-            state[piece.name] = tensor
-        else:
-            if piece.name not in state:
-                state[piece.name] = torch.empty(shapes_like[piece.name].shape, dtype=tensor.dtype)
-            state[piece.name][piece.start : piece.stop] = tensor
-    return state
+    return dict(convert(state.__getitem__, "fluxlite", layout, config))
 
 
 # --- configurations as diffusers writes them ------------------------------------------------------------------------------------
@@ -520,13 +567,18 @@ def assemble(pieces, shapes_like):
 
 def config_from_diffusers(values):
     """`FluxConfig` of a diffusers `transformer/config.json`."""
-    return FluxConfig(**_shape_from_diffusers(values), out_channels=values.get("out_channels") or values["in_channels"])
+    return FluxConfig(
+        **_shape_from_diffusers(values),
+        out_channels=values.get("out_channels") or values["in_channels"],
+    )
 
 
 def controlnet_config_from_diffusers(values):
     """`ControlNetConfig` of the `config.json` of a FluxControlNetModel."""
     hint = "pixel" if values.get("conditioning_embedding_channels") else "latent"
-    return ControlNetConfig(**_shape_from_diffusers(values), hint=hint, num_modes=values.get("num_mode") or 0)
+    return ControlNetConfig(
+        **_shape_from_diffusers(values), hint=hint, num_modes=values.get("num_mode") or 0
+    )
 
 
 def _shape_from_diffusers(values):
@@ -546,7 +598,9 @@ def _shape_from_diffusers(values):
 def config_to_diffusers(config):
     """The `config.json` of a `FluxConfig` or a `ControlNetConfig`."""
     if (config.rope_theta, config.mlp_ratio) != (10_000, 4):
-        raise ValueError("diffusers fixes model.rope_theta=10000 and model.mlp_ratio=4: this model has no config.json there")
+        raise ValueError(
+            "diffusers fixes model.rope_theta=10000 and model.mlp_ratio=4: this model has no config.json there"
+        )
     shape = {
         "patch_size": 1,
         "num_layers": config.num_double_blocks,
@@ -561,7 +615,10 @@ def config_to_diffusers(config):
     }
     if isinstance(config, ControlNetConfig):
         pixel = config.hint == "pixel"  # patches of what the convolutions give are formed inside
-        own = {"num_mode": config.num_modes or None, "conditioning_embedding_channels": config.in_channels // 4 if pixel else None}
+        own = {
+            "num_mode": config.num_modes or None,
+            "conditioning_embedding_channels": config.in_channels // 4 if pixel else None,
+        }
         return _named("FluxControlNetModel") | shape | own | ({"patch_size": 2} if pixel else {})
     return _named("FluxTransformer2DModel") | shape | {"out_channels": config.out_channels}
 

@@ -1,16 +1,16 @@
-"""FLUX.1's transformer: a velocity for image tokens, given text tokens, a pooled text vector, t and guidance.
+"""FLUX.1's transformer: velocities for image tokens, given text tokens, pooled text, t and guidance.
 
-`Flux.forward` is the paper's figure. What depends on the step alone (`modulate`) is apart from what depends on the latents
-(`velocity`): training calls `forward`, sampling computes the modulation of all steps at once and calls `velocity`. `Trunk` is what
-a ControlNet (`controlnet`) shares with it.
+`Flux.forward` is the paper's figure. What depends on the step alone (`modulate`) is apart from what
+depends on the latents (`velocity`). Training calls `forward`; sampling computes the modulation of
+all steps at once and calls `velocity`. `Trunk` is what a ControlNet (`controlnet`) shares with it.
 
 B batch, L tokens (text first, then image), H hidden width, N heads, D head width.
 
-Layout of the weights, chosen for running (`convert` pays for it):
-* `qkv` rows are ordered head by head, (N, [q, k, v], D), so that any split by heads is a plain split of rows.
-* RoPE rotates (i, i + D/2) pairs: the rows of q and k, their biases and norm scales hold a head's even channels, then its odd.
-* The single block's attention and MLP halves are separate linears; their products are added, and the bias belongs to the MLP's.
-* All modulation is one linear outside the blocks: 27 % of the parameters, 0.009 % of the FLOPs.
+Weights lie as diffusers publishes them: rows, columns, order of chunks and rotation pairs. Two
+things are arranged otherwise, and neither moves a number:
+* All modulation is in one module outside the blocks: 27 % of the parameters, 0.009 % of the FLOPs.
+* The single block's last linear is two, since tensor parallelism splits its columns: attention's
+  and the MLP's. Their products are added, and the one bias is with the MLP's.
 """
 
 import math
@@ -38,17 +38,30 @@ SINUSOID = 256
 class FluxConfig:
     """The shape of a Flux; the defaults are FLUX.1-dev's."""
 
-    num_double_blocks: int = field(default=19, metadata={"help": "blocks with separate text and image weights"})
-    num_single_blocks: int = field(default=38, metadata={"help": "blocks with one set of weights for both"})
+    num_double_blocks: int = field(
+        default=19, metadata={"help": "blocks with separate text and image weights"}
+    )
+    num_single_blocks: int = field(
+        default=38, metadata={"help": "blocks with one set of weights for both"}
+    )
     hidden_size: int = field(default=3072, metadata={"help": "width of a token inside the network"})
-    num_heads: int = field(default=24, metadata={"help": "attention heads; hidden_size / num_heads must be the sum of rope_axes"})
+    num_heads: int = field(
+        default=24,
+        metadata={"help": "attention heads; hidden_size / num_heads must be the sum of rope_axes"},
+    )
     mlp_ratio: int = field(default=4, metadata={"help": "width of the MLPs over hidden_size"})
-    in_channels: int = field(default=64, metadata={"help": "channels of an input token: latent channels x 4"})
+    in_channels: int = field(
+        default=64, metadata={"help": "channels of an input token: latent channels x 4"}
+    )
     out_channels: int = field(default=64, metadata={"help": "channels of an output token"})
     text_width: int = field(default=4096, metadata={"help": "width of the T5 encoder's output"})
     pooled_width: int = field(default=768, metadata={"help": "width of CLIP's pooled output"})
-    guidance_embed: bool = field(default=True, metadata={"help": "whether guidance is an input (dev) or not (schnell)"})
-    rope_axes: tuple = field(default=(16, 56, 56), metadata={"help": "head channels that rotate with each position axis"})
+    guidance_embed: bool = field(
+        default=True, metadata={"help": "whether guidance is an input (dev) or not (schnell)"}
+    )
+    rope_axes: tuple = field(
+        default=(16, 56, 56), metadata={"help": "head channels that rotate with each position axis"}
+    )
     rope_theta: float = field(default=10_000, metadata={"help": "base of the rotation frequencies"})
 
     def validate(self):
@@ -63,10 +76,14 @@ class FluxConfig:
             if getattr(self, name) < least:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be at least {least}")
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}")
+            raise ValueError(
+                f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}"
+            )
         head = self.hidden_size // self.num_heads
         if sum(self.rope_axes) != head or any(a % 2 for a in self.rope_axes):
-            raise ValueError(f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head width, {head}")
+            raise ValueError(
+                f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head width, {head}"
+            )
 
     @property
     def head_width(self):
@@ -75,14 +92,16 @@ class FluxConfig:
 
     @property
     def modulation_chunks(self):
-        """Vectors of width H that modulate the network: 6 a stream of a double block, 3 a single block, 2 at the end."""
-        return 12 * self.num_double_blocks + 3 * self.num_single_blocks + 2
+        """Vectors of width H that modulate each part of the network: double blocks, single, end."""
+        return [12] * self.num_double_blocks + [3] * self.num_single_blocks + [2]
 
 
 def sinusoid(x):
     """Embed x (B,) as (B, 256): cos before sin of 1000·x times frequencies from 1 to 1/10,000, in float32."""
     half = SINUSOID // 2
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    frequencies = torch.exp(
+        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=x.device) / half
+    )
     angles = 1000 * x.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -97,19 +116,43 @@ def rope_table(ids, config):
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x, rope):
-    """Rotate x (B, N, L, D) by a float32 table of (L, D/2) pairs; products are float32 by promotion."""
-    cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+def rotate_pairs(x, cos, sin):
+    """Turn the pairs (0, 1), (2, 3) … of x (B, L, N, D) by angles of float32 cos and sin (L, 1, D/2).
+
+    Products are float32 by promotion; `out=` rounds them to x's type as it joins the pairs again.
+    """
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
+    out = torch.empty_like(x)
+    torch.stack(turned, dim=-1, out=out.unflatten(-1, (-1, 2)))
+    return out
+
+
+class Rotate(torch.autograd.Function):
+    """`rotate_pairs`; the backward turns by the opposite angle, in fewer passes than autograd's."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotate_pairs(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensors
+        return rotate_pairs(gradient, cos, -sin), None, None
 
 
 def attend(q, k, v, rope, backend="auto"):
-    """Attention of normed q, k and v (B, N, L, D) after rotation: (B, L, N·D)."""
+    """Attention of normed q, k and v (B, L, N, D) after rotation by tables (L, D/2): (B, L, N·D).
+
+    Tokens come before heads in memory, as cuDNN and flash lay out their output: nothing is copied.
+    """
+    cos, sin = (table[:, None] for table in rope)
     chosen = ATTENTION[backend]
+    heads = [x.transpose(1, 2) for x in (Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin), v)]
     with sdpa_kernel(chosen) if chosen is not None else nullcontext():
-        out = F.scaled_dot_product_attention(rotate(q, rope), rotate(k, rope), v)
-    return rearrange(out, "b n l d -> b l (n d)")
+        out = F.scaled_dot_product_attention(*heads)
+    return out.transpose(1, 2).flatten(2)
 
 
 def modulated_norm(x, shift, scale):
@@ -118,7 +161,11 @@ def modulated_norm(x, shift, scale):
 
 
 def initial(name, shape, device, generator=None):
-    """A parameter's values by DiT's initialisation (arXiv 2212.09748): xavier linears, embedders N(0, 0.02), the ends zero."""
+    """A parameter's values by DiT's initialisation (arXiv 2212.09748).
+
+    Linears are xavier, embedders N(0, 0.02), the ends zero. Queries, keys and values are as if they
+    were one linear of three times the width, which they are in BFL's code.
+    """
     if name.endswith("norm.weight"):
         return torch.ones((), device=device).expand(shape)
     if len(shape) == 1 or name.startswith(("modulation.", "out.")):
@@ -126,7 +173,8 @@ def initial(name, shape, device, generator=None):
     values = torch.empty(shape, device=device)
     if name.startswith(("time_in.", "guidance_in.", "pooled_in.")):
         return nn.init.normal_(values, std=0.02, generator=generator)
-    return nn.init.xavier_uniform_(values, generator=generator)
+    gain = 0.5**0.5 if ".qkv." in name else 1.0
+    return nn.init.xavier_uniform_(values, gain=gain, generator=generator)
 
 
 class MLP(nn.Module):
@@ -140,34 +188,46 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = x.to(self.linear_in.weight.dtype)
-        linear = self.linear_in
-        if self.activation is gelu and fuses_gelu(x) and type(linear.weight) in (nn.Parameter, torch.Tensor):  # no DTensor
-            return self.linear_out(torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh"))
-        return self.linear_out(self.activation(linear(x)))
+        if self.activation is gelu and can_fuse_gelu(self.linear_in, x):
+            return self.linear_out(linear_and_gelu(self.linear_in, x))
+        return self.linear_out(self.activation(self.linear_in(x)))
 
 
 def gelu(x):
     return F.gelu(x, approximate="tanh")
 
 
-def fuses_gelu(x):
-    """Whether oneDNN can compute a linear and its GELU in one pass: bfloat16 on a CPU, no gradient wanted, not under a compiler."""
+def linear_and_gelu(linear, x):
+    """Both in one pass of oneDNN, which reads the weights past the module: see `can_fuse_gelu`."""
+    fused = torch.ops.mkldnn._linear_pointwise
+    return fused(x, linear.weight, linear.bias, "gelu", [], "tanh")
+
+
+def can_fuse_gelu(linear, x):
+    """Whether oneDNN can compute a linear and its GELU at once: 5 % of that product on a CPU.
+
+    That is in bfloat16 on a CPU, where no gradient is wanted and no compiler is at work. An adapter
+    or a hook, which the fused operator would pass by, keeps a linear as it is.
+    """
+    plain = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
     eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return eager and x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
+    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    return plain and not hooked and eager and fits and torch.backends.mkldnn.is_available()
 
 
 class QKV(nn.Module):
-    """One stream's queries, keys and values, the first two normed per head."""
+    """One stream's queries, keys and values, the first two normed per head: (B, L, N, D) each."""
 
     def __init__(self, hidden, num_heads):
         super().__init__()
-        self.linear = nn.Linear(hidden, 3 * hidden)
+        self.q, self.k, self.v = (nn.Linear(hidden, hidden) for _ in range(3))
         self.q_norm = nn.RMSNorm(hidden // num_heads, eps=1e-6)
         self.k_norm = nn.RMSNorm(hidden // num_heads, eps=1e-6)
 
     def forward(self, x):
         head = self.q_norm.weight.shape[0]
-        q, k, v = rearrange(self.linear(x), "b l (n three d) -> three b n l d", three=3, d=head)
+        q, k, v = (linear(x).unflatten(-1, (-1, head)) for linear in (self.q, self.k, self.v))
         return self.q_norm(q), self.k_norm(k), v
 
 
@@ -203,8 +263,9 @@ class DoubleBlock(nn.Module):
         """img (B, L_img, H) and txt (B, L_txt, H), modulation (12, B, 1, H): the image's six, then the text's."""
         img_mod, txt_mod = modulation[:6], modulation[6:]
         txt_qkv, img_qkv = self.txt.queries(txt, txt_mod), self.img.queries(img, img_mod)
-        q, k, v = (torch.cat(pair, dim=2) for pair in zip(txt_qkv, img_qkv))
-        txt_out, img_out = attend(q, k, v, rope).split([txt_qkv[0].shape[2], img_qkv[0].shape[2]], dim=1)
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv))
+        lengths = [txt_qkv[0].shape[1], img_qkv[0].shape[1]]
+        txt_out, img_out = attend(q, k, v, rope).split(lengths, dim=1)
         return self.img.finish(img, img_out, img_mod), self.txt.finish(txt, txt_out, txt_mod)
 
 
@@ -217,7 +278,10 @@ class SingleBlock(nn.Module):
         self.qkv = QKV(hidden, config.num_heads)
         self.proj = nn.Linear(hidden, hidden, bias=False)
         self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu)
-        self.enter, self.leave = nn.Identity(), nn.Identity()  # where tensor parallelism hands h out and adds the shares up, once
+        self.enter, self.leave = (
+            nn.Identity(),
+            nn.Identity(),
+        )  # where tensor parallelism hands h out and adds the shares up, once
 
     def forward(self, x, modulation, rope, attend=attend):
         """x (B, L, H), modulation (3, B, 1, H)."""
@@ -227,8 +291,31 @@ class SingleBlock(nn.Module):
         return torch.addcmul(x, gate, out)
 
 
+class Modulation(nn.Module):
+    """The linears from vec to every shift, scale and gate, as published: one or two a block."""
+
+    def __init__(self, config):
+        super().__init__()
+
+        linear = partial(nn.Linear, config.hidden_size)
+        six, three, two = (chunks * config.hidden_size for chunks in (6, 3, 2))
+        self.img = nn.ModuleList(linear(six) for _ in range(config.num_double_blocks))
+        self.txt = nn.ModuleList(linear(six) for _ in range(config.num_double_blocks))
+        self.single = nn.ModuleList(linear(three) for _ in range(config.num_single_blocks))
+        self.out = linear(two) if config.out_channels else None  # a ControlNet has no end
+
+    def linears(self):
+        """All of them, in the order that the network uses them."""
+        double = [linear for pair in zip(self.img, self.txt) for linear in pair]
+        return [*double, *self.single] + ([self.out] if self.out else [])
+
+    def forward(self, vec):
+        """vec (B, H) to (B, features): a double block's 6H of the image, then of the text, …"""
+        return torch.cat([linear(vec) for linear in self.linears()], dim=-1)
+
+
 class Trunk(nn.Module):
-    """What Flux and its ControlNets are alike in: embedders, one linear for all modulation, blocks."""
+    """What Flux and its ControlNets are alike in: embedders, modulation, blocks."""
 
     def __init__(self, config, attention="auto"):
         super().__init__()
@@ -240,26 +327,32 @@ class Trunk(nn.Module):
         self.time_in = MLP(SINUSOID, hidden, hidden, F.silu)
         self.guidance_in = MLP(SINUSOID, hidden, hidden, F.silu) if config.guidance_embed else None
         self.pooled_in = MLP(config.pooled_width, hidden, hidden, F.silu)
-        self.modulation = nn.Linear(hidden, config.modulation_chunks * hidden)
-        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.num_double_blocks))
-        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.num_single_blocks))
+        self.modulation = Modulation(config)
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(config) for _ in range(config.num_double_blocks)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(config) for _ in range(config.num_single_blocks)
+        )
 
     def modulate(self, t, pooled, guidance=None):
-        """Every shift, scale and gate of the network for B steps or samples: (chunks, B, 1, H)."""
+        """Every shift, scale and gate of the network for B steps or samples: (chunks, B, 1, H).
+
+        `split(config.modulation_chunks)` gives each block its part, and the end its own.
+        """
         if self.modulation is None:
-            raise ValueError("drop_conditioning has freed the weights of the modulation: load the model again")
+            raise ValueError(
+                "drop_conditioning has freed the weights of the modulation: load the model again"
+            )
         if (guidance is None) == self.config.guidance_embed:
-            raise ValueError("guidance must be given to a model with guidance_embed, and to no other")
+            raise ValueError(
+                "guidance must be given to a model with guidance_embed, and to no other"
+            )
         vec = self.time_in(sinusoid(t)) + self.pooled_in(pooled)
         if guidance is not None:
             vec = vec + self.guidance_in(sinusoid(guidance))
-        return rearrange(self.modulation(F.silu(vec)), "b (m h) -> m b 1 h", m=self.config.modulation_chunks)
-
-    def split_modulation(self, modulation):
-        """(chunks, B, 1, H) as the double blocks' slices of 12, the single blocks' of 3, and Flux's last (shift, scale)."""
-        doubles, singles = 12 * self.config.num_double_blocks, 3 * self.config.num_single_blocks
-        double, single, last = modulation.split([doubles, singles, len(modulation) - doubles - singles])
-        return double.split(12), single.split(3), last
+        features = self.modulation(F.silu(vec))
+        return rearrange(features, "b (m h) -> m b 1 h", h=self.config.hidden_size)
 
     def drop_conditioning(self):
         """Free the weights that the steps do not use, 27 % of FLUX.1-dev; `forward` and `modulate` then raise `ValueError`."""
@@ -287,12 +380,24 @@ class Trunk(nn.Module):
         Modulation and embedders run once a sample.
         """
         c = self.config
-        blocks, tokens, hidden = c.num_double_blocks + c.num_single_blocks, num_text_tokens + num_image_tokens, c.hidden_size
+        blocks, tokens, hidden = (
+            c.num_double_blocks + c.num_single_blocks,
+            num_text_tokens + num_image_tokens,
+            c.hidden_size,
+        )
         linears = 2 * tokens * (4 + 2 * c.mlp_ratio) * hidden**2 * blocks
         attention = 4 * tokens**2 * hidden * blocks
-        modulation = 2 * c.modulation_chunks * hidden**2
-        vec = 2 * hidden * ((SINUSOID + hidden) * (2 if c.guidance_embed else 1) + c.pooled_width + hidden)
-        ends = 2 * hidden * (num_text_tokens * c.text_width + num_image_tokens * (c.in_channels + c.out_channels))
+        modulation = 2 * sum(c.modulation_chunks) * hidden**2
+        vec = (
+            2
+            * hidden
+            * ((SINUSOID + hidden) * (2 if c.guidance_embed else 1) + c.pooled_width + hidden)
+        )
+        ends = (
+            2
+            * hidden
+            * (num_text_tokens * c.text_width + num_image_tokens * (c.in_channels + c.out_channels))
+        )
         return linears + attention + modulation + vec + ends
 
 
@@ -315,16 +420,17 @@ class Flux(Trunk):
 
     def velocity(self, img, txt, rope, modulation, residuals=None):
         """`forward` from text tokens (B, L_txt, H) that `txt_in` has projected and a modulation that `modulate` has computed."""
-        double, single, (shift, scale) = self.split_modulation(modulation)
+        mods = iter(modulation.split(self.config.modulation_chunks))  # one a block, then the end's
         after_double, after_single = residuals or ((), ())
         img = self.img_in(self.cast(img))
-        for i, (block, mod) in enumerate(zip(self.double_blocks, double)):
+        for i, (block, mod) in enumerate(zip(self.double_blocks, mods)):
             img, txt = block(img, txt, mod, rope, self.attend)
             if i < len(after_double):
                 img = img + after_double[i]
         x = torch.cat([txt, img], dim=1)
-        for i, (block, mod) in enumerate(zip(self.single_blocks, single)):
+        for i, (block, mod) in enumerate(zip(self.single_blocks, mods)):
             x = block(x, mod, rope, self.attend)
             if i < len(after_single):
                 x = x + F.pad(after_single[i], (0, 0, txt.shape[1], 0))
+        scale, shift = next(mods)  # here scale comes first, as diffusers has it
         return self.out(modulated_norm(x[:, txt.shape[1] :], shift, scale))

@@ -85,14 +85,14 @@ def make_optimizers(model, config):
     return optimizers
 
 
-def orthogonalise(matrix, steps=5):
-    """The matrix (m, n) with all its singular values moved to about 1, by Newton-Schulz iteration in bfloat16.
+def orthogonalise(matrix, steps=5, dtype=torch.bfloat16):
+    """The matrix (m, n) with all its singular values moved to about 1, by Newton-Schulz iteration in `dtype`.
 
     The quintic's coefficients are those of Muon (Jordan et al., 2024), the steepest at zero that converge to within 0.3 of 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).bfloat16()
+    x = (matrix if wide else matrix.T).to(dtype)
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
@@ -111,6 +111,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """One step; none where the tensor `found_inf`, if it is set, is 1, as torch.amp.GradScaler has it."""
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
@@ -118,11 +119,12 @@ class Muon(torch.optim.Optimizer):
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
                 mean = self.state[p]["momentum"]
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                update = self.orthogonalised(p.grad.lerp(mean, group["momentum"]))
-                local = _local(p)
-                local.mul_(1 - group["lr"] * group["weight_decay"])
-                local.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                moved = mean.lerp(p.grad, 1 - group["momentum"])
+                update = self.orthogonalised(p.grad.lerp(moved, group["momentum"]))
+                stepped = _local(p) * (1 - group["lr"] * group["weight_decay"])
+                stepped.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                for old, new in ((mean, moved), (p, stepped)):
+                    _replace_unless(getattr(self, "found_inf", None), _local(old), _local(new))
 
     @staticmethod
     def orthogonalised(update):
@@ -130,6 +132,11 @@ class Muon(torch.optim.Optimizer):
         if not isinstance(update, DTensor):
             return orthogonalise(update)
         return orthogonalise(update.full_tensor())[local_part(update)]
+
+
+def _replace_unless(skipped, old, new):
+    """Write `new` into `old`, unless the tensor `skipped` is 1; the host does not wait for it."""
+    old.copy_(new if skipped is None else torch.where(skipped.to(old.device) > 0, old, new))
 
 
 def learning_rate(config, step, total_steps):
@@ -142,8 +149,10 @@ def learning_rate(config, step, total_steps):
 
 
 @torch.no_grad()
-def clip_gradients(model, config):
+def clip_gradients(model, config, loss):
     """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor. Collective.
+
+    Where the gradient or the `loss` of a single rank is not finite, the norm is not on any rank.
 
     Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks hold in equal shares.
     """
@@ -153,7 +162,7 @@ def clip_gradients(model, config):
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     squares = [torch.linalg.vector_norm(_local(g), dtype=torch.float32).square() * _share(g) for g in gradients]
     device = next(p.device for p in model.parameters())
-    norm = torch.stack([square.to(device) for square in squares]).sum()
+    norm = torch.stack([square.to(device) for square in squares]).sum() + 0 * loss.to(device)
     dist.all_reduce(norm)
     norm = norm.sqrt_()
     if config.clip:
@@ -180,11 +189,15 @@ class EMA:
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
 
     @torch.no_grad()
-    def update(self, step):
-        """After optimizer step 0, 1, …: the decay rises as (1 + n) / (10 + n), so that the random start is forgotten."""
+    def update(self, step, skipped):
+        """After optimizer step 0, 1, …: the decay rises as (1 + n) / (10 + n), so that the random start is forgotten.
+
+        Where the tensor `skipped` is 1, nothing changes.
+        """
         decay = min(self.decay, (2 + step) / (11 + step))
+        share = (1 - decay) * (1 - skipped)
         for name, average in self.average.items():
-            _local(average).lerp_(_local(self.live[name]), 1 - decay)
+            _local(average).lerp_(_local(self.live[name]), share.to(average.device))
 
     @torch.no_grad()
     def swap(self):

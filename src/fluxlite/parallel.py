@@ -17,6 +17,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -208,6 +209,17 @@ class Mesh:
     dp_size: int
 
 
+def check_launcher():
+    """Raise `ValueError` where torchrun, in whose store its ranks meet, is gone: they would wait for it in vain."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        socket.create_connection(place, timeout=60).close()
+    except OSError as error:
+        raise ValueError(f"torchrun is gone: {place[0]}:{place[1]} does not answer ({error}). Start it again") from None
+
+
 def start(config, device):
     """Join torchrun's process group, or make one of this process alone; returns this rank's device and the `Mesh`."""
     device = torch.device(device)
@@ -218,6 +230,7 @@ def start(config, device):
     if not dist.is_initialized():
         backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device.type]
         if "RANK" in os.environ:
+            check_launcher()
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
@@ -258,17 +271,17 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
         shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
     if mesh.cp.size() > 1 or config.sequence_parallel:
         share_tokens(model, mesh.cp, mesh.tp if config.sequence_parallel else None)
-    alone = mesh.fsdp.size() == 1
-    if config.shard_modulation and mesh.world.size() > 1:
-        model.modulation = ShardedModulation(model.modulation, mesh.world, dtype)
+    alone, spread = mesh.fsdp.size() == 1, config.shard_modulation and mesh.world.size() > 1
+    if spread:
+        spread_modulation(model.modulation, mesh.world, dtype)
     if alone:
-        compute_in(model, dtype)
+        compute_in(model, dtype, spread)
     checkpoint_activations(model, config.activation_checkpointing)
     if compile:
         compile_blocks(model)
     if config.sequence_parallel:
         model.modulation.register_forward_hook(lambda _module, _args, out: SumGradient.apply(out, mesh.tp))
-    return model if alone else shard(model, mesh.fsdp, config, dtype)
+    return model if alone else shard(model, mesh.fsdp, config, dtype, spread)
 
 
 # --- tensor parallelism ---------------------------------------------------------------------------------------------------------
@@ -282,9 +295,11 @@ def tensor_plan(sequence):
     """
     tokens = Shard(1) if sequence else Replicate()
     columns, rows = ColwiseParallel(input_layouts=tokens), RowwiseParallel(output_layouts=tokens)
-    per_head = SequenceParallel(sequence_dim=1, use_local_output=True)  # (B, N, L, D) by N; the gradient of the scales is summed
+    # (B, L, N, D) by N; the gradient of the scales is summed
+    per_head = SequenceParallel(sequence_dim=2, use_local_output=True)
     stream = {
-        "qkv.linear": columns,
+        "qkv": PrepareModuleInput(input_layouts=tokens, desired_input_layouts=Replicate()),
+        **{f"qkv.{x}": ColwiseParallel() for x in "qkv"},  # what they read is gathered once
         "qkv.q_norm": per_head,
         "qkv.k_norm": per_head,
         "proj": rows,
@@ -295,7 +310,6 @@ def tensor_plan(sequence):
     share = RowwiseParallel(output_layouts=Partial())  # attention's and the MLP's products are added up together
     single = stream | {
         "enter": PrepareModuleOutput(output_layouts=tokens, desired_output_layouts=Replicate(), use_local_output=False),
-        "qkv.linear": ColwiseParallel(),
         "proj": share,
         "mlp.linear_in": ColwiseParallel(),
         "mlp.linear_out": share,
@@ -376,18 +390,26 @@ def deal(rope, num_text_tokens, parts):
     return tuple(torch.cat([piece for pair in zip(*(s.chunk(parts) for s in pair)) for piece in pair]) for pair in streams)
 
 
-def exchange(x, mesh):
-    """Send x[i] (ranks, …) to rank i, and receive as many: differentiable."""
-    return collectives.all_to_all_single_autograd(x.contiguous(), None, None, mesh.get_group())
+def exchange(x, mesh, received=None, sent=None):
+    """Send the i-th part of x to rank i and receive one from each, joined: differentiable.
+
+    Parts are of equal length, or of the lengths `sent` and `received`.
+    """
+    return collectives.all_to_all_single_autograd(x.contiguous(), received, sent, mesh.get_group())
 
 
 def attend_by_heads(attend, mesh, q, k, v, rope):
-    """`attend` for q, k, v (B, N, L/cp, D): for all tokens and N/cp heads, then (B, L/cp, N·D) again."""
+    """`attend` for q, k, v (B, L/cp, N, D): for all tokens and N/cp heads, then (B, L/cp, N·D)."""
     ranks = mesh.size()
-    heads = rearrange(torch.stack([q, k, v]), "three b (c n) l d -> c three b n l d", c=ranks)
-    q, k, v = rearrange(exchange(heads, mesh), "c three b n l d -> three b n (c l) d")
+    heads = rearrange(torch.stack([q, k, v]), "three b l (c n) d -> c three b l n d", c=ranks)
+    q, k, v = rearrange(exchange(heads, mesh), "c three b l n d -> three b (c l) n d")
     out = attend(q, k, v, rope)
     return rearrange(exchange(rearrange(out, "b (c l) h -> c b l h", c=ranks), mesh), "c b l h -> b l (c h)")
+
+
+def newest_name(*names):
+    """The first of some names that this version of torch has a collective for."""
+    return next(getattr(collectives, name) for name in names if hasattr(collectives, name))
 
 
 class JoinTokens(torch.autograd.Function):
@@ -396,7 +418,7 @@ class JoinTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mesh):
         ctx.mesh = mesh
-        gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor  # the newer name first
+        gather = newest_name("all_gather_single", "all_gather_tensor")
         return collectives.wait_tensor(gather(x.contiguous(), 1, mesh))
 
     @staticmethod
@@ -461,29 +483,60 @@ class ScaleGradient(torch.autograd.Function):
         return gradient * ctx.factor, None
 
 
-class ShardedModulation(nn.Module):
-    """A linear whose output features are spread over all ranks and never gathered: the vectors travel, not the weights.
+def gather_rows(vec, mesh):
+    """The rows (B, H) of all ranks, (ranks·B, H); the gradient of each rank's is the sum of theirs."""
+    gather = newest_name("all_gather_single_autograd", "all_gather_tensor_autograd")
+    return gather(vec.contiguous(), 0, mesh)
 
-    Each rank's rows (B, H) go to all, are multiplied by each rank's features, and come back whole as (B, features): a few MB a
-    sample. The weights' gradient, a sum over the rows of all ranks, is averaged as FSDP2 does. For so few rows
-    weights are not cast: only what travels is in `dtype`.
+
+def spread_modulation(modulation, mesh, dtype):
+    """Spread the output features of all its linears over all ranks, where they stay.
+
+    The weights are DTensors then, by rows; `modulate_spread` is the forward.
     """
-
-    def __init__(self, linear, mesh, dtype):
-        super().__init__()
-        self.mesh, self.dtype = mesh, dtype
-        for name, p in linear.named_parameters():
-            self.register_parameter(name, nn.Parameter(distribute_tensor(p, mesh, [Shard(0)]), requires_grad=p.requires_grad))
-
-    def forward(self, vec):
-        weight, bias = (ScaleGradient.apply(p, 1 / self.mesh.size()) for p in (self.weight, self.bias))
-        rows = DTensor.from_local(vec, self.mesh, [Shard(0)], run_check=False).redistribute(placements=[Replicate()])
-        out = F.linear(rows.to(weight.dtype), weight, bias).to(self.dtype)
-        return out.redistribute(placements=[Shard(0)]).to_local()
+    for linear in modulation.linears():
+        for name, p in list(linear.named_parameters()):
+            spread = distribute_tensor(p, mesh, [Shard(0)])
+            linear.register_parameter(name, nn.Parameter(spread, requires_grad=p.requires_grad))
+    widths = [linear.out_features for linear in modulation.linears()]
+    counts, order = feature_order(widths, mesh.size())
+    order = order.to(mesh.device_type)
+    modulation.forward = partial(modulate_spread, modulation, mesh, counts, order, dtype)
 
 
-def shard(model, mesh, config, dtype):
-    """FSDP2 over `mesh`: a unit for each block, for the modulation unless it is spread already, and for the two ends.
+def feature_order(widths, ranks):
+    """How many features each rank has, and where each is among all ranks', one after the other.
+
+    Linears of `widths` features are each split among `ranks` as `Shard(0)` does.
+    """
+    starts = torch.tensor([0, *widths]).cumsum(0)
+    features = [torch.arange(a, b) for a, b in zip(starts, starts[1:])]
+    empty = torch.empty(0, dtype=torch.long)
+    shares = [(*f.chunk(ranks), *[empty] * ranks)[:ranks] for f in features]
+    of_rank = [torch.cat(parts) for parts in zip(*shares)]
+    return [len(part) for part in of_rank], torch.cat(of_rank).argsort()
+
+
+def modulate_spread(modulation, mesh, counts, order, dtype, vec):
+    """`Modulation.forward` where each rank has some features of each linear, `counts` of them in all.
+
+    The vectors travel, not the weights: each rank's rows vec (B, H) go to all, are multiplied by
+    each rank's features, and come back whole as (B, features). That is one all-gather and one
+    all-to-all of a few MB a sample. The weights' gradient, a sum over the rows of all ranks, is
+    averaged as FSDP2 does. So few rows do not pay a cast of the weights: they compute in the
+    weights' type, and only what travels is in `dtype`.
+    """
+    ranks, mine = mesh.size(), counts[mesh.get_local_rank()]
+    linears = [(lin.weight.to_local(), lin.bias.to_local()) for lin in modulation.linears()]
+    rows = ScaleGradient.apply(gather_rows(vec, mesh).to(linears[0][0].dtype), ranks)
+    out = torch.cat([F.linear(rows, weight, bias) for weight, bias in linears], dim=-1)
+    out = ScaleGradient.apply(out, 1 / ranks).to(dtype)
+    out = rearrange(out, "(r b) f -> (r f) b", r=ranks)
+    return exchange(out, mesh, counts, [mine] * ranks).index_select(0, order).T
+
+
+def shard(model, mesh, config, dtype, spread):
+    """FSDP2 over `mesh`: a unit for each block, for the modulation unless `spread`, for the two ends.
 
     Inputs are not cast: t, guidance and RoPE tables stay float32.
     """
@@ -494,7 +547,6 @@ def shard(model, mesh, config, dtype):
     blocks = [*model.double_blocks, *model.single_blocks]
     for block in blocks:
         fully_shard(block, **options)
-    spread = isinstance(model.modulation, ShardedModulation)
     if not spread:
         fully_shard(model.modulation, **options)
     fully_shard(model, ignored_params=set(model.modulation.parameters()) if spread else None, **options)
@@ -512,16 +564,18 @@ def shard_frozen(model, blocks, mesh):
     fully_shard(model, mesh=mesh)
 
 
-def compute_in(model, dtype):
+def compute_in(model, dtype, spread):
     """Mixed precision where there is nothing to shard: blocks and ends see their weights in `dtype` while they run.
 
-    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a CPU. The modulation computes in the
-    type of its weights: so few rows pass through it that to cast them costs more than to use them.
+    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a CPU.
+    The modulation computes in the type of its weights: so few rows pass through it that to cast
+    them costs more than to use them. Where it is `spread` it does so already.
     """
     blocks = [*model.double_blocks, *model.single_blocks]
     inside = {p for block in blocks for p in block.parameters()} | set(model.modulation.parameters())
-    if not isinstance(model.modulation, ShardedModulation):
-        model.modulation.forward = partial(_as_stored, model.modulation.forward, model.modulation.weight.dtype, dtype)
+    if not spread:
+        forward, stored = model.modulation.forward, next(model.modulation.parameters()).dtype
+        model.modulation.forward = partial(_as_stored, forward, stored, dtype)
     for part in (*blocks, model):
         owners = [
             (m, name)
@@ -581,41 +635,19 @@ def local_part(tensor):
 
 
 @torch.no_grad()
-def fill(model, pieces, device=None):
+def fill(model, weights, device=None):
     """Give a parallelized model its weights, on `device` where it is on meta yet; returns it.
 
-    `pieces` yields (piece of a tensor, as in `convert`; its whole values): no more than one is whole in memory, on each rank.
+    `weights` yields (name, whole values): no more than a few are whole in memory, on each rank.
     """
     if device is not None:
         model.to_empty(device=device)
     parameters = dict(model.named_parameters())
-    for piece, values in pieces:
-        p, first = parameters[piece.name], piece.start or 0
-        rows, *rest = local_part(p)
-        begin, end = max(rows.start, first), min(rows.stop, first + len(values))
-        if begin < end:
-            local = p.to_local() if isinstance(p, DTensor) else p
-            local[begin - rows.start : end - rows.start].copy_(values[(slice(begin - first, end - first), *rest)])
+    for name, values in weights:
+        p = parameters[name]
+        local = p.to_local() if isinstance(p, DTensor) else p
+        local.copy_(values[local_part(p)])
     return model
-
-
-class Still:
-    """Rows of parameters that no gradient reaches: inside `with`, what an optimizer's weight decay does to them is undone."""
-
-    def __init__(self, model, masks):
-        parameters, self.kept = dict(model.named_parameters()), []
-        for name, rows in masks.items():
-            p = parameters[name]
-            local = p.detach().to_local() if isinstance(p, DTensor) else p.detach()
-            self.kept.append((local, rows[local_part(p)[0]].to(local.device)))
-
-    def __enter__(self):
-        self.values = [local[rows] for local, rows in self.kept]
-
-    @torch.no_grad()
-    def __exit__(self, *_):
-        for (local, rows), values in zip(self.kept, self.values):
-            local[rows] = values
 
 
 def mean_over_ranks(value):
@@ -630,21 +662,10 @@ def wait_for_all():
     dist.barrier(group=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
-def check_agreed(number, what):
-    """Raise `ValueError`, on all ranks, unless `number` is the same on all."""
-    numbers = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, number)
-    if len(set(numbers)) > 1:
-        raise ValueError(
-            f"{what}, but the ranks have {', '.join(map(str, sorted(set(numbers))))}: do all nodes see the same folder?"
-        )
-
-
-def any_rank(flag, device):
-    """Whether `flag` is true on any rank."""
-    value = torch.tensor(float(bool(flag)), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value)
+def max_over_ranks(values):
+    """The greatest of each of some numbers, a float tensor (n,), over all ranks: a list."""
+    dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
 
 
 def gather_values(value):

@@ -323,8 +323,9 @@ def get_ready(net, condition, texts, steps, *, keep):
 
 def fits(model, num_prompts, steps):
     """Whether the modulation of all prompts at all steps takes no more memory than the weights that it comes from."""
-    weight = model.modulation.weight
-    return sampling.Conditions.num_bytes(model.config, num_prompts, steps, weight.dtype) <= weight.nbytes
+    weights = [linear.weight for linear in model.modulation.linears()]
+    taken = sampling.Conditions.num_bytes(model.config, num_prompts, steps, weights[0].dtype)
+    return taken <= sum(weight.nbytes for weight in weights)
 
 
 def cells_of(config, latents):

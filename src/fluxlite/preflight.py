@@ -125,7 +125,7 @@ def predict(arguments, ranks):
         device = torch.device("cpu")
         mesh = parallel.make_mesh(config.parallel, device)
         beside = config.controlnet.train
-        model = trainer.wrap_controlnet(config, mesh)[0] if beside else trainer.wrap_flux(config, mesh)
+        model = trainer.wrap_controlnet(config, mesh) if beside else trainer.wrap_flux(config, mesh)
         base = trainer.wrap_flux(config, mesh, frozen=True) if beside else None
         with FakeTensorMode(allow_non_fake_inputs=True), Traffic(groups_of(mesh)) as meter:
             model, base = (part and part.to_empty(device=device) for part in (model, base))

@@ -35,6 +35,7 @@ from fluxlite import parallel
 from fluxlite.cli.descriptions import check_regular, parse_json, read_description, read_text
 from fluxlite.cli.options import option, typed_options
 from fluxlite.cli.programs import one_line
+from fluxlite.convert import FIRST_EDITION
 from fluxlite.run_tensors import (
     DESCRIPTION,
     RunReader,
@@ -202,6 +203,8 @@ def open_checkpoint(folder):
     """
     folder = Path(folder)
     meta = read_meta(folder)
+    if meta.version.startswith("0.1."):
+        raise ValueError(f"{folder} was written by {FIRST_EDITION}")
     for name, of in meta.files.items():
         if Path(name).name != name:
             raise ValueError(f"{folder}/meta.json names the file {name!r}: it must lie beside it")

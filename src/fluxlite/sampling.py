@@ -80,7 +80,8 @@ class Conditions:
     @staticmethod
     def num_bytes(config, num_prompts, steps, dtype):
         """What the modulation of so many prompts and steps takes; at 28 steps FLUX.1-dev's weights are worth 110 prompts."""
-        return num_prompts * steps * config.modulation_chunks * config.hidden_size * dtype.itemsize
+        features = sum(config.modulation_chunks) * config.hidden_size
+        return num_prompts * steps * features * dtype.itemsize
 
 
 def guidance_rows(model_config, guidance, count, device):

@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import struct
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
@@ -35,8 +34,6 @@ DTYPES = {  # as safetensors spells them
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# A tensor, or where stop is not None its rows from start to stop.
-Piece = namedtuple("Piece", "name start stop", defaults=(0, None))
 DIGEST_BYTES = 1 << 26  # read at a time
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -9,9 +9,10 @@ B samples of a micro-batch, L tokens, C channels of a token.
 import hashlib
 import json
 import logging
+import math
 import os
 import signal
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,9 @@ import torch.distributed as dist
 from fluxlite import __version__, draws, flow, optim, parallel, run_state, sampling
 from fluxlite import checkpoint as ckpt
 from fluxlite.autoencoder import sample_posterior
+from fluxlite.cli.processes import held_signals
 from fluxlite.conditioning import load_text_encoders
-from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, pieces_from_base, spread, unused_parameters, used
+from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, spread, unused_parameters, used, weights_from_base
 from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, open_dataset, prepare
 from fluxlite.data.cache import data_digest
 from fluxlite.latents import num_image_tokens, pack_latents, position_ids
@@ -31,7 +33,6 @@ from fluxlite.meter import Meter
 from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
 from fluxlite.model import Flux, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
-from fluxlite.streams import Piece
 
 log = logging.getLogger("fluxlite")
 
@@ -94,7 +95,6 @@ class Run:
     mesh: parallel.Mesh
     model: Flux | ControlNet  # what is trained
     base: Flux | None  # the frozen transformer beside a ControlNet
-    still: parallel.Still | None  # what of a ControlNet no gradient can reach
     optimizers: list
     ema: optim.EMA | None
     parts: Parts
@@ -119,13 +119,13 @@ class Run:
 def build_flux(config, device, mesh, *, frozen=False):
     """The sharded transformer: random weights keyed by the seed where `model.checkpoint` is null, else the checkpoint's.
 
-    Wrapped on meta and filled a piece at a time, it is never whole on any rank. Frozen it is in the compute dtype.
+    Wrapped on meta and filled a tensor at a time, it is never whole on any rank. Frozen it is in the compute dtype.
     """
-    pieces = base_pieces(config, device) if frozen else flux_pieces(config, device)
+    weights = base_weights(config, device) if frozen else flux_weights(config, device)
     if frozen and not config.model.checkpoint and parallel.rank() == 0:
         log.warning("model.checkpoint is null: the frozen transformer is random, its output layer too; only the ControlNet learns")
     model = wrap_flux(config, mesh, frozen=frozen)
-    return parallel.fill(model, pieces, "cpu" if config.parallel.cpu_offload else device)
+    return parallel.fill(model, weights, "cpu" if config.parallel.cpu_offload else device)
 
 
 def wrap_flux(config, mesh, *, frozen=False):
@@ -149,15 +149,15 @@ def wrap(model, config, mesh):
     return parallel.parallelize(model, mesh, config.parallel, getattr(torch, config.dtype), compile=config.compile)
 
 
-def flux_pieces(config, device):
-    """The transformer's weights, piece by piece: the checkpoint's, or random."""
+def flux_weights(config, device):
+    """The transformer's (name, values), one by one: the checkpoint's, or random."""
     shape = config.model.shape()
     if not config.model.checkpoint:
-        return random_pieces(meta_flux(config), config.seed, device)
+        return random_weights(meta_flux(config), config.seed, device)
     source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
     ckpt.check_part(source, "transformer", "model.checkpoint")
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
-    return ckpt.pieces(source)
+    return ckpt.weights_of(source)
 
 
 def check_shape(source, shape, key, value):
@@ -166,29 +166,28 @@ def check_shape(source, shape, key, value):
         raise ValueError(f"{key}={value} has another shape: {_differences(asdict(source.config), asdict(shape))}")
 
 
-def random_pieces(model, seed, device, values_of=initial):
+def random_weights(model, seed, device, values_of=initial):
     """Initial values of each parameter of a model, keyed by the seed: the same on any mesh."""
     generator = torch.Generator(device).manual_seed(draws.generator(seed, 0, "weights").initial_seed())
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    return ((Piece(name), values_of(name, shape, device, generator)) for name, shape in shapes.items())
+    return ((name, values_of(name, shape, device, generator)) for name, shape in shapes.items())
 
 
-def base_pieces(config, device):
-    """`flux_pieces` of a frozen transformer. A random one gets a random output layer: behind a zero one nothing can learn."""
+def base_weights(config, device):
+    """`flux_weights` of a frozen transformer. A random one gets a random output layer: behind a zero one nothing can learn."""
     if config.model.checkpoint:
-        return flux_pieces(config, device)
+        return flux_weights(config, device)
 
     def values_of(name, *options):
         return initial("img_in.weight" if name == "out.weight" else name, *options)
 
-    return random_pieces(meta_flux(config), config.seed, device, values_of)
+    return random_weights(meta_flux(config), config.seed, device, values_of)
 
 
 def build_controlnet(config, device, mesh):
-    """The sharded ControlNet and the `parallel.Still` of its rows that no gradient can reach."""
-    pieces = controlnet_pieces(config, device)
-    net, rows = wrap_controlnet(config, mesh)
-    return parallel.fill(net, pieces, "cpu" if config.parallel.cpu_offload else device), parallel.Still(net, rows)
+    """The sharded ControlNet."""
+    weights, net = controlnet_weights(config, device), wrap_controlnet(config, mesh)
+    return parallel.fill(net, weights, "cpu" if config.parallel.cpu_offload else device)
 
 
 def meta_controlnet(config):
@@ -198,15 +197,12 @@ def meta_controlnet(config):
 
 
 def wrap_controlnet(config, mesh):
-    """The ControlNet on meta, wrapped; and {name: rows} of parameters that no gradient can reach in part.
-
-    Those that none reaches at all are frozen, and all are logged.
-    """
+    """The ControlNet on meta, wrapped; parameters that no gradient can reach are frozen and logged."""
     base, net = config.model.shape(), meta_controlnet(config)
     optim.freeze(net.train(), config.optim)
     unused = unused_parameters(net, base)
     parameters = dict(net.named_parameters())
-    for name in (name for name, rows in unused.items() if rows is None):
+    for name in unused:
         parameters[name].requires_grad_(False)
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError(
@@ -214,11 +210,11 @@ def wrap_controlnet(config, mesh):
         )
     if parallel.rank() == 0:
         report_unused(net.config, base, unused)
-    return wrap(net, config, mesh), {name: rows for name, rows in unused.items() if rows is not None}
+    return wrap(net, config, mesh)
 
 
-def controlnet_pieces(config, device):
-    """A ControlNet's weights to start from, piece by piece: a checkpoint's, its base's, or random."""
+def controlnet_weights(config, device):
+    """A ControlNet's (name, values) to start from: a checkpoint's, its base's, or random."""
     control, net = config.controlnet, meta_controlnet(config)
     if control.checkpoint:
         source = ckpt.open_source(
@@ -226,11 +222,11 @@ def controlnet_pieces(config, device):
         )
         ckpt.check_part(source, "controlnet", "controlnet.checkpoint")
         check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
-        return ckpt.pieces(source)
+        return ckpt.weights_of(source)
     if control.init_from_base:
         generator = torch.Generator(device).manual_seed(draws.generator(config.seed, 0, "controlnet").initial_seed())
-        return pieces_from_base(net, config.model.shape(), base_pieces(config, device), device, generator)
-    return random_pieces(net, config.seed, device, partial(initial_value, net.config))
+        return weights_from_base(net, config.model.shape(), base_weights(config, device), device, generator)
+    return random_weights(net, config.seed, device, partial(initial_value, net.config))
 
 
 def report_unused(shape, base, unused):
@@ -245,9 +241,7 @@ def report_unused(shape, base, unused):
                 *(kind, count, num_base, used(num_base, count, cyclic=cyclic), nearest_depth(num_base, count)),
             )
     if unused:
-        log.info(
-            "frozen, since no gradient can reach them: %s", ", ".join(n + " (rows)" * (r is not None) for n, r in unused.items())
-        )
+        log.info("frozen, since no gradient can reach them: %s", ", ".join(unused))
 
 
 def load_parts(config, device, mesh):
@@ -307,17 +301,17 @@ def set_up(config, device, mesh):
     parts = load_parts(config, device, mesh)
     if not config.controlnet.train:
         return assemble(config, device, mesh, build_flux(config, device, mesh), parts)
-    net, still = build_controlnet(config, device, mesh)
-    return assemble(config, device, mesh, net, parts, base=build_flux(config, device, mesh, frozen=True), still=still)
+    net, base = build_controlnet(config, device, mesh), build_flux(config, device, mesh, frozen=True)
+    return assemble(config, device, mesh, net, parts, base=base)
 
 
-def assemble(config, device, mesh, model, parts, *, base=None, still=None):
+def assemble(config, device, mesh, model, parts, *, base=None):
     """The `Run` of wrapped models."""
     optimizers = optim.make_optimizers(model, config.optim)
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
-    return Run(config, device, mesh, model, base, still, optimizers, ema, parts, rope_table(ids, config.model.shape()))
+    return Run(config, device, mesh, model, base, optimizers, ema, parts, rope_table(ids, config.model.shape()))
 
 
 # --- a step ---------------------------------------------------------------------------------------------------------------------
@@ -405,21 +399,26 @@ def train_step(run, batches, step):
         loss = flow_loss(run, x0, txt, pooled, noise=noise, t=t, guidance=guidance, **steer).mean() / len(batches)
         loss.backward()
         total += loss.detach()
-    return total, update(run, step)
+    return total, update(run, step, total)
 
 
-def update(run, step):
-    """Clip the gradient, step the optimizers and the moving average; the gradient's norm, a tensor."""
+def update(run, step, loss):
+    """Clip the gradient, step the optimizers and the moving average; the gradient's norm, a tensor.
+
+    Where a rank's loss or the gradient is not finite, the norm is not either, and nothing changes: the device sees to
+    that without the host, which learns of it later, in `read_flags`.
+    """
     config = run.config
-    norm = optim.clip_gradients(run.model, config.optim)
+    norm = optim.clip_gradients(run.model, config.optim, loss)
+    skipped = (~torch.isfinite(norm)).float()
     for optimizer in run.optimizers:
+        optimizer.found_inf = skipped  # as torch.amp.GradScaler has it
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(config.optim, step, config.steps)
-        with run.still or nullcontext():
-            optimizer.step()
+        optimizer.step()
         optimizer.zero_grad()
     if run.ema:
-        run.ema.update(step)
+        run.ema.update(step, skipped)
     return norm
 
 
@@ -611,34 +610,31 @@ def describe(run):
 # --- the run --------------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def stop_signals():
-    """A dictionary whose `name` becomes the signal's when SIGTERM or SIGINT asks the run to stop.
+def read_flags(run, caught, norm):
+    """The name of a signal that asks any rank to stop, or None, and whether the step was good; collective.
 
-    A second SIGINT kills; a second SIGTERM does not, since schedulers and torchrun may both pass the same one on.
+    It is the one place of a step where the host waits for the device.
     """
-    caught = {"name": None}
-
-    def catch(number, _frame):
-        caught["name"] = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-
-    before = {s: signal.signal(s, catch) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    asked = torch.tensor(float(caught["number"]), device=run.device)
+    bad = (~torch.isfinite(norm)).to(run.device, torch.float32)
+    number, bad = parallel.max_over_ranks(torch.stack([asked, bad]))
+    return signal.Signals(int(number)).name if number else None, not bad
 
 
-def check_finite(loss, step, keys):
-    """Raise `ValueError` for a loss that is not finite, with the samples it came from and what to try."""
-    if not torch.isfinite(loss):
-        raise ValueError(
-            f"the loss of step {step} is {loss.item()}; its samples: {', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}. "
-            "Try a lower optim.lr, a longer optim.warmup, dtype=float32, or look at these samples; the last checkpoint is whole"
-        )
+def check_finite(good, loss, norm, step, keys):
+    """Raise `ValueError` for a step that is not `good`, with its samples and what to try; collective."""
+    if good:
+        return
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (loss.item(), keys))
+    guilty = [entry for entry in found if not math.isfinite(entry[0])]
+    samples = list(dict.fromkeys(key for _, keys in guilty or found for key in keys))
+    what = f"loss of step {step} is {guilty[0][0]}" if guilty else f"gradient's norm of step {step} is {norm.item()}"
+    raise ValueError(
+        f"the {what}; its samples: {', '.join(samples[:8])}{' …' if len(samples) > 8 else ''}. "
+        "Try a lower optim.lr, a longer optim.warmup, dtype=float32, or look at these samples. "
+        "The step was not taken and nothing of it is saved: the last checkpoint is whole"
+    )
 
 
 def train(config):
@@ -663,25 +659,35 @@ def take_steps(config, device, mesh, last):
     batches = rank_loader(run, training, global_batch=size, start_index=start * size, workers=config.data.workers)
     if watch.meter and not last:
         watch.metrics.log(0, watch.meter.look(0))
-    with closing(watch.metrics), stop_signals() as caught:
+    with held_signals() as caught, closing(watch.metrics), closing(batches):
         for step in range(start, config.steps):
             micro = [next(batches) for _ in range(slices)]
             loss, norm = train_step(run, micro, step)
-            check_finite(loss, step + 1, [key for batch in micro for key in batch["keys"]])
+            stopped_by, good = read_flags(run, caught, norm)
+            check_finite(good, loss, norm, step + 1, [key for batch in micro for key in batch["keys"]])
             report(run, watch, step + 1, loss, norm)
-            stopping = parallel.any_rank(caught["name"], run.device)
             with watch.speed.paused():
-                look(run, watch, step + 1)
-                if stopping or due(step + 1, config.checkpoint.every, config.steps):
-                    save(run, step + 1)
-            if stopping:
-                log.info("stopped by %s after step %d; resume=auto goes on", caught["name"] or "another rank's signal", step + 1)
+                finish_step(run, watch, step + 1, stopped_by)
+            if stopped_by:
                 break
-    if parallel.rank() == 0:
-        plot_losses(config.output)
-        if watch.meter:
-            plot_control(config.output)
+        if parallel.rank() == 0:
+            plot_losses(config.output)
+            if watch.meter:
+                plot_control(config.output)
     return Path(config.output)
+
+
+def finish_step(run, watch, step, stopped_by):
+    """Validate, draw and save where step `step` is due for it.
+
+    A run that was told to stop saves first: it may be killed before a picture is drawn.
+    """
+    if stopped_by:
+        save(run, step)
+        log.info("stopped by %s after step %d, which is saved; resume=auto goes on", stopped_by, step)
+    look(run, watch, step)
+    if not stopped_by and due(step, run.config.checkpoint.every, run.config.steps):
+        save(run, step)
 
 
 def due(step, every, steps):

@@ -38,20 +38,21 @@ def verify(source, dst, progress=lambda count: None):
     back = open_source(dst, setting="--dst")
     optional = {name for rule in convert.rules(source.layout, source.config) for name in rule.optional}
     wrong, rounded, count = [], set(), 0
-    for piece, tensor in convert.convert(back.read, back.layout, source.layout, source.config):
-        if piece.name in optional:  # a bias that NeMo's layout may lack, and whose value nothing reads
+    for name, tensor in convert.convert(back.read, back.layout, source.layout, source.config):
+        if name in optional:  # a bias that NeMo's layout may lack, and whose value nothing reads
             continue
-        expected = source.read(*piece)
+        expected = source.read(name)
         if tensor.dtype != expected.dtype:
             rounded.add(str(tensor.dtype).removeprefix("torch."))
         if not np.array_equal(streams.raw(expected.to(tensor.dtype)), streams.raw(tensor)):
-            wrong.append(piece.name)
+            wrong.append(name)
         count += 1
         progress(expected.nbytes)
     if wrong:
-        raise ValueError(f"--verify: {len(wrong)} of {count} pieces differ from {source.where}, {wrong[0]} first: do not use {dst}")
+        found = f"{len(wrong)} of {count} tensors differ from {source.where}, {wrong[0]} first"
+        raise ValueError(f"--verify: {found}: do not use {dst}")
     how = f"as its values in {', '.join(sorted(rounded))}" if rounded else "bit for bit"
-    lines = [f"verified: {count} pieces of {source.where} come back from {dst} {how}"]
+    lines = [f"verified: {count} tensors of {source.where} come back from {dst} {how}"]
     if isinstance(source.config, AutoencoderConfig) or source.config.mlp_ratio != 4:
         return lines
     if importlib.util.find_spec("diffusers") is None:
@@ -62,33 +63,28 @@ def verify(source, dst, progress=lambda count: None):
     return [*lines, f"verified: a forward of its first blocks equals diffusers' model to {error:.1e}"]
 
 
-def first_blocks(source):
-    """(shallow configuration, its `read`) of the first double and single block of a `Source`, in its layout."""
-    config = source.config
-    depths = {f"num_{kind}_blocks": min(1, getattr(config, f"num_{kind}_blocks")) for kind in ("double", "single")}
-    shallow = replace(config, **depths)
-    if source.layout != "fluxlite":
-        return shallow, source.read
-    whole = {rule.theirs[0].name: rule for rule in convert.rules("bfl", config)}
-    places = {}  # the shallow model's pieces of the modulation are other rows of the whole one's
-    for rule in convert.rules("bfl", shallow):
-        places |= dict(zip(rule.ours, whole[rule.theirs[0].name].ours))
-    return shallow, lambda *piece: source.read(*places[convert.Piece(*piece)])
+def first_blocks(config):
+    """The configuration of the first double and single block alone, whose names the whole has too."""
+    depths = ("num_double_blocks", "num_single_blocks")
+    return replace(config, **{name: min(1, getattr(config, name)) for name in depths})
 
 
 @torch.no_grad()
 def forward_error(source, back):
-    """‖ours − theirs‖ / ‖theirs‖ of a float32 forward: ours with `back`'s weights, diffusers' with `source`'s in `back`'s types."""
-    shallow, read_ours = first_blocks(back)
-    inputs = make_inputs(shallow)
-    pieces = convert.convert(read_ours, back.layout, "fluxlite", shallow)
-    got = our_forward(shallow, {k: t.float() for k, t in convert.assemble(pieces, convert.our_shapes(shallow)).items()}, inputs)
+    """‖ours − theirs‖ / ‖theirs‖ of a float32 forward.
 
-    _, read_theirs = first_blocks(source)
+    Ours has `back`'s weights, diffusers' has `source`'s in `back`'s types.
+    """
+    shallow = first_blocks(source.config)
+    inputs = make_inputs(shallow)
+    weights = convert.convert(back.read, back.layout, "fluxlite", shallow)
+    got = our_forward(shallow, {name: t.float() for name, t in weights}, inputs)
+
     described = {name: dtype for name, (dtype, _) in back.described.items()}
     types = convert.dtypes(back.layout, "diffusers", source.config, described)
-    pieces = convert.convert(read_theirs, source.layout, "diffusers", shallow)
-    expected = diffusers_forward(shallow, {p.name: t.to(types[p.name]).float() for p, t in pieces}, inputs)
+    weights = convert.convert(source.read, source.layout, "diffusers", shallow)
+    theirs = {name: t.to(types[name]).float() for name, t in weights}
+    expected = diffusers_forward(shallow, theirs, inputs)
     return ((got - expected).norm() / expected.norm()).item()
 
 

@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 
+from fluxlite.cli.processes import STOP_SIGNALS, die_with_parent
+
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
 
@@ -25,14 +27,18 @@ def run_program(body, *, usage=None):
     if usage and {"-h", "--help"} & set(arguments):
         print(usage())
         return
-    signal.signal(signal.SIGTERM, _terminate)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun; a killed one cannot stop its ranks
+        die_with_parent(os.getppid())
+    for number in STOP_SIGNALS:
+        signal.signal(number, _stop)
     try:
         body(arguments)
         sys.stdout.flush()
+        _let_go()
     except Terminated:
-        _end(143, "stopped by SIGTERM")
+        _end(143, _said_once("stopped by SIGTERM"))
     except KeyboardInterrupt:
-        _end(130, "stopped")
+        _end(130, _said_once("stopped"))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
         sys.exit(141)
@@ -40,22 +46,40 @@ def run_program(body, *, usage=None):
         line = one_line(error)
         if line is None or os.environ.get(BUG):
             raise
-        if on_rank():
-            time.sleep(FIRST_SPEAKS * (int(os.environ["RANK"]) > 0))
+        if not _is_first():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 has spoken
+            time.sleep(FIRST_SPEAKS)
         _end(2, f"error{on_rank()}: {line}")
 
 
 FIRST_SPEAKS = 5  # seconds: the first rank to end has the others killed; it should be rank 0
 
 
-def _terminate(*_):
-    raise Terminated
+def _stop(number, _frame):
+    _let_go()
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _let_go():
+    """Let a second Ctrl-C end the program at once. SIGTERM may be passed on twice: ignore it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _end(code, line):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C adds no traceback
-    print(line, file=sys.stderr)
+    _let_go()
+    if line:
+        print(line, file=sys.stderr)
     sys.exit(code)
+
+
+def _is_first():
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _said_once(line):
+    """A line that rank 0 says for all."""
+    return line if _is_first() else None
 
 
 def on_rank():
@@ -71,6 +95,8 @@ def one_line(error):
     if isinstance(error, OSError) and error.strerror:
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return f"{' → '.join(places) or 'a file'}: {error.strerror}"
+    if text.startswith("DataLoader worker"):
+        return f"a loader process died, perhaps of too little memory ({text[:99]}): fewer data.workers?"
     return text if isinstance(error, (ValueError, OSError)) else None
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from fluxlite.controlnet import MODES
 from fluxlite.data.cache import CachedSamples, build_cache
+from fluxlite.data.loading import load_batches
 from fluxlite.data.mock import MockPictures, MockSamples
 from fluxlite.data.shards import IMAGES, Samples, cut, expand, locked, mode_number, open_shards
 
@@ -231,15 +231,14 @@ def make_loader(dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_i
     ):
         if value % multiple:
             raise ValueError(f"{name}={value} must be a multiple of {multiple}")
-    loader = DataLoader(
+    batches = load_batches(
         dataset,
+        workers=workers,
         batch_sampler=_Slices(start_index + dp_rank * micro_batch, stop_index, dp_size * micro_batch, micro_batch),
-        num_workers=workers,  # each with one thread
         prefetch_factor=4 if workers else None,
         collate_fn=collate,
-        generator=torch.Generator(),  # else the global one would be drawn from
     )
-    return _counted(loader, dataset.config.max_bad_fraction, size=len(dataset), share=-(-len(dataset) // dp_size))
+    return _counted(batches, dataset.config.max_bad_fraction, size=len(dataset), share=-(-len(dataset) // dp_size))
 
 
 @dataclass

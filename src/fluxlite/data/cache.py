@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from fluxlite.data.images import BadSample
+from fluxlite.data.loading import load_batches
 from fluxlite.data.shards import Kept, first_good
 
 POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
@@ -109,8 +109,11 @@ def _claim(directory, made_from):
 
 def _write(file, tensors, metadata=None):
     aside = file.with_name(f".{file.name}-{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-    os.replace(aside, file)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        os.replace(aside, file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 class _Readable:
@@ -136,8 +139,8 @@ def _encode(dataset, numbers, encode_images, encode_texts, bar):
     Where samples have a control and a mode also control_mean, control_logvar (n', C, h, w) and modes (n',).
     """
     config, parts, texts, image_rows, text_rows, bad = dataset.config, {}, {}, [], [], {}
-    workers = dict(num_workers=config.workers, generator=torch.Generator())
-    for items in DataLoader(_Readable(dataset, numbers), batch_size=config.micro_batch, collate_fn=list, **workers):
+    readable = _Readable(dataset, numbers)
+    for items in load_batches(readable, workers=config.workers, batch_size=config.micro_batch, collate_fn=list):
         for sample, reason in items:
             if sample is None:
                 bad[len(image_rows)] = reason

@@ -17,11 +17,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from webdataset import TarWriter
+
+from fluxlite.data.loading import load_batches
 
 # The CSS colour names as captions spell them; synonyms (aqua, fuchsia, grey spellings) once only.
 COLOURS = dict(
@@ -125,7 +125,7 @@ class _Drawn:
 def generated_samples(count, *, size, seed, held_out=False, workers=0):
     """`count` samples as WebDataset dictionaries, drawn by `workers` processes beside this one, or by this one."""
     drawn = _Drawn(count, size=size, seed=seed, held_out=held_out)
-    yield from DataLoader(drawn, batch_size=None, num_workers=workers, collate_fn=_unchanged, generator=torch.Generator())
+    yield from load_batches(drawn, workers=workers, batch_size=None, collate_fn=_unchanged)
 
 
 def _unchanged(sample):

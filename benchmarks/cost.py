@@ -1,0 +1,419 @@
+"""Our blocks beside diffusers': kernels, bytes, saved activations, counted; and the host's time.
+
+    python benchmarks/cost.py                               # FLUX.1-dev at 1024², 512 text tokens
+    python benchmarks/cost.py --side 256 --text 256 --batch 4
+
+One double and one single block run in bf16 on meta tensors, which compute nothing, with inputs
+like those that the whole model gives them. What eager torch would launch on an H100 is counted. An
+operator under autograd that is no view is a kernel. It moves the bytes of its inputs and outputs, a
+broadcast dimension once. GB are those of all kernels but matrix products (GEMM) and attention
+(SDPA): what fusion could save. Where CUDA does what meta tensors do not, it is imitated:
+
+* RMSNorm is one kernel, and both norms first copy an input that is not contiguous;
+* SDPA is cuDNN's or flash, whose outputs lie in memory as q does. cuDNN's backward first copies a
+  gradient that lies otherwise. Flash's wants (B, L, N, D) in memory; what it copies is not counted.
+
+Saved for the backward is what a block's inputs and operators leave alive after its forward, but for
+parameters, RoPE tables, modulation and what it returns.
+
+Host time is CPU time of this process for one step of 19 + 38 blocks so small that next to nothing
+is computed: float32, one thread, a training step without its optimizer, the least of several
+rounds. Prints a table and a JSON line.
+"""
+
+import argparse
+import json
+import time
+import weakref
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fluxlite import convert, flow, parallel, sampling
+from fluxlite.latents import num_image_tokens, position_ids
+from fluxlite.model import Flux, FluxConfig, rope_table
+
+DEPTH = {"double": 19, "single": 38}
+TINY = FluxConfig(19, 38, 32, 2, 4, 4, 4, 8, 8, True, (4, 6, 6))
+CHECKPOINTING = ("none", "selective", "full")
+
+# --- CUDA's choices, on meta tensors ------------------------------------------------------------
+
+
+@torch.library.custom_op("fluxlite_cost::rms_norm", mutates_args=())
+def launch_rms_norm(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """CUDA's fused RMSNorm: the result, and 1 / RMS in float32."""
+    raise NotImplementedError("rms_norm is counted, not computed")
+
+
+@torch.library.custom_op("fluxlite_cost::rms_norm_backward", mutates_args=())
+def launch_rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and weight."""
+    raise NotImplementedError("rms_norm_backward is counted, not computed")
+
+
+@launch_rms_norm.register_fake
+def _(x, weight):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@launch_rms_norm_backward.register_fake
+def _(gradient, x, inverse, weight):
+    return x.new_empty(x.shape), torch.empty_like(weight)
+
+
+def save_for_rms_norm(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[1], inputs[1])
+
+
+def differentiate_rms_norm(ctx, gradient, _):
+    return launch_rms_norm_backward(gradient, *ctx.saved_tensors)
+
+
+launch_rms_norm.register_autograd(differentiate_rms_norm, setup_context=save_for_rms_norm)
+
+
+def attend_with_cudnn(query, key, value, **_):
+    aten = torch.ops.aten
+    return aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, torch.is_grad_enabled()
+    )[0]
+
+
+def attend_with_flash(query, key, value, **_):
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+
+SDPA = {"cudnn": attend_with_cudnn, "flash": attend_with_flash}
+
+
+@contextmanager
+def dispatch_as_cuda(sdpa):
+    """RMSNorm and attention as CUDA would choose them."""
+
+    def rms_norm(x, _shape, weight, eps=None):
+        return launch_rms_norm(x, weight)[0]
+
+    with mock.patch.multiple(F, rms_norm=rms_norm, scaled_dot_product_attention=SDPA[sdpa]):
+        yield
+
+
+# --- counting -----------------------------------------------------------------------------------
+
+GEMM = {"mm", "addmm", "bmm", "baddbmm"}
+FREE = {"detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+FILLS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "fill_", "zero_"}
+CONTIGUOUS = {  # how many of its first inputs an operator wants contiguous
+    "rms_norm": 1,
+    "native_layer_norm": 1,
+    "rms_norm_backward": 2,
+    "native_layer_norm_backward": 2,
+}
+
+
+class KernelCount(TorchDispatchMode):
+    """Counts kernels, bytes of those that are neither GEMM nor SDPA, and what stays alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.rest_bytes, self.made = 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs, outputs = tensors_of((args, kwargs)), tensors_of(out)
+        name, given = func.overloadpacket.__name__, {storage_key(t) for t in inputs}
+        made = [t for t in outputs if storage_key(t) not in given]
+        self.watch(made)
+        if name not in FREE and (made or func._schema.is_mutable):
+            self.count_operator(name, inputs, outputs)
+        return out
+
+    def watch(self, tensors):
+        """Count these as made here."""
+        for t in tensors:
+            self.made[storage_key(t)] = weakref.ref(t.untyped_storage())
+
+    def count_operator(self, name, inputs, outputs):
+        """Add a kernel, and one for each copy that it makes first."""
+        copied = [t for t in inputs[: CONTIGUOUS.get(name, 0)] if not t.is_contiguous()]
+        if name == "_scaled_dot_product_cudnn_attention_backward":
+            gradient, output = inputs[0], inputs[4]
+            copied = [gradient] if gradient.stride() != output.stride() else []
+        self.kernels += 1 + len(copied)
+        self.rest_bytes += 2 * count_bytes(copied)
+        if name not in GEMM and "scaled_dot_product" not in name:
+            self.rest_bytes += count_bytes(outputs if name in FILLS else inputs + outputs)
+
+    def live_bytes(self):
+        """Bytes of all that was made here and is still held by someone."""
+        storages = (storage() for storage in self.made.values())
+        return sum(storage.nbytes() for storage in storages if storage is not None)
+
+
+def storage_key(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+def tensors_of(tree):
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def count_bytes(tensors):
+    """Bytes behind tensors, a broadcast dimension counted once."""
+    total = 0
+    for t in tensors:
+        sizes = [size for size, stride in zip(t.shape, t.stride()) if stride]
+        total += t.element_size() * torch.Size(sizes).numel()
+    return total
+
+
+# --- models and their inputs --------------------------------------------------------------------
+
+
+def make_models(config, dtype, device):
+    """{name: (model, double blocks, single blocks, its velocity as a function of a batch)}."""
+    from diffusers import FluxTransformer2DModel
+
+    values = convert.config_to_diffusers(config)
+    with torch.device(device):
+        ours = Flux(config).type(dtype)
+        theirs = FluxTransformer2DModel(**{k: v for k, v in values.items() if k[0] != "_"})
+    theirs.type(dtype)
+    their_blocks = theirs.transformer_blocks, theirs.single_transformer_blocks
+    our_blocks = ours.double_blocks, ours.single_blocks
+    return {
+        "diffusers": (theirs, *their_blocks, partial(call_diffusers, theirs)),
+        "ours": (ours, *our_blocks, partial(call_flux, ours)),
+    }
+
+
+def make_batch(config, *, batch, side, text, dtype, device):
+    """Inputs of a forward for pictures of `side` x `side` pixels."""
+    cells = side // 8
+    img = batch, num_image_tokens(cells, cells), config.in_channels
+    shapes = dict(
+        img=img, txt=(batch, text, config.text_width), pooled=(batch, config.pooled_width)
+    )
+    drawn = {name: torch.randn(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    t, guidance = (torch.full((batch,), value, device=device) for value in (0.5, 3.5))
+    ids = position_ids(cells, cells, text).to(device)
+    return drawn | dict(t=t, guidance=guidance, ids=ids, rope=rope_table(ids, config))
+
+
+def call_flux(model, batch):
+    inputs = {name: batch[name] for name in ("t", "pooled", "guidance")}
+    return model(batch["img"], batch["txt"], batch["rope"], **inputs)
+
+
+def call_diffusers(model, batch):
+    ids, text = batch["ids"].float(), batch["txt"].shape[1]
+    return model(
+        hidden_states=batch["img"],
+        encoder_hidden_states=batch["txt"],
+        pooled_projections=batch["pooled"],
+        timestep=batch["t"],
+        guidance=batch["guidance"],
+        txt_ids=ids[:text],
+        img_ids=ids[text:],
+        return_dict=False,
+    )[0]
+
+
+# --- blocks on meta -----------------------------------------------------------------------------
+
+
+class ProduceLike(torch.autograd.Function):
+    """A tensor like `x` that an earlier layer could have made: no one holds it but who needs it."""
+
+    @staticmethod
+    def forward(ctx, x, _root):
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, _gradient):
+        return None, None
+
+
+def capture_call(block, run):
+    """(args, kwargs) that `run()` calls `block` with."""
+    calls = []
+    hook = block.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    run()
+    hook.remove()
+    return calls[0]
+
+
+def produce_inputs(call):
+    """Inputs like those of a captured call, with a gradient where those have one."""
+    root = torch.empty(0, device="meta", requires_grad=True)
+
+    def produce(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return ProduceLike.apply(x.detach(), root) if x.requires_grad else x
+
+    return tree_map(produce, call)
+
+
+def is_tokens(x):
+    """Whether an input is (B, L, H), rather than modulation or a table."""
+    return x.ndim == 3 and x.shape[1] > 1
+
+
+def measure_block(block, call):
+    """Kernels and bytes of a block's forward and backward, and the bytes it saves between them."""
+    args, kwargs = produce_inputs(call)
+    with KernelCount() as forward:
+        forward.watch(t for t in tensors_of((args, kwargs)) if is_tokens(t))
+        outputs = tensors_of(block(*args, **kwargs))
+    del args, kwargs
+    saved = forward.live_bytes() - count_bytes(outputs)
+    gradients = [torch.empty_like(t) for t in outputs]
+    with KernelCount() as backward:
+        torch.autograd.backward(outputs, gradients)
+    return {
+        "forward_kernels": forward.kernels,
+        "forward_bytes": forward.rest_bytes,
+        "backward_kernels": backward.kernels,
+        "backward_bytes": backward.rest_bytes,
+        "saved_bytes": saved,
+    }
+
+
+def measure_blocks(who, sdpa, checkpointing="none", config=None, **sizes):
+    """{kind of block: `measure_block`'s figures} of "ours" or "diffusers", in bf16."""
+    config = config or FluxConfig(num_double_blocks=1, num_single_blocks=1)
+    model, doubles, singles, call = make_models(config, torch.bfloat16, "meta")[who]
+    blocks = SimpleNamespace(double_blocks=doubles, single_blocks=singles)
+    parallel.checkpoint_activations(blocks, checkpointing)
+    batch = make_batch(config, dtype=torch.bfloat16, device="meta", **sizes)
+    found = {}
+    with dispatch_as_cuda(sdpa):
+        for kind, block in (("double", doubles[0]), ("single", singles[0])):
+            found[kind] = measure_block(block, capture_call(block, lambda: call(batch)))
+    return found
+
+
+def add_up(of_kinds):
+    """The figures of FLUX.1-dev's depth."""
+    names = of_kinds["double"]
+    return {n: sum(DEPTH[kind] * of_kinds[kind][n] for kind in DEPTH) for n in names}
+
+
+def count_model(who, sdpa, **sizes):
+    """`measure_block`'s figures of all blocks, and what each kind of checkpointing saves."""
+    of_kinds = {kind: add_up(measure_blocks(who, sdpa, kind, **sizes)) for kind in CHECKPOINTING}
+    saved = {f"saved_bytes_{kind}": of_kinds[kind].pop("saved_bytes") for kind in CHECKPOINTING}
+    return {"who": who, "sdpa": sdpa} | of_kinds["none"] | saved
+
+
+# --- host time ----------------------------------------------------------------------------------
+
+
+def train_once(model, call, batch):
+    """Forward, loss and backward."""
+    velocity = call(batch)
+    flow.velocity_loss(velocity, batch["img"], torch.ones_like(batch["img"])).mean().backward()
+    model.zero_grad()
+
+
+@torch.inference_mode()
+def sample_diffusers(model, batch, steps):
+    """The forwards of diffusers' pipeline."""
+    for _ in range(steps):
+        call_diffusers(model, batch)
+
+
+def sampler_of_flux(model, batch, side, steps):
+    """A function that denoises in so many steps, its conditions computed beforehand."""
+    config = sampling.SampleConfig(height=side, width=side, steps=steps)
+    times = sampling.times_for(config, model.config, batch["img"].shape[1])
+    conditions = sampling.condition(model, batch["txt"], batch["pooled"], times, guidance=3.5)
+    return lambda: sampling.sample(model, conditions, batch["img"], times, config)
+
+
+def make_host_runs(steps, side=32):
+    """{(who, figure): (a function to time, how many steps it takes)} of tiny models."""
+    models = make_models(TINY, torch.float32, "cpu")
+    batch = make_batch(TINY, batch=1, side=side, text=4, dtype=torch.float32, device="cpu")
+    theirs, ours = models["diffusers"][0], models["ours"][0]
+    runs = {
+        ("diffusers", "sampling_ms"): (partial(sample_diffusers, theirs, batch, steps), steps),
+        ("ours", "sampling_ms"): (sampler_of_flux(ours, batch, side, steps), steps),
+    }
+    for who, (model, _, _, call) in models.items():
+        runs[who, "training_ms"] = partial(train_once, model, call, batch), 1
+    return runs
+
+
+def measure_host(rounds, steps=10):
+    """{who: {"sampling_ms", "training_ms"}}, the least CPU time of a step of tiny models."""
+    runs = make_host_runs(steps)
+    found = {who: {} for who, _ in runs}
+    for _ in range(rounds):
+        for (who, figure), (run, count) in runs.items():
+            began = time.process_time()
+            run()
+            milliseconds = 1e3 * (time.process_time() - began) / count
+            found[who][figure] = min(milliseconds, found[who].get(figure, milliseconds))
+    return found
+
+
+# --- report -------------------------------------------------------------------------------------
+
+COLUMNS = {
+    "kernels, GB": 18,
+    "forward": 16,
+    "backward": 16,
+    "saved, GB: no AC": 18,
+    "selective": 11,
+    "full": 7,
+    "host ms: sampling": 19,
+    "training": 10,
+}
+
+
+def print_line(cells):
+    first, *rest = (f"{cell:>{width}}" for cell, width in zip(cells, COLUMNS.values()))
+    print(f"{first.strip():<{COLUMNS['kernels, GB']}}" + "".join(rest))
+
+
+def print_table(rows, host):
+    print_line(COLUMNS)
+    for row in rows:
+        cells = [f"{row['who']}, {row['sdpa']}"]
+        for phase in ("forward", "backward"):
+            cells.append(f"{row[f'{phase}_kernels']:,}, {row[f'{phase}_bytes'] / 1e9:.1f}")
+        cells += [f"{row[f'saved_bytes_{kind}'] / 1e9:.1f}" for kind in CHECKPOINTING]
+        print_line(cells + [f"{milliseconds:.1f}" for milliseconds in host[row["who"]].values()])
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--side", type=int, default=1024, help="side of a picture in pixels")
+    parser.add_argument("--text", type=int, default=512, help="text tokens")
+    parser.add_argument("--rounds", type=int, default=9, help="of the host's time")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    sizes = {name: getattr(args, name) for name in ("batch", "side", "text")}
+    rows = [count_model(who, sdpa, **sizes) for who in ("diffusers", "ours") for sdpa in SDPA]
+    host = measure_host(args.rounds)
+    tokens = f"{args.text} + {num_image_tokens(args.side // 8, args.side // 8)} tokens"
+    print(f"FLUX.1-dev's 19 + 38 blocks, {args.side}², {tokens}, batch {args.batch}, bf16\n")
+    print_table(rows, host)
+    print(json.dumps({"rows": rows, "host": host, **vars(args), "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()

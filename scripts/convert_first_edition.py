@@ -1,0 +1,145 @@
+"""Convert what fluxlite 0.1 wrote, which later versions refuse: its files, and the weights of its runs.
+
+    python scripts/convert_first_edition.py --src old.safetensors --dst new.safetensors
+    python scripts/convert_first_edition.py --src runs/old --dst new.safetensors                # the moving average
+    python scripts/convert_first_edition.py --src runs/old --dst flux1.safetensors --to bfl --no-ema
+
+That edition kept queries, keys and values head by head, rotation pairs as halves of a head, and all
+modulation in one linear. A tensor at a time is in memory. The optimizer's state is left behind:
+train on with model.checkpoint=new.safetensors. This script goes with the next version.
+"""
+
+import argparse
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+import torch
+from einops import rearrange
+
+from fluxlite import checkpoint, convert, run_state, run_tensors, streams
+from fluxlite.cli.programs import run_program
+from fluxlite.controlnet import ControlNetConfig
+from fluxlite.model import FluxConfig
+
+
+def interleave_pairs(x, config):
+    """Rows of heads with pairs (i, i + D/2) as rows with pairs (2i, 2i + 1)."""
+    return rearrange(x, "(n two d) ... -> (n d two) ...", d=config.head_width // 2, two=2)
+
+
+def first_chunks(part, i, config):
+    """The first and last of the H rows, in the one modulation, of a linear of ours: `img.0`, `out`."""
+    doubles, singles = config.num_double_blocks, config.num_single_blocks
+    starts = {"img": 12 * i, "txt": 12 * i + 6, "single": 12 * doubles + 3 * i}
+    start = starts.get(part, 12 * doubles + 3 * singles)
+    return start, start + {"img": 6, "txt": 6, "single": 3, "out": 2}[part]
+
+
+def read_tensor(read_old, config, name, start=0, stop=None):
+    """Rows of one of our tensors, from those of the first edition."""
+    if match := re.fullmatch(r"(.*\.qkv)\.([qkv])\.(weight|bias)", name):
+        block, kind, leaf = match.groups()
+        split = rearrange(
+            read_old(f"{block}.linear.{leaf}"),
+            "(n three d) ... -> three (n d) ...", three=3, d=config.head_width,
+        )["qkv".index(kind)]  # fmt: skip
+        return (split if kind == "v" else interleave_pairs(split, config))[start:stop]
+    if re.search(r"\.qkv\.[qk]_norm\.", name):
+        return interleave_pairs(read_old(name), config)[start:stop]
+    if match := re.fullmatch(r"modulation\.(\w+)(?:\.(\d+))?\.(weight|bias)", name):
+        part, i, leaf = match.groups()
+        edges = [chunk * config.hidden_size for chunk in first_chunks(part, int(i or 0), config)]
+        rows = read_old(f"modulation.{leaf}", *edges)
+        rows = torch.cat(rows.chunk(2)[::-1]) if part == "out" else rows  # scale comes first now
+        return rows[start:stop]
+    return read_old(name, start, stop)
+
+
+def old_name(name):
+    """The tensor of the first edition that holds one of ours."""
+    name = re.sub(r"\.qkv\.[qkv]\.", ".qkv.linear.", name)
+    return re.sub(r"^modulation\..*\.", "modulation.", name)
+
+
+def open_file(path):
+    """(what, configuration, read, {name: dtype}, metadata, files, sampling settings) of a file or folder."""
+    tensors = streams.Tensors(path)
+    about, types = (
+        tensors.metadata,
+        {name: dtype for name, (dtype, _) in tensors.described().items()},
+    )
+    if not about.get("fluxlite_version", "").startswith("0.1.") or "modulation.weight" not in types:
+        raise ValueError(f"--src {path} is no file of fluxlite 0.1: convert_hf.py reads all others")
+    settings = json.loads(about.get("sampling", "{}"))
+    return (
+        about["what"],
+        json.loads(about["config"]),
+        tensors.read,
+        types,
+        about,
+        tensors.files,
+        settings,
+    )
+
+
+def open_run(path, ema):
+    """The same of a run's last checkpoint, or one of its checkpoints."""
+    folder = path if (path / "meta.json").is_file() else run_state.last_checkpoint(path)
+    meta, tensors = run_state.read_meta(folder), run_tensors.RunTensors(folder)
+    averaged = set(meta.ema if ema else ())
+
+    def key(name):
+        return f"{'ema' if name in averaged else 'model'}.{name}"
+
+    def read(name, start=0, stop=None):
+        return tensors.read(key(name), start, stop)
+
+    names = [name.removeprefix("model.") for name in tensors.tensors if name.startswith("model.")]
+    types = {name: tensors.described(key(name))[0] for name in names}
+    about = {"training": json.dumps(meta.flow | {"step": meta.step, "ema": bool(averaged)})}
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    settings = run_state.run_settings(folder, meta)
+    return meta.what, meta.model, read, types, about, files, settings
+
+
+def open_first_edition(path, *, ema=True):
+    """The `Source`, in today's layout, of a file, folder or run of fluxlite 0.1; raises `ValueError`."""
+    opened = open_run(path, ema) if run_state.is_run(path) else open_file(path)
+    what, values, read_old, types, about, files, settings = opened
+    config = checkpoint.flux_config(
+        values, ControlNetConfig if what == "controlnet" else FluxConfig
+    )
+    shapes = {name: tuple(t.shape) for name, t in convert.our_shapes(config).items()}
+    described = {name: (types[old_name(name)], shape) for name, shape in shapes.items()}
+    read = partial(read_tensor, read_old, config)
+    return checkpoint.Source(
+        str(path), what, "fluxlite", config, described, read, about, files, settings, ema
+    )
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--src", type=Path, required=True, help="file, folder or run of fluxlite 0.1"
+    )
+    parser.add_argument("--dst", required=True, help="what to write, as convert_hf.py takes it")
+    parser.add_argument("--to", choices=convert.LAYOUTS, default="fluxlite", help="layout to write")
+    parser.add_argument(
+        "--no-ema", action="store_true", help="of a run, its weights, not their average"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv):
+    args = parse(argv)
+    source = open_first_edition(args.src.expanduser(), ema=not args.no_ema)
+    files, _ = checkpoint.write_converted(source, args.dst, to=args.to)
+    print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
+
+
+if __name__ == "__main__":
+    run_program(main)
