@@ -1,4 +1,4 @@
-"""Run folders: copied, damaged, hostile, shared, on disks that refuse; and what a resumed run makes of them."""
+"""Run folders: copied, damaged, hostile, shared, on disks that refuse; what a run makes of them."""
 
 import fcntl
 import json
@@ -142,7 +142,8 @@ def with_copies(root):
     (root / "step-notes.txt").write_text("mine")
 
 
-COPIES = [unlinked, dangling, followed, followed_alone, followed_over_damage, followed_and_damaged, behind, with_copies]
+COPIES = [unlinked, dangling, followed, followed_alone, followed_over_damage, followed_and_damaged]
+COPIES += [behind, with_copies]
 
 
 @pytest.mark.parametrize("copied", COPIES)
@@ -188,7 +189,8 @@ def test_a_folder_without_a_step_to_go_on_from_is_refused_and_kept(run, left):
         if name not in left:
             (root / name).unlink() if (root / name).is_symlink() else shutil.rmtree(root / name)
     rows = (run / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="no checkpoint .* is whole: there is .*last|no checkpoint .* is whole: there is step-000008-good"):
+    refused = "no checkpoint .* is whole: there is (last|step-000008-good)"
+    with pytest.raises(ValueError, match=refused):
         resume(run)
     assert names_in(root) == sorted(left) and (run / "metrics.jsonl").read_bytes() == rows
 
@@ -214,7 +216,7 @@ def cut(folder):
 DAMAGE = {
     "a shard cut short": cut,
     "a shard gone": lambda folder: shard(folder).unlink(),
-    "a flipped byte of a tensor": lambda folder: flip(shard(folder), shard(folder).stat().st_size // 2),
+    "a flipped byte of a tensor": lambda folder: flip(shard(folder), 2_000_000),
     "a flipped byte of a zip's directory": lambda folder: flip(shard(folder), -40),
     "a flipped byte of the description": lambda folder: flip(folder / ".metadata", 5000),
     "no description": lambda folder: (folder / ".metadata").unlink(),
@@ -268,8 +270,8 @@ def test_a_byte_flipped_anywhere_is_noticed_when_a_run_is_read(run):
     checkpoint.open_source(run)
 
 
-def test_a_large_run_is_checked_tensor_by_tensor_and_whole_before_a_result(run, monkeypatch, tmp_path):
-    """A byte that changes what is read is noticed as it is read, any other one before a file appears."""
+def test_a_large_run_is_checked_by_tensors_and_whole_before_a_result(run, monkeypatch, tmp_path):
+    """A byte that changes what is read is noticed then, any other before a file appears."""
     monkeypatch.setattr(run_state, "SOON_CHECKED", 0)
     folder = run / "checkpoints" / "step-000006"
     good, data = read_all(checkpoint.open_source(run)), shard(folder).read_bytes()
@@ -339,8 +341,11 @@ def test_deep_nesting_in_meta_json_is_refused(run):
         checkpoint.open_source(run)
 
 
-@pytest.mark.parametrize("row", ["[1]", '{"step": "x"}', '{"step": -1}', '{"loss": 1}', '{"step": 1, "loss": {}}',
-                                 '{"step": 1' + "0" * 400 + ', "loss": 1}', "[" * 100_000])  # fmt: skip
+BAD_ROWS = ["[1]", '{"step": "x"}', '{"step": -1}', '{"loss": 1}', '{"step": 1, "loss": {}}']
+BAD_ROWS += ['{"step": 1, "loss": 1' + "0" * 400 + "}", "[" * 100_000]
+
+
+@pytest.mark.parametrize("row", BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_nonsense_in_metrics_is_refused_by_line(run, row):
     file = run / "metrics.jsonl"
     file.write_text(f"{row}\n{file.read_text()}")
@@ -371,6 +376,14 @@ class Touch:
         return os.system, (f"touch {self.path}",)
 
 
+def all_tensors(folder):
+    """{key: tensor} of a checkpoint, copied."""
+    source, found = run_tensors.RunTensors(folder), {}
+    for key, tensor in source.tensors.items():
+        found[key] = source.read_chunk(key, tensor.chunks[0]).clone()
+    return found
+
+
 def hostile_description(folder, path):
     """The description itself runs a command."""
     (folder / ".metadata").write_bytes(pickle.dumps(Touch(path)))
@@ -378,18 +391,15 @@ def hostile_description(folder, path):
 
 def hostile_values(folder, path):
     """A pickled value, such as optimizer settings once were, runs a command."""
-    tensors = run_tensors.RunTensors(folder).tensors
-    source = run_tensors.RunTensors(folder)
-    state = {key: source.read_chunk(key, of.chunks[0]).clone() for key, of in tensors.items()}
-    name = next(key for key in tensors if key.endswith(".exp_avg")).removesuffix(".exp_avg")
+    state = all_tensors(folder)
+    name = next(key for key in state if key.endswith(".exp_avg")).removesuffix(".exp_avg")
     values = {f"{name.replace('.state.', '.param_groups.')}.lr": Touch(path)}
     dcp.save(state | values, checkpoint_id=folder, no_dist=True)
 
 
 def hostile_zip(folder, path, monkeypatch=pytest.MonkeyPatch()):
     """Beside each tensor's bytes lies a pickle that runs a command."""
-    source, save = run_tensors.RunTensors(folder), torch.save
-    state = {key: source.read_chunk(key, of.chunks[0]).clone() for key, of in source.tensors.items()}
+    state, save = all_tensors(folder), torch.save
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", lambda data, file: save([data, Touch(path)], file))
         dcp.save(state, checkpoint_id=folder, no_dist=True)
@@ -412,7 +422,8 @@ def convert(run, where):
 
 
 def digest(run, where):
-    assert runpy.run_path(str(ROOT / "convert_hf.py"))["run"](["--src", str(run), "--digests"]) in (0, 2)
+    script = runpy.run_path(str(ROOT / "convert_hf.py"))
+    assert script["run"](["--src", str(run), "--digests"]) in (0, 2)
 
 
 def draw(run, where):
@@ -420,9 +431,9 @@ def draw(run, where):
 
 
 def prove(run, where):
+    options = ["--num", "2", "--swaps", "0", "--steps", "1", "--output", str(where / "proof")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["prove.py", "--checkpoint", str(run), "--num", "2", "--swaps", "0", "--steps", "1",
-                                    "--output", str(where / "proof")])  # fmt: skip
+        patch.setattr(sys, "argv", ["prove.py", "--checkpoint", str(run), *options])
         runpy.run_path(str(ROOT / "prove.py"), run_name="__main__")
 
 
@@ -448,7 +459,7 @@ def test_a_hostile_run_folder_runs_nothing_whoever_reads_it(run, form, tmp_path,
         values["config"]["model"] |= dict.fromkeys(FRAGMENTS, "flux-tiny")
 
     rewrite_meta(folder, disarm)
-    with pytest.raises(BaseException):  # noqa: B017, armed: whoever loads it as DCP does runs the command
+    with pytest.raises(BaseException):  # noqa: B017, whoever loads it as DCP does runs the command
         dcp.load({"x": torch.zeros(1)}, checkpoint_id=folder, no_dist=True)
     raw = (folder / ".metadata").read_bytes() + shard(folder).read_bytes()
     assert mark.exists() == (form is hostile_description) and b"system" in raw and b"touch" in raw
@@ -458,7 +469,7 @@ def test_a_hostile_run_folder_runs_nothing_whoever_reads_it(run, form, tmp_path,
         try:
             way(copy, tmp_path)
         except (ValueError, SystemExit) as error:
-            assert way is not draw or form is hostile_description or "transformer" in str(error), error
+            assert way is not draw or form is hostile_description, error
         assert not mark.exists(), way.__name__
         shutil.rmtree(copy)
     told = capfd.readouterr().err
@@ -470,15 +481,14 @@ def test_a_hostile_run_folder_runs_nothing_whoever_reads_it(run, form, tmp_path,
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_run_without_checksums_is_read_and_gone_on_with_and_that_is_said(run, whole, caplog):
-    """As version 0.1 wrote it: pickled settings of the optimizer among the tensors, no checksums."""
+    """With pickled settings of the optimizer among the tensors, as they once were written."""
     root = run / "checkpoints"
     expected = {name: values.clone() for name, values in weights(run).items()}
     for step in (2, 4):
         shutil.rmtree(root / f"step-{step:06d}")
     folder = root / "step-000006"
-    source = run_tensors.RunTensors(folder)
-    state = {key: source.read_chunk(key, of.chunks[0]).clone() for key, of in source.tensors.items()}
-    dcp.save(state | {"optimizer.param_groups.out.bias.lr": 0.25}, checkpoint_id=folder, no_dist=True)
+    state = all_tensors(folder) | {"optimizer.param_groups.out.bias.lr": 0.25}
+    dcp.save(state, checkpoint_id=folder, no_dist=True)
     rewrite_meta(folder, lambda values: [values.pop(name) for name in ("files", "data")])
     assert all(torch.equal(values, expected[name]) for name, values in weights(run).items())
     resume(run)
@@ -525,7 +535,8 @@ def test_of_two_runs_in_one_folder_the_second_says_so_and_touches_nothing(run, w
 @pytest.mark.slow
 def test_of_two_runs_started_at_once_one_wins(tmp_path):
     arguments = [*MOCK, "steps=300", f"output={tmp_path}/run"]
-    both = [subprocess.Popen(command(*arguments), cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    options = dict(cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    both = [subprocess.Popen(command(*arguments), **options) for _ in range(2)]
     told = {process.communicate(timeout=300)[1]: process.returncode for process in both}
     assert sorted(told.values()) == [0, 2]
     (loser,) = (text for text, code in told.items() if code)
@@ -549,7 +560,9 @@ def file_limit(num_bytes):
 
 
 @pytest.mark.parametrize("num_bytes", [0, 30_000, 1_000_000])
-def test_a_checkpoint_that_does_not_fit_is_said_in_one_line_and_leaves_nothing(run, whole, num_bytes, monkeypatch):
+def test_a_checkpoint_that_does_not_fit_is_said_in_one_line_and_leaves_nothing(
+    run, whole, num_bytes, monkeypatch
+):
     real = run_state.save_training
 
     def save_with_limit(*args, **options):
@@ -559,7 +572,8 @@ def test_a_checkpoint_that_does_not_fit_is_said_in_one_line_and_leaves_nothing(r
     before = bytes_below(run / "checkpoints")
     with monkeypatch.context() as patch:
         patch.setattr(run_state, "save_training", save_with_limit)
-        with pytest.raises(ValueError, match="checkpoint of step 8 could not be written .*File too large") as caught:
+        refused = "checkpoint of step 8 could not be written .*File too large"
+        with pytest.raises(ValueError, match=refused) as caught:
             resume(run)
     assert "\n" not in str(caught.value) and bytes_below(run / "checkpoints") == before
     resume(run)
@@ -599,7 +613,8 @@ def other_user(number=65534):
 def small_disk(place, size):
     """A disk of its own at a folder."""
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("this needs the right to mount a disk")
     try:
         yield
@@ -615,23 +630,33 @@ def test_a_folder_of_another_user_is_said_and_left_as_it_is(run, monkeypatch):
         with other_user():
             real(*args, **options)
 
-    before = bytes_below(run)
+    before = bytes_below(run / "checkpoints")
     with other_user(), pytest.raises(OSError, match="Permission denied"):
         run_state.lock_folder(run)
     monkeypatch.setattr(run_state, "save_training", save_as_another)
     with pytest.raises(ValueError, match="step 8 could not be written .*Permission denied"):
         resume(run)
-    left = bytes_below(run / "checkpoints")
-    assert left == {path: data for path, data in before.items() if path.is_relative_to(run / "checkpoints")}
+    assert bytes_below(run / "checkpoints") == before
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_whole_and_nothing_of_the_new_one(tmp_path):
     with small_disk(tmp_path / "disk", "7m"):
         output = tmp_path / "disk" / "run"
-        with pytest.raises(ValueError, match="step 4 could not be written .*No space left on device"):
+        refused = "step 4 could not be written .*No space left on device"
+        with pytest.raises(ValueError, match=refused):
             train(*COMMON, "steps=6", f"output={output}")
         assert names_in(output / "checkpoints") == ["last", "step-000002"]
         assert run_state.find_fault(output / "checkpoints" / "step-000002") is None
+
+
+def test_a_checkpoint_that_is_a_link_loses_its_link_alone_when_its_turn_comes(run, tmp_path):
+    root = run / "checkpoints"
+    os.rename(root / "step-000004", tmp_path / "elsewhere")
+    (root / "step-000004").symlink_to(tmp_path / "elsewhere")
+    resume(run, "checkpoint.keep=1")
+    resume(run, "checkpoint.keep=1", steps=10)
+    assert names_in(root) == ["last", "step-000010"]
+    assert (tmp_path / "elsewhere" / "meta.json").is_file()
 
 
 def test_leftovers_of_killed_writers_go_with_the_next_checkpoint(run):
@@ -662,7 +687,8 @@ def test_last_is_readable_at_every_moment_of_saving(run, monkeypatch):
             patch.setattr(os, name, watched(name, getattr(os, name)))
         patch.setattr(shutil, "rmtree", watched("rmtree", shutil.rmtree))
         resume(run, "checkpoint.keep=1", steps=10)
-    assert {("rename", "after", 6), ("replace", "after", 8), ("replace", "after", 10), ("rmtree", "before", 10)} <= set(seen)
+    replaced = {("replace", "after", 8), ("replace", "after", 10)}
+    assert replaced | {("rename", "after", 6), ("rmtree", "before", 10)} <= set(seen)
     assert names_in(run / "checkpoints") == ["last", "step-000010"]
 
 
@@ -679,7 +705,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train_step", poisoned)
         patch.setattr(trainer, "check_finite", lambda *_: None)
-        with pytest.raises(ValueError, match=r"step \d is not saved.*not finite .model.img_in.bias"):
+        with pytest.raises(ValueError, match=r"step 7 is not saved.*not finite .model.img_in.bias"):
             resume(run, steps=7)
     assert bytes_below(run / "checkpoints") == before
     resume(run)
@@ -698,7 +724,8 @@ config = configure(*MOCK, f"output={sys.argv[1]}")
 device, mesh = parallel.start(config.parallel, "cpu")
 run = trainer.set_up(config, device, mesh)
 state = dict(model=run.model, optimizers=run.optimizers, ema=run.ema)
-save = lambda step: run_state.save_training(config.output, step=step, meta=trainer.describe(run), keep=0, **state)
+about = dict(meta=trainer.describe(run), keep=0)
+save = lambda step: run_state.save_training(config.output, step=step, **about, **state)
 save(1)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 if parallel.rank() == 1:
@@ -721,15 +748,18 @@ parallel.stop()
 
 
 def test_every_rank_says_what_one_rank_could_not_write_and_all_fall_back_together(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "ranks", str(tmp_path / "run")]
     (tmp_path / "ranks.py").write_text(RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "ranks", str(tmp_path / "run")]
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    result = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                            capture_output=True, text=True, timeout=300)  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    options = dict(cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, **options)
     assert result.returncode == 0, result.stderr
     told = {(tmp_path / f"run-rank{rank}").read_text() for rank in (0, 1)}
     assert len(told) == 1 and "__1_0.distcp: File too large" in told.pop()
-    assert names_in(tmp_path / "run" / "checkpoints") == ["damaged-step-000003", "last", "step-000001"]
+    left = ["damaged-step-000003", "last", "step-000001"]
+    assert names_in(tmp_path / "run" / "checkpoints") == left
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -749,13 +779,14 @@ def write_tar(path, colour, count):
 def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, caplog):
     (tmp_path / "data").mkdir()
     write_tar(tmp_path / "data" / "a.tar", "red", 8)
-    arguments = [*SMALL, "data=webdataset", f"data.path={tmp_path}/data", "sample.every=0", "validate_every=0",
-                 f"output={tmp_path}/run", "resume=auto"]  # fmt: skip
+    places = [f"data.path={tmp_path}/data", f"output={tmp_path}/run"]
+    arguments = [*SMALL, "data=webdataset", *places, "sample.every=0", "validate_every=0"]
+    arguments += ["resume=auto"]
     train(*arguments, "steps=1")
     train(*arguments, "steps=2")
     assert "other data" not in caplog.text
     write_tar(tmp_path / "data" / "b.tar", "blue", 6)
     train(*arguments, "steps=3")
-    assert "resuming on other data: the samples have changed (5 samples then, 11 now, with b)" in caplog.text
+    assert "other data: the samples have changed (5 samples then, 11 now, with b)" in caplog.text
     meta = run_state.read_meta(run_state.last_checkpoint(tmp_path / "run"))
     assert meta.data.samples == 11 and meta.data.names == ["a", "b"] and meta.data.digest

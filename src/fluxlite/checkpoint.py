@@ -169,7 +169,7 @@ def _open_run(path, ema):
         return tensors.read(key(name), start, stop)
 
     check_whole = partial(run_state.check_files, folder, meta)
-    if sum(of.bytes for of in meta.files.values()) <= run_state.SOON_CHECKED:
+    if run_state.total_bytes(meta) <= run_state.SOON_CHECKED:
         check_whole()
     described = {name: tensors.described(key(name)) for name in convert.our_shapes(config)}
     metadata = {"training": json.dumps(meta.flow | {"step": meta.step, "ema": bool(averaged)})}

@@ -128,7 +128,7 @@ def read_meta(folder):
 
 
 def saved_part(folder, meta, name):
-    """A group of the run's configuration, as a dictionary; raises `ValueError` where there is none."""
+    """A group of the run's configuration, a dictionary; raises `ValueError` where there is none."""
     if not isinstance(meta.config.get(name), dict):
         raise ValueError(f"{folder}/meta.json: config.{name} must be an object with named values")
     return meta.config[name]
@@ -185,7 +185,7 @@ def list_checkpoints(run):
 
 
 def last_checkpoint(run):
-    """The newest checkpoint of a run's folder, or None. A copy may have a folder in place of a link."""
+    """The newest checkpoint of a run's folder, or None. In a copy, `last` may be a folder."""
     last = Path(run) / "checkpoints" / "last"
     copied = [last] if (last / "meta.json").is_file() else []
     return next(iter([*list_checkpoints(run), *copied]), None)
@@ -226,8 +226,13 @@ def check_listed(folder, meta, name):
         raise ValueError(f"{folder}/meta.json has no checksum of {name}: the checkpoint is damaged")
 
 
+def total_bytes(meta):
+    """The bytes of a checkpoint's files."""
+    return sum(of.bytes for of in meta.files.values())
+
+
 def check_files(folder, meta, share=slice(None)):
-    """Raise `ValueError` unless the bytes of a checkpoint's files, or a share of them, are as written."""
+    """Raise `ValueError` unless a checkpoint's files, or a share of them, are as written."""
     for name in sorted(meta.files)[share]:
         check_file_bytes(Path(folder) / name, meta.files[name].crc32)
 
@@ -289,12 +294,14 @@ def _claimed_step(folder):
 
 
 def find_fault(folder):
-    """What is wrong with a checkpoint, in one line, or None; each rank checks its share of the files."""
+    """What is wrong with a checkpoint, in one line, or None; a rank checks its share of files."""
     try:
         meta, _ = open_checkpoint(folder)
         match = STEP_NAME.fullmatch(folder.name)
         if match and int(match[1]) != meta.step:
             raise ValueError(f"{folder} says that it is step {meta.step}: it is another's copy")
+        if parallel.rank() == 0 and total_bytes(meta) > SOON_CHECKED:
+            log.info("checking the checksums of %s, %.1f GB", folder.name, total_bytes(meta) / 1e9)
         check_files(folder, meta, slice(parallel.rank(), None, parallel.world_size()))
     except (ValueError, OSError) as error:
         return one_line(error)
@@ -302,7 +309,7 @@ def find_fault(folder):
 
 
 def settle_checkpoints(run, chosen, damaged):
-    """Point `last` at the chosen checkpoint and set damaged ones aside; returns the chosen one's folder.
+    """Point `last` at the chosen checkpoint and set damaged ones aside; returns the chosen folder.
 
     In a copied run the folder `last` gets the name of its step; where that is there, another name.
     """
@@ -314,7 +321,8 @@ def settle_checkpoints(run, chosen, damaged):
     for folder, fault in damaged:
         place = free_name(root / f"damaged-{folder.name}")
         os.rename(folder, place)
-        log.warning("%s; %s is now %s: going on from %s", fault, folder.name, place.name, chosen.name)
+        names = folder.name, place.name, chosen.name
+        log.warning("%s; %s is now %s: going on from %s", fault, *names)
     if copied and chosen == last:
         chosen = root / f"step-{read_meta(last).step:06d}"
         os.rename(last, chosen)
@@ -385,10 +393,12 @@ def lock_folder(folder):
         holder = file.read(200).strip() or "another process"
         file.close()
         raise ValueError(
-            f"output={folder} is in use by {holder}: wait until that run ends, or set another output="
+            f"output={folder} is in use by {holder}: wait until that run ends, or set another "
+            "output="
         ) from None
     except OSError as error:
-        log.warning("%s cannot be locked (%s): start no second run there", file.name, error.strerror)
+        reason = error.strerror
+        log.warning("%s cannot be locked (%s): start no second run there", file.name, reason)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -428,7 +438,7 @@ def check_all_finite(state, what):
 
 
 def save_training(run, *, step, model, optimizers, ema, meta, keep):
-    """Write `checkpoints/step-…` aside, rename it, point `last` at it, drop all but `keep`; collective.
+    """Write a checkpoint aside, rename it, point `last` at it, drop all but `keep`; collective.
 
     Raises `ValueError`, on every rank, where the state is not finite or the disk refuses; the
     checkpoint before is then whole, and nothing of this one is left.
@@ -437,7 +447,7 @@ def save_training(run, *, step, model, optimizers, ema, meta, keep):
     name = f"step-{step:06d}"
     state, _ = training_state(model, optimizers, ema)
     check_all_finite(
-        state, f"the state after step {step} is not saved, and the checkpoint before it is whole: it"
+        state, f"step {step} is not saved, and the checkpoint before it is whole: its state"
     )
     writer = RunWriter(root / f".{name}")
     try:
@@ -453,8 +463,8 @@ def save_training(run, *, step, model, optimizers, ema, meta, keep):
         if dist.get_rank() == 0:
             shutil.rmtree(root / f".{name}", ignore_errors=True)
         raise ValueError(
-            f"the checkpoint of step {step} could not be written ({one_line(error)}); the one before "
-            "it is whole, and resume=auto goes on from there"
+            f"the checkpoint of step {step} could not be written ({one_line(error)}); the one "
+            "before it is whole, and resume=auto goes on from there"
         ) from None
 
 
@@ -462,11 +472,19 @@ def clear_leftovers(root):
     """Make the folder for checkpoints, without what killed writers left there."""
     root.mkdir(parents=True, exist_ok=True)
     for left in root.glob(".step-*"):
-        shutil.rmtree(left)
+        remove_folder(left)
+
+
+def remove_folder(path):
+    """Remove a folder, or a link to one that lies elsewhere, or a file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def publish_checkpoint(root, name, meta, keep):
-    """Give what lies whole in `.step-…` its name, point `last` at it, drop all but the newest `keep`."""
+    """Give what lies whole in `.step-…` its name, point `last` at it, drop all but `keep`."""
     aside = root / f".{name}"
     write_meta(aside / "meta.json", meta)
     sync_folder(aside)
@@ -484,7 +502,7 @@ def drop_checkpoint(path):
     try:
         aside = path.with_name(f".{path.name}")
         os.rename(path, aside)
-        shutil.rmtree(aside)
+        remove_folder(aside)
     except OSError as error:
         log.warning("an old checkpoint could not be removed: %s", one_line(error))
 
@@ -498,7 +516,7 @@ def sync_folder(folder):
 
 
 def load_training(folder, *, model, optimizers, ema):
-    """Read a checkpoint into a sharded model, its optimizers and average, in place; returns its step.
+    """Read a checkpoint into a sharded model, its optimizers and average; returns its step.
 
     Collective; whatever mesh wrote it. Raises `ValueError` where it is damaged.
     """

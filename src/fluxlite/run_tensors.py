@@ -1,4 +1,4 @@
-"""A checkpoint's tensors: torch.distributed.checkpoint's files, read without running what they hold.
+"""A checkpoint's tensors: torch.distributed.checkpoint's files, whose pickles are never run.
 
 DCP describes its files in `.metadata`, which is a pickle, and may pickle single values too: whoever
 loads them runs what they name. Here the description is read as plain records, and of the files
@@ -86,8 +86,11 @@ DAMAGE = (  # what reading nonsense as a pickle or a zip can raise
 )
 
 
-class RecordUnpickler(pickle._Unpickler):  # in Python: an opcode that is not in its table is refused
-    """Reads a pickle as `PickledRecord`s: what it names is neither imported nor called."""
+class RecordUnpickler(pickle._Unpickler):
+    """Reads a pickle as `PickledRecord`s: what it names is neither imported nor called.
+
+    It is the one written in Python: an opcode that is not in its table is refused.
+    """
 
     dispatch = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]]
@@ -107,7 +110,8 @@ class RecordUnpickler(pickle._Unpickler):  # in Python: an opcode that is not in
         state = self.stack.pop()
         self.stack[-1].state = state
 
-    dispatch |= {pickle.REDUCE[0]: load_call, pickle.NEWOBJ[0]: load_call, pickle.BUILD[0]: load_build}
+    dispatch |= {pickle.REDUCE[0]: load_call, pickle.NEWOBJ[0]: load_call}
+    dispatch |= {pickle.BUILD[0]: load_build}
 
 
 def read_saved_tensors(folder):
@@ -131,7 +135,7 @@ def read_saved_tensors(folder):
 
 
 def _described(about):
-    """{key: SavedTensor} from the state of DCP's `Metadata`. Pickled values are left where they are."""
+    """{key: SavedTensor} from the state of DCP's `Metadata`, without pickled values."""
     places = {}
     for index, place in about["storage_data"].items():
         if index.state.get("offset") is not None:  # else a pickled value
@@ -175,9 +179,12 @@ def _check_chunks(folder, key, tensor, sizes):
             raise ValueError(f"{where} has a part beyond its end: it is damaged")
         if chunk.file not in sizes:
             sizes[chunk.file] = _size_of(folder, chunk.file)
-        if chunk.begin + chunk.length > sizes[chunk.file]:
+        num_bytes = math.prod(chunk.sizes) * tensor.dtype.itemsize
+        if chunk.begin + chunk.length > sizes[chunk.file] or num_bytes > chunk.length:
             raise ValueError(f"{folder / chunk.file} is cut short: {key} does not lie in it whole")
-    if sum(math.prod(chunk.sizes) for chunk in tensor.chunks) != math.prod(tensor.shape):
+    counts = [math.prod(chunk.sizes) for chunk in tensor.chunks]
+    places = {chunk.offsets for chunk in tensor.chunks if math.prod(chunk.sizes)}
+    if sum(counts) != math.prod(tensor.shape) or len(places) < sum(map(bool, counts)):
         raise ValueError(f"{where} is not whole in its parts: it is damaged")
 
 
@@ -254,8 +261,8 @@ def _find_bytes(file, chunk, num_bytes):
         if len(entries) != 1 or entries[0].compress_type or entries[0].file_size != num_bytes:
             raise ValueError("it does not lie there as plain bytes")
         entry = entries[0]
-        opened.seek(chunk.begin + entry.header_offset + 26)  # the lengths of a name and an extra field
-        lengths = struct.unpack("<HH", opened.read(4))
+        opened.seek(chunk.begin + entry.header_offset + 26)
+        lengths = struct.unpack("<HH", opened.read(4))  # of its name, of an extra field
     begin = entry.header_offset + 30 + sum(lengths)
     if begin + num_bytes > chunk.length:
         raise ValueError("it ends beyond its place")
@@ -286,7 +293,8 @@ class FilePart(io.RawIOBase):
 
     def read(self, count=-1):
         left = max(0, self.length - self.at)
-        data = os.pread(self.file.fileno(), left if count < 0 else min(count, left), self.begin + self.at)
+        count = left if count < 0 else min(count, left)
+        data = os.pread(self.file.fileno(), count, self.begin + self.at)
         self.at += len(data)
         return data
 
@@ -301,9 +309,11 @@ class RunReader(FileSystemReader):
     def read_metadata(self, *args, **options):
         entries = {}
         for key, (dtype, shape, chunks) in self.run_tensors.tensors.items():
-            parts = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in chunks]
-            properties = TensorProperties(dtype=dtype)
-            entries[key] = TensorStorageMetadata(properties, torch.Size(shape), parts)
+            entries[key] = TensorStorageMetadata(
+                TensorProperties(dtype=dtype),
+                torch.Size(shape),
+                [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in chunks],
+            )
         return Metadata(entries, storage_data={})
 
     def read_data(self, plan, planner):
@@ -312,7 +322,8 @@ class RunReader(FileSystemReader):
             if item.type is not LoadItemType.TENSOR:
                 raise ValueError(f"{self.path}: {key} is no tensor")
             chunks = self.run_tensors.tensors[key].chunks
-            values = self.run_tensors.read_chunk(key, next(c for c in chunks if c.offsets == offsets))
+            chunk = next(chunk for chunk in chunks if chunk.offsets == offsets)
+            values = self.run_tensors.read_chunk(key, chunk)
             for axis, (start, length) in enumerate(zip(item.storage_offsets, item.lengths)):
                 values = values.narrow(axis, start, length)
             planner.resolve_tensor(item).detach().copy_(values)
