@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
-from fluxlite import checkpoint, convert, sampling, streams
+from fluxlite import checkpoint, convert, run_state, run_tensors, sampling, streams
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
@@ -98,10 +98,9 @@ def with_factor(flow):
 
 def open_run(path, ema):
     """The same of a run's last checkpoint, or one of its checkpoints."""
-    link = Path(path) / "checkpoints" / "last"
-    folder = link.resolve() if link.is_dir() else Path(path)
-    meta = json.loads((folder / "meta.json").read_text())
-    averaged, tensors = set(meta["ema"] if ema else ()), checkpoint.RunTensors(folder)
+    folder = path if (path / "meta.json").is_file() else run_state.last_checkpoint(path)
+    meta, tensors = run_state.read_meta(folder), run_tensors.RunTensors(folder)
+    averaged = set(meta.ema if ema else ())
 
     def key(name):
         return f"{'ema' if name in averaged else 'model'}.{name}"
@@ -111,16 +110,16 @@ def open_run(path, ema):
 
     names = [name.removeprefix("model.") for name in tensors.tensors if name.startswith("model.")]
     types = {name: tensors.described(key(name))[0] for name in names}
-    training = with_factor(meta["flow"]) | {"step": meta["step"], "ema": bool(averaged)}
+    training = with_factor(meta.flow) | {"step": meta.step, "ema": bool(averaged)}
     about = {"training": json.dumps(training)}
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    settings = checkpoint.run_settings(meta["config"])
-    return meta.get("what", "transformer"), meta["model"], read, types, about, files, settings
+    settings = run_state.run_settings(folder, meta)
+    return meta.what, meta.model, read, types, about, files, settings
 
 
 def open_first_edition(path, *, ema=True):
     """The `Source`, in today's layout, of a file, folder or run of fluxlite 0.1; raises `ValueError`."""
-    opened = open_run(path, ema) if checkpoint.is_run(path) else open_file(path)
+    opened = open_run(path, ema) if run_state.is_run(path) else open_file(path)
     what, values, read_old, types, about, files, settings = opened
     config = checkpoint.flux_config(
         values, ControlNetConfig if what == "controlnet" else FluxConfig

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from test_convert import in_layout
 from test_trainer import MOCK
 
-from fluxlite import checkpoint, convert, offload, streams, verify
+from fluxlite import checkpoint, convert, offload, run_state, run_tensors, streams, verify
 from fluxlite.checkpoint import ASSETS
 from fluxlite.cli.programs import one_line
 
@@ -238,11 +238,11 @@ def run_folder(tmp_path_factory):
 @pytest.mark.parametrize("ema", [True, False])
 def test_a_run_of_two_shards_is_a_source_and_its_average_is_chosen(run_folder, tmp_path, ema):
     source = checkpoint.open_source(run_folder, ema=ema)
-    tensors = checkpoint.RunTensors(checkpoint.last_checkpoint(run_folder)).tensors
+    tensors = run_tensors.RunTensors(run_state.last_checkpoint(run_folder)).tensors
     assert len(tensors["model.modulation.single.0.weight"].chunks) == 2
     group = "ema" if ema else "model"
     expected = {name: torch.empty(shape) for name, (_, shape) in source.described.items()}
-    dcp.load({group: expected}, checkpoint_id=checkpoint.last_checkpoint(run_folder), no_dist=True)
+    dcp.load({group: expected}, checkpoint_id=run_state.last_checkpoint(run_folder), no_dist=True)
     assert all(torch.equal(source.read(k), v) and torch.equal(source.read(k, 3, 9), v[3:9]) for k, v in expected.items())
     checkpoint.write_converted(source, tmp_path / "out", to="diffusers")
     assert "bit for bit" in verify.verify(source, tmp_path / "out")[0]
@@ -370,7 +370,7 @@ FAULTS = {
     "damaged run": (
         lambda s, t: s["diffusers"],
         lambda p: (p / "meta.json").write_text("{}"),
-        "meta.json is no whole description",
+        "meta.json: step is missing",
     ),
     "nowhere": (lambda s, t: "/nowhere/at/all", None, "does not exist"),
     "damaged index": (

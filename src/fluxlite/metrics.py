@@ -27,6 +27,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from fluxlite.cli.descriptions import check_regular
 from fluxlite.cli.options import check_options, option
 from fluxlite.streams import aside
 
@@ -93,17 +94,38 @@ def require_package(name, key):
 
 
 def read_metrics(folder):
-    """The rows of `folder/metrics.jsonl`, in order; none where there is no file. A half-written last line is left out."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = []
+    """The rows of `folder/metrics.jsonl`, in order; none where there is no file. A half-written last line is left out.
+
+    A value that was not finite is NaN. Raises `ValueError` that names the line.
+    """
+    path, rows = Path(folder) / "metrics.jsonl", []
+    if not path.exists():
+        return rows
+    check_regular(path)
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:  # UnicodeDecodeError too
+            rows.append(parse_row(line))
+        except (ValueError, RecursionError, OverflowError) as error:  # UnicodeDecodeError too
             if number < len(lines):
-                raise ValueError(f"line {number} of {path} is not JSON: remove that line") from error
+                raise ValueError(f"line {number} of {path} is no row of metrics ({error}): remove that line") from None
     return rows
+
+
+def parse_row(line):
+    """One line of metrics.jsonl as {name: number}."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        raise ValueError("it has no step")
+    if not all(value is None or type(value) in (int, float) for value in row.values()):
+        raise ValueError("it holds something other than numbers")
+    return {name: math.nan if value is None or math.isinf(value) else value for name, value in row.items()}
+
+
+def format_row(row):
+    """{name: number} as a line of metrics.jsonl; JSON knows no NaN, which is null there."""
+    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def rewind_metrics(folder, step):
@@ -111,7 +133,7 @@ def rewind_metrics(folder, step):
     path = Path(folder) / "metrics.jsonl"
     rows = [row for row in read_metrics(folder) if 0 < step >= row["step"]]
     with aside(path, overwrite=True) as part, open(part, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.writelines(format_row(row) for row in rows)
 
 
 class Metrics:
@@ -147,7 +169,7 @@ class Metrics:
             return
         values = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+            file.write(format_row({"step": step, "time": round(time.time(), 3), **values}))
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)

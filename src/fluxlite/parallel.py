@@ -689,17 +689,36 @@ def wait_for_all():
     dist.barrier(group=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
-def check_agreed(number, what):
-    """Raise `ValueError`, on all ranks, unless `number` is the same on all."""
-    numbers = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, number)
-    if len(set(numbers)) > 1:
-        raise ValueError(
-            f"{what}, but the ranks have {', '.join(map(str, sorted(set(numbers))))}: do all nodes see the same folder?"
-        )
-
-
 def max_over_ranks(values):
     """The greatest of each of some numbers, a float tensor (n,), over all ranks: a list."""
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()
+
+
+def gather_values(value):
+    """What each rank has as `value`, a small Python object, as a list in their order; collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_rank_does(work):
+    """What `work()` returns on rank 0, on every rank; collective.
+
+    What a disk can cause there, `ValueError`, `OSError` or `MemoryError`, is raised on every rank.
+    """
+    if not dist.is_initialized():
+        return work()
+    told = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            told = [(work(), None)]
+        except (ValueError, OSError, MemoryError) as error:
+            told = [(None, error)]
+    dist.broadcast_object_list(told)
+    result, error = told[0]
+    if error is not None:
+        raise error
+    return result

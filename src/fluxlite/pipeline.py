@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fluxlite import checkpoint as ckpt
-from fluxlite import control, parallel, sampling
+from fluxlite import control, parallel, run_state, sampling
 from fluxlite.checkpoint import TINY, resolve
 from fluxlite.cli.options import check_options, option, typed_options
 from fluxlite.conditioning import load_text_encoders
@@ -82,8 +82,7 @@ def beside(checkpoint):
     """Where the other parts of a transformer's pipeline lie: {part: path} for those that are found."""
     path = Path(resolve(checkpoint)).expanduser()
     if ckpt.is_run(path):
-        saved = ckpt.read_meta(ckpt.last_checkpoint(path) or path)["config"]["model"]
-        return {part: resolve(saved[part]) for part in PARTS if saved.get(part)}
+        return {part: resolve(name) for part, name in run_state.saved_parts(path).items()}
     root = root_of(path)
     found = {part: str(root / name) for part, name in PARTS.items() if (root / name).is_dir()}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
