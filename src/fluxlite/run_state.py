@@ -19,6 +19,7 @@ import socket
 import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -263,7 +264,7 @@ def choose_checkpoint(run):
     for folder in parallel.first_rank_does(lambda: _candidates(run)):
         faults = [fault for fault in parallel.gather_values(find_fault(folder)) if fault]
         if not faults:
-            return parallel.first_rank_does(lambda: settle_checkpoints(run, folder, damaged))
+            return parallel.first_rank_does(partial(settle_checkpoints, run, folder, damaged))
         damaged.append((folder, faults[0]))
     names = parallel.first_rank_does(lambda: held_names(run))
     if names:
