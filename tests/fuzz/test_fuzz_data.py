@@ -1,4 +1,4 @@
-"""Mutated tars, pictures, captions, descriptions and caches: what is accepted is the right picture with the right caption."""
+"""Mutated tars, pictures, captions, descriptions, caches: what is accepted is right."""
 
 import io
 import json
@@ -59,7 +59,11 @@ def mutated(random, data, *, most=4):
 
 def read_pairs(path, **changes):
     """All samples of an opened set, each checked: an intact caption has its own picture."""
-    dataset = open_dataset(config_for(path, shuffle=False, val_path=str(path), height=16, width=16, **changes), "train", 0)
+    dataset = open_dataset(
+        config_for(path, shuffle=False, val_path=str(path), height=16, width=16, **changes),
+        "train",
+        0,
+    )
     numbers = []
     for i in range(len(dataset)):
         sample = dataset[i]
@@ -77,14 +81,32 @@ def random_samples(random):
     """[(name, bytes)] of samples in any order and form, and whether all their keys differ."""
     keys, files, before = [], [], None
     for number in range(random.randint(1, 8)):
-        key = random.choice(("a", "b", f"s{number}", f"d/{number}", f"s{number}", f"frame.{number:03d}", "caf\udce9"))
-        image, text = random.choice((("png", "txt"), ("webp", "json"), ("jpg", "txt"), ("png", "json")))
+        key = random.choice(
+            (
+                "a",
+                "b",
+                f"s{number}",
+                f"d/{number}",
+                f"s{number}",
+                f"frame.{number:03d}",
+                "caf\udce9",
+            )
+        )
+        image, text = random.choice(
+            (("png", "txt"), ("webp", "json"), ("jpg", "txt"), ("png", "json"))
+        )
         if key.split(".")[0] == before:
-            files += [("between.png", telling_picture(9)), ("between.txt", telling_caption(9).encode())]
+            files += [
+                ("between.png", telling_picture(9)),
+                ("between.txt", telling_caption(9).encode()),
+            ]
             keys.append("between")
         caption = telling_caption(number)
         data = caption if text == "txt" else json.dumps({"caption": caption})
-        files += [(f"{key}.{image}", telling_picture(number, ENDINGS[image])), (f"{key}.{text}", data.encode())]
+        files += [
+            (f"{key}.{image}", telling_picture(number, ENDINGS[image])),
+            (f"{key}.{text}", data.encode()),
+        ]
         before = key.split(".")[0]
         keys.append(before)
     unique = len(keys) == len(set(keys)) and not any("frame." in name for name, _ in files)
@@ -113,7 +135,9 @@ def test_no_tar_mixes_samples_hangs_or_breaks(tmp_path, count):
             path.write_bytes(mutated(random, path.read_bytes()))
         try:
             found = read_pairs(path)
-            assert not unique or len(found) == len(files) // 2, f"{len(found)} of {len(files) // 2} samples"
+            assert not unique or len(found) == len(files) // 2, (
+                f"{len(found)} of {len(files) // 2} samples"
+            )
             return len(found)
         finally:
             path.unlink()
@@ -127,8 +151,16 @@ def test_no_tar_mixes_samples_hangs_or_breaks(tmp_path, count):
 def test_no_picture_does_more_than_be_skipped(count):
     exif = Image.Exif()
     exif[0x112], exif[0x10E] = 6, "x" * 300
-    kinds = [("PNG", {}), ("JPEG", {"exif": exif}), ("WEBP", {"exif": exif}), ("GIF", {}), ("BMP", {}), ("TIFF", {}),
-             ("TIFF", {"compression": "tiff_lzw"}), ("PNG", {"exif": exif})]  # fmt: skip
+    kinds = [
+        ("PNG", {}),
+        ("JPEG", {"exif": exif}),
+        ("WEBP", {"exif": exif}),
+        ("GIF", {}),
+        ("BMP", {}),
+        ("TIFF", {}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("PNG", {"exif": exif}),
+    ]
     pictures = [telling_picture(3, kind, (24, 16), **options) for kind, options in kinds]
 
     def case(random):
@@ -141,31 +173,62 @@ def test_no_picture_does_more_than_be_skipped(count):
         return "read"
 
     verdicts = try_cases(count, case)
-    assert {verdict for _, verdict in verdicts} == {"skipped", "read"} and {kind for kind, _ in verdicts} == {"accepted"}
+    assert {verdict for _, verdict in verdicts} == {"skipped", "read"} and {
+        kind for kind, _ in verdicts
+    } == {"accepted"}
 
 
 def random_json(random, depth=0):
     """Any value of JSON's, odd ones among them."""
-    plain = [None, True, -1, 10**30, "", "x", "\ud83d", " \ufeff", telling_caption(1), float("nan"), 1e308]
+    plain = [
+        None,
+        True,
+        -1,
+        10**30,
+        "",
+        "x",
+        "\ud83d",
+        " \ufeff",
+        telling_caption(1),
+        float("nan"),
+        1e308,
+    ]
     if depth > 3 or random.random() < 0.5:
         return random.choice(plain)
     if random.random() < 0.5:
         return [random_json(random, depth + 1) for _ in range(random.randint(0, 3))]
-    return {random.choice(("caption", "mode", "long", "")): random_json(random, depth + 1) for _ in range(random.randint(0, 3))}
+    return {
+        random.choice(("caption", "mode", "long", "")): random_json(random, depth + 1)
+        for _ in range(random.randint(0, 3))
+    }
 
 
 @pytest.mark.parametrize("count", BOTH)
 def test_no_caption_does_more_than_be_skipped(tmp_path, count):
     def case(random):
-        content = {"good.png": telling_picture(1), "good.txt": telling_caption(1).encode(), "odd.png": telling_picture(1)}
-        data = json.dumps(random_json(random)).encode(random.choice(("utf-8", "utf-8", "utf-16", "utf-8-sig")))
+        content = {
+            "good.png": telling_picture(1),
+            "good.txt": telling_caption(1).encode(),
+            "odd.png": telling_picture(1),
+        }
+        data = json.dumps(random_json(random)).encode(
+            random.choice(("utf-8", "utf-8", "utf-16", "utf-8-sig"))
+        )
         data = mutated(random, data) if random.random() < 0.3 else data
         content["odd.json"] = data
         if random.random() < 0.5:
-            content["odd.txt"] = random.choice((telling_caption(1).encode(), random.randbytes(30), b"\xff\xfea\x00", b"\n \t"))
+            content["odd.txt"] = random.choice(
+                (telling_caption(1).encode(), random.randbytes(30), b"\xff\xfea\x00", b"\n \t")
+            )
         write_tar(tmp_path / "0.tar", content)
-        changes = dict(control="canny", control_mode=random.choice(("json", "depth"))) if random.random() < 0.3 else {}
-        dataset = open_dataset(config_for(tmp_path, shuffle=False, val_path=str(tmp_path), **changes), "train", 0)
+        changes = (
+            dict(control="canny", control_mode=random.choice(("json", "depth")))
+            if random.random() < 0.3
+            else {}
+        )
+        dataset = open_dataset(
+            config_for(tmp_path, shuffle=False, val_path=str(tmp_path), **changes), "train", 0
+        )
         for i in range(2):
             text = dataset[i]["captions"]
             assert text and text == text.strip() and not text.startswith("\ufeff")
@@ -177,16 +240,50 @@ def test_no_caption_does_more_than_be_skipped(tmp_path, count):
     assert 0 in bad and 1 in bad
 
 
-SPLIT = "exclude: []\nsplit_parts:\n  train:\n  - a.tar\n  - '{b..c}.tar'\n  val: [d.tar]\n  test: []\n"
+SPLIT = (
+    "exclude: []\nsplit_parts:\n  train:\n  - a.tar\n  - '{b..c}.tar'\n  val: [d.tar]\n  test: []\n"
+)
 FIELDS = "__module__: megatron.energon\n__class__: CaptioningWebdataset\nfield_map:\n  image: png\n  caption: json[caption]\n"
-PIECES = ["{", "}", "[", "]", "&a ", "*a", "..", "/", "!!python/name:os.system ", "pipe:exit 9", "{0..9999999}", ": ", "- ", "\n", "'",
-          "null", "txt", "jpg", "json", "train", "\t", "\x00", "é", "? ", "|", "2001-02-30", "0x", "1e9", "!!set {a}"]  # fmt: skip
+PIECES = [
+    "{",
+    "}",
+    "[",
+    "]",
+    "&a ",
+    "*a",
+    "..",
+    "/",
+    "!!python/name:os.system ",
+    "pipe:exit 9",
+    "{0..9999999}",
+    ": ",
+    "- ",
+    "\n",
+    "'",
+    "null",
+    "txt",
+    "jpg",
+    "json",
+    "train",
+    "\t",
+    "\x00",
+    "é",
+    "? ",
+    "|",
+    "2001-02-30",
+    "0x",
+    "1e9",
+    "!!set {a}",
+]
 
 
 @pytest.mark.parametrize("count", BOTH)
 def test_no_description_of_a_dataset_does_more_than_be_refused(tmp_path, count):
     for number, name in enumerate("abcd"):
-        files = [(f"{name}.png", telling_picture(number)), (f"{name}.json", json.dumps({"caption": telling_caption(number)}).encode())]
+        files = [
+            (f"{name}.png", telling_picture(number)),
+            (f"{name}.json", json.dumps({"caption": telling_caption(number)}).encode()),
+        ]
         write_tar(tmp_path / f"{name}.tar", dict(files) | {f"{name}.txt": b"no"})
     meta = tmp_path / ".nv-meta"
     meta.mkdir()
@@ -197,7 +294,9 @@ def test_no_description_of_a_dataset_does_more_than_be_refused(tmp_path, count):
             which = random.randrange(2)
             at, text = random.randrange(len(texts[which])), texts[which]
             cut = at + random.choice((0, 0, 1, 5))
-            texts[which] = text[:at] + random.choice(PIECES) * random.choice((1, 1, 1, 2, 3000)) + text[cut:]
+            texts[which] = (
+                text[:at] + random.choice(PIECES) * random.choice((1, 1, 1, 2, 3000)) + text[cut:]
+            )
         (meta / "split.yaml").write_text(texts[0])
         (meta / "dataset.yaml").write_text(texts[1])
         found = read_pairs(tmp_path)
@@ -212,7 +311,9 @@ def test_no_description_of_a_dataset_does_more_than_be_refused(tmp_path, count):
 @pytest.mark.parametrize("count", BOTH)
 def test_no_cache_is_read_otherwise_than_it_was_written(tmp_path, count):
     write_tar(tmp_path / "tars" / "0.tar", members(range(6)))
-    dataset = open_dataset(config_for(tmp_path / "tars", shuffle=False, caption_dropout=0.3), "train", 0)
+    dataset = open_dataset(
+        config_for(tmp_path / "tars", shuffle=False, caption_dropout=0.3), "train", 0
+    )
     folder = make_cache(dataset, tmp_path / "cache")
     whole = {file: file.read_bytes() for file in folder.iterdir()}
 
@@ -228,8 +329,15 @@ def test_no_cache_is_read_otherwise_than_it_was_written(tmp_path, count):
         file.write_bytes(data)
         try:
             for a, b in zip(read_whole(), right):
-                assert all(torch.equal(a[k], b[k]) for k in ("mean", "logvar", "txt", "pooled")) and a["keys"] == b["keys"]
-            assert data == whole[file] or file.name == "cache.json" and json.loads(data) == json.loads(whole[file])
+                assert (
+                    all(torch.equal(a[k], b[k]) for k in ("mean", "logvar", "txt", "pooled"))
+                    and a["keys"] == b["keys"]
+                )
+            assert (
+                data == whole[file]
+                or file.name == "cache.json"
+                and json.loads(data) == json.loads(whole[file])
+            )
             return "as it was"
         finally:
             file.write_bytes(whole[file])

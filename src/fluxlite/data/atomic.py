@@ -8,8 +8,11 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
+
+PATIENCE = 1  # seconds of waiting that are not worth a line
 
 log = logging.getLogger("fluxlite")
 
@@ -44,13 +47,23 @@ def _locked_file(path):
 
 
 def _wait_for_lock(file, path):
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while not _has_locked(file) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if time.monotonic() >= deadline:
+            log.warning("waiting for another process, which holds %s", path)
+            fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:  # a file system without locks: the renames decide
+        log.warning("%s cannot be locked: %s", path, error.strerror)
+
+
+def _has_locked(file):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.warning("waiting for another process, which holds %s", path)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:  # a file system without locks: the renames decide
-        log.warning("%s cannot be locked: %s", path, error.strerror)
+        return False
+    return True
 
 
 def _unlock(file):

@@ -27,7 +27,9 @@ def expand_braces(patterns, setting, *, escape=True):
         except ValueError as error:
             raise ValueError(f"{setting}={shown} {error}") from None
         if total > MAX_NAMES:
-            raise ValueError(f"{setting}={shown} stands for more than {MAX_NAMES} names: name fewer")
+            raise ValueError(
+                f"{setting}={shown} stands for more than {MAX_NAMES} names: name fewer"
+            )
     return names
 
 
@@ -35,7 +37,10 @@ def count_names(pattern, *, escape=True):
     """How many names a brace pattern stands for, without making them."""
     if len(pattern) > MAX_PATTERN:
         raise ValueError(f"is longer than {MAX_PATTERN} characters: name a folder or a glob")
-    groups, position = [[0, 1, 0]], 0  # of each open brace: names so far, of this alternative, its start
+    groups, position = (
+        [[0, 1, 0]],
+        0,
+    )  # of each open brace: names so far, of this alternative, its start
     while position < len(pattern):
         c = pattern[position]
         if escape and c == "\\":
@@ -59,5 +64,7 @@ def _range_size(text):
     found = RANGE.fullmatch(text)
     if found is None:
         return None
-    first, last, step = (int(n or 1) if (n or "1").lstrip("-").isdigit() else ord(n) for n in found.groups())
+    first, last, step = (
+        int(n or 1) if (n or "1").lstrip("-").isdigit() else ord(n) for n in found.groups()
+    )
     return abs(last - first) // (step or 1) + 1

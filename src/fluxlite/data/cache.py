@@ -22,7 +22,7 @@ from fluxlite.cli.descriptions import read_description, read_json
 from fluxlite.data.atomic import atomic_file
 from fluxlite.data.images import BadSample
 from fluxlite.data.loading import load_batches
-from fluxlite.data.parts import CONTROL
+from fluxlite.data.parts import CONTROL, config_parts
 from fluxlite.data.places import expand_home, fetched_description
 from fluxlite.data.rows import RowFile, write_rows
 from fluxlite.data.shards import Kept, first_good
@@ -108,10 +108,10 @@ def layout_digest(dataset):
     digest = hashlib.blake2b(f"{config.caption_field}{control}".encode(), digest_size=8)
     for shard in dataset.shards:
         spans = shard.spans if config.control_ending else shard.spans[:, :CONTROL]
-        digest.update(os.fsencode(f"{shard.name}/{shard.size}/{len(shard.keys)}/"))
+        digest.update(f"{shard.name}/{shard.size}/{len(shard.keys)}/".encode())
         digest.update(b"/".join(shard.keys.tolist()))
         digest.update(spans.tobytes())
-        if shard.parts.captions != ((2, config.caption_field), (1,)):
+        if shard.parts != config_parts(config):
             digest.update(repr(shard.parts).encode())
     return digest.hexdigest()
 
@@ -168,16 +168,17 @@ class _Contents:
         """Raise `ValueError` where cache files were made from other contents than their tars have."""
         known, accepted = self._times(), {}
         for file in files:
-            shard = self.dataset.shards[int(Path(file.path).name.split("-")[0])]
-            old, now = file.about["tar"], [shard.size, shard.modified]
-            if now in ([old["size"], old["modified"]], known.get(shard.name)):
+            number = Path(file.path).name.split("-")[0]
+            shard, old = self.dataset.shards[int(number)], file.about["tar"]
+            now = [shard.size, shard.modified]
+            if now in ([old["size"], old["modified"]], known.get(number)):
                 continue
             if self.digests.get(shard.path, lambda shard=shard: file_digest(shard)) != old["digest"]:
                 raise ValueError(
                     f"the cache in {self.folder.parent} is stale: {shard.path} has other contents than were encoded; "
                     "remove it, or set another data.cache="
                 )
-            accepted[shard.name] = now
+            accepted[number] = now
         if accepted:
             self._keep(accepted)
 

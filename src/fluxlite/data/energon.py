@@ -1,4 +1,4 @@
-"""What an Energon dataset's `.nv-meta` says: which tars are of which split, which files are which part.
+"""What an Energon dataset's `.nv-meta` says: the tars of each split, and which files are used.
 
 `split.yaml` (or `split.json`) has `split_parts` and `exclude`; `dataset.yaml` may have a `field_map`,
 as that of `CaptioningSample`: {image: jpg, caption: json[long]}. Nothing of it is ever run.
@@ -8,7 +8,6 @@ Source: megatron-energon 7.4, flavors/webdataset/metadata.py and field_access.py
 import logging
 import re
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 from fluxlite.cli.descriptions import read_description, read_json, read_yaml
@@ -39,7 +38,9 @@ def energon_split(folder, split, setting):
     if file is None:
         return None
     values = read_yaml(file) if file.suffix == ".yaml" else read_json(file)
-    about = read_description(file, SplitDescription, {k: v for k, v in values.items() if v is not None})
+    about = read_description(
+        file, SplitDescription, {k: v for k, v in values.items() if v is not None}
+    )
     patterns = about.split_parts.get(split) or []
     if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
         raise ValueError(f"{file}: split_parts.{split} must be a list of names of tars")
@@ -50,7 +51,9 @@ def energon_split(folder, split, setting):
             "remove them from it"
         )
     excluded = set(expand_braces(about.exclude, f"{file}: exclude"))
-    names = [n for n in expand_braces(patterns, f"{file}: split_parts.{split}") if n not in excluded]
+    names = [
+        n for n in expand_braces(patterns, f"{file}: split_parts.{split}") if n not in excluded
+    ]
     missing = [name for name in names if not inside_folder(folder, name, file).is_file()]
     if missing:
         raise ValueError(
@@ -63,12 +66,15 @@ def energon_split(folder, split, setting):
 def inside_folder(folder, name, file):
     """The path that `file` names in `folder` or below it; raises `ValueError` for any other."""
     path, root = Path(folder) / name, Path(folder).resolve()
-    if Path(name).is_absolute() or ".." in Path(name).parts or not path.resolve().is_relative_to(root):
+    if (
+        Path(name).is_absolute()
+        or ".." in Path(name).parts
+        or not path.resolve().is_relative_to(root)
+    ):
         raise ValueError(f"{file} names {name}, which leads out of {folder}: name what lies in it")
     return path
 
 
-@lru_cache(1024)  # asked for each tar
 def energon_parts(folder, parts):
     """`parts` as the `field_map` of a folder's `.nv-meta/dataset.yaml` has them, if there is one.
 
@@ -84,14 +90,18 @@ def energon_parts(folder, parts):
     if (fields := values.get("field_map")) is None:
         return parts
     if not isinstance(fields, dict) or not {"image", "caption"} <= fields.keys():
-        raise ValueError(f"{file}: field_map must name image and caption, as in image: jpg, caption: txt")
+        raise ValueError(
+            f"{file}: field_map must name image and caption, as in image: jpg, caption: txt"
+        )
     others = sorted(str(key) for key in fields if key not in ("image", "caption"))
     if others:
         log.warning("%s: field_map's %s is not used", file, ", ".join(others))
     images = _field_options(file, "image", fields["image"])
     captions = _field_options(file, "caption", fields["caption"])
     if any(keys for _, keys in images) or parts.control in [ending for ending, _ in images]:
-        raise ValueError(f"{file}: field_map.image={fields['image']} must be an ending that is not data.control's")
+        raise ValueError(
+            f"{file}: field_map.image={fields['image']} must be an ending that is not data.control's"
+        )
     return _mapped(file, parts, tuple(ending for ending, _ in images), captions)
 
 
@@ -99,12 +109,18 @@ def _mapped(file, parts, images, captions):
     texts = {ending for ending, keys in captions if not keys}
     jsons = {ending for ending, keys in captions if keys}
     if len(texts) > 1 or len(jsons) > 1 or any(e.split(".")[-1] != "json" for e in jsons):
-        raise ValueError(f"{file}: field_map.caption may name one text and one json with its keys, as in json[long]")
+        raise ValueError(
+            f"{file}: field_map.caption may name one text and one json with its keys, as in json[long]"
+        )
     if texts & {"json"}:
-        raise ValueError(f"{file}: field_map.caption=json is no text: name a key of it, as in json[caption]")
+        raise ValueError(
+            f"{file}: field_map.caption=json is no text: name a key of it, as in json[caption]"
+        )
     stated = parts.captions[0][1:]
     if stated != ("caption",) and (JSON, *stated) not in [(JSON, *keys) for _, keys in captions]:
-        raise ValueError(f"{file} has a field_map, which says where captions are: leave data.caption_field= out")
+        raise ValueError(
+            f"{file} has a field_map, which says where captions are: leave data.caption_field= out"
+        )
     options = tuple((JSON, *keys) if keys else (TEXT,) for _, keys in captions)
     text, described = next(iter(texts), None), next(iter(jsons), parts.json)
     return replace(parts, images=images, text=text, json=described, captions=options)
@@ -116,6 +132,8 @@ def _field_options(file, name, value):
     for option in value.split(",") if isinstance(value, str) else [""]:
         found = FIELD.fullmatch(option.strip())
         if found is None:
-            raise ValueError(f"{file}: field_map.{name}={value!r:.80} is no ending, as jpg, or json[key]")
+            raise ValueError(
+                f"{file}: field_map.{name}={value!r:.80} is no ending, as jpg, or json[key]"
+            )
         options.append((found[1].lower(), tuple(re.findall(r"\[([^\[\]]+)\]", found[2]))))
     return options

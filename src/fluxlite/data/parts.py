@@ -11,7 +11,15 @@ from fluxlite.controlnet import MODES
 IMAGES = ("jpg", "jpeg", "webp", "png")  # in this order: beside a jpg, a png is the control
 SAME_KIND = {"jpg", "jpeg", "webp"}  # of these a sample has one
 PICTURES = {*IMAGES, "gif", "bmp", "tif", "tiff"}
-OTHER_PICTURES = {*MODES, "mask", "control", "condition", "conditioning", "reference", "segmentation"}
+OTHER_PICTURES = {
+    *MODES,
+    "mask",
+    "control",
+    "condition",
+    "conditioning",
+    "reference",
+    "segmentation",
+}
 IMAGE, TEXT, JSON, CONTROL = range(4)  # columns of a shard's `spans`
 MAX_KEY = 1024  # bytes; keys lie in a matrix as wide as the longest
 
@@ -23,18 +31,29 @@ class Parts:
     images: tuple = IMAGES  # the first that is there
     text: str | None = "txt"
     json: str | None = "json"
-    captions: tuple = ((JSON, "caption"), (TEXT,))  # the first that a sample has; the json's keys follow
+    captions: tuple = (
+        (JSON, "caption"),
+        (TEXT,),
+    )  # the first that a sample has; the json's keys follow
     control: str | None = None
 
     def endings(self):
         """The endings of each column: IMAGE, TEXT, JSON, CONTROL."""
         images = tuple(ending for ending in self.images if ending != self.control)
-        return [images, *(() if ending is None else (ending,) for ending in (self.text, self.json, self.control))]
+        return [
+            images,
+            *(
+                () if ending is None else (ending,)
+                for ending in (self.text, self.json, self.control)
+            ),
+        ]
 
     def captioned(self):
         """The endings that a caption can come from."""
         columns = {option[0] for option in self.captions}
-        return [e for e, column in ((self.text, TEXT), (self.json, JSON)) if e and column in columns]
+        return [
+            e for e, column in ((self.text, TEXT), (self.json, JSON)) if e and column in columns
+        ]
 
     def wanted(self):
         """What a sample without a caption lacks, in words."""
@@ -43,6 +62,11 @@ class Parts:
             for _, *keys in self.captions
         ]
         return ", ".join(names)
+
+
+def config_parts(config):
+    """The `Parts` of a sample as `data.caption_field` and `data.control` have them."""
+    return Parts(captions=((JSON, config.caption_field), (TEXT,)), control=config.control_ending)
 
 
 def split_name(name):
@@ -76,7 +100,9 @@ def choose_parts(files, parts):
     columns = _of_one_run(columns, found, parts)
     if columns is None:
         runs = len({run for _, run in found.values()})
-        return None, lost + [f"{runs} samples of one key, or one whose files lie apart in the tar"] * runs
+        return None, lost + [
+            f"{runs} samples of one key, or one whose files lie apart in the tar"
+        ] * runs
     return [e and found[e][0] for e in columns], lost
 
 
@@ -140,4 +166,6 @@ def _of_one_run(columns, found, parts):
 def printable_name(name):
     """A key of bytes, or a name, as a log or an error can show it."""
     text = name.decode(errors="backslashreplace") if isinstance(name, bytes) else name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )

@@ -54,14 +54,17 @@ def expand_places(where, split, *, setting, download, parts):
         paths = list(pool.map(fetch, [name for name, _ in found]))
     _warn_of_repeats(paths, setting)
     folders = [root or os.path.dirname(path) for path, (_, root) in zip(paths, found)]
-    return [(path, energon_parts(folder, parts)) for path, folder in zip(paths, folders)]
+    parts_of = {folder: energon_parts(folder, parts) for folder in set(folders)}
+    return [(path, parts_of[folder]) for path, folder in zip(paths, folders)]
 
 
 def expand_home(path, setting):
     """A path with `~` expanded; raises `ValueError` where it names no user's home."""
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
-        raise ValueError(f"{setting}={path}: there is no such user; a folder of that name is ./{path}")
+        raise ValueError(
+            f"{setting}={path}: there is no such user; a folder of that name is ./{path}"
+        )
     return expanded
 
 
@@ -77,7 +80,9 @@ def _expanded(pattern, setting):
     if os.path.exists(os.path.expanduser(pattern)):  # braces may be part of a name
         return [pattern]
     names = expand_braces([pattern], setting, escape=False)
-    made = [name for name in names if name[:5].lower() == "pipe:" and not pattern.startswith("pipe:")]
+    made = [
+        name for name in names if name[:5].lower() == "pipe:" and not pattern.startswith("pipe:")
+    ]
     if made:  # a command is written as one, so that it is seen
         raise ValueError(f"{setting}={pattern} makes {made[0]} of braces: write pipe: as it is")
     return names
@@ -91,7 +96,9 @@ def _local_tars(name, split, setting):
             return [(path, name) for path in listed]
         found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
         if not found:
-            raise ValueError(f"{setting}={name} holds no .tar: name the folder of the tars itself, a glob or a URL")
+            raise ValueError(
+                f"{setting}={name} holds no .tar: name the folder of the tars itself, a glob or a URL"
+            )
     elif os.path.exists(name):
         check_regular(name)
         found = [name]
@@ -175,7 +182,9 @@ def _has_changed(name, url, target, unanswered):
             changed = known.differs(FetchedDescription.of(response.headers))
     except (OSError, ValueError, http.client.HTTPException) as error:
         unanswered.add(url.netloc)
-        log.warning("%s cannot be asked for changes (%s): using what was fetched before", url.netloc, error)
+        log.warning(
+            "%s cannot be asked for changes (%s): using what was fetched before", url.netloc, error
+        )
         return False
     if changed:
         log.warning("%s is another tar than was fetched: fetching it again", name)

@@ -68,7 +68,10 @@ class RowFile:
         try:
             self.about = json.loads(header.pop("__metadata__")["rows"])
             self.tensors = {name: _row_layout(x) for name, x in header.items()}
-            end = max((first + rows * width for first, rows, width, _, _ in self.tensors.values()), default=0)
+            end = max(
+                (first + rows * width for first, rows, width, _, _ in self.tensors.values()),
+                default=0,
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             raise self._damaged("no header of ours") from None
         if self.start + end != size:

@@ -155,7 +155,7 @@ class Samples:
     def key(self, number):
         """The name of a sample's tar and its own, as a log can show it."""
         shard, row = self.place(number)
-        return printable_name(self.shards[shard].name) + "/" + printable_name(self.shards[shard].keys[row])
+        return f"{self.shards[shard].name}/{printable_name(self.shards[shard].keys[row])}"
 
     def read(self, number, index):
         """Sample `number` as a global index has it: images and captions, and controls and modes; raises `BadSample`."""

@@ -17,7 +17,15 @@ from fluxlite.cli.descriptions import check_regular
 from fluxlite.data.parts import MAX_KEY, Parts, choose_parts, printable_name, split_name
 
 MAX_HEADER = 1 << 20  # bytes of a long name or of attributes
-DAMAGE = (tarfile.TarError, ValueError, IndexError, KeyError, EOFError, OverflowError, RecursionError)
+DAMAGE = (
+    tarfile.TarError,
+    ValueError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    RecursionError,
+)
 
 log = logging.getLogger("fluxlite")
 
@@ -39,7 +47,8 @@ class Shard:
 
     @property
     def name(self):
-        return Path(self.path).stem
+        """The tar's name without its ending, as a log or a JSON file can show it."""
+        return printable_name(Path(self.path).stem)
 
 
 def index_tar(path, parts=Parts()):  # noqa: B008 (frozen)
@@ -63,7 +72,15 @@ def _indexed(path, size, modified, parts):
             keys.append(encoded)
             spans.append([place or (0, -1) for place in places])
     keys = np.array(keys, f"S{max(map(len, keys), default=1)}")
-    return Shard(path, size, modified, parts, keys, np.array(spans, np.int64).reshape(-1, 4, 2), tuple(skipped))
+    return Shard(
+        path,
+        size,
+        modified,
+        parts,
+        keys,
+        np.array(spans, np.int64).reshape(-1, 4, 2),
+        tuple(skipped),
+    )
 
 
 def _files_by_key(path):
@@ -98,11 +115,16 @@ def _members(path):
     """
     places, offset = {}, -1
     try:
-        with tarfile.open(path, "r:", tarinfo=_CheckedInfo, encoding="utf-8") as tar, open(path, "rb") as file:
+        with (
+            tarfile.open(path, "r:", tarinfo=_CheckedInfo, encoding="utf-8") as tar,
+            open(path, "rb") as file,
+        ):
             while (member := tar.next()) is not None:
                 tar.members.clear()
                 if tar.offset <= offset or member.size < 0:
-                    raise tarfile.ReadError(f"a member of {member.size} bytes at byte {member.offset}")
+                    raise tarfile.ReadError(
+                        f"a member of {member.size} bytes at byte {member.offset}"
+                    )
                 offset = tar.offset
                 place = _place_of(member, places)
                 if place is not None:
@@ -113,7 +135,9 @@ def _members(path):
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     except DAMAGE as error:
         reason = str(error) or type(error).__name__
-        raise ValueError(f"{path} is no whole, uncompressed tar ({reason}): fetch or write it again") from None
+        raise ValueError(
+            f"{path} is no whole, uncompressed tar ({reason}): fetch or write it again"
+        ) from None
 
 
 def _place_of(member, places):
@@ -133,15 +157,20 @@ def open_shards(places, *, setting, max_bad_fraction):
     Raises `ValueError`, naming `setting`, where nothing or too little in them is usable.
     """
     if not places:
-        raise ValueError(f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL")
+        raise ValueError(
+            f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL"
+        )
     with ThreadPoolExecutor(16) as pool:
         shards = list(pool.map(lambda place: index_tar(*place), places))
     skipped = []
     for shard in shards:
-        skipped += [f"{printable_name(shard.name)}/{entry}" for entry in shard.skipped]
+        skipped += [f"{shard.name}/{entry}" for entry in shard.skipped]
     usable = sum(len(shard.keys) for shard in shards)
     if not usable or len(skipped) > max_bad_fraction * (usable + len(skipped)):
-        shown, limit = "; ".join(skipped[:3]) or "they are empty", f"data.max_bad_fraction={max_bad_fraction}"
+        shown, limit = (
+            "; ".join(skipped[:3]) or "they are empty",
+            f"data.max_bad_fraction={max_bad_fraction}",
+        )
         counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(places)} tars"
         raise ValueError(f"{setting}: {counts} cannot be used, more than {limit}: {shown}")
     for entry in skipped:
