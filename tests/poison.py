@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from meshes import MODEL, batches_of, random_pieces
+from meshes import MODEL, batches_of, random_weights
 from torch.distributed.tensor import DTensor
 
 from fluxlite import optim, parallel, trainer
@@ -84,7 +84,7 @@ def check_poisoned_steps(options, kind, accumulation):
         accumulation * (parallel.world_size() if not options else 1)
     )
     config.validate()
-    with mock.patch.object(trainer, "random_pieces", random_pieces):  # none is zero, all move
+    with mock.patch.object(trainer, "random_weights", random_weights):  # none is zero, all move
         run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
     batches = batches_of(config, run)
     trainer.train_step(run, next(batches), 0)

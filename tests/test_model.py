@@ -117,8 +117,10 @@ def test_rotation_is_complex_multiplication_of_neighbours_and_its_gradient(dtype
     turned = torch.view_as_real(pairs * torch.polar(torch.ones(()), angles)).flatten(-2)
     turned.backward(weights.float())
     x.requires_grad_()
-    got = Rotate.apply(x, angles.cos(), angles.sin())
+    k = x.detach().clone().requires_grad_()
+    got, other = Rotate.apply(x, k, angles.cos(), angles.sin())
     got.backward(weights)
+    assert torch.equal(got, other) and k.grad.abs().max() == 0
     assert got.dtype == x.grad.dtype == dtype
     assert relative_error(got.float(), turned) < bound
     assert relative_error(x.grad.float(), expected.grad) < bound

@@ -111,6 +111,14 @@ class Numbers:
         return index, os.getpid()
 
 
+class Slow(Numbers):
+    """Whose later samples take a while."""
+
+    def __getitem__(self, index):
+        time.sleep(5 * (index > 0))
+        return super().__getitem__(index)
+
+
 def test_loader_processes_survive_what_stops_a_run_and_end_with_their_batches():
     batches = load_batches(Numbers(), workers=2, batch_size=None)
     (_, first), (_, second) = next(batches), next(batches)
@@ -125,6 +133,17 @@ def test_loader_processes_survive_what_stops_a_run_and_end_with_their_batches():
         lambda: not any(os.path.exists(f"/proc/{w}") for w in (first, second)),
         "the loader processes end",
     )
+
+
+def test_a_loader_process_that_is_killed_is_one_line_where_its_batch_is_awaited():
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = load_batches(Slow(), workers=1, batch_size=None)
+    _, worker = next(batches)
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: not alive(worker), "the loader process ends")
+    assert signal.getsignal(signal.SIGCHLD) is before  # nothing was raised until here
+    with pytest.raises(ValueError, match="a loader process died, perhaps of too little memory"):
+        list(batches)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's death signal is Linux's")

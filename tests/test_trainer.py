@@ -255,6 +255,22 @@ def test_muon_orthogonalises_and_matches_torch():
     assert torch.allclose(ours, theirs, atol=2e-3) and not torch.allclose(ours, torch.zeros_like(ours), atol=0.5)
 
 
+def test_meshes_differ_with_muon_by_the_iterations_bfloat16_alone():
+    """Meshes add a gradient up in other orders, and float32 rounds. That flips roundings to bfloat16.
+
+    The iteration amplifies them.
+    """
+    g = torch.Generator().manual_seed(0)
+    gradient = torch.randn(64, 192, generator=g)
+    summed_otherwise = gradient * (1 + 1e-7 * torch.randn(64, 192, generator=g))
+
+    def difference(dtype):
+        one, other = (optim.orthogonalise(m.double(), dtype=dtype) for m in (gradient, summed_otherwise))
+        return ((one - other).norm() / one.norm()).item()
+
+    assert 1e-4 < difference(torch.bfloat16) < 2e-2 and difference(torch.float64) < 1e-6
+
+
 def test_learning_rate_schedules():
     def lr(schedule, step):
         return optim.learning_rate(optim.OptimConfig(lr=2.0, warmup=10, schedule=schedule, min_lr_ratio=0.1), step, 110)

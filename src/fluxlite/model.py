@@ -116,30 +116,30 @@ def rope_table(ids, config):
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate_pairs(x, cos, sin):
-    """Turn the pairs (0, 1), (2, 3) … of x (B, L, N, D) by angles of float32 cos and sin (L, 1, D/2).
+def rotate_pairs(x, cos, sin, sign=1):
+    """Turn the pairs (0, 1), (2, 3) … of x (B, L, N, D) by angles, or with sign -1 back.
 
-    Products are float32 by promotion; `out=` rounds them to x's type as it joins the pairs again.
+    cos and sin are float32 (L, 1, D/2), so the products are; `out=` rounds them as it joins them.
     """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)
+    turned = torch.addcmul(a * cos, b, sin, value=-sign), torch.addcmul(b * cos, a, sin, value=sign)
     out = torch.empty_like(x)
     torch.stack(turned, dim=-1, out=out.unflatten(-1, (-1, 2)))
     return out
 
 
 class Rotate(torch.autograd.Function):
-    """`rotate_pairs`; the backward turns by the opposite angle, in fewer passes than autograd's."""
+    """`rotate_pairs` of q and k; the backward turns back, in fewer passes than autograd's."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin):
+    def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return rotate_pairs(x, cos, sin)
+        return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, dq, dk):
         cos, sin = ctx.saved_tensors
-        return rotate_pairs(gradient, cos, -sin), None, None
+        return rotate_pairs(dq, cos, sin, sign=-1), rotate_pairs(dk, cos, sin, sign=-1), None, None
 
 
 def attend(q, k, v, rope, backend="auto"):
@@ -149,7 +149,7 @@ def attend(q, k, v, rope, backend="auto"):
     """
     cos, sin = (table[:, None] for table in rope)
     chosen = ATTENTION[backend]
-    heads = [x.transpose(1, 2) for x in (Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin), v)]
+    heads = [x.transpose(1, 2) for x in (*Rotate.apply(q, k, cos, sin), v)]
     with sdpa_kernel(chosen) if chosen is not None else nullcontext():
         out = F.scaled_dot_product_attention(*heads)
     return out.transpose(1, 2).flatten(2)
@@ -209,11 +209,12 @@ def can_fuse_gelu(linear, x):
     That is in bfloat16 on a CPU, where no gradient is wanted and no compiler is at work. An adapter
     or a hook, which the fused operator would pass by, keeps a linear as it is.
     """
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return False
     plain = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
     hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    fits = x.device.type == "cpu" and x.dtype == torch.bfloat16
-    return plain and not hooked and eager and fits and torch.backends.mkldnn.is_available()
+    able = torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    return plain and not hooked and able
 
 
 class QKV(nn.Module):

@@ -162,9 +162,8 @@ def test_a_run_killed_again_and_again_ends_with_an_undisturbed_ones_weights(tmp_
     assert not faults, faults[:3]
     assert torn or KILLS < 20, "no kill fell into a write"
     words = folder.with_suffix(".log").read_text()
-    assert "DataLoader worker" not in words.replace("(DataLoader worker", "") and (
-        ranks or "Traceback" not in words
-    )
+    assert "DataLoader worker" not in words.replace("(DataLoader worker", "")
+    assert ranks or "Traceback" not in words  # torchrun's own are many
     for average in (False, True):
         expected, ours = weights(whole, ema=average), weights(folder, ema=average)
         assert all(torch.equal(ours[key], value) for key, value in expected.items())

@@ -70,7 +70,6 @@ def serve_parent(parent):
 
 def end_children():
     """Kill the children that `multiprocessing` started and that are left."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their end for a fault
     for child in multiprocessing.active_children():
         child.kill()
         child.join()

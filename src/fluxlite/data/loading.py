@@ -4,6 +4,7 @@ Ctrl-C and schedulers signal a whole process group. A worker that died of it wou
 """
 
 import os
+import signal
 import sys
 from functools import partial
 
@@ -17,7 +18,8 @@ def load_batches(dataset, *, workers, **options):
     """The batches of a DataLoader with so many worker processes, each with one thread; 0 reads in this process.
 
     The workers are forked: a start takes milliseconds, and the data set is shared and not copied.
-    Their `ValueError` and `OSError` are raised here as they are, without a worker's traceback.
+    Their `ValueError` and `OSError` are raised here as they are, without a worker's traceback, and
+    a `ValueError` where one of them dies.
     """
     if workers:
         options["worker_init_fn"] = partial(_start_worker, os.getpid())
@@ -26,12 +28,31 @@ def load_batches(dataset, *, workers, **options):
     own = torch.Generator()  # else the global one would be drawn from
     options["collate_fn"] = partial(_collate, options["collate_fn"])
     loader = DataLoader(_PassedErrors(dataset), num_workers=workers, generator=own, **options)
+    try:
+        for batch in _start_workers(loader):
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ValueError(
+            f"a loader process died, perhaps of too little memory: try fewer data.workers ({error})"
+        ) from error
+
+
+def _start_workers(loader):
+    """An iterator over a DataLoader, its processes started.
+
+    torch's handler of a child's death would raise anywhere, in the middle of a save too; the
+    iterator notices a dead worker by itself, when it waits for it.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
     with deferred_signals():  # a worker of a few moments has its parent's handlers still
         batches = iter(loader)
-    for batch in batches:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        signal.signal(signal.SIGCHLD, before)
+    return batches
 
 
 class _PassedErrors:
