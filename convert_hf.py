@@ -12,45 +12,62 @@ The source's layout is recognised by its keys. Every key and shape is checked be
 its name only when it is whole. Errors are one line, with exit code 2.
 """
 
-import argparse
+import dataclasses
 import re
-import signal
-import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+
+from fluxlite.cli.command_line import flags_help, parse_flags
+from fluxlite.cli.options import option
+from fluxlite.cli.programs import run_program
 
 LAYOUTS = ("fluxlite", "diffusers", "bfl", "nemo")
 REMEDY = "pass --overwrite, or name another"
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def size(text):
+def size_of(text):
     """`10GB`, `500MB` or a number of bytes as an int."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text}: write a size such as 10GB or 500MB")
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise ValueError(f"--max-shard-size {text}: write a size such as 10GB or 500MB")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2].upper() or " "))
 
 
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--src", required=True, help="folder, file, run, or hub repository")
-    parser.add_argument("--dst", help="file that ends in .safetensors, or folder; for --to diffusers a folder")
-    parser.add_argument("--to", choices=LAYOUTS, help="layout to write (default: fluxlite); of a ControlNet bfl is x-flux's")
-    parser.add_argument("--dtype", choices=DTYPES, help="type to write (default: the source's)")
-    parser.add_argument("--max-shard-size", type=size, metavar="SIZE", help="of a file in a folder (default: diffusers 10GB)")
-    parser.add_argument("--no-ema", action="store_true", help="of a run, take the weights themselves, not their moving average")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
-    parser.add_argument("--verify", action="store_true", help="read DST back: every byte, and one forward beside diffusers' model")
-    parser.add_argument("--digests", action="store_true", help="print the SHA-256 of every tensor of SRC, and write nothing")
-    args = parser.parse_args(argv)
-    writing = [name for name in ("dst", "to", "dtype", "max_shard_size", "overwrite", "verify") if getattr(args, name)]
-    if args.digests and writing:
-        parser.error(f"--digests writes nothing: leave out --{writing[0].replace('_', '-')}")
-    if not args.digests and not args.dst:
-        parser.error("--dst is missing: name a file or a folder")
-    return args
+@dataclass
+class ConvertConfig:
+    """What `convert_hf.py` takes."""
+
+    src: str = option(dataclasses.MISSING, "folder, file, run, or hub repository", path=True)
+    dst: str | None = option(
+        None,
+        "file that ends in .safetensors, or folder; for --to diffusers a folder",
+        path=True,
+    )
+    to: str | None = option(
+        None, "layout to write, else fluxlite; of a ControlNet bfl is x-flux's", choices=LAYOUTS
+    )
+    dtype: str | None = option(None, "type to write, else the source's", choices=DTYPES)
+    max_shard_size: int | None = option(
+        None, "of a file in a folder, as 10GB; diffusers' is 10GB", at_least=1, parse=size_of
+    )
+    no_ema: bool = option(False, "of a run, take the weights themselves, not their moving average")
+    overwrite: bool = option(False, "replace DST if it exists")
+    verify: bool = option(
+        False, "read DST back: every byte, and one forward beside diffusers' model"
+    )
+    digests: bool = option(False, "print the SHA-256 of every tensor of SRC, and write nothing")
+
+    def validate(self):
+        """Raise `ValueError` for flags that contradict each other."""
+        writing = ("dst", "to", "dtype", "max_shard_size", "overwrite", "verify")
+        given = [name.replace("_", "-") for name in writing if getattr(self, name)]
+        if self.digests and given:
+            raise ValueError(f"--digests writes nothing: leave out --{given[0]}")
+        if not self.digests and not self.dst:
+            raise ValueError("--dst is missing: name a file or a folder")
 
 
 def bar(total, text):
@@ -64,7 +81,7 @@ def convert(args):
     from fluxlite.pipeline import resolve
 
     source = checkpoint.open_source(resolve(args.src), setting="--src", ema=not args.no_ema)
-    if args.no_ema and not checkpoint.is_run(Path(args.src).expanduser()):
+    if args.no_ema and not checkpoint.is_run(Path(args.src)):
         raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:
         with bar(source.num_bytes(), "reading") as progress:
@@ -86,20 +103,15 @@ def convert(args):
         print("\n".join(lines))
 
 
-def run(argv=None):
-    """The script; returns its exit code."""
-    args = parse(argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half written stays
-    try:
-        convert(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+def usage():
+    return flags_help(ConvertConfig, __doc__)
+
+
+def body(arguments):
+    config = parse_flags(ConvertConfig, arguments)
+    config.validate()
+    convert(config)
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    run_program(body, usage=usage, ranks=False)

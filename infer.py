@@ -4,7 +4,7 @@ import json
 import logging
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from fluxlite.cli.programs import run_program
@@ -19,16 +19,20 @@ Draw pictures with a FLUX pipeline.
   python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev controlnet.checkpoint=FLUX.1-dev-Controlnet-Canny \\
       control_image=edges.png controlnet.scale=0.7 controlnet.end=0.8
 
+  python infer.py prompt="an owl" prompt_number=1 picture_number=3     one of many drawn again, from what its PNG says
+
 Prompts and paths are taken as the shell gives them: no quoting for Hydra is needed.
 """
 
 
 def prompts_of(config):
-    """The prompts of the command line, then those of the file."""
+    """The prompts of the command line, then those of the file, a line each."""
+    from fluxlite.cli.descriptions import read_text
+
     try:
-        lines = Path(config.prompt_file).read_text(encoding="utf-8-sig").splitlines() if config.prompt_file else []
-    except UnicodeDecodeError:
-        raise ValueError(f"prompt_file={config.prompt_file} is no text in UTF-8") from None
+        lines = read_text(config.prompt_file).split("\n") if config.prompt_file else []
+    except ValueError as error:
+        raise ValueError(f"prompt_file={error}") from None
     prompts = [*config.prompt, *(line for line in lines if line.strip())]
     if not prompts:
         raise ValueError(f"prompt_file={config.prompt_file} holds no prompt")
@@ -44,13 +48,18 @@ def free_path(folder, name, suffix=".png"):
     return path
 
 
-def save(picture, path, settings):
-    """Write a PNG with its settings as JSON in the text chunk `fluxlite`."""
+def save(picture, path, settings=None):
+    """Write a PNG, whole or not at all, with its settings as JSON in the text chunk `fluxlite`."""
     from PIL.PngImagePlugin import PngInfo
 
+    from fluxlite.streams import aside
+
     info = PngInfo()
-    info.add_itxt("fluxlite", json.dumps(settings, ensure_ascii=False))
-    picture.save(path, pnginfo=info)
+    if settings:
+        info.add_itxt("fluxlite", json.dumps(settings, ensure_ascii=False))
+    with aside(path) as part:
+        picture.save(part, "PNG", pnginfo=info)
+    print(path, flush=True)
 
 
 def usage():
@@ -67,18 +76,29 @@ def body(arguments):
     from fluxlite.cli.command_line import load_config
     from fluxlite.config import InferConfig
     from fluxlite.metrics import Stages, contact_sheet
-    from fluxlite.pipeline import generate
+    from fluxlite.pipeline import DrawConfig, generate
 
     config = load_config(InferConfig, "infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prompts, folder = prompts_of(config), Path(config.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    texts = [text for text in prompts for _ in range(config.images_per_prompt)]
+    settings = asdict(config) | {"prompt": None}
+
+    def keep(number, picture):
+        own = {
+            "prompt": texts[number],
+            "prompt_number": config.prompt_number + number // config.images_per_prompt,
+            "picture_number": config.picture_number + number % config.images_per_prompt,
+        }
+        save(picture, free_path(folder, texts[number]), settings | picture.info["sampling"] | own)
+
     options = {
         k: getattr(config, k)
         for k in ("height", "width", "steps", "guidance", "max_sequence_length")
         if getattr(config, k) is not None
     }
     options |= {k: getattr(config.model, k) for k in ("save_converted", "t5", "clip", "autoencoder", "ema", "attention")}
+    options |= {f.name: getattr(config, f.name) for f in fields(DrawConfig)}
     options |= {"expected": config.expected(), "compile": config.compile}
     if config.model.max_sequence_length:
         options.setdefault("max_sequence_length", config.model.max_sequence_length)
@@ -87,12 +107,9 @@ def body(arguments):
         prompts,
         checkpoint=config.model.checkpoint,
         negative_prompt=config.negative_prompt,
-        images_per_prompt=config.images_per_prompt,
         controls=config.controlnet.controls(config.control_image),
-        seed=config.seed,
-        batch=config.batch,
-        offload=config.offload,
         stage=stages,
+        done=keep,
         true_cfg=config.true_cfg,
         shift=config.shift,
         device=config.device,
@@ -100,23 +117,10 @@ def body(arguments):
         progress=lambda steps: tqdm(steps, desc="drawing", unit="step"),
         **options,
     )
-    texts = [text for text in prompts for _ in range(config.images_per_prompt)]
-    settings = asdict(config) | {"prompt": None}
-    for number, (text, picture) in enumerate(zip(texts, pictures)):
-        own = {
-            "prompt": text,
-            "prompt_number": number // config.images_per_prompt,
-            "picture_number": number % config.images_per_prompt,
-        }
-        path = free_path(folder, text)
-        save(picture, path, settings | picture.info["sampling"] | own)
-        print(path)
     if len(pictures) > 1:
-        path = free_path(folder, "contact-sheet")
-        contact_sheet(pictures, captions=texts).save(path)
-        print(path)
+        save(contact_sheet(pictures, captions=texts), free_path(folder, "contact-sheet"))
     print(stages.table(), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_program(body, usage=usage)
+    run_program(body, usage=usage, ranks=False)

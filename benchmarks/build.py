@@ -20,7 +20,7 @@ from fluxlite import parallel, trainer
 from fluxlite.cli.command_line import load_config
 from fluxlite.config import TrainConfig
 from fluxlite.metrics import memory_of_process
-from fluxlite.preflight import local_bytes
+from fluxlite.prediction import local_bytes
 
 
 class Peak:

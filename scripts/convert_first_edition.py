@@ -9,16 +9,18 @@ modulation in one linear. A tensor at a time is in memory. The optimizer's state
 train on with model.checkpoint=new.safetensors. This script goes with the next version.
 """
 
-import argparse
 import json
 import re
+from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from einops import rearrange
 
-from fluxlite import checkpoint, convert, streams
+from fluxlite import checkpoint, convert, run_state, run_tensors, sampling, streams
+from fluxlite.cli.command_line import flags_help, parse_flags
+from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
 from fluxlite.controlnet import ControlNetConfig
 from fluxlite.model import FluxConfig
@@ -72,7 +74,10 @@ def open_file(path):
     )
     if not about.get("fluxlite_version", "").startswith("0.1.") or "modulation.weight" not in types:
         raise ValueError(f"--src {path} is no file of fluxlite 0.1: convert_hf.py reads all others")
-    settings = json.loads(about.get("sampling", "{}"))
+    saved = json.loads(about.get("sampling", "{}")) | {"version": about["fluxlite_version"]}
+    settings = sampling.read_settings(path, saved)
+    if "training" in about:
+        about |= {"training": json.dumps(with_factor(json.loads(about["training"])))}
     return (
         about["what"],
         json.loads(about["config"]),
@@ -84,12 +89,18 @@ def open_file(path):
     )
 
 
+def with_factor(flow):
+    """Settings of training, a numeric shift in them as today's factor, e to what it was."""
+    if flow.get("shift", "none") in ("resolution", "none"):
+        return flow
+    return flow | {"shift": sampling.shift_as_factor(flow["shift"], "0.1.0")}
+
+
 def open_run(path, ema):
     """The same of a run's last checkpoint, or one of its checkpoints."""
-    link = Path(path) / "checkpoints" / "last"
-    folder = link.resolve() if link.is_dir() else Path(path)
-    meta = json.loads((folder / "meta.json").read_text())
-    averaged, tensors = set(meta["ema"] if ema else ()), checkpoint.RunTensors(folder)
+    folder = path if (path / "meta.json").is_file() else run_state.last_checkpoint(path)
+    meta, tensors = run_state.read_meta(folder), run_tensors.RunTensors(folder)
+    averaged = set(meta.ema if ema else ())
 
     def key(name):
         return f"{'ema' if name in averaged else 'model'}.{name}"
@@ -99,15 +110,16 @@ def open_run(path, ema):
 
     names = [name.removeprefix("model.") for name in tensors.tensors if name.startswith("model.")]
     types = {name: tensors.described(key(name))[0] for name in names}
-    about = {"training": json.dumps(meta["flow"] | {"step": meta["step"], "ema": bool(averaged)})}
+    training = with_factor(meta.flow) | {"step": meta.step, "ema": bool(averaged)}
+    about = {"training": json.dumps(training)}
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    settings = checkpoint.run_settings(meta["config"])
-    return meta.get("what", "transformer"), meta["model"], read, types, about, files, settings
+    settings = run_state.run_settings(folder, meta)
+    return meta.what, meta.model, read, types, about, files, settings
 
 
 def open_first_edition(path, *, ema=True):
     """The `Source`, in today's layout, of a file, folder or run of fluxlite 0.1; raises `ValueError`."""
-    opened = open_run(path, ema) if checkpoint.is_run(path) else open_file(path)
+    opened = open_run(path, ema) if run_state.is_run(path) else open_file(path)
     what, values, read_old, types, about, files, settings = opened
     config = checkpoint.flux_config(
         values, ControlNetConfig if what == "controlnet" else FluxConfig
@@ -120,27 +132,26 @@ def open_first_edition(path, *, ema=True):
     )
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--src", type=Path, required=True, help="file, folder or run of fluxlite 0.1"
-    )
-    parser.add_argument("--dst", required=True, help="what to write, as convert_hf.py takes it")
-    parser.add_argument("--to", choices=convert.LAYOUTS, default="fluxlite", help="layout to write")
-    parser.add_argument(
-        "--no-ema", action="store_true", help="of a run, its weights, not their average"
-    )
-    return parser.parse_args(argv)
+@dataclass
+class FirstEditionConfig:
+    """What this script takes."""
+
+    src: str = option(MISSING, "file, folder or run of fluxlite 0.1", path=True)
+    dst: str = option(MISSING, "what to write, as convert_hf.py takes it", path=True)
+    to: str = option("fluxlite", "layout to write", choices=tuple(convert.LAYOUTS))
+    no_ema: bool = option(False, "of a run, its weights, not their average")
+
+
+def usage():
+    return flags_help(FirstEditionConfig, __doc__)
 
 
 def main(argv):
-    args = parse(argv)
-    source = open_first_edition(args.src.expanduser(), ema=not args.no_ema)
+    args = parse_flags(FirstEditionConfig, argv)
+    source = open_first_edition(Path(args.src), ema=not args.no_ema)
     files, _ = checkpoint.write_converted(source, args.dst, to=args.to)
     print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, usage=usage, ranks=False)

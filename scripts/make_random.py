@@ -8,10 +8,9 @@ Weights are bfloat16 and come from one pool of normal draws, scaled by each matr
 Pictures drawn with them are noise. The tokenizers are those of assets/flux-tiny.
 """
 
-import argparse
 import json
 import shutil
-import sys
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
@@ -20,6 +19,9 @@ from tqdm import tqdm
 from fluxlite import convert, streams
 from fluxlite.autoencoder import AutoencoderConfig
 from fluxlite.checkpoint import DIFFUSERS_SHARD_BYTES
+from fluxlite.cli.command_line import flags_help, parse_flags
+from fluxlite.cli.options import option, same_option
+from fluxlite.cli.programs import run_program
 from fluxlite.model import FluxConfig
 
 TINY = Path(__file__).parents[1] / "assets" / "flux-tiny"
@@ -73,19 +75,27 @@ def encoder_parts():
     return found
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dst", type=Path, required=True, help="folder to write")
-    parser.add_argument("--model", choices=("dev", "schnell"), default="dev")
-    parser.add_argument("--encoders", action="store_true", help="also T5-XXL, CLIP-L and the autoencoder, with tiny tokenizers")
-    parser.add_argument("--doubles", type=int, default=19)
-    parser.add_argument("--singles", type=int, default=38)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+@dataclass
+class RandomConfig:
+    """What this script takes."""
+
+    dst: str = option(MISSING, "folder to write", path=True)
+    model: str = option("dev", "with guidance or without", choices=("dev", "schnell"))
+    encoders: bool = option(
+        False, "also T5-XXL, CLIP-L and the autoencoder, with tiny tokenizers"
+    )
+    doubles: int = same_option(FluxConfig, "num_double_blocks")
+    singles: int = same_option(FluxConfig, "num_single_blocks")
+    seed: int = option(0, "of the weights", at_least=0, at_most=2**63 - 1)
 
 
-def main(argv=None):
-    args = parse(argv)
+def usage():
+    return flags_help(RandomConfig, __doc__)
+
+
+def body(arguments):
+    args = parse_flags(RandomConfig, arguments)
+    dst = Path(args.dst)
     flux = FluxConfig(args.doubles, args.singles, guidance_embed=args.model == "dev")
     flux.validate()
     parts = {"transformer": ("diffusion_pytorch_model", convert.shapes("diffusers", flux), convert.config_to_diffusers(flux))}
@@ -96,19 +106,15 @@ def main(argv=None):
     total = 2 * sum(torch.Size(shape).numel() for _, shapes, _ in parts.values() for shape in shapes.values())
     generator = torch.Generator().manual_seed(args.seed)
     pool = torch.randn(POOL, generator=generator).bfloat16()
-    with streams.aside(args.dst, folder=True) as folder:
-        streams.check_room(args.dst, total)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=str(args.dst)) as bar:
+    with streams.aside(dst, folder=True) as folder:
+        streams.check_room(dst, total)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=str(dst)) as bar:
             for name, (stem, shapes, config) in parts.items():
                 write_part(folder / name, stem, shapes, config, pool, generator, bar)
         for name in ("tokenizer", "tokenizer_2") if args.encoders else ():
             shutil.copytree(TINY / name, folder / name)
-    print(f"{args.dst}: {total / 1e9:.1f} GB")
+    print(f"{dst}: {total / 1e9:.1f} GB")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_program(body, usage=usage, ranks=False)

@@ -6,12 +6,12 @@
 Pairs of colours that `fill50k.is_held_out` holds out are in no stage's data. Weights are stored in bfloat16.
 """
 
-import argparse
 import json
 import math
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +24,13 @@ from torch import nn
 from fluxlite import convert
 from fluxlite.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
 from fluxlite.checkpoint import load_transformer, open_source, write_converted
+from fluxlite.cli.command_line import flags_help, parse_flags
+from fluxlite.cli.options import option
+from fluxlite.cli.programs import run_program
 from fluxlite.data import fill50k
 
 SIZE = 64
+STAGES = ("vae", "text", "transformer", "controlnet")
 ASSETS = Path(__file__).parent.parent / "assets" / "flux-tiny"
 
 
@@ -184,23 +188,32 @@ def write_index():
 # --- driver ------------------------------------------------------------------------------------------------------------------
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["all", "vae", "text", "transformer", "controlnet"], default="all")
-    parser.add_argument("--vae-minutes", type=float, default=30)
-    parser.add_argument("--text-minutes", type=float, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.stage in ("all", "vae"):
-        make_vae(args.vae_minutes)
-    if args.stage in ("all", "text"):
-        make_text(ASSETS, args.text_minutes)
-    if args.stage in ("all", "transformer"):
-        make_transformer()
-    if args.stage in ("all", "controlnet"):
-        make_controlnet()
+@dataclass
+class TinyConfig:
+    """What this script takes."""
+
+    stage: str = option("all", "what to train", choices=("all", *STAGES))
+    vae_minutes: float = option(30.0, "minutes for the autoencoder", above=0, at_most=10_000)
+    text_minutes: float = option(7.0, "minutes for the encoders", above=0, at_most=10_000)
+    threads: int = option(2, "threads of torch", at_least=1, at_most=1024)
+
+
+def usage():
+    return flags_help(TinyConfig, __doc__)
+
+
+def body(arguments):
+    config = parse_flags(TinyConfig, arguments)
+    torch.set_num_threads(config.threads)
+    stages = {
+        "vae": lambda: make_vae(config.vae_minutes),
+        "text": lambda: make_text(ASSETS, config.text_minutes),
+        "transformer": make_transformer,
+        "controlnet": make_controlnet,
+    }
+    for name in STAGES if config.stage == "all" else [config.stage]:
+        stages[name]()
 
 
 if __name__ == "__main__":
-    main()
+    run_program(body, usage=usage, ranks=False)

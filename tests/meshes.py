@@ -11,7 +11,7 @@ from functools import partial
 from unittest import mock
 
 import torch
-from reference import randomise
+from reference import last_of_each, randomise
 
 from fluxlite import optim, parallel, trainer
 from fluxlite.cli.command_line import load_config
@@ -81,7 +81,8 @@ def cases(ranks):
 
 
 def configure(mesh, accumulation, rest):
-    config = load_config(TrainConfig, "train", [*MODEL, "data.micro_batch=1", *(f"parallel.{m}" for m in mesh), *rest])
+    given = [*MODEL, "data.micro_batch=1", *(f"parallel.{m}" for m in mesh), *rest]
+    config = load_config(TrainConfig, "train", last_of_each(given))
     replicate, shard, _, _ = config.parallel.sizes()
     config.data.micro_batch = config.data.global_batch // (replicate * shard * accumulation)
     config.validate()

@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from meshes import MODEL, batches_of, random_weights
+from reference import last_of_each
 from torch.distributed.tensor import DTensor
 
 from fluxlite import optim, parallel, trainer
@@ -78,7 +79,9 @@ POISONS = {
 def check_poisoned_steps(options, kind, accumulation):
     """A good step, then one of each poison, which changes no bit, then a good one, which does."""
     config = load_config(
-        TrainConfig, "train", [*MODEL, "data.micro_batch=1", f"optim.kind={kind}", *options]
+        TrainConfig,
+        "train",
+        last_of_each([*MODEL, "data.micro_batch=1", f"optim.kind={kind}", *options]),
     )
     config.data.micro_batch = config.data.global_batch // (
         accumulation * (parallel.world_size() if not options else 1)

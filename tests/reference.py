@@ -65,3 +65,8 @@ def our_controlnet_from(theirs):
 def relative_error(ours, theirs):
     """‖ours − theirs‖ / ‖theirs‖."""
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def last_of_each(arguments):
+    """key=value arguments, where a later one replaces one of its key: a command line takes each once."""
+    return list({argument.split("=")[0]: argument for argument in arguments}.values())

@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from test_convert import in_layout
 from test_trainer import MOCK
 
-from fluxlite import checkpoint, convert, offload, streams, verify
+from fluxlite import checkpoint, convert, offload, run_state, run_tensors, streams, verify
 from fluxlite.checkpoint import ASSETS
+from fluxlite.cli.programs import one_line
 
 ROOT = Path(__file__).parents[1]
 TINY = ASSETS / "flux-tiny"
@@ -237,11 +238,11 @@ def run_folder(tmp_path_factory):
 @pytest.mark.parametrize("ema", [True, False])
 def test_a_run_of_two_shards_is_a_source_and_its_average_is_chosen(run_folder, tmp_path, ema):
     source = checkpoint.open_source(run_folder, ema=ema)
-    tensors = checkpoint.RunTensors(checkpoint.last_checkpoint(run_folder)).tensors
+    tensors = run_tensors.RunTensors(run_state.last_checkpoint(run_folder)).tensors
     assert len(tensors["model.modulation.single.0.weight"].chunks) == 2
     group = "ema" if ema else "model"
     expected = {name: torch.empty(shape) for name, (_, shape) in source.described.items()}
-    dcp.load({group: expected}, checkpoint_id=checkpoint.last_checkpoint(run_folder), no_dist=True)
+    dcp.load({group: expected}, checkpoint_id=run_state.last_checkpoint(run_folder), no_dist=True)
     assert all(torch.equal(source.read(k), v) and torch.equal(source.read(k, 3, 9), v[3:9]) for k, v in expected.items())
     checkpoint.write_converted(source, tmp_path / "out", to="diffusers")
     assert "bit for bit" in verify.verify(source, tmp_path / "out")[0]
@@ -308,7 +309,17 @@ def convert_hf(*arguments, limit=None):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, preexec_fn=prepare)
 
 
-run = runpy.run_path(str(ROOT / "convert_hf.py"))["run"]
+script = runpy.run_path(str(ROOT / "convert_hf.py"))
+
+
+def run(arguments):
+    """The script in this process; its exit code."""
+    try:
+        script["body"](arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def test_the_script_converts_a_tiny_pipeline_and_verifies(tmp_path, capfd):
@@ -338,7 +349,7 @@ def single(sources, tmp_path):
 
 
 FAULTS = {
-    "wrong folder": (lambda s, t: TINY / "text_encoder", None, "neither a FLUX transformer"),
+    "wrong folder": (lambda s, t: TINY / "text_encoder", None, "CLIP text encoder"),
     "missing shard": (lambda s, t: s["diffusers"], lambda p: sorted(p.glob("*-00002-*"))[0].unlink(), "lacks 1 of"),
     "truncated": (single, lambda p: os.truncate(p, p.stat().st_size - 1000), "no whole safetensors file"),
     "corrupt header": (single, corrupt_header, "no whole safetensors file"),
@@ -359,7 +370,7 @@ FAULTS = {
     "damaged run": (
         lambda s, t: s["diffusers"],
         lambda p: (p / "meta.json").write_text("{}"),
-        "meta.json is no whole description",
+        "meta.json: step is missing",
     ),
     "nowhere": (lambda s, t: "/nowhere/at/all", None, "does not exist"),
     "damaged index": (

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from fluxlite.cli.command_line import load_config
-from fluxlite.cli.options import option_fields
+from fluxlite.cli.command_line import load_config, parse_flags
+from fluxlite.cli.options import option_fields, resumable_keys
 from fluxlite.config import InferConfig, TrainConfig
+from fluxlite.proof import ProofConfig
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [
@@ -36,10 +37,67 @@ def infer(*argv):
 
 @pytest.mark.parametrize("text", PROMPTS)
 def test_prompts_and_paths_arrive_verbatim(text):
-    config = infer(f"prompt={text}", f"negative_prompt={text}", f"output={text}", f"model.t5={text}", "true_cfg=2")
+    config = infer(f"prompt={text}", f"negative_prompt={text}", "true_cfg=2")
+    assert (config.prompt, config.negative_prompt) == ([text], text)
+    if not text:
+        return  # an empty path is refused
+    config = infer("prompt=a", f"output={text}", f"model.t5={text}")
     path = None if text == "null" else text
-    assert (config.prompt, config.negative_prompt, config.output, config.model.t5) == ([text], text, text, path)
+    assert (config.output, config.model.t5) == (text, path)
     assert train(f"data.path={text}", f"data.cache={text}").data.path == path
+
+
+PATHS = {
+    train: [key for key, f in option_fields(TrainConfig).items() if f.metadata.get("path")],
+    infer: [key for key, f in option_fields(InferConfig).items() if f.metadata.get("path")],
+}
+
+
+@pytest.mark.parametrize(
+    "load,key", [(load, key) for load, keys in PATHS.items() for key in keys]
+)
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_path_is_refused_and_its_key_named(load, key, text):
+    with pytest.raises(ValueError, match=f"{key}=.*names no file or folder"):
+        load(f"{key}={text}")
+
+
+def test_every_program_expands_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text("a red circle")
+    config = train("output=~/run", "data.path=~/d", "data.cache=~", "model.t5=~x")
+    assert (config.output, config.data.path) == (f"{tmp_path}/run", f"{tmp_path}/d")
+    assert config.data.cache == str(tmp_path) and config.model.t5 == "~x"
+    assert config.data.download == f"{tmp_path}/.cache/fluxlite/shards"
+    config = infer("prompt_file=~/p.txt", "output=~/o", "control_image=~/a.png")
+    assert config.prompt_file == f"{tmp_path}/p.txt" and config.output == f"{tmp_path}/o"
+    assert config.control_image == [f"{tmp_path}/a.png"]
+    assert parse_flags(ProofConfig, ["--output", "~/o"]).output == f"{tmp_path}/o"
+
+
+def test_a_key_given_twice_is_refused_with_both_values():
+    for arguments in (["steps=1", "steps=2"], ["recipe=laptop", "recipe=debug"], ["output=a", "output=a"]):
+        with pytest.raises(ValueError, match="given twice") as error:
+            train(*arguments)
+        assert all(argument.split("=")[1] in str(error.value) for argument in arguments)
+    assert infer("prompt=a", "prompt=b").prompt == ["a", "b"]
+
+
+def test_keys_that_a_group_sets_are_refused():
+    for argument, named in (("data.kind=mock", "data="), ("controlnet.train=true", "controlnet=")):
+        with pytest.raises(ValueError, match=f"{argument}: {named} sets it"):
+            train(argument)
+
+
+def test_a_prompt_that_is_no_utf8_is_one_line():
+    with pytest.raises(ValueError, match="prompt=caf.*no text in UTF-8"):
+        infer("prompt=caf\udce9")
+
+
+def test_what_a_resumed_run_may_change_is_said_by_its_fields():
+    keys = resumable_keys(TrainConfig)
+    assert {"steps", "parallel.tp", "sample.count", "data.workers", "controlnet.patience"} <= keys
+    assert not keys & {"seed", "optim.lr", "data.path", "model.num_heads", "dtype", "data.global_batch"}
 
 
 def test_prompts_may_be_given_several_times():

@@ -155,7 +155,7 @@ def test_a_random_base_gets_an_output_layer_and_says_so(tmp_path, caplog):
         (["data.control=null"], "data.control=png"),
         (["controlnet.num_double_blocks=3"], "the transformer to start from has 2"),
         (["controlnet.num_double_blocks=0"], "leave nothing"),
-        (["controlnet.dropout=1"], r"dropout=1.0 must be in \[0, 1\)"),
+        (["controlnet.dropout=1"], "dropout=1.0 must be at least 0 and below 1"),
         (["controlnet.hint=pixel", "data.cache=/tmp/none"], "hint=pixel needs pictures"),
         (["data.val_count=7"], "set data.val_count=8 or more"),
         (["controlnet.num_modes=2"], "only a union net has both"),

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from reference import randomise
+from reference import last_of_each, randomise
 from test_trainer import MOCK, command, losses, run, train, wait_for_steps, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxlite import parallel, preflight
+from fluxlite import parallel, prediction
 from fluxlite.cli.command_line import load_config
 from fluxlite.config import TrainConfig
 from fluxlite.model import FluxConfig, Modulation
@@ -222,7 +222,7 @@ def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
 def test_impossible_meshes_are_refused_with_what_is_possible(monkeypatch, given, said):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match=said):
-        load_config(TrainConfig, "train", ["data=mock", "model=flux_dev", "data.global_batch=8", *given])
+        load_config(TrainConfig, "train", last_of_each(["data=mock", "model=flux_dev", "data.global_batch=8", *given]))
 
 
 def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
@@ -236,7 +236,7 @@ def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
         "model.num_single_blocks=1",
     ]
     plain, spread = (
-        sum(preflight.predict([*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8)["sent"].values())
+        sum(prediction.predict([*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8)["sent"].values())
         for flag in ("false", "true")
     )
     features = 17 * 3072
@@ -254,7 +254,7 @@ def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
         "data.width=64",
     ]
     net = ["controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=0", "data.global_batch=8"]
-    found, plain = (preflight.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"]))
+    found, plain = (prediction.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"]))
     assert found["memory"]["frozen transformer"] == pytest.approx(plain["memory"]["weights"] / 2, rel=1e-3)  # bfloat16 for float32
     assert found["memory"]["gradients"] < found["memory"]["weights"]  # what no gradient reaches is frozen
     assert found["calls"]["all_gather", "fsdp"] > plain["calls"]["all_gather", "fsdp"]

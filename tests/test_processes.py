@@ -16,7 +16,7 @@ import pytest
 import torch
 from test_trainer import MOCK, ROOT, SMALL, command, train, wait_for_steps, weights
 
-from fluxlite import checkpoint, parallel
+from fluxlite import parallel, run_state
 from fluxlite.cli.processes import deferred_signals, held_signals
 from fluxlite.data.loading import load_batches
 
@@ -76,7 +76,7 @@ def test_a_bad_step_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_path,
         ):
             train(*common, f"output={tmp_path}/run")
     last = tmp_path / "run/checkpoints/last"
-    assert checkpoint.read_meta(last)["step"] == bad_step - 1
+    assert run_state.read_meta(last).step == bad_step - 1
     assert all(torch.isfinite(value).all() for value in weights(last).values())
     resumed = weights(train(*common, f"output={tmp_path}/run", "resume=auto"))
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
@@ -111,6 +111,11 @@ class Numbers:
         return index, os.getpid()
 
 
+def loaded(dataset, workers):
+    """Its samples one by one."""
+    return load_batches(dataset, workers=workers, batch_size=None, collate_fn=tuple)
+
+
 class Slow(Numbers):
     """Whose later samples take a while."""
 
@@ -120,7 +125,7 @@ class Slow(Numbers):
 
 
 def test_loader_processes_survive_what_stops_a_run_and_end_with_their_batches():
-    batches = load_batches(Numbers(), workers=2, batch_size=None)
+    batches = loaded(Numbers(), 2)
     (_, first), (_, second) = next(batches), next(batches)
     for worker in (first, second):
         assert worker != os.getpid()
@@ -137,7 +142,7 @@ def test_loader_processes_survive_what_stops_a_run_and_end_with_their_batches():
 
 def test_a_loader_process_that_is_killed_is_one_line_where_its_batch_is_awaited():
     before = signal.getsignal(signal.SIGCHLD)
-    batches = load_batches(Slow(), workers=1, batch_size=None)
+    batches = loaded(Slow(), 1)
     _, worker = next(batches)
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: not alive(worker), "the loader process ends")
@@ -151,8 +156,8 @@ def test_loader_processes_die_with_their_parent():
     read, write = os.pipe()
     child = os.fork()
     if not child:
-        found = [worker for _, worker in load_batches(Numbers(), workers=2, batch_size=None)]
-        batches = load_batches(Numbers(), workers=2, batch_size=None)
+        found = [worker for _, worker in loaded(Numbers(), 2)]
+        batches = loaded(Numbers(), 2)
         os.write(write, f"{next(batches)[1]} {next(batches)[1]} {len(found)}\n".encode())
         time.sleep(60)
     first, second, count = os.read(read, 100).split()
@@ -271,11 +276,11 @@ def check_stopped(found, phase, name, folder):
     if phase in BEFORE:
         assert (code, said) == (STOPPED[name][0], [STOPPED[name][1]]) and not last.exists(), where
     elif phase in WITHIN:
-        step = {"saving": 2}.get(phase) or checkpoint.read_meta(last)["step"]
+        step = {"saving": 2}.get(phase) or run_state.read_meta(last).step
         assert code == 0 and said == [
             f"stopped by {name} after step {step}, which is saved; resume=auto goes on"
         ], where
-        assert checkpoint.read_meta(last)["step"] == step >= 2, where
+        assert run_state.read_meta(last).step == step >= 2, where
     else:
         assert (code, said) == (0, []) and (folder / "run/losses.png").is_file(), where
     hidden = hidden_files(folder)
@@ -377,7 +382,7 @@ def test_sigterm_to_torchrun_saves_and_leaves_no_process(tmp_path):
     assert (
         errors.count("stopped by SIGTERM after step") == 1 and "DataLoader worker" not in errors
     ), errors
-    assert checkpoint.read_meta(tmp_path / "run/checkpoints/last")["step"] >= 3
+    assert run_state.read_meta(tmp_path / "run/checkpoints/last").step >= 3
     assert not any(alive(pid) for pid in tree)
 
 

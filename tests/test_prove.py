@@ -10,6 +10,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import fluxlite
+from fluxlite import proof
 from fluxlite.data import circles
 from fluxlite.data.fill50k import disc, distance_from, draw_sample, rgb
 
@@ -19,7 +20,7 @@ NUM = 60
 
 @pytest.fixture(scope="module")
 def script():
-    return runpy.run_path(str(PROVE))
+    return vars(proof)
 
 
 def draw_disc(size, *, centre, radius):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from reference import last_of_each
 
-from fluxlite import checkpoint, optim, parallel, trainer
+from fluxlite import checkpoint, optim, parallel, run_state, trainer
 from fluxlite.cli.command_line import load_config
 from fluxlite.config import TrainConfig
 from fluxlite.model import Flux, FluxConfig
@@ -23,7 +24,7 @@ MOCK = [*SMALL, "data=mock", "model.t5=null", "model.clip=null", "model.autoenco
 
 
 def configure(*arguments):
-    return load_config(TrainConfig, "train", list(arguments))
+    return load_config(TrainConfig, "train", last_of_each(arguments))
 
 
 def train(*arguments):
@@ -36,7 +37,7 @@ def train(*arguments):
 
 def command(*arguments, ranks=None):
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
-    return [sys.executable, *launcher, "train.py", *arguments]
+    return [sys.executable, *launcher, "train.py", *last_of_each(arguments)]
 
 
 def run(*arguments, ranks=None):
@@ -147,7 +148,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped by SIGTERM after step" in errors and "worker" not in errors
     assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
-    assert checkpoint.read_meta(tmp_path / "run/checkpoints/last")["step"] >= 3
+    assert run_state.read_meta(tmp_path / "run/checkpoints/last").step >= 3
 
 
 def test_resume_refuses_what_changes_the_run_and_says_what_it_accepts(tmp_path, caplog):
@@ -168,14 +169,14 @@ def test_saving_is_atomic_and_keeps_the_last_k(tmp_path, monkeypatch):
     def die(*_args, **_kwargs):
         raise KeyboardInterrupt
 
-    for victim in ("_sync", "os.rename", "os.replace"):
+    for victim in ("sync_folder", "os.rename", "os.replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"fluxlite.checkpoint.{victim}", die)
+            patch.setattr(f"fluxlite.run_state.{victim}", die)
             with pytest.raises(BaseException):  # noqa: B017, torch wraps the interrupt when it comes inside its own rename
                 train(*MOCK, "steps=5", f"output={tmp_path}/run", "resume=auto", "metrics.progress=false")
         assert all(torch.equal(v, before[k]) for k, v in weights(folder).items()), victim
     train(*MOCK, "steps=5", f"output={tmp_path}/run", "resume=auto")
-    assert checkpoint.read_meta(folder / "checkpoints/last")["step"] == 5
+    assert run_state.read_meta(folder / "checkpoints/last").step == 5
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path):

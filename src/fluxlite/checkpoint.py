@@ -1,34 +1,25 @@
-"""Checkpoints: transformers, ControlNets, autoencoders from and to files of any layout, and a run's sharded training state.
-
-A run's folder holds `checkpoints/step-000100/` (torch.distributed.checkpoint files and `meta.json`, which says what they are) and
-`checkpoints/last`, a link that always names a whole one.
-"""
+"""Checkpoints: transformers, ControlNets, autoencoders from and to files of any layout, and from runs (see `run_state`)."""
 
 import hashlib
-import io
 import json
 import logging
 import os
-import shutil
-import struct
-import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from tqdm import tqdm
 
-from fluxlite import __version__, convert, hub, streams
+from fluxlite import __version__, convert, foreign, hub, net_configs, run_state, sampling, streams
 from fluxlite.autoencoder import AutoencoderConfig
+from fluxlite.cli.descriptions import parse_json, read_description, read_json
+from fluxlite.cli.options import option, shortened
 from fluxlite.controlnet import ControlNetConfig
 from fluxlite.data.atomic import locked
 from fluxlite.model import FluxConfig
+from fluxlite.run_state import is_run, last_checkpoint
+from fluxlite.scheduler import read_scheduler
 
 log = logging.getLogger("fluxlite")
 
@@ -40,12 +31,12 @@ ASSETS = Path(__file__).parents[2] / "assets"
 class CheckpointConfig:
     """When a run saves, and how much it keeps."""
 
-    every: int = field(default=1000, metadata={"help": "steps between checkpoints; the last step always saves"})
-    keep: int = field(default=2, metadata={"help": "checkpoints kept, the newest; 0 keeps all"})
-
-    def validate(self):
-        if self.every < 1 or self.keep < 0:
-            raise ValueError(f"checkpoint.every={self.every} must be at least 1 and checkpoint.keep={self.keep} not negative")
+    every: int = option(
+        1000, "steps between checkpoints; the last step always saves", at_least=1, at_most=10**9
+    )
+    keep: int = option(
+        2, "checkpoints kept, the newest; 0 keeps all", at_least=0, at_most=1_000_000
+    )
 
 
 # --- what a path holds ----------------------------------------------------------------------------------------------------------
@@ -65,6 +56,7 @@ class Source:
     files: list
     settings: dict  # for sampling, where the checkpoint has some of its own: {field of SampleConfig: value}
     averaged: bool = False  # whether it is the moving average of a run
+    check_whole: Callable = lambda: None  # raises `ValueError` where a run's files are not as they were written
 
     def num_bytes(self):
         return streams.num_bytes(self.described)
@@ -84,11 +76,6 @@ def resolve(path):
     return str(ASSETS / TINY)
 
 
-def is_run(path):
-    """Whether `path` is a run folder or one of its checkpoints."""
-    return (Path(path) / "checkpoints" / "last").is_dir() or (Path(path) / "meta.json").is_file()
-
-
 def local(where, patterns, *, setting="model.checkpoint"):
     """The path that `where` is or, of a hub repository, that its files matching `patterns` have been fetched to."""
     path = Path(where).expanduser()
@@ -99,168 +86,131 @@ def local(where, patterns, *, setting="model.checkpoint"):
     return hub.fetch(str(where), patterns, key=setting)
 
 
-def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer"):
+def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer", given=None):
     """The `Source` that a path or hub repository holds, recognised by its keys and files.
 
     A pipeline's folder stands for its `part` (transformer, controlnet or vae); of a run, `ema` chooses the moving average where it
-    has one. Raises `ValueError`, naming `setting`, for anything that is not exactly a transformer, a ControlNet or an autoencoder.
+    has one. `given` are {field: value} of the rotations, for weights without a configuration.
+    Raises `ValueError`, naming `setting`, for what is not exactly a transformer, a ControlNet or an
+    autoencoder.
     """
     loose = ["*.safetensors"] if part == "controlnet" else []  # as XLabs publishes
-    path = local(where, [f"{part}/*", "config.json", "diffusion_pytorch_model*", *loose], setting=setting)
+    files = [f"{part}/*", "config.json", "diffusion_pytorch_model*", f"scheduler/{SCHEDULER_FILE}"]
+    path = local(where, [*files, *loose], setting=setting)
     if not os.access(path, os.R_OK):
         raise ValueError(f"{setting}={where} cannot be read: no permission")
     path = path / part if (path / part).is_dir() else path
     try:
-        source = _open_run(path, ema) if is_run(path) else _open_tensors(path)
+        source = _open_run(path, ema) if is_run(path) else _open_tensors(path, given)
         convert.check(source.layout, source.config, {name: shape for name, (_, shape) in source.described.items()})
     except ValueError as error:
         raise ValueError(f"{setting}={where}: {error}") from None
     return source
 
 
-def _open_tensors(path):
+def _open_tensors(path, given=None):
     tensors = streams.Tensors(path)
+    foreign.check_keys(tensors.keys())
     what, layout, prefix = convert.recognise(tensors.keys())
     described = tensors.without(prefix).described()
     shapes = {name: shape for name, (_, shape) in described.items()}
     about = tensors.metadata if "fluxlite_version" in tensors.metadata else {}  # others' metadata may use the same words
-    values = about.get("config")
     beside = (path if path.is_dir() else path.parent) / "config.json"
-    try:
-        if what == "autoencoder":
-            values = json.loads(values) if values else _diffusers_values(beside, "AutoencoderKL")
-            config = convert.infer_autoencoder_config(layout, shapes, values)
-        else:
-            config = _net_config(what, layout, shapes, json.loads(values or "null"), beside)
-            config.validate()
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"its configuration is damaged ({error!r})") from None
-    settings = {} if what == "controlnet" else json.loads(about.get("sampling", "null")) or _settings_beside(path)
+    told = dict(saved=about.get("config"), where=path, beside=beside, given=given)
+    config, settings = net_configs.read_net_config(what, layout, shapes, **told), {}
+    if what == "transformer":
+        settings = sampling_settings(path, about)
+        config.scheduler = scheduler_of(path, about)
     return Source(str(path), what, layout, config, described, tensors.read, about, tensors.files, settings)
 
 
-def _net_config(what, layout, shapes, values, beside):
-    """The configuration of a transformer or a ControlNet: what it says of itself, or a config.json, or what its shapes show."""
-    cls, class_name, from_diffusers = {
-        "transformer": (FluxConfig, "FluxTransformer2DModel", convert.config_from_diffusers),
-        "controlnet": (ControlNetConfig, "FluxControlNetModel", convert.controlnet_config_from_diffusers),
-    }[what]
-    if values:
-        return flux_config(values, cls)
-    theirs = _diffusers_values(beside, class_name) if layout == "diffusers" else None
-    return from_diffusers(theirs) if theirs else convert.infer_config(layout, shapes)
+def sampling_settings(path, about):
+    """{field of SampleConfig: value} of our own metadata, or fluxlite.json beside a transformer."""
+    file, saved = path.parent / "fluxlite.json", about.get("sampling")
+    if saved:
+        by, version = f"{path}'s metadata", about["fluxlite_version"]
+        return sampling.read_settings(by, parse_json(saved, by) | {"version": version})
+    return sampling.read_settings(file, read_json(file)) if file.exists() else {}
 
 
-def _settings_beside(path):
-    """The sampling settings in the fluxlite.json of the pipeline's folder that a transformer lies in."""
-    file = path.parent / "fluxlite.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+def scheduler_of(path, about):
+    """The `SchedulerConfig` of our own metadata, or beside a transformer's file or folder; or None.
+
+    A pipeline has it in its folder `scheduler`; where we wrote diffusers' layout it lies beside
+    config.json.
+    """
+    if about.get("scheduler"):
+        by = f"{path}'s metadata"
+        return read_scheduler(by, parse_json(about["scheduler"], by))
+    folder = path if path.is_dir() else path.parent
+    roots = [folder.parent] if path.is_dir() or folder.name == "transformer" else []
+    places = [folder, *(root / "scheduler" for root in [folder, *roots])]
+    found = next((p for p in (place / SCHEDULER_FILE for place in places) if p.exists()), None)
+    return read_scheduler(found) if found else None
 
 
-def _diffusers_values(file, class_name):
-    """A diffusers config.json of `class_name`, or None where there is none."""
-    try:
-        values = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError:
-        raise ValueError(f"{file} is damaged: fetch it again") from None
-    return values if values.get("_class_name", class_name) == class_name and values else None
+SCHEDULER_FILE = "scheduler_config.json"
 
 
 def _open_run(path, ema):
-    """A run's last checkpoint, or one of its checkpoints: the moving average in place of the weights that have one."""
-    folder = last_checkpoint(path) or Path(path)
-    meta = read_meta(folder)
-    what, averaged = meta.get("what", "transformer"), set(meta["ema"] if ema else ())
-    config = flux_config(meta["model"], ControlNetConfig if what == "controlnet" else FluxConfig)
-    tensors = RunTensors(folder)
+    """A run's last checkpoint, or one of its checkpoints: the moving average in place of the weights that have one.
+
+    A tensor's checksum is checked when it is read; a small checkpoint's files at once, a large one's by `check_whole`.
+    """
+    folder = path if (Path(path) / "meta.json").is_file() else last_checkpoint(path)
+    meta, tensors = run_state.open_checkpoint(folder)
+    averaged = set(meta.ema if ema else ())
+    config = _run_config(folder, meta, tensors)
 
     def key(name):
         return f"{'ema' if name in averaged else 'model'}.{name}"
 
-    described = {name: tensors.described(key(name)) for name in convert.our_shapes(config)}
-    metadata = {"training": json.dumps(meta["flow"] | {"step": meta["step"], "ema": bool(averaged)})}
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-
     def read(name, start=0, stop=None):
         return tensors.read(key(name), start, stop)
 
-    settings = run_settings(meta["config"])
-    return Source(str(path), what, "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
+    check_whole = partial(run_state.check_files, folder, meta)
+    if run_state.total_bytes(meta) <= run_state.SOON_CHECKED:
+        check_whole()
+    described = {name: tensors.described(key(name)) for name in convert.our_shapes(config)}
+    metadata = {"training": json.dumps(meta.flow | {"step": meta.step, "ema": bool(averaged)})}
+    files = sorted(p for p in folder.iterdir() if p.is_file())
+    settings = run_state.run_settings(folder, meta)
+    base = run_state.saved_part(folder, meta, "model").get("checkpoint")
+    config.scheduler = scheduler_beside(base, config)
+    source = Source(str(path), meta.what, "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
+    source.check_whole = check_whole
+    return source
 
 
-def run_settings(saved):
-    """The settings for sampling that a run's configuration has."""
-    settings = {name: saved["sample"][name] for name in ("steps", "guidance")}
-    settings |= {name: saved["data"][name] for name in ("height", "width")}
-    return settings | {"max_sequence_length": saved["model"]["max_sequence_length"]}
+def _run_config(folder, meta, tensors):
+    """The configuration of a run's model; raises `ValueError` for one that its tensors cannot have."""
+    file = folder / "meta.json"
+    config = read_description(file, ControlNetConfig if meta.what == "controlnet" else FluxConfig, meta.model)
+    widest = max((size for tensor in tensors.tensors.values() for size in tensor.shape), default=0)
+    for f in fields(config):  # 10⁹ blocks would be built before they are missed
+        value, limit = getattr(config, f.name), len(tensors.tensors) if f.name.endswith("_blocks") else widest
+        numbers = value if isinstance(value, tuple) else [value] if f.type is int else []
+        if any(type(number) is not int or not 0 <= number <= limit for number in numbers):
+            raise ValueError(f"{file}: model.{f.name}={shortened(value)} does not fit the tensors beside it")
+    try:
+        config.validate()
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return config
 
 
-class RunTensors:
-    """The tensors of a torch.distributed.checkpoint folder, mapped: a shard lies there as torch.save wrote it, bytes in order."""
+def scheduler_beside(checkpoint, config):
+    """The `SchedulerConfig` of a transformer that a run started from, None where that is gone.
 
-    def __init__(self, folder):
-        self.folder, about = Path(folder), dcp.FileSystemReader(folder).read_metadata()
-        self.tensors, self.places = about.state_dict_metadata, about.storage_data
-
-    def described(self, key):
-        """(dtype, shape)."""
-        if key not in self.tensors:
-            raise ValueError(f"{self.folder} has no {key}: it was written by another version, or is damaged")
-        return self.tensors[key].properties.dtype, tuple(self.tensors[key].size)
-
-    def read(self, key, start=0, stop=None):
-        """Rows of a tensor: a view of the file where one shard holds them, else a copy."""
-        (dtype, shape), chunks = self.described(key), self.tensors[key].chunks
-        if len(chunks) == 1:
-            return self._mapped(key, chunks[0], dtype)[start:stop]
-        rows = range(*slice(start, stop).indices(shape[0]))
-        out = torch.empty(len(rows), *shape[1:], dtype=dtype)
-        for chunk in chunks:
-            first, end = (min(max(edge, rows.start), rows.stop) for edge in (chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]))
-            if first < end:
-                where = [slice(o, o + n) for o, n in zip(chunk.offsets[1:], chunk.sizes[1:])]
-                part = self._mapped(key, chunk, dtype)[first - chunk.offsets[0] : end - chunk.offsets[0]]
-                out[(slice(first - rows.start, end - rows.start), *where)] = part
-        return out
-
-    def _mapped(self, key, chunk, dtype):
-        place = self.places[MetadataIndex(key, chunk.offsets)]
-        file = self.folder / place.relative_path
-        with open(file, "rb") as opened, zipfile.ZipFile(FilePart(opened, place.offset, place.length)) as archive:
-            entry = next(i for i in archive.infolist() if i.filename.endswith("/data/0"))
-            opened.seek(place.offset + entry.header_offset + 26)  # two lengths: of the entry's name and of its extra field
-            name_length, extra_length = struct.unpack("<HH", opened.read(4))
-        begin = place.offset + entry.header_offset + 30 + name_length + extra_length
-        if entry.compress_type or entry.file_size != torch.Size(chunk.sizes).numel() * dtype.itemsize:
-            raise ValueError(f"{file}: {key} does not lie there as plain bytes")
-        data = np.memmap(file, np.uint8, "c", begin, (entry.file_size,))  # "c": writable for torch, never written back
-        return torch.from_numpy(data).view(dtype).view(tuple(chunk.sizes))
-
-
-class FilePart(io.RawIOBase):
-    """Some bytes of an open file as a file of their own, for `zipfile`."""
-
-    def __init__(self, file, offset, length):
-        self.file, self.offset, self.length, self.at = file, offset, length, 0
-
-    def seekable(self):
-        return True
-
-    def readable(self):
-        return True
-
-    def seek(self, position, whence=io.SEEK_SET):
-        self.at = position + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.length}[whence]
-        return self.at
-
-    def tell(self):
-        return self.at
-
-    def read(self, count=-1):
-        count = min(count if count >= 0 else self.length, self.length - self.at)
-        data = os.pread(self.file.fileno(), count, self.offset + self.at)
-        self.at += len(data)
-        return data
+    `config` is the run's `FluxConfig`.
+    """
+    if not checkpoint or not Path(resolve(checkpoint)).expanduser().exists():
+        return None
+    try:
+        return open_source(resolve(checkpoint), given=asdict(config)).config.scheduler
+    except ValueError as error:
+        log.warning("the scheduler of a run's base is not known (%s): FLUX.1's is assumed", error)
+        return None
 
 
 def flux_config(values, cls=FluxConfig):
@@ -351,6 +301,7 @@ def write_converted(
             names = _file_names(source.what, to, len(shards))
             files = [path / name for name in names] if to_folder else [path]
             rewrites = _write_shards(source, to, shards, files, digests, progress or (lambda count: None))
+            source.check_whole()
             for name in source.described.keys() - digests.found.keys():  # what no layout but the source's keeps: NeMo's second bias
                 digests.add(name, source)
             total = digests.total()
@@ -403,7 +354,7 @@ def _holds_another_part(place, what):
     """Whether whole safetensors files lie at `place` and are not a checkpoint of this kind, a text encoder's for instance."""
     try:
         keys = streams.Tensors(place).keys()
-    except ValueError:
+    except (ValueError, OSError):
         return False
     try:
         return convert.recognise(keys)[0] != what
@@ -418,7 +369,9 @@ def _file_names(what, to, count):
 def _write_shards(source, to, shards, files, digests, progress):
     def read(name):
         digests.add(name, source)
-        return source.read(name)
+        tensor = source.read(name)
+        streams.check_values(f"{source.where}: {name}", tensor)
+        return tensor
 
     pieces = convert.convert(read, source.layout, to, source.config)
     rewrites, held = [], []
@@ -441,6 +394,8 @@ def _metadata(source, to):
     kept = {k: v for k, v in source.metadata.items() if k == "training"}
     if source.settings:
         kept["sampling"] = json.dumps(source.settings)
+    if getattr(source.config, "scheduler", None):
+        kept["scheduler"] = json.dumps(asdict(source.config.scheduler))
     return kept | {
         "format": "pt",
         "what": source.what,
@@ -462,16 +417,22 @@ def _write_beside(folder, source, to, names, shards):
         of_net = source.what != "autoencoder"
         values = (convert.config_to_diffusers if of_net else convert.autoencoder_config_to_diffusers)(source.config)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        if getattr(source.config, "scheduler", None):
+            about = json.dumps(asdict(source.config.scheduler), indent=2)
+            (folder / SCHEDULER_FILE).write_text(about + "\n")
 
 
-def converted(where, save_converted, *, ema=True, group="model", part="transformer"):
+def converted(
+    where, save_converted, *, ema=True, group="model", part="transformer", given=None
+):
     """The `Source` of `model.checkpoint`; with `model.save_converted` that file, written first where it is not there yet.
 
     With group="controlnet" and that `part`, of `controlnet.checkpoint` and `controlnet.save_converted`. Ranks that share a disk may
     call this together: one writes, the others wait. Raises `ValueError` where the file was made from something else.
     """
     setting = f"{group}.save_converted"
-    source = open_source(where, setting=f"{group}.checkpoint", ema=ema, part=part)
+    options = dict(setting=f"{group}.checkpoint", ema=ema, part=part, given=given)
+    source = open_source(where, **options)
     check_part(source, part, f"{group}.checkpoint")
     if not save_converted:
         return source
@@ -490,75 +451,3 @@ def converted(where, save_converted, *, ema=True, group="model", part="transform
     if kept.metadata.get("source_files") != source.fingerprint():
         raise ValueError(f"{setting}={file} was not made from {group}.checkpoint={where}: remove it, or name another")
     return kept
-
-
-# --- a run's training state -----------------------------------------------------------------------------------------------------
-
-
-def last_checkpoint(run):
-    """The newest whole checkpoint of a run folder, or None."""
-    link = Path(run) / "checkpoints" / "last"
-    return link.resolve() if link.is_dir() else None
-
-
-def read_meta(folder):
-    """What a checkpoint says it is; raises `ValueError`."""
-    file = Path(folder) / "meta.json"
-    try:
-        meta = json.loads(file.read_text())
-        meta = {k: meta[k] for k in ("model", "flow", "config", "ema", "step")} | meta
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no whole description of a checkpoint ({error!r})") from None
-    if str(meta.get("version", "")).startswith("0.1."):
-        raise ValueError(f"{folder} was written by {convert.FIRST_EDITION}")
-    return meta
-
-
-BY_NAME = StateDictOptions(strict=True, flatten_optimizer_state_dict=True)  # groups of parameters differ from mesh to mesh
-
-
-def _training_state(model, optimizers, ema):
-    state = {"model": dict(model.state_dict()), "optimizer": get_optimizer_state_dict(model, optimizers, options=BY_NAME)}
-    return state | ({"ema": ema.average} if ema else {})
-
-
-def save_training(run, *, step, model, optimizers, ema, meta, keep):
-    """Write `checkpoints/step-…` aside, rename it, point `last` at it, and drop all but the newest `keep`; collective."""
-    root = Path(run) / "checkpoints"
-    name = f"step-{step:06d}"
-    aside = root / f".{name}"
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        root.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    dcp.save(_training_state(model, optimizers, ema), checkpoint_id=aside)
-    if dist.get_rank() == 0:
-        (aside / "meta.json").write_text(json.dumps(meta | {"step": step}, indent=2) + "\n")
-        _sync(aside)
-        shutil.rmtree(root / name, ignore_errors=True)
-        os.rename(aside, root / name)
-        link = root / ".last"
-        link.unlink(missing_ok=True)
-        link.symlink_to(name)
-        os.replace(link, root / "last")
-        _sync(root)
-        for old in sorted(root.glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))[:-keep] if keep else []:
-            shutil.rmtree(old)
-    dist.barrier()
-
-
-def _sync(folder):
-    """Put a folder and its files on the disk."""
-    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-def load_training(folder, *, model, optimizers, ema):
-    """Read a checkpoint into a sharded model, its optimizer and average, in place, whatever mesh wrote it; returns its step."""
-    state = _training_state(model, optimizers, ema)
-    dcp.load(state, checkpoint_id=folder)
-    model.load_state_dict(state["model"])
-    set_optimizer_state_dict(model, optimizers, state["optimizer"], options=BY_NAME)
-    return read_meta(folder)["step"]

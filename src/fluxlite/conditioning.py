@@ -11,7 +11,6 @@ Shapes: B prompts, L tokens, D width of T5, P width of CLIP.
 
 import contextlib
 import hashlib
-import json
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,10 +18,37 @@ from pathlib import Path
 
 import torch
 
-from fluxlite import hub
+from fluxlite import convert, hub, streams
+from fluxlite.cli.descriptions import check_regular, read_description, read_json
+from fluxlite.cli.options import option, shortened
 from fluxlite.hub import one_line
 
 log = logging.getLogger("fluxlite")
+
+
+@dataclass
+class T5Description:
+    """What is read of a T5 encoder's config.json; the defaults are transformers'."""
+
+    vocab_size: int = option(32128, "tokens that it knows", at_least=1)
+    d_model: int = option(512, "width", at_least=1)
+    d_kv: int = option(64, "channels of a head", at_least=1)
+    d_ff: int = option(2048, "width of the MLPs", at_least=1)
+    num_layers: int = option(6, "blocks", at_least=1)
+    num_heads: int = option(8, "heads", at_least=1)
+    relative_attention_num_buckets: int = option(32, "distances told apart", at_least=2)
+
+
+@dataclass
+class ClipDescription:
+    """What is read of a CLIP text model's config.json; the defaults are transformers'."""
+
+    vocab_size: int = option(49408, "tokens that it knows", at_least=1)
+    hidden_size: int = option(512, "width", at_least=1)
+    intermediate_size: int = option(2048, "width of the MLPs", at_least=1)
+    num_hidden_layers: int = option(12, "blocks", at_least=1)
+    num_attention_heads: int = option(8, "heads", at_least=1)
+    max_position_embeddings: int = option(77, "tokens that it reads", at_least=2)
 
 
 @dataclass(frozen=True)
@@ -35,6 +61,9 @@ class Kind:
     tokenizer_files: tuple  # any of these makes a tokenizer
     model_types: tuple  # in config.json
     other_weights: tuple  # prefixes of weights that full models have and this part does not
+    description: type  # of config.json
+    blocks: tuple  # the number of blocks in config.json, and their names
+    shapes: tuple  # (tensors, of which one is there, {dimension: what config.json calls it})
 
 
 T5 = Kind(
@@ -44,6 +73,16 @@ T5 = Kind(
     tokenizer_files=("tokenizer.json", "spiece.model"),
     model_types=("t5",),
     other_weights=("decoder.", "lm_head."),
+    description=T5Description,
+    blocks=("num_layers", "encoder.block.{i}"),
+    shapes=(
+        (("shared.weight", "encoder.embed_tokens.weight"), {0: "vocab_size", 1: "d_model"}),
+        (
+            ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
+            {0: "relative_attention_num_buckets", 1: "num_heads"},
+        ),
+        (("encoder.block.0.layer.1.DenseReluDense.wo.weight",), {0: "d_model", 1: "d_ff"}),
+    ),
 )
 CLIP = Kind(
     key="model.clip",
@@ -52,6 +91,16 @@ CLIP = Kind(
     tokenizer_files=("tokenizer.json", "vocab.json"),
     model_types=("clip_text_model", "clip"),
     other_weights=("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "text_model.embeddings.position_ids"),
+    description=ClipDescription,
+    blocks=("num_hidden_layers", "text_model.encoder.layers.{i}"),
+    shapes=(
+        (
+            ("text_model.embeddings.position_embedding.weight",),
+            {0: "max_position_embeddings", 1: "hidden_size"},
+        ),
+        (("text_model.embeddings.token_embedding.weight",), {0: "vocab_size"}),
+        (("text_model.encoder.layers.0.mlp.fc1.weight",), {0: "intermediate_size"}),
+    ),
 )
 
 
@@ -123,26 +172,124 @@ def load_text_encoders(t5, clip, *, device, dtype, t5_device=None):
     with quiet_transformers():
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-        t5_tokenizer = T5TokenizerFast.from_pretrained(t5_tokenizer_folder, local_files_only=True)
-        clip_tokenizer = CLIPTokenizer.from_pretrained(clip_tokenizer_folder, local_files_only=True)
+        t5_tokenizer = load_tokenizer(T5TokenizerFast, t5_tokenizer_folder, T5)
+        clip_tokenizer = load_tokenizer(CLIPTokenizer, clip_tokenizer_folder, CLIP)
         t5 = load_model(T5EncoderModel, t5_folder, T5, dtype).to(t5_device or device)
         clip = load_model(CLIPTextModel, clip_folder, CLIP, dtype).to(device)
+    check_tokens(t5_tokenizer, t5.config, t5_tokenizer_folder, T5)
+    check_tokens(clip_tokenizer, clip.config, clip_tokenizer_folder, CLIP)
     folders = (t5_folder, t5_tokenizer_folder, clip_folder, clip_tokenizer_folder)
     return TextEncoders(t5, t5_tokenizer, clip, clip_tokenizer, folders)
 
 
+@contextlib.contextmanager
+def library_errors(kind, what, folder):
+    """Turn whatever transformers and tokenizers raise for damaged files into one `ValueError`.
+
+    They raise nearly anything: OSError, KeyError, TypeError, and panics of Rust, which are no
+    `Exception`.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(
+            f"{kind.key}: the {what} in {folder} is incomplete or damaged "
+            f"({type(error).__name__}: {one_line(error)}); fetch it again"
+        ) from error
+
+
+def check_files(folder):
+    """Raise `ValueError` for a pipe or a device in a folder: a library would wait for it."""
+    for file in folder.iterdir():
+        if not file.is_dir():
+            check_regular(file)
+
+
+def load_tokenizer(cls, folder, kind):
+    """The tokenizer `cls` in `folder`; raises `ValueError`."""
+    with library_errors(kind, "tokenizer", folder):
+        check_files(folder)
+        for file in (folder / name for name in TOKENIZER_JSON):
+            if file.exists():
+                read_json(file)  # the library reads NaN, and of two values of one name the second
+        return cls.from_pretrained(folder, local_files_only=True)
+
+
+TOKENIZER_JSON = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json"),
+)
+
+
+def check_tokens(tokenizer, config, folder, kind):
+    """Raise `ValueError` where a tokenizer is not that of a model of configuration `config`."""
+    with library_errors(kind, "tokenizer", folder):
+        options = dict(padding="max_length", truncation=True, return_tensors="pt")
+        ids = tokenizer(["a red circle"], max_length=PROBE_LENGTH, **options).input_ids
+        whole = ids.shape == (1, PROBE_LENGTH) and len(tokenizer) <= config.vocab_size
+        length = tokenizer.model_max_length
+        if not whole or not isinstance(length, (int, float)) or length < 2:
+            raise ValueError(
+                f"{len(tokenizer)} tokens, texts of at most {length}, and the model knows "
+                f"{config.vocab_size} tokens"
+            )
+        if kind is CLIP and config.eos_token_id not in (ARGMAX_EOS, tokenizer.eos_token_id):
+            ends = f"{tokenizer.eos_token_id}, the model's with {config.eos_token_id}"
+            raise ValueError(f"its texts end with {ends}")
+
+
+PROBE_LENGTH = 8  # tokens
+ARGMAX_EOS = 2  # what CLIP's first configurations say: transformers then pools at the largest token
+
+
+def weight_files(folder):
+    """The safetensors files that transformers reads in `folder`; raises `ValueError`."""
+    file, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if file.exists():
+        return [file]
+    if index.exists():
+        return streams.indexed_files(index)
+    raise ValueError(f"{folder} has no model.safetensors and no index of its shards")
+
+
+def check_description(folder, kind):
+    """Raise `ValueError` where config.json promises other than the weights have.
+
+    transformers would make room for it first, however much it is.
+    """
+    check_files(folder)
+    file, values = folder / "config.json", read_json(folder / "config.json")
+    if values.get("quantization_config"):
+        raise ValueError(f"{file} says that it is quantised, which is not supported yet")
+    values = values.get("text_config") or values if values.get("model_type") == "clip" else values
+    described = read_description(file, kind.description, values, foreign=True)
+    tensors = streams.Tensors(folder, weight_files(folder))
+    shown = {kind.blocks[0]: convert.depth(tensors.keys(), kind.blocks[1])}
+    for names, dimensions in kind.shapes:
+        shape = next(filter(None, map(tensors.shape, names)), None)
+        if shape is None or len(shape) != 2:
+            raise ValueError(f"{folder} lacks {names[0]}: fetch it again")
+        shown |= {name: shape[axis] for axis, name in dimensions.items()}
+    for name, value in shown.items():
+        if getattr(described, name) != value:
+            said = shortened(getattr(described, name))
+            raise ValueError(
+                f"{file} says {name}={said}, and the weights have {value}: fetch both again"
+            )
+
+
 def load_model(cls, folder, kind, dtype):
     """The transformers model `cls` in `folder`, every weight accounted for, in evaluation mode and without gradients."""
-    from safetensors import SafetensorError
-
     try:
+        check_description(folder, kind)
+    except ValueError as error:
+        raise ValueError(f"{kind.key}: the weights do not load whole: {error}") from None
+    with library_errors(kind, "encoder", folder):
         model, info = cls.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{kind.key}: the weights in {folder} are incomplete or damaged ({one_line(error)}); fetch them again"
-        ) from error
     faults = {
         "missing": sorted(info["missing_keys"]),
         "unexpected": sorted(k for k in info["unexpected_keys"] if not k.startswith(kind.other_weights)),
@@ -162,6 +309,11 @@ def locate(where, kind):
     if not where:
         raise ValueError(f"{kind.key}={where} names no text encoder: set it to a pipeline's folder or hub repository")
     folder = Path(where).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(
+            f"{kind.key}={where} is a file, and an encoder in one file is not supported yet: name "
+            f"a folder with config.json, the weights and a tokenizer, as {kind.encoder} of a pipeline"
+        )
     folder = folder if folder.is_dir() else download(str(where), kind)
     root = folder if (folder / kind.encoder).is_dir() else folder.parent
     encoder = folder / kind.encoder if root == folder else folder
@@ -169,7 +321,10 @@ def locate(where, kind):
         raise ValueError(
             f"{kind.key}={where} has no {kind.encoder}/config.json nor config.json: name a pipeline's folder or an encoder's"
         )
-    model_type = json.loads((encoder / "config.json").read_text()).get("model_type")
+    try:
+        model_type = read_json(encoder / "config.json").get("model_type")
+    except ValueError as error:
+        raise ValueError(f"{kind.key}={where}: {error}") from None
     if model_type not in kind.model_types:
         raise ValueError(f"{kind.key}={where} holds a model of type {model_type}, not {kind.model_types[0]}: name another folder")
     if not any(encoder.glob("*.safetensors")):

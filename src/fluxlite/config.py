@@ -2,11 +2,16 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+import os
+import re
+from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from fluxlite import parallel, sampling
 from fluxlite.checkpoint import TINY, CheckpointConfig
+from fluxlite.cli.options import check_options, option, same_option, unset_option
 from fluxlite.control import Control
 from fluxlite.controlnet import MODES, ControlNetConfig, check_starts
 from fluxlite.data import DataConfig
@@ -14,36 +19,49 @@ from fluxlite.data.shards import mode_number
 from fluxlite.flow import FlowConfig
 from fluxlite.latents import num_image_tokens
 from fluxlite.metrics import MetricsConfig
-from fluxlite.model import ATTENTION, FluxConfig
-from fluxlite.offload import OFFLOAD
+from fluxlite.model import ATTENTION, FluxConfig, check_channels
 from fluxlite.optim import OptimConfig
 from fluxlite.parallel import ParallelConfig
+from fluxlite.pipeline import DrawConfig
+from fluxlite.sampling import SampleConfig
 
 DTYPES = ("float32", "bfloat16")
-
-
-def verbatim(default, help):
-    """A field whose value is taken from the command line as it stands."""
-    return field(default=default, metadata={"help": help, "verbatim": True})
+MAX_STEPS = 10**9  # of training
 
 
 @dataclass
 class PartsConfig:
     """Where the parts of a pipeline come from."""
 
-    checkpoint: str | None = verbatim(
-        None, "transformer: a pipeline folder, a transformer's, a run or a file; flux-tiny is shipped"
+    checkpoint: str | None = option(
+        None,
+        "transformer: a pipeline folder, a transformer's, a run or a file; flux-tiny is shipped",
+        path=True,
     )
-    save_converted: str | None = verbatim(
-        None, "where to keep model.checkpoint in our own layout, which loads without a copy; used again if it is there"
+    save_converted: str | None = option(
+        None,
+        "where to keep model.checkpoint in our own layout, which loads without a copy; used again "
+        "if it is there",
+        path=True,
+        resume=True,
     )
-    t5: str | None = verbatim(None, "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped")
-    clip: str | None = verbatim(None, "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped")
-    autoencoder: str | None = verbatim(
-        None, "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped"
+    t5: str | None = option(
+        None,
+        "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        path=True,
     )
-    ema: bool = field(default=True, metadata={"help": "use the moving average of a run, where it has one"})
-    attention: str = field(default="auto", metadata={"help": f"attention kernel: {', '.join(ATTENTION)}"})
+    clip: str | None = option(
+        None,
+        "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        path=True,
+    )
+    autoencoder: str | None = option(
+        None,
+        "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped",
+        path=True,
+    )
+    ema: bool = option(True, "use the moving average of a run, where it has one")
+    attention: str = option("auto", "attention kernel", choices=tuple(ATTENTION), resume=True)
 
 
 PARTS_FIELDS = {f.name for f in dataclasses.fields(PartsConfig)}
@@ -53,7 +71,9 @@ PARTS_FIELDS = {f.name for f in dataclasses.fields(PartsConfig)}
 class ModelConfig(PartsConfig, FluxConfig):
     """A transformer's shape and the parts around it."""
 
-    max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens that prompts are padded and cut to"})
+    max_sequence_length: int = option(
+        512, "T5 tokens that prompts are padded and cut to", at_least=1, at_most=10_000
+    )
 
     def shape(self):
         """The `FluxConfig` alone."""
@@ -62,7 +82,8 @@ class ModelConfig(PartsConfig, FluxConfig):
 
 def _unset(f):
     """A field like `f` that may be left open: (name, type, field)."""
-    return f.name, f.type | None, field(default=None, metadata={"help": f"expected of the checkpoint: {f.metadata['help']}"})
+    help = f"expected of the checkpoint: {f.metadata['help']}"
+    return f.name, f.type | None, unset_option(ModelConfig, f.name, help)
 
 
 # What `infer.py` takes under model.: parts, and with model=flux_schnell and its like a shape that the checkpoint must have.
@@ -72,21 +93,57 @@ ExpectedConfig = dataclasses.make_dataclass(
 
 
 @dataclass
+class MachineConfig:
+    """What both programs run on; unset, it is filled with what the machine has."""
+
+    device: str | None = option(None, "cpu or cuda; null: what the machine has", resume=True)
+    dtype: str | None = option(
+        None,
+        "what to compute in; null: bfloat16 where it is in hardware, else float32",
+        choices=DTYPES,
+    )
+    compile: bool = option(
+        False,
+        "compile each block (torch.compile): minutes at the start, faster steps",
+        resume=True,
+    )
+
+
+@dataclass
 class ControlNetTrainConfig:
     """The ControlNet that is trained beside a frozen transformer; none without `controlnet=default` or a recipe that has one."""
 
-    train: bool = field(default=False, metadata={"help": "train a ControlNet; set by controlnet=default"})
-    checkpoint: str | None = verbatim(None, "a ControlNet to start from, of any layout; its depth must be the one below")
-    init_from_base: bool = field(
-        default=True, metadata={"help": "else start from the transformer's embedders and first blocks; false: random weights"}
+    train: bool = option(False, "train a ControlNet; set by controlnet=default", group="controlnet")
+    checkpoint: str | None = option(
+        None,
+        "a ControlNet to start from, of any layout; its depth must be the one below",
+        path=True,
     )
-    num_double_blocks: int = field(default=4, metadata={"help": "double blocks of the ControlNet"})
-    num_single_blocks: int = field(default=10, metadata={"help": "single blocks of the ControlNet"})
-    hint: str = field(default="latent", metadata={"help": "what it sees of the control picture: latent, or pixel (XLabs)"})
-    num_modes: int = field(default=0, metadata={"help": "kinds of control that it tells apart (union); 0 for one kind"})
-    dropout: float = field(default=0.0, metadata={"help": "share of samples trained with an empty control"})
-    meter_every: int = field(default=50, metadata={"help": "steps between measurements of whether it learns; 0 for none"})
-    patience: int = field(default=300, metadata={"help": "steps after which a control without effect is said loudly"})
+    init_from_base: bool = option(
+        True,
+        "else start from the transformer's embedders and first blocks; false: random weights",
+    )
+    num_double_blocks: int = same_option(ControlNetConfig, "num_double_blocks")
+    num_single_blocks: int = same_option(ControlNetConfig, "num_single_blocks")
+    hint: str = same_option(ControlNetConfig, "hint")
+    num_modes: int = same_option(ControlNetConfig, "num_modes")
+    dropout: float = option(
+        0.0, "share of samples trained with an empty control", at_least=0, below=1
+    )
+    meter_every: int = option(
+        50,
+        "steps between measurements of whether it learns; 0 for none",
+        at_least=0,
+        at_most=MAX_STEPS,
+        resume=True,
+    )
+    patience: int = option(
+        300,
+        "steps after which a control without effect is said loudly",
+        at_least=0,
+        at_most=MAX_STEPS,
+        resume=True,
+    )
 
     def shape(self, base):
         """The `ControlNetConfig` beside a transformer of configuration `base`."""
@@ -98,11 +155,6 @@ class ControlNetTrainConfig:
         """Raise `ValueError` where a `TrainConfig` cannot train this ControlNet."""
         shape = self.shape(config.model.shape())
         shape.validate()
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"controlnet.dropout={self.dropout} must be in [0, 1)")
-        for name in ("meter_every", "patience"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"controlnet.{name}={getattr(self, name)} must not be negative")
         if not config.data.control:
             raise ValueError("a ControlNet needs control pictures: set data.control=png (beside the target in the tar) or canny")
         replicate, shard, _, _ = config.parallel.sizes()
@@ -137,43 +189,71 @@ class ControlNetTrainConfig:
 class SampleGridConfig:
     """Pictures drawn while training."""
 
-    every: int = field(default=1000, metadata={"help": "steps between grids of pictures; 0 for the last step only"})
-    count: int = field(default=16, metadata={"help": "pictures in a grid; the prompts are the validation set's first"})
-    steps: int = field(default=20, metadata={"help": "Euler steps of a picture"})
-    guidance: float = field(default=3.5, metadata={"help": "guidance embedding of a picture, for models that have one"})
+    every: int = option(
+        1000,
+        "steps between grids of pictures; 0 for the last step only",
+        at_least=0,
+        at_most=MAX_STEPS,
+    )
+    count: int = option(
+        16,
+        "pictures in a grid; the prompts are the validation set's first",
+        at_least=1,
+        at_most=10_000,
+    )
+    steps: int = same_option(SampleConfig, "steps", default=20)
+    guidance: float = same_option(SampleConfig, "guidance")
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(MachineConfig):
     """Everything that `train.py` takes."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    controlnet: ControlNetTrainConfig = field(default_factory=ControlNetTrainConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    metrics: MetricsConfig = field(default_factory=MetricsConfig)
-    sample: SampleGridConfig = field(default_factory=SampleGridConfig)
-    steps: int = field(default=30_000, metadata={"help": "optimizer steps"})
-    validate_every: int = field(default=500, metadata={"help": "steps between validations; 0 for the last step only"})
-    validation: str = field(default="all", metadata={"help": "all: each sample at 8 values of t; round_robin: at one, as MLPerf"})
-    seed: int = field(default=0, metadata={"help": "seed of every random draw"})
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
-    dtype: str | None = field(
-        default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"}
+    model: ModelConfig = option(ModelConfig, "the transformer")
+    data: DataConfig = option(DataConfig, "the samples")
+    flow: FlowConfig = option(FlowConfig, "the flow")
+    optim: OptimConfig = option(OptimConfig, "the optimizer")
+    parallel: ParallelConfig = option(ParallelConfig, "the mesh", resume=True)
+    controlnet: ControlNetTrainConfig = option(ControlNetTrainConfig, "the ControlNet")
+    checkpoint: CheckpointConfig = option(CheckpointConfig, "what is saved", resume=True)
+    metrics: MetricsConfig = option(MetricsConfig, "what is logged", resume=True)
+    sample: SampleGridConfig = option(SampleGridConfig, "what is drawn", resume=True)
+    steps: int = option(30_000, "optimizer steps", at_least=1, at_most=MAX_STEPS, resume=True)
+    validate_every: int = option(
+        500,
+        "steps between validations; 0 for the last step only",
+        at_least=0,
+        at_most=MAX_STEPS,
+        resume=True,
     )
-    compile: bool = field(
-        default=False, metadata={"help": "compile each block (torch.compile): minutes at the start, faster steps"}
+    validation: str = option(
+        "all",
+        "all: each sample at 8 values of t; round_robin: at one, as MLPerf",
+        choices=("all", "round_robin"),
+        resume=True,
     )
-    output: str = verbatim("runs/train", "folder of the run: config, metrics, pictures, checkpoints")
-    resume: str | None = field(default=None, metadata={"help": "auto: go on from the last checkpoint in output, if there is one"})
+    seed: int = same_option(DrawConfig, "seed", help="seed of every random draw")
+    output: str = option(
+        "runs/train",
+        "folder of the run: config, metrics, pictures, checkpoints",
+        path=True,
+        resume=True,
+    )
+    resume: str | None = option(
+        None,
+        "auto: go on from the last checkpoint in output, if there is one",
+        choices=("auto",),
+        resume=True,
+    )
 
     def validate(self):
+        check_options(self)
         check_machine(self)
+        if ":" in self.device:
+            raise ValueError(f"device={self.device}: write cuda; CUDA_VISIBLE_DEVICES says which")
         self.model.shape().validate()
-        for group in (self.data, self.flow, self.optim, self.parallel, self.checkpoint):
+        check_channels(self.model, f"model.in_channels={self.model.in_channels}: the transformer")
+        for group in (self.data, self.flow, self.parallel):
             group.validate()
         sampling.check_size(self.data.height, self.data.width)
         replicate, shard, _, _ = self.parallel.sizes()
@@ -208,32 +288,39 @@ class TrainConfig:
             raise ValueError(f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for each")
         if self.model.save_converted and not self.model.checkpoint:
             raise ValueError("model.save_converted= keeps model.checkpoint= in our layout: name that too, or neither")
-        if self.resume not in (None, "auto"):
-            raise ValueError(f"resume={self.resume}: the only value is auto; the run's folder is output={self.output}")
-        if self.validation not in ("all", "round_robin"):
-            raise ValueError(f"validation={self.validation}: choose all or round_robin")
         if self.validation == "round_robin" and self.data.val_count < 8:
             raise ValueError(f"validation=round_robin needs data.val_count={self.data.val_count} to be at least 8")
-        for name, value in (("steps", self.steps), ("sample.count", self.sample.count), ("sample.steps", self.sample.steps)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
 
 
-def each(help):
-    """A field whose key may be given several times, of values taken from the command line as they stand."""
-    return field(default_factory=list, metadata={"help": help, "verbatim": True})
+def each_option(name, help):
+    """A list bounded as the field `name` of `Control`, whose key may be given several times."""
+    return same_option(Control, name, help=help, default=[], verbatim=True)
 
 
 @dataclass
 class ControlConfig:
     """The ControlNets that `infer.py` draws with: `checkpoint` once for each, the other keys once for all or once for each."""
 
-    checkpoint: list[str] = each("a ControlNet, a file or folder of any layout or a hub id; once for each net")
-    scale: list[float] = each("strength; 1 if not given; this and the next once for all nets or once for each")
-    start: list[float] = each("part of the steps before which the net is off; 0 if not given")
-    end: list[float] = each("part of the steps after which the net is off; 1 if not given")
-    mode: list[str] = each(f"of a union net: {', '.join(MODES)}, or a number; none for other nets")
-    save_converted: list[str] = each("where to keep controlnet.checkpoint in our own layout, as model.save_converted")
+    checkpoint: list[str] = option(
+        [], "a ControlNet, a file or folder of any layout or a hub id; once for each net", path=True
+    )
+    scale: list[float] = each_option(
+        "scale", "strength; 1 if not given; this and the next once for all nets or once for each"
+    )
+    start: list[float] = each_option(
+        "start", "part of the steps before which the net is off; 0 if not given"
+    )
+    end: list[float] = each_option(
+        "end", "part of the steps after which the net is off; 1 if not given"
+    )
+    mode: list[str] = option(
+        [], f"of a union net: {', '.join(MODES)}, or a number; none for other nets", verbatim=True
+    )
+    save_converted: list[str] = option(
+        [],
+        "where to keep controlnet.checkpoint in our own layout, as model.save_converted",
+        path=True,
+    )
 
     def controls(self, pictures):
         """A `Control` for each net and its picture, checked; raises `ValueError` where there are not as many."""
@@ -257,47 +344,39 @@ class ControlConfig:
         return found
 
 
+def own_option(name, help):
+    """A field of `SampleConfig` that is the checkpoint's own unless it is set."""
+    return unset_option(SampleConfig, name, f"{help}; null: the checkpoint's own, else FLUX's")
+
+
 @dataclass
-class InferConfig:
+class InferConfig(DrawConfig, MachineConfig):
     """Everything that `infer.py` takes."""
 
-    model: ExpectedConfig = field(default_factory=ExpectedConfig)
-    prompt: list[str] = field(
-        default_factory=list, metadata={"help": "what to draw; give it several times for several", "verbatim": True}
+    model: ExpectedConfig = option(ExpectedConfig, "the pipeline")
+    prompt: list[str] = option([], "what to draw; give it several times for several", verbatim=True)
+    prompt_file: str | None = option(None, "a text file with a prompt a line", path=True)
+    negative_prompt: str = option(
+        "", "what to steer away from, with true_cfg above 1; or empty", verbatim=True
     )
-    prompt_file: str | None = verbatim(None, "a text file with a prompt a line")
-    negative_prompt: str = verbatim("", "what to steer away from, with true_cfg above 1")
-    images_per_prompt: int = field(default=1, metadata={"help": "pictures of each prompt"})
-    controlnet: ControlConfig = field(default_factory=ControlConfig)
-    control_image: list[str] = each("the picture that a ControlNet follows, resized and cropped; once for each net")
-    height: int | None = field(default=None, metadata={"help": "height in pixels; null: the checkpoint's own, else 1024"})
-    width: int | None = field(default=None, metadata={"help": "width in pixels; null: the checkpoint's own, else 1024"})
-    steps: int | None = field(default=None, metadata={"help": "Euler steps; null: the checkpoint's own, else 28 (schnell 4)"})
-    guidance: float | None = field(default=None, metadata={"help": "guidance embedding; null: the checkpoint's own, else 3.5"})
-    max_sequence_length: int | None = field(
-        default=None,
-        metadata={"help": "T5 tokens that prompts are padded and cut to; null: the checkpoint's own, else 512 (schnell 256)"},
+    controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
+    control_image: list[str] = option(
+        [],
+        "the picture that a ControlNet follows, resized and cropped; once for each net",
+        path=True,
     )
-    true_cfg: float = field(default=1.0, metadata={"help": "classifier-free guidance away from negative_prompt; 1 for none"})
-    shift: str = field(
-        default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"}
+    height: int | None = own_option("height", "height in pixels")
+    width: int | None = own_option("width", "width in pixels")
+    steps: int | None = own_option("steps", "Euler steps")
+    guidance: float | None = own_option("guidance", "guidance embedding")
+    max_sequence_length: int | None = own_option(
+        "max_sequence_length", "T5 tokens that prompts are padded and cut to"
     )
-    seed: int = field(default=0, metadata={"help": "picture i of prompt j depends on (seed, j, i) alone"})
-    batch: int = field(default=8, metadata={"help": "pictures drawn at once"})
-    offload: str = field(
-        default="text",
-        metadata={
-            "help": "text: encoders and modulation are freed after use; all: blocks are streamed to a GPU too; none: all stays"
-        },
+    true_cfg: float = same_option(SampleConfig, "true_cfg")
+    shift: str = same_option(SampleConfig, "shift")
+    output: str = option(
+        "outputs", "folder for the pictures; existing ones are never overwritten", path=True
     )
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda; null: what the machine has"})
-    dtype: str | None = field(
-        default=None, metadata={"help": "compute in bfloat16 or float32; null: bfloat16 where it is in hardware"}
-    )
-    compile: bool = field(
-        default=False, metadata={"help": "compile each block (torch.compile): minutes at the start, faster steps"}
-    )
-    output: str = verbatim("outputs", "folder for the pictures; existing ones are never overwritten")
 
     def expected(self):
         """{field of FluxConfig: value} for what the command line says of the checkpoint's shape."""
@@ -305,6 +384,7 @@ class InferConfig:
         return {name: value for name, value in named.items() if value is not None}
 
     def validate(self):
+        check_options(self)
         check_machine(self)
         if not self.prompt and not self.prompt_file:
             raise ValueError('prompt= is missing: name what to draw, as in prompt="red circle with blue background"')
@@ -312,35 +392,35 @@ class InferConfig:
             raise ValueError(f"prompt_file={self.prompt_file} is not a file")
         if self.negative_prompt and not self.true_cfg > 1:
             raise ValueError(f"negative_prompt= needs true_cfg above 1, not {self.true_cfg}")
-        if self.offload not in OFFLOAD:
-            raise ValueError(f"offload={self.offload}: choose one of {', '.join(OFFLOAD)}")
         if self.control_image and not self.controlnet.checkpoint and self.model.checkpoint == TINY:
             self.controlnet.checkpoint = [TINY]
         self.controlnet.controls(self.control_image)
-        for name in ("images_per_prompt", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not self.model.checkpoint:
             raise ValueError("model.checkpoint= is missing: name the folder of a pipeline, a transformer or a run")
 
 
+def check_output(folder, key="output="):
+    """Raise `ValueError` where a path cannot be a folder that this user writes to."""
+    place = Path(folder)
+    there = next((p for p in (place, *place.absolute().parents) if os.path.lexists(p)), Path("/"))
+    if not there.is_dir():
+        raise ValueError(f"{key}{folder}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{key}{folder}: {there} cannot be written to; name a folder of your own")
+
+
 def check_machine(config):
     """Fill `device` and `dtype` with what the machine has; refuse what it has not, and an output that cannot be a folder."""
-    place = Path(config.output).expanduser()
-    file = next((p for p in (place, *place.parents) if p.exists()), Path("/"))
-    if not file.is_dir():
-        raise ValueError(f"output={config.output}: {file} is a file; name a folder")
+    check_output(config.output)
     config.device = config.device or parallel.default_device()
-    kind = config.device.split(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and parallel.default_device() != "cuda"):
+    known = re.fullmatch(r"cpu|cuda(:\d{1,4})?", config.device)
+    if not known or (config.device != "cpu" and parallel.default_device() != "cuda"):
         raise ValueError(f"device={config.device}: this machine has {parallel.default_device()}")
+    if known[1] and int(known[1][1:]) >= torch.cuda.device_count():
+        raise ValueError(f"device={config.device}: there are {torch.cuda.device_count()} GPUs")
     config.dtype = config.dtype or ("bfloat16" if parallel.has_bf16(config.device) else "float32")
-    if config.dtype not in DTYPES:
-        raise ValueError(f"dtype={config.dtype}: choose one of {', '.join(DTYPES)}")
     if config.compile:
         parallel.check_compiler(config.device)
     attention = config.model.attention
-    if attention not in ATTENTION:
-        raise ValueError(f"model.attention={attention}: choose one of {', '.join(ATTENTION)}")
-    if kind == "cpu" and attention in ("cudnn", "efficient"):
+    if config.device == "cpu" and attention in ("cudnn", "efficient"):
         raise ValueError(f"model.attention={attention} needs a CUDA device: choose auto, flash or math on the CPU")

@@ -7,7 +7,6 @@
 B pictures, L tokens, H hidden width.
 """
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from PIL import Image
 from fluxlite import checkpoint as ckpt
 from fluxlite import draws, sampling
 from fluxlite.autoencoder import sample_posterior
+from fluxlite.cli.options import check_options, option
 from fluxlite.controlnet import MODES, ControlNet, ControlNetConfig, check_fits, combine, spread
 from fluxlite.data import images
 from fluxlite.latents import pack_latents
@@ -32,16 +32,17 @@ class Control:
     image: object = field(
         metadata={"help": "the picture to follow, a path or a PIL image, resized and cropped as in training; a list: one a prompt"}
     )
-    scale: float = field(default=1.0, metadata={"help": "strength; 0 for no effect"})
-    start: float = field(default=0.0, metadata={"help": "part of the steps before which the net is off"})
-    end: float = field(default=1.0, metadata={"help": "part of the steps after which the net is off"})
-    mode: str | int | None = field(default=None, metadata={"help": f"of a union net: {', '.join(MODES)}, or a number"})
-    save_converted: str | None = field(default=None, metadata={"help": "where to keep the checkpoint in our own layout"})
+    scale: float = option(1.0, "strength; 0 for no effect", at_least=-100, at_most=100)
+    start: float = option(
+        0.0, "part of the steps before which the net is off", at_least=0, at_most=1
+    )
+    end: float = option(1.0, "part of the steps after which the net is off", at_least=0, at_most=1)
+    mode: str | int | None = option(None, f"of a union net: {', '.join(MODES)}, or a number")
+    save_converted: str | None = option(None, "where to keep the checkpoint in our own layout")
 
     def validate(self):
-        if not math.isfinite(self.scale):
-            raise ValueError(f"controlnet.scale={self.scale} must be a finite number")
-        if not 0 <= self.start < self.end <= 1:
+        check_options(self, "controlnet.")
+        if not self.start < self.end:
             raise ValueError(f"controlnet.start={self.start} must be less than controlnet.end={self.end}, both from 0 to 1")
 
     def active(self, step, num_steps):

@@ -9,7 +9,7 @@ pixels (XLabs). All that a net adds starts at zero: before training the base is 
 B batch, L tokens (text first, then image), H hidden width.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import ClassVar
 
@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fluxlite.cli.options import check_options, option
 from fluxlite.latents import pack_latents
-from fluxlite.model import FluxConfig, Trunk, initial
+from fluxlite.model import MAX_BLOCKS, FluxConfig, Trunk, initial
 
 HINTS = ("latent", "pixel")
 MODES = {
@@ -38,29 +39,33 @@ HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)  # of the convolutions from pixels to la
 class ControlNetConfig(FluxConfig):
     """The shape of a ControlNet: a depth of its own, and for the rest the widths of its base."""
 
-    num_double_blocks: int = field(default=4, metadata={"help": "double blocks of the ControlNet"})
-    num_single_blocks: int = field(default=10, metadata={"help": "single blocks of the ControlNet"})
-    hint: str = field(
-        default="latent",
-        metadata={"help": "what it sees of the control picture: latent, or pixel (XLabs)"},
+    num_double_blocks: int = option(
+        4, "double blocks of the ControlNet", at_least=0, at_most=MAX_BLOCKS
     )
-    num_modes: int = field(
-        default=0,
-        metadata={"help": "kinds of control that a union net is told apart by; 0 for no union"},
+    num_single_blocks: int = option(
+        10, "single blocks of the ControlNet", at_least=0, at_most=MAX_BLOCKS
+    )
+    hint: str = option(
+        "latent",
+        "what it sees of the control picture: latent, or pixel (XLabs)",
+        choices=HINTS,
+    )
+    num_modes: int = option(
+        0,
+        "kinds of control that it tells apart (union); 0 for one kind",
+        at_least=0,
+        at_most=1000,
     )
     out_channels: ClassVar[int] = 0  # there is no final layer
 
     def validate(self):
         """Raise `ValueError` for a shape that no ControlNet can have."""
-        if self.hint not in HINTS:
-            raise ValueError(f"controlnet.hint={self.hint}: choose one of {', '.join(HINTS)}")
+        own = ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
+        check_options(self, "controlnet.", only=own)
         if self.hint == "pixel" and self.in_channels % 4:
             raise ValueError(
                 f"controlnet.hint=pixel needs model.in_channels={self.in_channels} to be a multiple of 4"
             )
-        for name in ("num_double_blocks", "num_single_blocks", "num_modes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"controlnet.{name}={getattr(self, name)} must not be negative")
         if not self.num_double_blocks + self.num_single_blocks:
             raise ValueError(
                 "controlnet.num_double_blocks=0 and controlnet.num_single_blocks=0 leave nothing: set one of them"

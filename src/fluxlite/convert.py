@@ -405,6 +405,8 @@ def depth(keys, pattern):
         for key in keys
         if (match := re.match(re.escape(pattern).replace(r"\{i\}", r"(\d+)") + r"\.", key))
     ]
+    if max(numbers, default=-1) >= len(keys):
+        raise ValueError(f"block {max(numbers)} among {len(keys)} keys: the file is damaged")
     return 1 + max(numbers, default=-1)
 
 
@@ -432,8 +434,8 @@ def infer_config(layout, found):
 
     def shape(name):
         if at.get(name) not in found:
-            raise ValueError(f"the {layout} checkpoint has no {at.get(name, name)}")
-        return found[at[name]]
+            raise ValueError(f"missing: this {layout} checkpoint has no {at.get(name, name)}")
+        return checked_shape(at[name], found[at[name]], 1 if "norm" in name else 2)
 
     first = "double_blocks.0.img" if doubles else "single_blocks.0"
     hidden, head = shape("img_in.weight")[0], shape(f"{first}.qkv.q_norm.weight")[0]
@@ -464,6 +466,16 @@ def infer_config(layout, found):
     return ControlNetConfig(**values, hint=hint, num_modes=modes)
 
 
+def checked_shape(name, shape, rank):
+    """`shape` if it has so many dimensions, none absurdly wide; else `ValueError`."""
+    if len(shape) != rank or max(shape) > 1 << 20:
+        raise ValueError(
+            f"{name} has the shape {list(shape)} where {rank} dimensions belong: it is damaged, or "
+            "flattened by a trainer"
+        )
+    return shape
+
+
 def infer_autoencoder_config(layout, found, values=None):
     """The `AutoencoderConfig` of an autoencoder's {name: shape}; `values`, a vae/config.json, adds what shapes do not show."""
     levels = depth(found, "encoder.down.{i}" if layout == "bfl" else "encoder.down_blocks.{i}")
@@ -472,14 +484,20 @@ def infer_autoencoder_config(layout, found, values=None):
         if layout == "bfl"
         else ("encoder.down_blocks.{i}", "resnets.{i}")
     )
+
+    def shape(name):
+        if name not in found:
+            raise ValueError(f"missing: this {layout} autoencoder has no {name}")
+        return checked_shape(name, found[name], 4)
+
+    first = f"{level}.{resnet.format(i=0)}.conv1.weight"
     inferred = AutoencoderConfig(
-        block_out_channels=tuple(
-            found[f"{level.format(i=i)}.{resnet.format(i=0)}.conv1.weight"][0]
-            for i in range(levels)
-        ),
+        block_out_channels=tuple(shape(first.format(i=i))[0] for i in range(levels)),
         layers_per_block=depth(found, f"{level.format(i=0)}.{resnet}"),
-        latent_channels=found["decoder.conv_in.weight"][1],
+        latent_channels=shape("decoder.conv_in.weight")[1],
     )
+    if not levels:
+        raise ValueError(f"missing: this {layout} autoencoder has no encoder")
     for name in ("norm_num_groups", "scaling_factor", "shift_factor"):
         if (values or {}).get(name) is not None:
             setattr(inferred, name, values[name])
@@ -530,11 +548,21 @@ def convert(read, source, target, config):
         if name not in made:
             rule = makers[name]
             required = rule.theirs[: len(rule.theirs) - len(rule.optional)]
-            made.update(zip(rule.ours, rule.transform.forward([read(n) for n in required], config)))
+            tensors = [read(n) for n in required]
+            made.update(zip(rule.ours, apply_transform(rule.transform, "forward", tensors, config)))
         return made.pop(name)
 
     for rule in rules(target, config):
-        yield from zip(rule.theirs, rule.transform.backward([ours(n) for n in rule.ours], config))
+        tensors = [ours(name) for name in rule.ours]
+        yield from zip(rule.theirs, apply_transform(rule.transform, "backward", tensors, config))
+
+
+def apply_transform(transform, direction, tensors, config):
+    """A `Transform` of tensors, those that it joins in the widest of their types."""
+    if transform is not SAME and len(tensors) > 1:
+        common = reduce(wider, [t.dtype for t in tensors])
+        tensors = [t.to(common) for t in tensors]
+    return getattr(transform, direction)(tensors, config)
 
 
 def dtypes(source, target, config, theirs):

@@ -6,11 +6,12 @@ B batch, L image tokens, C channels of a token.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from fluxlite import draws
+from fluxlite.cli.options import option
 
 DENSITIES = ("logit_normal", "uniform", "mode")
 VALIDATION_T = tuple(i / 8 for i in range(8))
@@ -20,46 +21,57 @@ VALIDATION_T = tuple(i / 8 for i in range(8))
 class FlowConfig:
     """How t and guidance are drawn in training."""
 
-    density: str = field(
-        default="logit_normal", metadata={"help": "density of t: logit_normal, uniform or mode (arXiv 2403.03206)"}
+    density: str = option(
+        "logit_normal", "density of t (arXiv 2403.03206)", choices=DENSITIES
     )
-    logit_mean: float = field(default=0.0, metadata={"help": "mean of logit(t) for logit_normal"})
-    logit_std: float = field(default=1.0, metadata={"help": "standard deviation of logit(t) for logit_normal"})
-    mode_scale: float = field(default=1.29, metadata={"help": "strength of the mode density, in [-1, 1.75]"})
-    shift: str = field(
-        default="resolution", metadata={"help": "time shift: resolution (from the number of tokens), none, or a number mu"}
+    logit_mean: float = option(
+        0.0, "mean of logit(t) for logit_normal", at_least=-20, at_most=20
     )
-    guidance: str = field(default="1.0", metadata={"help": "guidance in training: a constant, or uniform[a,b]", "verbatim": True})
+    logit_std: float = option(
+        1.0, "standard deviation of logit(t) for logit_normal", above=0, at_most=20
+    )
+    mode_scale: float = option(1.29, "strength of the mode density", at_least=-1, at_most=1.75)
+    shift: str = option(
+        "resolution",
+        "time shift: resolution (from the number of tokens), none, or a factor s as everywhere, "
+        "t' = s*t / (1 + (s - 1)*t)",
+    )
+    guidance: str = option(
+        "1.0", "guidance in training: a constant, or uniform[a,b]", verbatim=True
+    )
 
     def validate(self):
-        if self.density not in DENSITIES:
-            raise ValueError(f"flow.density={self.density}: choose one of {', '.join(DENSITIES)}")
-        if self.logit_std <= 0:
-            raise ValueError(f"flow.logit_std={self.logit_std} must be positive")
-        training_mu(self.shift, 256)
+        shift_factor(self.shift, 256)
         guidance_range(self.guidance)
 
 
-def time_shift_mu(num_image_tokens):
+def time_shift_mu(num_image_tokens, shifts=(0.5, 1.15), lengths=(256, 4096)):
     """FLUX's mu: linear in the packed length, 0.5 at 256 tokens and 1.15 at 4096 (BFL's sampler)."""
-    return 0.5 + (num_image_tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    (low, high), (start, end) = shifts, lengths
+    return low + (num_image_tokens - start) * (high - low) / (end - start)
 
 
-def shift_time(t, mu):
-    """Shift t in [0, 1] towards noise: e^mu·t / (1 + (e^mu − 1)·t)."""
-    return math.exp(mu) * t / (1 + (math.exp(mu) - 1) * t)
+def shift_time(t, factor):
+    """Shift t in [0, 1] towards noise, where the factor is above 1: s·t / (1 + (s − 1)·t)."""
+    return factor * t / (1 + (factor - 1) * t)
 
 
-def training_mu(shift, num_image_tokens):
-    """The mu of `flow.shift`: a number, 0 for "none", or from the resolution."""
+def shift_factor(shift, num_image_tokens, key="flow.shift"):
+    """The factor that `shift` names: a number, 1 for "none", or e^mu from the resolution.
+
+    Raises `ValueError` that names `key`.
+    """
     if shift == "resolution":
-        return time_shift_mu(num_image_tokens)
+        return math.exp(time_shift_mu(num_image_tokens))
     if shift == "none":
-        return 0.0
+        return 1.0
     try:
-        return float(shift)
+        factor = float(shift)
     except ValueError:
-        raise ValueError(f"flow.shift={shift}: choose resolution, none, or a number") from None
+        raise ValueError(f"{key}={shift}: choose resolution, none, or a number") from None
+    if not 0 < factor <= 1e6:
+        raise ValueError(f"{key}={shift}: the factor must be above 0, at most 1,000,000; 1 is none")
+    return factor
 
 
 def guidance_range(policy):
@@ -72,8 +84,8 @@ def guidance_range(policy):
             low = high = float(text)
     except ValueError:
         raise ValueError(f"flow.guidance={policy}: write a number, or uniform[a,b]") from None
-    if not low <= high:
-        raise ValueError(f"flow.guidance={policy}: the range is empty")
+    if not 0 <= low <= high <= 1000:
+        raise ValueError(f"flow.guidance={policy}: write a range within 0 and 1000, least first")
     return low, high
 
 
@@ -86,7 +98,7 @@ def sample_t(config, num_image_tokens, *, seed, indices):
         t = draws.uniform(seed=seed, indices=indices, stream="t")
         if config.density == "mode":
             t = 1 - t - config.mode_scale * (torch.cos(math.pi / 2 * t) ** 2 - 1 + t)
-    return shift_time(t, training_mu(config.shift, num_image_tokens))
+    return shift_time(t, shift_factor(config.shift, num_image_tokens))
 
 
 def sample_guidance(config, *, seed, indices):
@@ -106,10 +118,15 @@ def velocity_loss(velocity, x0, noise):
     return (velocity.float() - (noise - x0)).square().flatten(1).mean(dim=1)
 
 
-def schedule(steps, mu):
-    """Sampling times, (steps + 1,) from 1 to 0, shifted by mu; 0 for schnell."""
-    t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
-    return torch.cat([shift_time(t, mu), torch.zeros(1, dtype=torch.float64)]).float()
+def schedule(steps, factor, *, terminal=None):
+    """Sampling times, (steps + 1,) from 1 to 0, shifted by a factor; it is 1 for schnell.
+
+    With `terminal` they are stretched, so that this is the last but one (LTX-Video's schedule).
+    """
+    t = shift_time(torch.linspace(1, 1 / steps, steps, dtype=torch.float64), factor)
+    if terminal:
+        t = 1 - (1 - t) * (1 - terminal) / (1 - t[-1])
+    return torch.cat([t, torch.zeros(1, dtype=torch.float64)]).float()
 
 
 def euler_step(x, velocity, t, t_next):

@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 
 PATCH = 2
+MAX_SIDE = 16_384  # pixels: a million tokens
 
 
 def pack_latents(latents):

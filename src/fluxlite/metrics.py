@@ -19,13 +19,17 @@ import threading
 import time
 import uuid
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from fluxlite.cli.descriptions import check_regular
+from fluxlite.cli.options import check_options, option
+from fluxlite.streams import aside
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"); the first name found in the device's wins.
 PEAK_TFLOPS = (
@@ -66,12 +70,19 @@ SHOWN = (
 
 @dataclass
 class MetricsConfig:
-    log_every: int = field(default=10, metadata={"help": "steps between two lines of metrics.jsonl"})
-    tensorboard: bool = field(default=True, metadata={"help": "write TensorBoard events to the run's folder"})
-    wandb: bool = field(default=False, metadata={"help": "log to Weights & Biases (needs pip install wandb)"})
-    progress: bool = field(default=True, metadata={"help": "a bar on a terminal, else a plain line every log_every steps"})
-    peak_tflops: float | None = field(
-        default=None, metadata={"help": "bf16 peak of one device for MFU; null: looked up by its name"}
+    """What a run writes down, and where."""
+
+    log_every: int = option(
+        10, "steps between two lines of metrics.jsonl", at_least=1, at_most=10**9
+    )
+    tensorboard: bool = option(True, "write TensorBoard events to the run's folder")
+    wandb: bool = option(False, "log to Weights & Biases (needs pip install wandb)")
+    progress: bool = option(True, "a bar on a terminal, else a plain line every log_every steps")
+    peak_tflops: float | None = option(
+        None,
+        "bf16 peak of one device for MFU; null: looked up by its name",
+        above=0,
+        at_most=1_000_000,
     )
 
 
@@ -83,28 +94,46 @@ def require_package(name, key):
 
 
 def read_metrics(folder):
-    """The rows of `folder/metrics.jsonl`, in order; none where there is no file. A half-written last line is left out."""
-    path = Path(folder) / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    rows = []
+    """The rows of `folder/metrics.jsonl`, in order; none where there is no file. A half-written last line is left out.
+
+    A value that was not finite is NaN. Raises `ValueError` that names the line.
+    """
+    path, rows = Path(folder) / "metrics.jsonl", []
+    if not path.exists():
+        return rows
+    check_regular(path)
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:  # UnicodeDecodeError too
+            rows.append(parse_row(line))
+        except (ValueError, RecursionError, OverflowError) as error:  # UnicodeDecodeError too
             if number < len(lines):
-                raise ValueError(f"line {number} of {path} is not JSON: remove that line") from error
+                raise ValueError(f"line {number} of {path} is no row of metrics ({error}): remove that line") from None
     return rows
+
+
+def parse_row(line):
+    """One line of metrics.jsonl as {name: number}."""
+    row = json.loads(line)
+    if not isinstance(row, dict) or type(row.get("step")) is not int or row["step"] < 0:
+        raise ValueError("it has no step")
+    if not all(value is None or type(value) in (int, float) for value in row.values()):
+        raise ValueError("it holds something other than numbers")
+    return {name: math.nan if value is None or math.isinf(value) else value for name, value in row.items()}
+
+
+def format_row(row):
+    """{name: number} as a line of metrics.jsonl; JSON knows no NaN, which is null there."""
+    finite = {name: value if math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
 
 
 def rewind_metrics(folder, step):
     """Drop the rows later than `step`, which a killed run wrote after its last checkpoint; all of them where `step` is 0."""
     path = Path(folder) / "metrics.jsonl"
-    aside = path.with_name(".metrics.jsonl.part")
-    with open(aside, "w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in read_metrics(folder) if 0 < step >= row["step"])
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    rows = [row for row in read_metrics(folder) if 0 < step >= row["step"]]
+    with aside(path, overwrite=True) as part, open(part, "w") as file:
+        file.writelines(format_row(row) for row in rows)
 
 
 class Metrics:
@@ -115,8 +144,7 @@ class Metrics:
     """
 
     def __init__(self, config, folder, *, total_steps, start_step=0, run_config=None, enabled=True):
-        if config.log_every < 1:
-            raise ValueError(f"metrics.log_every={config.log_every} must be at least 1")
+        check_options(config, "metrics.")
         for package in ("tensorboard", "wandb"):
             if getattr(config, package):
                 require_package(package, f"metrics.{package}")
@@ -141,7 +169,7 @@ class Metrics:
             return
         values = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+            file.write(format_row({"step": step, "time": round(time.time(), 3), **values}))
         if self.writer:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
@@ -153,8 +181,8 @@ class Metrics:
         if not self.enabled:
             return None
         path = self.folder / "images" / f"{name}-{step:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
+        with aside(path, overwrite=True) as part:
+            picture.save(part, "PNG")
         if self.writer:
             self.writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
         if self.wandb:
@@ -282,9 +310,14 @@ class Stages:
             self.rows.append((name, time.perf_counter() - began, *peaks, on_device))
 
     def table(self):
-        """A line for each stage."""
+        """A line for each stage: the seconds of all its times, and the most memory of any."""
         lines = [f"{'stage':<28}{'seconds':>9}{'private GB':>12}{'resident GB':>13}" + "   GPU GB" * (self.device.type == "cuda")]
-        for name, seconds, private, resident, on_device in self.rows:
+        merged = {}
+        for name, seconds, *peaks in self.rows:
+            before = merged.get(name, (0, *peaks))
+            most = [peak if peak is None else max(peak, old) for peak, old in zip(peaks, before[1:])]
+            merged[name] = before[0] + seconds, *most
+        for name, (seconds, private, resident, on_device) in merged.items():
             line = f"{name:<28}{seconds:>9.1f}{private / 1e9:>12.2f}{resident / 1e9:>13.2f}"
             lines.append(line + (f"{on_device / 1e9:>9.2f}" if on_device is not None else ""))
         return "\n".join(lines)
@@ -368,7 +401,8 @@ def save_axes(figure, both, path):
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path)
+    with aside(path, overwrite=True) as part:
+        figure.savefig(part, format="png")
     return path
 
 
@@ -444,7 +478,7 @@ def say_nothing_yet(axes, text):
 def wrap_caption(text, *, font, width, max_lines):
     """`text` as at most `max_lines` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
     lines = []
-    for paragraph in text.split("\n"):
+    for paragraph in text[:1000].split("\n"):  # a caption of a million letters would take for ever
         line = ""
         for word in paragraph.split():
             if line and font.getlength(f"{line} {word}") > width:

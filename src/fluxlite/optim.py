@@ -2,12 +2,13 @@
 
 import fnmatch
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
+from fluxlite.cli.options import option
 from fluxlite.parallel import local_part
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -18,36 +19,40 @@ KINDS = ("adamw", "muon")
 class OptimConfig:
     """The optimizer and what surrounds it."""
 
-    kind: str = field(default="adamw", metadata={"help": "adamw, or muon: Muon for the blocks' matrices and AdamW for the rest"})
-    lr: float = field(default=1e-4, metadata={"help": "peak learning rate"})
-    beta1: float = field(default=0.9, metadata={"help": "AdamW's decay of the gradient's mean"})
-    beta2: float = field(default=0.95, metadata={"help": "AdamW's decay of the gradient's square"})
-    eps: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
-    momentum: float = field(default=0.95, metadata={"help": "Muon's decay of the gradient's mean"})
-    weight_decay: float = field(default=0.01, metadata={"help": "decoupled weight decay of matrices; biases and norms have none"})
-    warmup: int = field(default=500, metadata={"help": "steps of linear warm-up"})
-    schedule: str = field(
-        default="constant", metadata={"help": "after the warm-up: constant, cosine or linear, down to min_lr_ratio"}
+    kind: str = option(
+        "adamw",
+        "adamw, or muon: Muon for the blocks' matrices and AdamW for the rest",
+        choices=KINDS,
     )
-    min_lr_ratio: float = field(default=0.0, metadata={"help": "where cosine and linear end, as a share of lr"})
-    clip: float = field(default=1.0, metadata={"help": "largest norm of the whole gradient; 0 for none"})
-    ema_decay: float = field(default=0.0, metadata={"help": "decay of the moving average of the weights, 0 for none; it warms up"})
-    trainable: list[str] = field(default_factory=lambda: ["*"], metadata={"help": "name patterns of the parameters to train"})
-    freeze: list[str] = field(default_factory=list, metadata={"help": "name patterns of parameters to freeze, after trainable"})
-
-    def validate(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"optim.kind={self.kind}: choose one of {', '.join(KINDS)}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"optim.schedule={self.schedule}: choose one of {', '.join(SCHEDULES)}")
-        for name in ("lr", "weight_decay", "warmup", "clip", "eps"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be a number that is not negative")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"optim.{name}={getattr(self, name)} must be in [0, 1)")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"optim.ema_decay={self.ema_decay} must be in [0, 1)")
+    lr: float = option(1e-4, "peak learning rate", at_least=0, at_most=10)
+    beta1: float = option(0.9, "AdamW's decay of the gradient's mean", at_least=0, below=1)
+    beta2: float = option(0.95, "AdamW's decay of the gradient's square", at_least=0, below=1)
+    eps: float = option(1e-8, "AdamW's epsilon", at_least=0, at_most=1)
+    momentum: float = option(0.95, "Muon's decay of the gradient's mean", at_least=0, below=1)
+    weight_decay: float = option(
+        0.01,
+        "decoupled weight decay of matrices; biases and norms have none",
+        at_least=0,
+        at_most=100,
+    )
+    warmup: int = option(500, "steps of linear warm-up", at_least=0, at_most=10**9)
+    schedule: str = option(
+        "constant", "after the warm-up, down to min_lr_ratio", choices=SCHEDULES
+    )
+    min_lr_ratio: float = option(
+        0.0, "where cosine and linear end, as a share of lr", at_least=0, at_most=1
+    )
+    clip: float = option(
+        1.0, "largest norm of the whole gradient; 0 for none", at_least=0, at_most=1e9
+    )
+    ema_decay: float = option(
+        0.0,
+        "decay of the moving average of the weights, 0 for none; it warms up",
+        at_least=0,
+        below=1,
+    )
+    trainable: list[str] = option(["*"], "name patterns of the parameters to train")
+    freeze: list[str] = option([], "name patterns of parameters to freeze, after trainable")
 
 
 def freeze(model, config):
@@ -149,7 +154,7 @@ def learning_rate(config, step, total_steps):
 
 
 @torch.no_grad()
-def clip_gradients(model, config, loss):
+def clip_gradients(model, config, loss=0.0):
     """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor. Collective.
 
     Where the gradient or the `loss` of a single rank is not finite, the norm is not on any rank.
@@ -160,24 +165,28 @@ def clip_gradients(model, config, loss):
         if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    squares = [torch.linalg.vector_norm(_local(g), dtype=torch.float32).square() * _share(g) for g in gradients]
+    parts = [_local(gradient) for gradient in gradients]
+    norms = torch._foreach_norm(parts, dtype=torch.float32)
+    ranks = dist.get_world_size()
+    torch._foreach_mul_(norms, [math.sqrt(_share(gradient, ranks)) for gradient in gradients])
     device = next(p.device for p in model.parameters())
-    norm = torch.stack([square.to(device) for square in squares]).sum() + 0 * loss.to(device)
+    norm = torch.stack([part.to(device) for part in norms]).square().sum()
+    norm += 0 * torch.as_tensor(loss, device=device)
     dist.all_reduce(norm)
     norm = norm.sqrt_()
     if config.clip:
         scale = (config.clip / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients:
-            _local(gradient).mul_(scale.to(gradient.device))
+        for place in {part.device for part in parts}:
+            torch._foreach_mul_([p for p in parts if p.device == place], scale.to(place))
     return norm
 
 
-def _share(tensor):
+def _share(tensor, ranks):
     """This rank's share in its part of a tensor: one over the number of ranks that hold the same."""
     if not isinstance(tensor, DTensor):
-        return 1 / dist.get_world_size()
+        return 1 / ranks
     parts = [n for n, placement in zip(tensor.device_mesh.shape, tensor.placements) if not isinstance(placement, Replicate)]
-    return math.prod(parts) / dist.get_world_size()
+    return math.prod(parts) / ranks
 
 
 class EMA:

@@ -20,7 +20,7 @@ import shutil
 import socket
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 
@@ -43,40 +43,73 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from fluxlite.cli.options import option
 from fluxlite.model import Flux
+
+MAX_RANKS = 65_536
 
 
 @dataclass
 class ParallelConfig:
     """The mesh, and what each of its ranks keeps."""
 
-    dp_replicate: int = field(default=1, metadata={"help": "copies of the sharded weights (HSDP)"})
-    dp_shard: int = field(default=-1, metadata={"help": "ranks that share one copy of the weights (FSDP2); -1: all that are left"})
-    cp: int = field(default=1, metadata={"help": "context-parallel ranks, which share the tokens of a sample (Ulysses)"})
-    tp: int = field(default=1, metadata={"help": "tensor-parallel ranks, which share the heads and the width of each block"})
-    sequence_parallel: bool = field(
-        default=False, metadata={"help": "tensor-parallel ranks share the tokens between the blocks' linears too: less memory"}
+    dp_replicate: int = option(
+        1, "copies of the sharded weights (HSDP)", at_least=1, at_most=MAX_RANKS
     )
-    shard_modulation: bool = field(
-        default=True, metadata={"help": "spread the modulation's features over all ranks and never gather them: 27 % less traffic"}
+    dp_shard: int = option(
+        -1,
+        "ranks that share one copy of the weights (FSDP2); -1: all that are left",
+        at_least=-1,
+        at_most=MAX_RANKS,
     )
-    shard_encoders: bool = field(
-        default=False, metadata={"help": "shard the T5 encoder over all ranks, gathered block by block: less memory, more traffic"}
+    cp: int = option(
+        1,
+        "context-parallel ranks, which share the tokens of a sample (Ulysses)",
+        at_least=1,
+        at_most=MAX_RANKS,
     )
-    reshard_after_forward: bool = field(
-        default=True, metadata={"help": "free gathered weights between forward and backward: less memory, one more all-gather"}
+    tp: int = option(
+        1,
+        "tensor-parallel ranks, which share the heads and the width of each block",
+        at_least=1,
+        at_most=MAX_RANKS,
     )
-    prefetch: int = field(default=0, metadata={"help": "blocks gathered ahead of the one that computes; 0: what FSDP2 does, one"})
-    cpu_offload: bool = field(default=False, metadata={"help": "keep sharded weights, gradients and optimizer in host memory"})
-    activation_checkpointing: str = field(
-        default="none",
-        metadata={
-            "help": "recompute in the backward: none, full (each block), a number k (each k-th block), or selective "
-            "(all but matrix products and fused attention)",
-            "verbatim": True,
-        },
+    sequence_parallel: bool = option(
+        False, "tensor-parallel ranks share the tokens between the blocks' linears too: less memory"
     )
-    timeout_s: int = field(default=600, metadata={"help": "seconds after which a rank that waits for another gives up"})
+    shard_modulation: bool = option(
+        True,
+        "spread the modulation's features over all ranks and never gather them: 27 % less traffic",
+    )
+    shard_encoders: bool = option(
+        False,
+        "shard the T5 encoder over all ranks, gathered block by block: less memory, more traffic",
+    )
+    reshard_after_forward: bool = option(
+        True,
+        "free gathered weights between forward and backward: less memory, one more all-gather",
+    )
+    prefetch: int = option(
+        0,
+        "blocks gathered ahead of the one that computes; 0: what FSDP2 does, one",
+        at_least=0,
+        at_most=1000,
+    )
+    cpu_offload: bool = option(
+        False, "keep sharded weights, gradients and optimizer in host memory"
+    )
+    activation_checkpointing: str = option(
+        "none",
+        "recompute in the backward: none, full (each block), a number k (each k-th block), or "
+        "selective (all but matrix products and fused attention)",
+        verbatim=True,
+    )
+    timeout_s: int = option(
+        600,
+        "seconds after which a rank that waits for another gives up",
+        at_least=1,
+        at_most=1_000_000,
+    )
 
     def validate(self):
         self.sizes()
@@ -87,16 +120,10 @@ class ParallelConfig:
                 f"parallel.activation_checkpointing={self.activation_checkpointing}: choose none, full, selective or a number "
                 "k of 1 or more, for each k-th block"
             )
-        for name, least in (("timeout_s", 1), ("prefetch", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"parallel.{name}={getattr(self, name)} must be at least {least}")
 
     def sizes(self):
         """(dp_replicate, dp_shard, cp, tp), with -1 filled in; raises `ValueError` unless their product is the number of ranks."""
         ranks, fixed = world_size(), {name: getattr(self, name) for name in ("dp_replicate", "cp", "tp")}
-        for name, value in fixed.items():
-            if value < 1:
-                raise ValueError(f"parallel.{name}={value} must be at least 1")
         product = self.dp_replicate * self.cp * self.tp
         shown = " x ".join(f"{name}={value}" for name, value in fixed.items() if value > 1)
         if ranks == 1 and product > 1:
@@ -142,7 +169,7 @@ def _choices(ranks):
 
 def _every(text):
     """The k of activation_checkpointing=k, or 0."""
-    return int(text) if text.isascii() and text.isdecimal() else 0
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 7 else 0
 
 
 # --- processes and devices ------------------------------------------------------------------------------------------------------
@@ -662,17 +689,36 @@ def wait_for_all():
     dist.barrier(group=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
-def check_agreed(number, what):
-    """Raise `ValueError`, on all ranks, unless `number` is the same on all."""
-    numbers = [None] * dist.get_world_size()
-    dist.all_gather_object(numbers, number)
-    if len(set(numbers)) > 1:
-        raise ValueError(
-            f"{what}, but the ranks have {', '.join(map(str, sorted(set(numbers))))}: do all nodes see the same folder?"
-        )
-
-
 def max_over_ranks(values):
     """The greatest of each of some numbers, a float tensor (n,), over all ranks: a list."""
     dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()
+
+
+def gather_values(value):
+    """What each rank has as `value`, a small Python object, as a list in their order; collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def first_rank_does(work):
+    """What `work()` returns on rank 0, on every rank; collective.
+
+    What a disk can cause there, `ValueError`, `OSError` or `MemoryError`, is raised on every rank.
+    """
+    if not dist.is_initialized():
+        return work()
+    told = [(None, None)]
+    if dist.get_rank() == 0:
+        try:
+            told = [(work(), None)]
+        except (ValueError, OSError, MemoryError) as error:
+            told = [(None, error)]
+    dist.broadcast_object_list(told)
+    result, error = told[0]
+    if error is not None:
+        raise error
+    return result

@@ -5,6 +5,7 @@ pictures = fluxlite.generate("red circle with blue background", seed=1)      # P
 pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev", height=512, width=512)
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -14,16 +15,45 @@ from pathlib import Path
 import torch
 
 from fluxlite import checkpoint as ckpt
-from fluxlite import control, parallel, sampling
+from fluxlite import control, parallel, run_state, sampling
 from fluxlite.checkpoint import TINY, resolve
+from fluxlite.cli.options import check_options, option, typed_options
 from fluxlite.conditioning import load_text_encoders
 from fluxlite.control import Steering, open_control
 from fluxlite.latents import num_image_tokens
+from fluxlite.model import check_channels
 from fluxlite.offload import OFFLOAD, stream_blocks
 from fluxlite.sampling import SampleConfig, decode, initial_noise
+from fluxlite.scheduler import SCHNELL_SCHEDULER, is_schnell
 
-PIPELINE_FILES = [f"{part}/*" for part in ("transformer", "vae", "text_encoder*", "tokenizer*")] + ["model_index.json"]
+log = logging.getLogger("fluxlite")
+
+PIPELINE_FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
+PIPELINE_FILES = [*(f"{folder}/*" for folder in PIPELINE_FOLDERS), "model_index.json"]
 PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+
+
+@dataclass
+class DrawConfig:
+    """Which pictures are drawn, and how many at once."""
+
+    images_per_prompt: int = option(1, "pictures of each prompt", at_least=1, at_most=1_000_000)
+    seed: int = option(
+        0, "picture i of prompt j depends on (seed, j, i) alone", at_least=0, at_most=2**64 - 1
+    )
+    prompt_number: int = option(
+        0, "j of the first prompt; a picture's metadata say it", at_least=0, at_most=10**9
+    )
+    picture_number: int = option(
+        0, "i of a prompt's first picture; a picture's metadata say it", at_least=0, at_most=10**9
+    )
+    batch: int = option(8, "pictures drawn at once", at_least=1, at_most=10_000)
+    offload: str = option(
+        "text",
+        "text: encoders and modulation are freed after use; all: blocks are streamed to a GPU too; "
+        "none: all stays",
+        choices=OFFLOAD,
+    )
 
 
 @dataclass
@@ -52,8 +82,7 @@ def beside(checkpoint):
     """Where the other parts of a transformer's pipeline lie: {part: path} for those that are found."""
     path = Path(resolve(checkpoint)).expanduser()
     if ckpt.is_run(path):
-        saved = ckpt.read_meta(ckpt.last_checkpoint(path) or path)["config"]["model"]
-        return {part: resolve(saved[part]) for part in PARTS if saved.get(part)}
+        return {part: resolve(name) for part, name in run_state.saved_parts(path).items()}
     root = root_of(path)
     found = {part: str(root / name) for part, name in PARTS.items() if (root / name).is_dir()}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
@@ -113,9 +142,12 @@ def find_pipeline(
     device = torch.device(device or parallel.default_device())
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
     checkpoint = str(ckpt.local(resolve(checkpoint), PIPELINE_FILES))
-    transformer = ckpt.open_source(checkpoint, ema=ema)
+    given = dict(expected)
+    transformer = ckpt.open_source(checkpoint, ema=ema, given=given)
     ckpt.check_part(transformer, "transformer", "model.checkpoint")
-    for name, value in dict(expected).items():
+    check_channels(transformer.config, f"model.checkpoint={checkpoint}")
+    for name, value in given.items():
+        value = tuple(value) if isinstance(value, list) else value
         if getattr(transformer.config, name) != value:
             raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}")
     named = {"t5": t5, "clip": clip, "autoencoder": autoencoder}
@@ -127,7 +159,7 @@ def find_pipeline(
     ckpt.check_part(vae, "autoencoder", "model.autoencoder")
     check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
     if save_converted:
-        transformer = ckpt.converted(checkpoint, save_converted, ema=ema)
+        transformer = ckpt.converted(checkpoint, save_converted, ema=ema, given=given)
     return Found(transformer, vae, **parts, attention=attention, compile=compile, device=device, dtype=dtype)
 
 
@@ -157,13 +189,23 @@ def load_pipeline(checkpoint=TINY, **options):
 
 def default_settings(transformer):
     """Settings that suit a transformer's `Source` where the user names none: {field of SampleConfig: value}."""
-    return transformer.settings or ({} if transformer.config.guidance_embed else {"steps": 4, "max_sequence_length": 256})
+    config, settings = transformer.config, transformer.settings
+    if config.guidance_embed or not is_schnell(config.scheduler or SCHNELL_SCHEDULER):
+        return settings
+    settings = {"steps": 4, "max_sequence_length": 256} | settings
+    if not config.scheduler and transformer.settings.get("shift", "auto") == "auto":
+        log.info(
+            "%s has no guidance input and no scheduler_config.json: it is taken for FLUX.1-schnell,"
+            " steps=%d without a time shift; if it is another, set steps= and shift=resolution",
+            *(transformer.where, settings["steps"]),
+        )
+    return settings
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------------------
 
 
-def settle(checkpoint, options, negative_prompt, controls, num_prompts):
+def settle(checkpoint, options, controls, num_prompts):
     """From the options of `generate`: the `Pipeline` or the `Found` parts on disk, a checked `SampleConfig` and `OpenControl`s."""
     names = {f.name for f in fields(SampleConfig)}
     settings = {k: v for k, v in options.items() if k in names}
@@ -176,12 +218,10 @@ def settle(checkpoint, options, negative_prompt, controls, num_prompts):
         parts = find_pipeline(checkpoint, **rest)
         model_config = parts.transformer.config
         defaults = default_settings(parts.transformer)
-    config = SampleConfig(**(defaults | settings))
+    config = typed_options(SampleConfig, defaults | settings)
     config.validate(parts.autoencoder.config.downsampling)
     if "guidance" in settings and not model_config.guidance_embed:
         raise ValueError("guidance: this model (as schnell) has no guidance input; leave the setting out")
-    if config.true_cfg > 1 and not negative_prompt:
-        raise ValueError(f"true_cfg={config.true_cfg} needs a negative_prompt")
     return parts, config, [open_control(c, model_config, config.height, config.width, num_prompts) for c in controls]
 
 
@@ -193,15 +233,20 @@ def generate(
     images_per_prompt=1,
     controls=(),
     seed=0,
+    prompt_number=0,
+    picture_number=0,
     batch=8,
     offload="text",
     progress=lambda steps: steps,
     stage=lambda name: nullcontext(),
+    done=lambda number, picture: None,
     **options,
 ):
     """Draw pictures: a list of PIL images, those of the first prompt first.
 
     `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone, whatever the batch.
+    They count from `prompt_number` and `picture_number`, so that one picture can be drawn again without those before it.
+    `done(number, picture)` is called with each picture as soon as its batch is drawn; numbers count from 0.
     `checkpoint` is a pipeline folder, a run, a transformer or a loaded `Pipeline`; `controls` are `Control`s, whose nets add up.
     Options are the fields of `SampleConfig` (height, width, steps, guidance, true_cfg, shift, max_sequence_length) and the
     arguments of `find_pipeline`. Unless a `Pipeline` is given, each part is loaded when its turn comes: with `offload="text"` the
@@ -210,11 +255,10 @@ def generate(
     `stage(name)` is a context around each part of the work. Each picture's `info["sampling"]` are the settings it was drawn with.
     Raises `ValueError`.
     """
-    if offload not in OFFLOAD:
-        raise ValueError(f"offload={offload}: choose one of {', '.join(OFFLOAD)}")
+    check_options(DrawConfig(images_per_prompt, seed, prompt_number, picture_number, batch, offload))
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    parts, config, controls = settle(checkpoint, options, negative_prompt, controls, len(prompts))
-    jobs = [(j, picture_seed(seed, j, i)) for j in range(len(prompts)) for i in range(images_per_prompt)]
+    parts, config, controls = settle(checkpoint, options, controls, len(prompts))
+    jobs = list(jobs_of(len(prompts), images_per_prompt, seed, prompt_number, picture_number))
     with stage("text encoders"):
         encoders = parts.encoders if isinstance(parts, Pipeline) else parts.load_encoders()
         texts = encode(encoders, [*prompts, negative_prompt] if config.true_cfg > 1 else prompts, config.max_sequence_length, batch)
@@ -222,23 +266,32 @@ def generate(
             del encoders
     with stage("transformer and modulation"):
         drawing = prepare(parts, texts, config, controls, offload)
-    tokens = []
-    with stage("denoising"):
-        for start in range(0, len(jobs), batch):
-            tokens.append(draw_latents(drawing, jobs[start : start + batch], progress))
-    with stage("autoencoder"):
-        vae = drawing.autoencoder or load_autoencoder(parts)
-        if offload != "none":
+    own = {"controls": [opened.control.settings() for opened in controls]} if controls else {}
+    pictures, vae = [], drawing.autoencoder
+    for start in range(0, len(jobs), batch):
+        with stage("denoising"):
+            tokens = draw_latents(drawing, jobs[start : start + batch], progress)
+        if offload != "none" and start + batch >= len(jobs):
             del drawing
-        pictures = [decode(vae, row[None], config.height, config.width)[0] for part in tokens for row in part]
-    for picture in pictures:
-        own = {"controls": [opened.control.settings() for opened in controls]} if controls else {}
-        picture.info["sampling"] = asdict(config) | own
+        with stage("autoencoder"):
+            vae = vae or load_autoencoder(parts)
+            for row in tokens:
+                [picture] = decode(vae, row[None], config.height, config.width)
+                picture.info["sampling"] = asdict(config) | own
+                done(len(pictures), picture)
+                pictures.append(picture)
     return pictures
 
 
+def jobs_of(num_prompts, images_per_prompt, seed, prompt_number, picture_number):
+    """(index of its prompt, seed of its noise) of each picture."""
+    for j in range(num_prompts):
+        for i in range(images_per_prompt):
+            yield j, picture_seed(seed, prompt_number + j, picture_number + i)
+
+
 def picture_seed(seed, prompt_number, picture_number):
-    """The seed of one picture's noise; a picture drawn alone with `prompt_number` 0 is the first of a list's first prompt."""
+    """The seed of one picture's noise."""
     return f"{seed}.{prompt_number}.{picture_number}"
 
 

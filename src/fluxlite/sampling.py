@@ -5,42 +5,85 @@ What depends on the step alone is computed for all steps before the first (`cond
 B pictures, L tokens, C channels.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from PIL import Image
 
-from fluxlite import draws, flow
-from fluxlite.latents import check_size, pack_latents, position_ids, unpack_latents
+from fluxlite import __version__, draws, flow
+from fluxlite.cli.descriptions import read_description
+from fluxlite.cli.options import check_options, option
+from fluxlite.latents import MAX_SIDE, check_size, pack_latents, position_ids, unpack_latents
 from fluxlite.model import rope_table
+from fluxlite.scheduler import DEV_SCHEDULER, SCHNELL_SCHEDULER, scheduled_times
 
 
 @dataclass
 class SampleConfig:
     """How pictures are drawn."""
 
-    height: int = field(default=1024, metadata={"help": "height in pixels"})
-    width: int = field(default=1024, metadata={"help": "width in pixels"})
-    steps: int = field(default=28, metadata={"help": "Euler steps"})
-    guidance: float = field(default=3.5, metadata={"help": "guidance embedding; only for models that have one (dev)"})
-    true_cfg: float = field(
-        default=1.0, metadata={"help": "strength of classifier-free guidance away from negative_prompt; 1 for none"}
+    height: int = option(1024, "height in pixels", at_least=16, at_most=MAX_SIDE)
+    width: int = option(1024, "width in pixels", at_least=16, at_most=MAX_SIDE)
+    steps: int = option(28, "Euler steps of a picture", at_least=1, at_most=10_000)
+    guidance: float = option(
+        3.5,
+        "guidance embedding of a picture, for models that have one (dev)",
+        at_least=0,
+        at_most=1000,
     )
-    shift: str = field(
-        default="auto", metadata={"help": "time shift: auto (schnell none, else resolution), resolution, none, or a number"}
+    true_cfg: float = option(
+        1.0,
+        "strength of classifier-free guidance away from negative_prompt; 1 for none",
+        at_least=1,
+        at_most=1000,
     )
-    max_sequence_length: int = field(default=512, metadata={"help": "T5 tokens that prompts are padded and cut to"})
+    shift: str = option(
+        "auto",
+        "shift of t: auto (the checkpoint's scheduler_config.json, else resolution, or none without "
+        "guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)",
+    )
+    max_sequence_length: int = option(
+        512, "T5 tokens that prompts are padded and cut to", at_least=1, at_most=10_000
+    )
 
     def validate(self, downsampling=8):
+        check_options(self)
         check_size(self.height, self.width, downsampling)
-        for name in ("steps", "max_sequence_length"):
-            if not 1 <= getattr(self, name) <= 10_000:
-                raise ValueError(f"{name}={getattr(self, name)} must be between 1 and 10,000")
-        if not self.true_cfg >= 1:
-            raise ValueError(f"true_cfg={self.true_cfg} must be at least 1")
         if self.shift != "auto":
-            flow.training_mu(self.shift, 256)
+            flow.shift_factor(self.shift, 256, "shift")
+
+
+def read_settings(where, values):
+    """{field of SampleConfig: value} of fluxlite.json or of a checkpoint's metadata, checked.
+
+    `version` says which fluxlite wrote them: to 0.1 a shift of 3 was the factor e^3, and still is.
+    Without a version a numeric shift could be either, and is refused. Raises `ValueError` that
+    names the file, `where`.
+    """
+    version = values.get("version", "")
+    given = {name: value for name, value in values.items() if name != "version"}
+    config = read_description(where, SampleConfig, given)
+    try:
+        if config.shift not in ("auto", "resolution", "none"):
+            config.shift = shift_as_factor(config.shift, version)
+        config.validate()
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return {name: getattr(config, name) for name in given}
+
+
+def shift_as_factor(shift, version):
+    """A numeric shift that a version of fluxlite wrote, as the factor that it is today."""
+    if not version:
+        raise ValueError(
+            f'shift={shift} and no "version": to fluxlite 0.1 that was a factor of e^{shift}; write '
+            f'"version": "{__version__}" beside the factor that is meant'
+        )
+    if not str(version).startswith("0.1."):
+        return shift
+    return str(math.exp(min(float(shift), 100)))
 
 
 def denoise(velocity, x, times, progress=lambda steps: steps):
@@ -51,11 +94,15 @@ def denoise(velocity, x, times, progress=lambda steps: steps):
 
 
 def times_for(config, model_config, num_image_tokens):
-    """Sampling times (steps + 1,) for a model: FLUX's shift by resolution, none for models without guidance (schnell)."""
-    shift = config.shift
-    if shift == "auto":
-        shift = "resolution" if model_config.guidance_embed else "none"
-    return flow.schedule(config.steps, flow.training_mu(shift, num_image_tokens))
+    """Sampling times (steps + 1,) of `config.shift`, or with "auto" of the model's own scheduler.
+
+    Without one they are FLUX.1-dev's, and of a model without guidance FLUX.1-schnell's.
+    """
+    if config.shift != "auto":
+        factor = flow.shift_factor(config.shift, num_image_tokens, "shift")
+        return flow.schedule(config.steps, factor)
+    assumed = DEV_SCHEDULER if model_config.guidance_embed else SCHNELL_SCHEDULER
+    return scheduled_times(model_config.scheduler or assumed, config.steps, num_image_tokens)
 
 
 def initial_noise(shape, seeds):
@@ -114,9 +161,10 @@ def sample(model, conditions, noise, times, config, *, against=None, residuals=l
     `against` are the conditions of the negative prompts, for config.true_cfg > 1; `residuals(x, i, rope)` those of ControlNets at
     step i, or None. As in diffusers, those for the prompt serve the negative prompt too.
     """
-    rope = rope_for(model.config, noise, config, conditions.txt.shape[1])
+    rope, finite = rope_for(model.config, noise, config, conditions.txt.shape[1]), []
 
     def velocity(x, i):
+        finite.append(x.isfinite().all())  # looked at in the end: the device is not waited for
         added = residuals(x, i, rope)
         positive = model.velocity(x, conditions.txt, rope, conditions.modulation[i], added)
         if against is None:
@@ -124,7 +172,25 @@ def sample(model, conditions, noise, times, config, *, against=None, residuals=l
         away = model.velocity(x, against.txt, rope, against.modulation[i], added).float()
         return away + config.true_cfg * (positive.float() - away)
 
-    return denoise(velocity, noise, times, progress)
+    latents = denoise(velocity, noise, times, progress)
+    check_drawn(model, conditions, [*finite, latents.isfinite().all()])
+    return latents
+
+
+def check_drawn(model, conditions, finite):
+    """Raise `ValueError`, naming where it began, unless latents were finite at every step."""
+    if all(finite):
+        return
+    tensors = [("the encoded prompt", conditions.txt), ("the modulation", conditions.modulation)]
+    tensors += model.named_parameters()
+    where = next((name for name, t in tensors if not t.float().isfinite().all()), None)
+    others = "no weight of the transformer does: look at the ControlNet, or try dtype=float32"
+    cause = f"{where} holds some" if where else others
+    step = [bool(f) for f in finite].index(False)
+    raise ValueError(
+        f"the latents are NaN or infinite after step {step} of {len(finite) - 1}, and {cause}; "
+        "convert_hf.py names the first tensor of a checkpoint that does"
+    )
 
 
 @torch.inference_mode()
@@ -147,7 +213,12 @@ def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype):
 def decode(autoencoder, tokens, height, width):
     """Packed latents (B, L, C) to PIL pictures of height x width pixels."""
     factor = autoencoder.config.downsampling
-    return pictures_of(autoencoder.decode(unpack_latents(tokens, height // factor, width // factor)))
+    pixels = autoencoder.decode(unpack_latents(tokens, height // factor, width // factor))
+    if tokens.isfinite().all() and not pixels.isfinite().all():
+        raise ValueError(
+            "the autoencoder gives NaN or infinite pixels: try dtype=float32, or fetch it again"
+        )
+    return pictures_of(pixels)
 
 
 def pictures_of(pixels):

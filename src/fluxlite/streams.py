@@ -20,20 +20,18 @@ from threading import BoundedSemaphore
 import torch
 from safetensors import SafetensorError, safe_open
 
-DTYPES = {  # as safetensors spells them
+from fluxlite import foreign
+from fluxlite.cli.descriptions import DAMAGED, check_regular, parse_json, read_json
+
+DTYPES = {  # of weights, as safetensors spells them
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
 }
+MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 DIGEST_BYTES = 1 << 26  # read at a time
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -50,26 +48,85 @@ def files_of(path):
     if not indices:
         found = sorted(path.glob("*.safetensors"))
         if not found:
-            raise ValueError(f"{path} holds no .safetensors file: name the folder or file that does")
+            others = sorted(p.name for p in path.iterdir() if p.suffix in OTHER_SUFFIXES)
+            beside = f" but {others[0]}, which is not read" if others else ""
+            raise ValueError(
+                f"{path} holds no .safetensors file{beside}: name the folder or file that does"
+            )
         return found
     if len(indices) > 1:
         raise ValueError(f"{path} has {len(indices)} indices, {indices[0].name} first: move all but one away")
-    try:
-        names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{indices[0]} is damaged: fetch it again") from None
-    missing = [name for name in names if not (path / name).is_file()]
+    return indexed_files(indices[0])
+
+
+OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".onnx")
+
+
+def indexed_files(index):
+    """The files that an index names, all in its folder or below; raises `ValueError`."""
+    folder, places = index.parent, read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} has no weight_map with a file's name for each weight: {DAMAGED}")
+    names = sorted(set(places.values()))
+    if not names:
+        raise ValueError(f"{index} names no file: {DAMAGED}")
+    for name in names:
+        check_inside(folder, name, index)
+    missing = [name for name in names if not (folder / name).exists()]
     if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of {len(names)} files of its index, {missing[0]} first: fetch it again")
-    return [path / name for name in names]
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(names)} files of its index, {missing[0]} "
+            "first: fetch it again"
+        )
+    return [folder / name for name in names]
+
+
+def check_inside(folder, name, where):
+    """Raise `ValueError`, naming the file `where` that says `name`, unless that lies in `folder`.
+
+    It may lie below. A link that leads out is refused, except to the blobs of the Hugging Face cache,
+    where a snapshot holds nothing but links.
+    """
+    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where} names {name!r}, which is not in its folder: fetch it again")
+    place, inside = (Path(os.path.realpath(p)) for p in (folder / name, folder))
+    snapshots = next((p for p in inside.parents if p.name == "snapshots"), None)
+    roots = [inside] + ([snapshots.parent / "blobs"] if snapshots else [])
+    if not any(place.is_relative_to(os.path.realpath(root)) for root in roots):
+        raise ValueError(f"{where} names {name}, a link to {place} outside: put the file there")
+
+
+def check_file(file):
+    """Raise `ValueError`, naming it, unless a file is whole safetensors: header, names and length.
+
+    The library that maps it checks types and offsets; a file that is cut later kills the process.
+    """
+    check_regular(file)
+    with open(file, "rb") as opened:
+        size, start = os.fstat(opened.fileno()).st_size, opened.read(512)
+        foreign.check_bytes(file, start)
+        length = int.from_bytes(start[:8], "little")
+        if not 2 <= length <= min(size - 8, MAX_HEADER):
+            raise ValueError(
+                f"{file} is no whole safetensors file (a header of {length} bytes in {size}): "
+                "fetch it again"
+            )
+        opened.seek(8)
+        text = opened.read(length)
+    try:
+        parse_json(text.decode(), f"{file}'s header")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}'s header is no text in UTF-8: {DAMAGED}") from None
 
 
 class Tensors:
     """The tensors of one file or a folder's files, mapped and read one by one, named without their common `prefix`."""
 
-    def __init__(self, path):
-        self.files, self.handles, self.metadata, self.prefix = files_of(path), {}, {}, ""
+    def __init__(self, path, files=None):
+        self.files, self.handles, self.metadata, self.prefix = files or files_of(path), {}, {}, ""
+        self.places = {}  # of each tensor its file, for errors
         for file in self.files:
+            check_file(file)
             try:
                 handle = safe_open(file, framework="pt")
             except SafetensorError as error:
@@ -81,6 +138,7 @@ class Tensors:
             if twice:
                 raise ValueError(f"{file.parent} has {min(twice)} in several files: name one of them")
             self.handles |= dict.fromkeys(handle.keys(), handle)
+            self.places |= dict.fromkeys(handle.keys(), file)
 
     def keys(self):
         return [name[len(self.prefix) :] for name in self.handles if name.startswith(self.prefix)]
@@ -97,15 +155,32 @@ class Tensors:
         self.prefix = prefix
         return self
 
+    def shape(self, name):
+        """A tensor's shape, of whatever type it is; None where there is none of that name."""
+        handle = self.handles.get(self.prefix + name)
+        return handle and tuple(handle.get_slice(self.prefix + name).get_shape())
+
     def described(self):
         """{name: (dtype, shape)}, from the headers alone."""
         found = {}
         for name in self.keys():
             part = self.handles[self.prefix + name].get_slice(self.prefix + name)
-            if part.get_dtype() not in DTYPES:
-                raise ValueError(f"{self.files[0]}: {name} has the type {part.get_dtype()}, which is not supported")
-            found[name] = DTYPES[part.get_dtype()], tuple(part.get_shape())
+            found[name] = self._described(name, part.get_dtype(), tuple(part.get_shape()))
         return found
+
+    def _described(self, name, spelled, shape):
+        where = f"{self.places[self.prefix + name]}: {name}"
+        if spelled not in DTYPES:
+            raise ValueError(
+                f"{where} is of type {spelled}, which no weights have: quantised "
+                "weights are not supported yet, fetch a version in bfloat16"
+            )
+        if not torch.Size(shape).numel():
+            raise ValueError(
+                f"{where} has no values (shape {list(shape)}), a placeholder that "
+                "DeepSpeed ZeRO-3 leaves: gather the weights before they are saved"
+            )
+        return DTYPES[spelled], shape
 
 
 # --- digests --------------------------------------------------------------------------------------------------------------------
@@ -197,6 +272,16 @@ def cast(name, tensor, dtype):
     return result
 
 
+def check_values(name, tensor):
+    """Raise `ValueError`, naming the tensor, where it holds NaN or an infinity."""
+    narrow = tensor.dtype.itemsize == 1  # of fp8 torch cannot ask
+    if not (tensor.float() if narrow else tensor).isfinite().all():
+        raise ValueError(
+            f"{name} holds NaN or infinite values: the file is damaged, or the run that wrote it "
+            "had diverged; fetch it again, or take an earlier checkpoint"
+        )
+
+
 def wider(a, b):
     """The smallest type that holds values of both."""
     if a == b:
@@ -279,7 +364,8 @@ def check_replaceable(final, *, overwrite, folder, remedy):
     if not overwrite:
         raise ValueError(f"{final} exists: {remedy}")
     ours = (".safetensors", ".safetensors.index.json")
-    others = [p.name for p in inside if p.is_dir() or not (p.name.endswith(ours) or p.name == "config.json")]
+    known = ("config.json", "scheduler_config.json")
+    others = [p.name for p in inside if p.is_dir() or not p.name.endswith((*ours, *known))]
     if others:
         raise ValueError(
             f"{final} holds more than a checkpoint's files, {sorted(others)[0]} first: it is not overwritten; name another"

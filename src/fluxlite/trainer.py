@@ -12,46 +12,30 @@ import logging
 import math
 import signal
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from fluxlite import __version__, draws, flow, optim, parallel, sampling
+from fluxlite import __version__, draws, flow, optim, parallel, run_state, sampling
 from fluxlite import checkpoint as ckpt
 from fluxlite.autoencoder import sample_posterior
+from fluxlite.cli.options import resumable_keys
 from fluxlite.cli.processes import held_signals
 from fluxlite.conditioning import load_text_encoders
 from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, spread, unused_parameters, used, weights_from_base
 from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, open_dataset, prepare
+from fluxlite.data.cache import data_digest
 from fluxlite.latents import num_image_tokens, pack_latents, position_ids
 from fluxlite.meter import Meter
 from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
-from fluxlite.model import Flux, initial, rope_table
+from fluxlite.model import Flux, check_channels, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
+from fluxlite.streams import aside
 
 log = logging.getLogger("fluxlite")
-
-# What a resumed run may change: nothing that its next sample or its model depends on. (A schedule ends at the new steps.)
-MAY_CHANGE = (
-    *(
-        "steps",
-        "output",
-        "resume",
-        "device",
-        "compile",
-        "validate_every",
-        "validation",
-        "parallel.",
-        "checkpoint.",
-        "metrics.",
-        "sample.",
-    ),
-    *("controlnet.meter_every", "controlnet.patience"),
-    *("data.workers", "data.micro_batch", "data.max_bad_fraction", "data.download", "model.attention", "model.save_converted"),
-)
 
 
 @dataclass
@@ -97,6 +81,7 @@ class Run:
     ema: optim.EMA | None
     parts: Parts
     rope: tuple
+    data: run_state.DataRecord = field(default_factory=run_state.DataRecord)  # what it is trained on
 
     @property
     def flux(self):
@@ -146,12 +131,22 @@ def wrap(model, config, mesh):
     return parallel.parallelize(model, mesh, config.parallel, getattr(torch, config.dtype), compile=config.compile)
 
 
+def check_base(config):
+    """Raise `ValueError`, before anything is loaded, where model.checkpoint cannot be trained."""
+    if config.model.checkpoint:
+        where = resolve(config.model.checkpoint)
+        source = ckpt.open_source(where, ema=config.model.ema, given=asdict(config.model.shape()))
+        ckpt.check_part(source, "transformer", "model.checkpoint")
+        check_channels(source.config, f"model.checkpoint={config.model.checkpoint}")
+
+
 def flux_weights(config, device):
     """The transformer's (name, values), one by one: the checkpoint's, or random."""
     shape = config.model.shape()
     if not config.model.checkpoint:
         return random_weights(meta_flux(config), config.seed, device)
-    source = ckpt.converted(resolve(config.model.checkpoint), config.model.save_converted, ema=config.model.ema)
+    where, options = resolve(config.model.checkpoint), dict(ema=config.model.ema, given=asdict(shape))
+    source = ckpt.converted(where, config.model.save_converted, **options)
     ckpt.check_part(source, "transformer", "model.checkpoint")
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
     return ckpt.weights_of(source)
@@ -296,6 +291,7 @@ def encoders_digest(parts, max_sequence_length, dtype):
 def set_up(config, device, mesh):
     """Model, optimizer and encoders of a run on this rank's device of a `parallel.Mesh`."""
     warn_of_warmup(config)
+    check_base(config)
     parts = load_parts(config, device, mesh)
     if not config.controlnet.train:
         return assemble(config, device, mesh, build_flux(config, device, mesh), parts)
@@ -315,6 +311,8 @@ def assemble(config, device, mesh, model, parts, *, base=None):
     ema = optim.EMA(model, config.optim.ema_decay) if config.optim.ema_decay else None
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
+    flux = (base or model).config
+    flux.scheduler = ckpt.scheduler_beside(config.model.checkpoint, flux)  # for pictures
     return Run(config, device, mesh, model, base, optimizers, ema, parts, rope_table(ids, config.model.shape()))
 
 
@@ -406,7 +404,7 @@ def train_step(run, batches, step):
     return total, update(run, step, total)
 
 
-def update(run, step, loss):
+def update(run, step, loss=0.0):
     """Clip the gradient, step the optimizers and the moving average; the gradient's norm, a tensor.
 
     Where a rank's loss or the gradient is not finite, the norm is not either, and nothing changes: the device sees to
@@ -553,7 +551,7 @@ def check_resume(saved, config):
     new = _flat(json.loads(json.dumps(asdict(config))))
     old = _flat(json.loads(json.dumps(asdict(type(config)())))) | _flat(saved)  # what an older version did not know has its default
     changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
-    accepted = {k for k in changed if k.startswith(MAY_CHANGE)}
+    accepted = changed & resumable_keys(type(config))
     if changed - accepted:
         listed = _differences({k: old.get(k) for k in changed - accepted}, {k: new.get(k) for k in changed - accepted})
         raise ValueError(
@@ -566,20 +564,39 @@ def check_resume(saved, config):
 
 
 def find_resume(config):
-    """The checkpoint to go on from, or None; raises `ValueError` where a run would be overwritten or another one continued."""
-    last = ckpt.last_checkpoint(config.output)
-    if last is not None:
-        if config.resume != "auto":
-            raise ValueError(f"output={config.output} holds a run: resume=auto goes on with it; or set another output=")
-        meta = ckpt.read_meta(last)
-        check_resume(meta["config"], config)
-        if meta["step"] > config.steps:
-            raise ValueError(f"output={config.output} is at step {meta['step']} already: set steps above that, not {config.steps}")
-    return last
+    """The checkpoint to go on from, or None; collective.
+
+    Raises `ValueError` where a run would be overwritten or another one continued.
+    """
+    if config.resume != "auto":
+        parallel.first_rank_does(lambda: run_state.check_unused(config.output))
+        return None
+    folder = run_state.choose_checkpoint(config.output)
+    if folder is not None:
+        meta = run_state.read_meta(folder)
+        check_resume(meta.config, config)
+        if meta.step > config.steps:
+            raise ValueError(f"output={config.output} is at step {meta.step} already: set steps above that, not {config.steps}")
+    return folder
+
+
+def describe_data(dataset):
+    """What a checkpoint says of the data: a digest, how many samples, and the files' names."""
+    plain = dataset.dataset if isinstance(dataset, CachedSamples) else dataset
+    shards = getattr(plain, "shards", [])
+    digest = data_digest(plain) if shards else ""
+    return run_state.DataRecord(digest, len(plain), [shard.name for shard in shards])
+
+
+def report_changed_data(folder, data):
+    """Say it loudly where a resumed run's data are not those it was trained on."""
+    changes = run_state.changed_data(run_state.read_meta(folder).data, data)
+    if changes and parallel.rank() == 0:
+        log.warning("resuming on other data: the samples have changed (%s); this is no longer the same run", changes)
 
 
 def describe(run):
-    """What a checkpoint says of itself: layout, shape, training math, the whole configuration."""
+    """What a checkpoint says of itself: layout, shape, training math, data, the whole configuration."""
     return {
         "layout": "fluxlite",
         "version": __version__,
@@ -587,6 +604,7 @@ def describe(run):
         "model": asdict(run.model.config),
         "flow": asdict(run.config.flow),
         "config": asdict(run.config),
+        "data": asdict(run.data),
         "ema": sorted(run.ema.average) if run.ema else [],
     }
 
@@ -623,15 +641,21 @@ def check_finite(good, loss, norm, step, keys):
 
 def train(config):
     """Train as `config`, a `TrainConfig`, says; returns the run's folder."""
-    last = find_resume(config)
     device, mesh = parallel.start(config.parallel, config.device)
-    parallel.check_agreed(ckpt.read_meta(last)["step"] if last else 0, f"output={config.output} holds a run's last step")
+    with run_state.locked_run(config.output):
+        return take_steps(config, device, mesh, find_resume(config))
+
+
+def take_steps(config, device, mesh, last):
+    """Train from the checkpoint `last`, or from the beginning where it is None; returns the run's folder."""
     run = set_up(config, device, mesh)
     training, validation = open_data(config, run)
-    start = ckpt.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0
+    run.data = describe_data(training)
+    start = run_state.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0
     watch = start_watching(run, validation, start)
     size = config.data.global_batch
     if last:
+        report_changed_data(last, run.data)
         log.info("resuming after step %d with sample %d, the very next one, whatever the mesh and the workers", start, start * size)
     slices = size // (config.data.micro_batch * run.mesh.dp_size)
     batches = rank_loader(run, training, global_batch=size, start_index=start * size, workers=config.data.workers)
@@ -677,8 +701,8 @@ def start_watching(run, validation, start):
     """Open the run's folder and metrics and encode what it looks at; with a cache the text encoders are then freed."""
     config, main = run.config, parallel.rank() == 0
     if main:
-        Path(config.output).mkdir(parents=True, exist_ok=True)
-        (Path(config.output) / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
+        with aside(Path(config.output) / "config.json", overwrite=True) as part:
+            part.write_text(json.dumps(asdict(config), indent=2, allow_nan=False) + "\n")
     metrics = Metrics(
         config.metrics, config.output, total_steps=config.steps, start_step=start, run_config=asdict(config), enabled=main
     )
@@ -730,4 +754,4 @@ def look(run, watch, step):
 def save(run, step):
     """Write a checkpoint of step `step`."""
     config, state = run.config, dict(model=run.model, optimizers=run.optimizers, ema=run.ema)
-    ckpt.save_training(config.output, step=step, meta=describe(run), keep=config.checkpoint.keep, **state)
+    run_state.save_training(config.output, step=step, meta=describe(run), keep=config.checkpoint.keep, **state)

@@ -20,6 +20,7 @@ MAX_ERROR = 1e-4  # ‖ours − theirs‖ / ‖theirs‖ in float32; a wrong row
 def digests_of(source, progress=lambda count: None):
     """SHA-256 of each tensor of a `Source` ({name: digest}), and of all: the same in whatever files and order they lie."""
     digests = streams.Digests()
+    source.check_whole()
     try:
         for name, entry in source.described.items():
             digests.add(name, source)

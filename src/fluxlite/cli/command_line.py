@@ -3,16 +3,29 @@
 Every key has a dataclass field, which lies beside the code that uses it; a key that none has is an
 error that names the nearest. Values of prompts and paths reach the program as the shell gave them:
 Hydra's grammar never sees them. Only an optional path may be unset with `null`.
+
+Programs without YAML have flags, `--max-shard-size 5GB`, one for each field of their dataclass.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import json
 import typing
 from pathlib import Path
 
-from fluxlite.cli.options import check_sources, nearest_key, option_fields, typed_options
+from fluxlite.cli.options import (
+    bounds_of,
+    check_sources,
+    checked_value,
+    nearest_key,
+    option_fields,
+    shortened,
+    typed_options,
+)
 
 CONFIGS = Path(__file__).parents[3] / "configs"
+LONGEST = 10_000  # characters of a value in Hydra's grammar, whose parser is slow and recursive
 
 
 def group_choices(name):
@@ -58,17 +71,36 @@ def _composed(name, overrides):
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return OmegaConf.to_container(compose(name, overrides), resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(str(error).split("\n")[0]) from None
+        raise ValueError(str(error).split("\n")[0][:500]) from None
+    except RecursionError:
+        raise ValueError("a value is nested too deeply: write a number, a word or a list") from None
+
+
+def check_text(argument):
+    """Raise `ValueError` for an argument whose bytes are no UTF-8, which Python passes on as halves."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{ascii(argument)[1:80]}: no text in UTF-8; set the terminal to it, or use a file in UTF-8"
+        ) from None
 
 
 def _split_arguments(cls, name, argv):
     """Arguments as Hydra overrides, and those whose values stay as they are: [(key, value)]."""
     fields, choices, overrides, kept = option_fields(cls), group_choices(name), [], []
     for argument in argv:
+        check_text(argument)
         key, equals, value = argument.partition("=")
         if not equals:
             raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
-        if key in fields and fields[key].metadata.get("verbatim"):
+    _refuse_twice(cls, argv)
+    for argument in argv:
+        key, _, value = argument.partition("=")
+        if key in fields and fields[key].metadata.get("group"):
+            group = fields[key].metadata["group"]
+            raise ValueError(f"{argument}: {group}= sets it; choose {', '.join(choices[group])}")
+        if key in fields and _verbatim(fields[key]):
             optional = f"{fields[key].type}".endswith("None")  # a file of that name is ./null
             kept.append((key, None if optional and value == "null" else value))
         elif key in choices:
@@ -78,11 +110,29 @@ def _split_arguments(cls, name, argv):
                     f"{argument}: no such {key}{near} There are {', '.join(choices[key])}"
                 )
             overrides.append(argument)
+        elif key in fields and len(value) > LONGEST:
+            raise ValueError(f"{key}={shortened(value)} is longer than {LONGEST} characters")
         elif key in fields:
             overrides.append(f"++{argument}")  # the YAML need not name what the dataclasses do
         else:
             raise ValueError(f"{key} is not a key{nearest_key(key, [*fields, *choices])}")
     return overrides, kept
+
+
+def _refuse_twice(cls, argv):
+    """Raise `ValueError` for a key with two values that does not take several."""
+    seen = {}
+    fields = option_fields(cls)
+    several = {key for key, f in fields.items() if typing.get_origin(f.type) is list and _verbatim(f)}
+    for key, _, value in (argument.partition("=") for argument in argv):
+        if key in seen and key not in several:
+            both = f"{shortened(seen[key])} and {shortened(value)}"
+            raise ValueError(f"{key}= is given twice, {both}: give it once")
+        seen[key] = value
+
+
+def _verbatim(f):
+    return f.metadata.get("verbatim") or f.metadata.get("path")
 
 
 def _element(key, text, f):
@@ -102,8 +152,77 @@ def help_text(cls, name, usage):
         lines += ["", "Groups, chosen with group=choice:"]
         lines += [f"  {group + '=':12}{', '.join(names)}" for group, names in choices.items()]
     lines += ["", "Keys, set with key=value (defaults before a group or recipe changes them):"]
-    for key, f in option_fields(cls).items():
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        shown = "null" if default is None else json.dumps(default)
-        lines.append(f"  {key}={shown}".ljust(42) + f"  {f.metadata.get('help', '')}")
+    lines += [_help_line(f"{key}=", f, 42) for key, f in option_fields(cls).items()]
     return "\n".join(lines)
+
+
+def _help_line(name, f, width=42):
+    """A field's line: its default, what it means, its choices or bounds."""
+    default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    if default is not dataclasses.MISSING and not (f.type is bool and name.startswith("--")):
+        name += "null" if default is None else json.dumps(default)
+    allowed = ", ".join(map(str, f.metadata.get("choices", ()))) or bounds_of(f.metadata)
+    return f"  {name}".ljust(width) + f"  {f.metadata['help']}" + (f" ({allowed})" if allowed else "")
+
+
+# --- flags --------------------------------------------------------------------------------------
+
+
+def parse_flags(cls, arguments, *, rest=False):
+    """The dataclass `cls` from flags, one for each of its fields, checked; a bool's has no value.
+
+    With `rest` also the arguments that belong to no flag. Raises `ValueError` that names the flag.
+    """
+    for argument in arguments:
+        check_text(argument)
+    given, others = _flag_parser(cls).parse_known_args(arguments)
+    if others and not rest:
+        raise ValueError(f"{others[0]}: no such flag; --help lists them")
+    hints, values = typing.get_type_hints(cls), {}
+    for f in dataclasses.fields(cls):
+        flag, texts = flag_of(f), getattr(given, f.name, [])
+        if len(texts) > 1:
+            several = ", ".join(map(shortened, texts))
+            raise ValueError(f"{flag} is given twice: {several}; give it once")
+        if texts:
+            values[f.name] = _flag_value(texts[0], hints[f.name], f.metadata, flag)
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{flag} is missing: {f.metadata['help']}")
+    return (cls(**values), others) if rest else cls(**values)
+
+
+def flag_of(f):
+    """`--max-shard-size` for the field `max_shard_size`."""
+    return "--" + f.name.replace("_", "-")
+
+
+def _flag_parser(cls):
+    """argparse for a dataclass: each flag's texts in a list, errors as `ValueError`."""
+
+    def refuse(message):
+        raise ValueError(f"{message}; --help lists the flags")
+
+    suppress = argparse.SUPPRESS
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=suppress)
+    parser.error = refuse
+    for f in dataclasses.fields(cls):
+        store = {"action": "append_const", "const": True} if f.type is bool else {"action": "append"}
+        parser.add_argument(flag_of(f), dest=f.name, **store)
+    return parser
+
+
+def _flag_value(text, hint, metadata, flag):
+    """The text of a flag as its field's type, checked."""
+    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    if "parse" in metadata:
+        text = metadata["parse"](text)
+    for kind in {int, float} & set(kinds):
+        with contextlib.suppress(ValueError, TypeError):
+            text = kind(text)
+    return checked_value(text, kinds[0], metadata, flag)
+
+
+def flags_help(cls, usage):
+    """What `--help` prints: usage, and every flag with its default and meaning."""
+    lines = [_help_line(f"{flag_of(f)} ", f, 28) for f in dataclasses.fields(cls)]
+    return "\n".join([usage.strip(), "", "Flags and their defaults:", *lines])

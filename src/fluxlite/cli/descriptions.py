@@ -3,10 +3,12 @@
 about = read_description(folder / "meta.json", CheckpointDescription)      # or ValueError that names the file
 """
 
+import dataclasses
 import json
 import math
 import os
 import stat
+from collections import Counter
 from pathlib import Path
 
 from fluxlite.cli.options import check_sources, typed_options
@@ -39,10 +41,13 @@ def read_text(path, *, limit=MAX_BYTES):
 def parse_json(text, where, kind=dict):
     """JSON text as Python values of type `kind`; `where` names it in the `ValueError` for anything else.
 
-    NaN, infinities and nesting deeper than Python's stack are refused: they are no JSON.
+    NaN, infinities, a name given twice and nesting deeper than Python's stack are refused: others
+    would read something else.
     """
     try:
-        values = json.loads(text, parse_constant=_refused, parse_float=_finite)
+        values = json.loads(
+            text, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_once
+        )
         json.dumps(values, ensure_ascii=False).encode()  # half an emoji's escape is JSON and no text
     except (ValueError, TypeError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
@@ -60,6 +65,14 @@ def _refused(name):
 def _finite(text):
     number = float(text)
     return number if math.isfinite(number) else _refused(text)
+
+
+def _once(pairs):
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{twice[:80]!r} is there twice")
+    return values
 
 
 def read_json(path, kind=dict):
@@ -102,13 +115,17 @@ def _check_plain(value, seen):
         raise ValueError(f"a value of type {type(value).__name__}")
 
 
-def read_description(path, cls, values=None):
+def read_description(path, cls, values=None, *, foreign=False):
     """The dataclass `cls` that the JSON object of a file describes (or `values`, read from it before).
 
+    Of a `foreign` file, another program's, unknown keys are left out, and null is a default.
     Raises `ValueError` that names the file and the key.
     """
     values = read_json(path) if values is None else values
     check_sources(cls, values if isinstance(values, dict) else {}, path)
+    if foreign and isinstance(values, dict):
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {k: value for k, value in values.items() if k in known and value is not None}
     try:
         return typed_options(cls, values)
     except ValueError as error:

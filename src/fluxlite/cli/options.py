@@ -12,7 +12,9 @@ The same checks serve a command line and a description read from a disk.
 import dataclasses
 import difflib
 import math
+import numbers
 import operator
+import os
 import types
 import typing
 from dataclasses import field
@@ -29,9 +31,10 @@ def option(default, help, **about):
     """A dataclass field with its `help` and, of the value or of a list's values, `choices` or bounds.
 
     The bounds are `at_least`, `above`, `at_most` and `below`. `verbatim`: the command line's text is
-    taken as it stands. `only_given`: a word, as `pipe:`, with which a value does something and is
-    therefore taken from the command line alone. A default that is a list or a class is made anew
-    for each instance.
+    taken as it stands. `path`: so is this, `~` is the home folder, and empty is refused.
+    `only_given`: a word, as `pipe:`, with which a value does something and is therefore taken from
+    the command line alone. `resume`: a run that goes on may change it. `group`: the Hydra group that
+    sets it. A default that is a list or a class is made anew for each instance; `MISSING` is none.
     """
     metadata = {"help": help, **about}
     if isinstance(default, type):
@@ -50,6 +53,30 @@ def option_fields(cls, prefix=""):
         else:
             found[prefix + f.name] = f
     return found
+
+
+def resumable_keys(cls, prefix="", everything=False):
+    """The dotted keys that a resumed run may change: fields marked `resume`, and all below such a one."""
+    hints, found = typing.get_type_hints(cls), set()
+    for f in dataclasses.fields(cls):
+        marked = everything or f.metadata.get("resume", False)
+        if dataclasses.is_dataclass(hints[f.name]):
+            found |= resumable_keys(hints[f.name], f"{prefix}{f.name}.", marked)
+        elif marked:
+            found.add(prefix + f.name)
+    return found
+
+
+def same_option(cls, name, **changes):
+    """A field declared as the field `name` of `cls` is, with another `default`, `help` or metadata."""
+    f = next(f for f in dataclasses.fields(cls) if f.name == name)
+    default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+    return option(**{"default": default, **f.metadata, **changes})
+
+
+def unset_option(cls, name, help):
+    """A field bounded as the field `name` of `cls` is, and None until it is set."""
+    return same_option(cls, name, default=None, help=help)
 
 
 def nearest_key(key, known):
@@ -78,14 +105,37 @@ def typed_options(cls, values, prefix=""):
                 f"{prefix}{key} is not a key{nearest_key(f'{prefix}{key}', [prefix + k for k in fields])}"
             )
         if dataclasses.is_dataclass(hints[key]):
-            arguments[key] = typed_options(hints[key], value or {}, f"{prefix}{key}.")
+            arguments[key] = typed_options(
+                hints[key], {} if value is None else value, f"{prefix}{key}."
+            )
         else:
-            arguments[key] = typed_value(value, hints[key], prefix + key)
-            check_bounds(arguments[key], fields[key].metadata, prefix + key)
+            arguments[key] = checked_value(value, hints[key], fields[key].metadata, prefix + key)
+    for name, f in fields.items():
+        if f.metadata.get("path") and name not in arguments and isinstance(f.default, str):
+            arguments[name] = expand_path(f.default, prefix + name)
     missing = [name for name, f in fields.items() if name not in arguments and _is_required(f)]
     if missing:
         raise ValueError(f"{prefix}{missing[0]} is missing")
     return cls(**arguments)
+
+
+def checked_value(value, hint, metadata, key):
+    """`typed_value`, its home folder expanded where it is a path, within its bounds."""
+    value = typed_value(value, hint, key)
+    if metadata.get("path"):
+        several = isinstance(value, list)
+        value = [expand_path(v, key) for v in value] if several else expand_path(value, key)
+    check_bounds(value, metadata, key)
+    return value
+
+
+def expand_path(text, key):
+    """A path with `~` for the home folder, as a shell gives it; raises `ValueError` where it is empty."""
+    parts = os.fsencode(text or "").split(b"/")
+    if text is not None and (not text.strip() or "\0" in text or len(max(parts, key=len)) > 255):
+        shown = shortened(text)
+        raise ValueError(f"{key}={shown} names no file or folder: name one, or leave {key} out")
+    return os.path.expanduser(text) if text else text
 
 
 def check_sources(cls, values, where, prefix=""):
@@ -137,11 +187,14 @@ def shortened(value):
 
 def check_bounds(value, metadata, key):
     """Raise `ValueError`, naming `key`, where a value or one of a list's is out of its bounds."""
+    bounded = any(name in metadata for name in RANGES)
     for one in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(one, float) and not math.isfinite(one):
             raise ValueError(f"{key}={one} must be a finite number")
         if one is None:
             continue
+        if bounded and (isinstance(one, bool) or not isinstance(one, numbers.Real)):
+            raise ValueError(f"{key}={shortened(one)} must be a number")
         choices = metadata.get("choices")
         if choices and one not in choices:
             shown = one if isinstance(one, str) else shortened(one)
@@ -156,9 +209,11 @@ def bounds_of(metadata):
     return " and ".join(f"{words} {metadata[n]}" for n, (_, words) in RANGES.items() if n in metadata)
 
 
-def check_options(config, prefix=""):
-    """`check_bounds` of every field of a dataclass instance and of those below it."""
+def check_options(config, prefix="", only=None):
+    """`check_bounds` of every field of a dataclass instance, or `only` some, and of those below it."""
     for f in dataclasses.fields(config):
+        if only and f.name not in only:
+            continue
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             check_options(value, f"{prefix}{f.name}.")

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 
 from fluxlite.cli.processes import STOP_SIGNALS, die_with_parent
 
@@ -17,8 +18,10 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception: what is half written is removed on the way out, as after Ctrl-C."""
 
 
-def run_program(body, *, usage=None):
+def run_program(body, *, usage=None, ranks=True):
     """Call `body(arguments)` with the command line's; never returns where it fails.
+
+    Without `ranks` the program is one process: torchrun with several is refused.
 
     Exit codes: 2 and one line for what a user or a disk can cause, 130 after Ctrl-C, 143 after
     SIGTERM, 141 where the reader of our output is gone. `usage()` gives the text of --help.
@@ -32,6 +35,8 @@ def run_program(body, *, usage=None):
     for number in STOP_SIGNALS:
         signal.signal(number, _stop)
     try:
+        if on_rank() and not ranks:
+            raise ValueError("this program is one process: start it without torchrun")
         body(arguments)
         sys.stdout.flush()
         _let_go()
@@ -40,8 +45,7 @@ def run_program(body, *, usage=None):
     except KeyboardInterrupt:
         _end(130, _said_once("stopped"))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
-        sys.exit(141)
+        _end(141, None)
     except Exception as error:
         line = one_line(error)
         if line is None or os.environ.get(BUG):
@@ -52,6 +56,7 @@ def run_program(body, *, usage=None):
         _end(2, f"error{on_rank()}: {line}")
 
 
+LONGEST = 1500  # characters of an error
 FIRST_SPEAKS = 5  # seconds: the first rank to end has the others killed; it should be rank 0
 
 
@@ -68,8 +73,13 @@ def _let_go():
 
 def _end(code, line):
     _let_go()
+    traceback.clear_frames(sys.exc_info()[2])  # closes what generators hold: bars, temporary files
     if line:
         print(line, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # its reader is gone, or its disk full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
     sys.exit(code)
 
 
@@ -94,7 +104,11 @@ def one_line(error):
         return f"out of memory ({text[:160] or 'of this machine'}): {REMEDIES}"
     if isinstance(error, OSError) and error.strerror:
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return f"{' → '.join(places) or 'a file'}: {error.strerror}"
+        text = f"{' → '.join(places) or 'a file'}: {error.strerror}"
+    if text.startswith("DataLoader worker"):
+        return f"a loader process died, perhaps of too little memory ({text[:99]}): fewer data.workers?"
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     return text if isinstance(error, (ValueError, OSError)) else None
 
 

@@ -9,12 +9,13 @@ import importlib.util
 import logging
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fluxlite.cli.descriptions import read_description
+from fluxlite.cli.options import check_options, option
 from fluxlite.controlnet import MODES
 from fluxlite.data.cache import CachedSamples, build_cache, data_digest
 from fluxlite.data.loading import load_batches
@@ -23,6 +24,7 @@ from fluxlite.data.parts import IMAGES, config_parts
 from fluxlite.data.places import expand_home, expand_places
 from fluxlite.data.shards import Samples, mode_number
 from fluxlite.data.tars import cut_shards, open_shards
+from fluxlite.latents import MAX_SIDE
 
 __all__ = [
     "CachedSamples",
@@ -43,52 +45,111 @@ CROPS = ("center", "random")
 log = logging.getLogger("fluxlite")
 
 
-def _path(default, help, **about):
-    return field(default=default, metadata={"help": help, "verbatim": True, **about})
-
-
 @dataclass
 class DataConfig:
     """Where samples come from and how they are batched."""
 
-    kind: str = field(default="fill50k", metadata={"help": "mock, fill50k (generated where there are no shards) or webdataset"})
-    path: str | None = _path(
+    kind: str = option(
+        "fill50k",
+        "where samples come from; fill50k is generated where there are no shards",
+        choices=KINDS,
+        group="data",
+    )
+    path: str | None = option(
         None,
-        "tars: a folder, a glob, a brace pattern, a URL, or from the command line alone pipe:COMMAND, a shell command that prints "
-        "a tar; several with :: between them; fill50k: the folder where they are or will be",
+        "tars: a folder, a glob, a brace pattern, a URL, or from the command line alone "
+        "pipe:COMMAND, a shell command that prints a tar; several with :: between them; fill50k: the "
+        "folder where they are or will be",
+        verbatim=True,
         only_given="pipe:",
     )
-    count: int = field(default=50_000, metadata={"help": "fill50k: pictures to generate; mock: samples of an epoch"})
-    generate_size: int = field(default=512, metadata={"help": "fill50k: side of the generated pictures in pixels"})
-    height: int = field(default=512, metadata={"help": "height that pictures are resized to, in pixels, a multiple of 16"})
-    width: int = field(default=512, metadata={"help": "width that pictures are resized to, in pixels, a multiple of 16"})
-    crop: str = field(default="center", metadata={"help": "which part stays of a picture of another shape: center or random"})
-    flip: bool = field(default=False, metadata={"help": "mirror every other picture, drawn for each sample"})
-    caption_field: str = field(
-        default="caption", metadata={"help": "field of a sample's json that is its caption; without it, its txt is"}
+    count: int = option(
+        50_000,
+        "fill50k: pictures to generate; mock: samples of an epoch",
+        at_least=1,
+        at_most=10**9,
     )
-    caption_dropout: float = field(default=0.1, metadata={"help": "share of samples trained with the empty caption"})
-    control: str | None = field(
-        default=None, metadata={"help": "a ControlNet's picture: an ending, as png, of a file beside the target; canny: its edges"}
+    generate_size: int = option(
+        512,
+        "fill50k: side of the generated pictures in pixels",
+        at_least=8,
+        at_most=MAX_SIDE,
     )
-    control_mode: str | None = field(
-        default=None,
-        metadata={"help": f"kind of control, for union nets: json (its field mode), or {', '.join(MODES)} or a number without one"},
+    height: int = option(
+        512,
+        "height that pictures are resized to, in pixels, a multiple of 16",
+        at_least=16,
+        at_most=MAX_SIDE,
     )
-    micro_batch: int = field(default=1, metadata={"help": "samples of a forward pass, for each data-parallel rank"})
-    global_batch: int = field(default=8, metadata={"help": "samples of an optimizer step, over all ranks"})
-    shuffle: bool = field(default=True, metadata={"help": "a new order each epoch; false: the tars' own"})
-    shuffle_window: int = field(default=64, metadata={"help": "tars whose samples are mixed at a time"})
-    workers: int = field(default=2, metadata={"help": "loader processes for each rank; 0 loads in the training process"})
-    max_bad_fraction: float = field(default=0.01, metadata={"help": "share of unusable samples above which the run stops"})
-    cache: str | None = _path(None, "folder for latents and texts that are encoded once; null: encode them each time")
-    val_path: str | None = _path(
+    width: int = option(
+        512,
+        "width that pictures are resized to, in pixels, a multiple of 16",
+        at_least=16,
+        at_most=MAX_SIDE,
+    )
+    crop: str = option("center", "which part stays of a picture of another shape", choices=CROPS)
+    flip: bool = option(False, "mirror every other picture, drawn for each sample")
+    caption_field: str = option(
+        "caption", "field of a sample's json that is its caption; without it, its txt is"
+    )
+    caption_dropout: float = option(
+        0.1, "share of samples trained with the empty caption", at_least=0, at_most=1
+    )
+    control: str | None = option(
         None,
-        "tars of the validation set, as data.path; null: an Energon split, fill50k's held-out pairs, or the last samples",
+        "a ControlNet's picture: an ending, as png, of a file beside the target; canny: its edges",
+    )
+    control_mode: str | None = option(
+        None,
+        "kind of control, for union nets: json (its field mode), or "
+        f"{', '.join(MODES)} or a number without one",
+    )
+    micro_batch: int = option(
+        1,
+        "samples of a forward pass, for each data-parallel rank",
+        at_least=1,
+        at_most=100_000,
+        resume=True,
+    )
+    global_batch: int = option(
+        8, "samples of an optimizer step, over all ranks", at_least=1, at_most=10_000_000
+    )
+    shuffle: bool = option(True, "a new order each epoch; false: the tars' own")
+    shuffle_window: int = option(
+        64, "tars whose samples are mixed at a time", at_least=1, at_most=10**9
+    )
+    workers: int = option(
+        2,
+        "loader processes for each rank; 0 loads in the training process",
+        at_least=0,
+        at_most=1024,
+        resume=True,
+    )
+    max_bad_fraction: float = option(
+        0.01,
+        "share of unusable samples above which the run stops",
+        at_least=0,
+        at_most=1,
+        resume=True,
+    )
+    cache: str | None = option(
+        None,
+        "folder for latents and texts that are encoded once; null: encode them each time",
+        path=True,
+    )
+    val_path: str | None = option(
+        None,
+        "tars of the validation set, as data.path; null: an Energon split, fill50k's held-out pairs, "
+        "or the last samples",
+        verbatim=True,
         only_given="pipe:",
     )
-    val_count: int = field(default=64, metadata={"help": "held-out samples that validation takes"})
-    download: str = _path("~/.cache/fluxlite/shards", "folder for tars fetched from URLs")
+    val_count: int = option(
+        64, "held-out samples that validation takes", at_least=1, at_most=10_000_000
+    )
+    download: str = option(
+        "~/.cache/fluxlite/shards", "folder for tars fetched from URLs", path=True, resume=True
+    )
 
     @property
     def control_ending(self):
@@ -97,9 +158,10 @@ class DataConfig:
 
     def validate(self):
         """Raise `ValueError` for values that make no sense, here or together."""
-        for name, choices in (("kind", KINDS), ("crop", CROPS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"data.{name}={getattr(self, name)}: choose one of {', '.join(choices)}")
+        check_options(self, "data.")
+        for name in ("path", "val_path"):
+            if getattr(self, name) is not None and not getattr(self, name).strip():
+                raise ValueError(f"data.{name}= is empty: name tars, or leave it out")
         if self.kind == "webdataset" and not self.path:
             raise ValueError("data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a URL")
         if self.kind == "fill50k" and re.match(r"[A-Za-z][\w+.-]*:", self.path or ""):
@@ -114,14 +176,6 @@ class DataConfig:
             raise ValueError(f"data.control_mode={self.control_mode} says of which kind a control is: set data.control= too")
         if self.control_mode not in (None, "json") and mode_number(self.control_mode) is None:
             raise ValueError(f"data.control_mode={self.control_mode}: choose json, one of {', '.join(MODES)}, or a number")
-        for name in ("count", "generate_size", "height", "width", "micro_batch", "global_batch", "shuffle_window", "val_count"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
-        for name in ("caption_dropout", "max_bad_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"data.{name}={getattr(self, name)} must lie in [0, 1]")
-        if self.workers < 0:
-            raise ValueError(f"data.workers={self.workers} must not be negative")
         if self.cache and (self.crop == "random" or self.flip):
             raise ValueError("data.cache encodes each picture once: set data.crop=center and data.flip=false, or data.cache=null")
         if self.cache and self.kind == "mock":

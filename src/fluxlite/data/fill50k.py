@@ -7,12 +7,11 @@ A sample depends on (seed, index, size) alone. Ordered colour pairs that `is_hel
     python -m fluxlite.data.fill50k --dst fill50k_tarfiles --source training/fill50k     # the original download
 """
 
-import argparse
 import io
 import json
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.descriptions import check_regular, parse_json, read_description, read_text
 from fluxlite.cli.options import option
+from fluxlite.cli.programs import run_program
 from fluxlite.data.atomic import atomic_folder
 from fluxlite.data.energon import inside_folder
 from fluxlite.data.images import BadSample, decode
@@ -221,28 +222,53 @@ def _write_tars(samples, folder, per_shard):
         raise ValueError(f"no samples to write to {folder.parent}")
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Write fill50k as WebDataset tars: generated, or from the original download.")
-    parser.add_argument("--dst", required=True, help="folder to write; must not exist")
-    parser.add_argument("--count", type=int, default=50_000, help="pictures to draw")
-    parser.add_argument("--size", type=int, default=512, help="side of the pictures in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-out", action="store_true", help="draw the pairs of colours that training never sees")
-    parser.add_argument("--per-shard", type=int, default=1000, help="pictures per tar")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
-    parser.add_argument("--source", help="import this folder (prompt.json, source/, target/) and draw nothing")
-    args = parser.parse_args()
-    if Path(args.dst).exists():
-        parser.error(f"{args.dst} exists: remove it or name another folder")
-    if args.source:
-        samples, count = imported_samples(args.source), None
+@dataclass
+class GeneratorConfig:
+    """What the command line of this module takes."""
+
+    dst: str = option(MISSING, "folder to write; must not exist", path=True)
+    count: int = option(50_000, "pictures to draw", at_least=1, at_most=10**9)
+    size: int = option(512, "side of the pictures in pixels", at_least=8, at_most=16_384)
+    seed: int = option(0, "of every picture", at_least=0, at_most=2**64 - 1)
+    held_out: bool = option(False, "draw the pairs of colours that training never sees")
+    per_shard: int = option(1000, "pictures per tar", at_least=1, at_most=1_000_000)
+    workers: int = option(os.cpu_count() or 1, "processes that draw", at_least=0, at_most=1024)
+    source: str | None = option(
+        None, "import this folder (prompt.json, source/, target/) and draw nothing", path=True
+    )
+
+    def validate(self):
+        """Raise `ValueError` for flags that contradict each other, or a folder that exists."""
+        drawing = ("count", "size", "seed", "held_out", "workers")
+        default = GeneratorConfig(self.dst)
+        given = [name for name in drawing if getattr(self, name) != getattr(default, name)]
+        if self.source and given:
+            flag = given[0].replace("_", "-")
+            raise ValueError(f"--source imports pictures and draws none: leave out --{flag}")
+        if os.path.lexists(self.dst):
+            raise ValueError(f"--dst {self.dst} exists: remove it or name another folder")
+        if -(-self.count // self.per_shard) > 1_000_000:
+            raise ValueError(
+                f"--per-shard {self.per_shard} makes more than a million tars: choose a larger one"
+            )
+
+
+def usage():
+    return flags_help(GeneratorConfig, __doc__)
+
+
+def body(arguments):
+    config = parse_flags(GeneratorConfig, arguments)
+    config.validate()
+    if config.source:
+        samples, count = imported_samples(config.source), None
     else:
-        options = dict(size=args.size, seed=args.seed, held_out=args.held_out, workers=args.workers)
-        samples = generated_samples(args.count, **options)
-        count = args.count
-    about = None if args.source else {"count": args.count, "size": args.size}
-    write_shards(samples, args.dst, count=count, per_shard=args.per_shard, about=about)
+        names = ("size", "seed", "held_out", "workers")
+        samples = generated_samples(config.count, **{n: getattr(config, n) for n in names})
+        count = config.count
+    about = None if config.source else {"count": config.count, "size": config.size}
+    write_shards(samples, config.dst, count=count, per_shard=config.per_shard, about=about)
 
 
 if __name__ == "__main__":
-    main()
+    run_program(body, usage=usage, ranks=False)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from fluxlite.cli.processes import deferred_signals, end_children_at_exit, serve_parent
 
 
-def load_batches(dataset, *, workers, **options):
+def load_batches(dataset, *, workers, collate_fn, **options):
     """The batches of a DataLoader with so many worker processes, each with one thread; 0 reads in this process.
 
     The workers are forked: a start takes milliseconds, and the data set is shared and not copied.
@@ -26,8 +26,8 @@ def load_batches(dataset, *, workers, **options):
         options["multiprocessing_context"] = "fork" if sys.platform == "linux" else None
         end_children_at_exit()
     own = torch.Generator()  # else the global one would be drawn from
-    options["collate_fn"] = partial(_collate, options["collate_fn"])
-    loader = DataLoader(_PassedErrors(dataset), num_workers=workers, generator=own, **options)
+    options |= dict(num_workers=workers, collate_fn=partial(_collate, collate_fn), generator=own)
+    loader = DataLoader(_PassedErrors(dataset), **options)
     try:
         for batch in _start_workers(loader):
             if isinstance(batch, Exception):

@@ -1,0 +1,144 @@
+"""Whether a model has learnt fill50k, from the pictures that it draws of held-out pairs of colours.
+
+`prove` takes any function that draws. It compares with two controls: the same pictures under each
+other's prompts, and pairs whose two colours change places under the same seed.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from fluxlite.cli.options import option, same_option
+from fluxlite.data.circles import MAX_COLOUR_ERROR, MIN_IOU, colour_difference, figure_mask, measure
+from fluxlite.data.fill50k import caption, draw_sample, pairs, rgb
+from fluxlite.pipeline import DrawConfig
+from fluxlite.sampling import SampleConfig
+
+MIN_DIFFERENCE = 25.0  # ΔE between the two colours of a pair: more than twice MAX_COLOUR_ERROR, so that no colour can pass for both
+
+
+@dataclass
+class ProofConfig:
+    """What `prove.py` takes."""
+
+    checkpoint: str | None = option(
+        None, "a run, a pipeline folder or a transformer; null: the shipped tiny pipeline", path=True
+    )
+    controlnet: str | None = option(
+        None,
+        "a ControlNet, for instance a run; its pictures then follow control pictures",
+        path=True,
+    )
+    control_size: int = option(
+        64, "side of the control pictures in pixels", at_least=16, at_most=16_384
+    )
+    num: int = option(200, "held-out pairs of colours to draw", at_least=2, at_most=100_000)
+    swaps: int = option(
+        50,
+        "of these, how many are drawn again with their colours swapped",
+        at_least=0,
+        at_most=100_000,
+    )
+    steps: int | None = same_option(SampleConfig, "steps", default=None)
+    guidance: float | None = same_option(SampleConfig, "guidance", default=None)
+    seed: int = same_option(DrawConfig, "seed", help="of the choice of pairs and of the noise")
+    batch: int = same_option(DrawConfig, "batch", default=50)
+    output: str = option("outputs/proof", "folder for proof.json and grid.png", path=True)
+
+
+def choose_pairs(num, seed):
+    """`num` different held-out (circle, background) pairs of clearly different colours, the same for the same seed."""
+    candidates = [(a, b) for a, b in pairs(held_out=True) if colour_difference(rgb(a), rgb(b)) > MIN_DIFFERENCE]
+    if not 2 <= num <= len(candidates):
+        raise ValueError(f"num={num} must be between 2 and {len(candidates)}, the held-out pairs of clearly different colours")
+    return [candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))[:num]]
+
+
+def draw_controls(chosen, size, seed):
+    """For each pair a control picture of the generator's, a PIL image, and the disc (size, size) bool that it outlines."""
+    found = []
+    for number, pair in enumerate(chosen):
+        target, control, _ = draw_sample(number, size=size, seed=seed + 1_000_003, choices=[pair])
+        found.append((Image.fromarray(control), figure_mask(target, *pair)))
+    return found
+
+
+def overlap(picture, pair, disc):
+    """IoU of the drawn figure with the disc that the control outlines."""
+    mask = figure_mask(np.asarray(picture.convert("RGB")), *pair)
+    return (mask & disc).sum() / max((mask | disc).sum(), 1)
+
+
+def prove_position(pictures, chosen, controls):
+    """How many figures lie where their control has them, and where another's has them."""
+    own = [overlap(picture, pair, disc) for picture, pair, (_, disc) in zip(pictures, chosen, controls)]
+    other = [overlap(picture, pair, disc) for picture, pair, (_, disc) in zip(pictures, chosen, controls[1:] + controls[:1])]
+    shares = {key: float(np.mean(np.array(ious) >= MIN_IOU)) for key, ious in (("position", own), ("shuffled_position", other))}
+    return shares | {"median_position_iou": float(np.median(own))}
+
+
+def share(results, key):
+    return sum(result[key] for result in results) / len(results)
+
+
+def prove(draw, *, num, num_swaps, seed, control_size=None):
+    """The report of a model that `draw(prompts, controls)` → PIL pictures stands for, the pictures, and one measurement for each.
+
+    `draw` must give the picture at a position the same noise in every call, so that a swapped pair shares its noise. Its controls
+    are None, or with `control_size` square pictures of so many pixels, one a prompt.
+    """
+    chosen = choose_pairs(num, seed)
+    num_swaps = min(num_swaps, num)
+    controls = draw_controls(chosen, control_size, seed) if control_size else []
+    images = [image for image, _ in controls] or None
+    began = time.perf_counter()
+    pictures = draw([caption(*pair) for pair in chosen], images)
+    seconds = time.perf_counter() - began
+    results = [{"prompt": caption(*pair), **measure(picture, *pair)} for picture, pair in zip(pictures, chosen, strict=True)]
+    shuffled = [measure(picture, *pair) for picture, pair in zip(pictures, chosen[1:] + chosen[:1])]  # everyone gets a neighbour's
+    swapped = [pair[::-1] for pair in chosen[:num_swaps]]
+    swapped_pictures = draw([caption(*pair) for pair in swapped], images and images[:num_swaps]) if swapped else []
+    swaps = [measure(picture, *pair) for picture, pair in zip(swapped_pictures, swapped, strict=True)]
+    report = {
+        **{key: share(results, key) for key in ("right", "colours", "shape")},
+        **{f"shuffled_{key}": share(shuffled, key) for key in ("right", "colours", "shape")},
+        "swap": sum(a["colours"] and b["colours"] for a, b in zip(results, swaps)) / num_swaps if num_swaps else None,
+        "median_circle_error": float(np.median([result["circle_error"] for result in results])),
+        "median_background_error": float(np.median([result["background_error"] for result in results])),
+        "median_iou": float(np.median([result["iou"] for result in results])),
+        "num": num,
+        "num_swaps": num_swaps,
+        "seconds_per_picture": seconds / num,
+    }
+    if controls:
+        report |= prove_position(pictures, chosen, controls)
+    return report, pictures, results
+
+
+def format_table(report):
+    """The report as lines for a person."""
+    rows = [
+        ("", "own prompt", "shuffled"),
+        *(
+            (label, f"{report[key]:.1%}", f"{report['shuffled_' + key]:.1%}")
+            for key, label in (
+                ("colours", f"both colours right (ΔE2000 ≤ {MAX_COLOUR_ERROR:g})"),
+                ("shape", f"one circle (IoU ≥ {MIN_IOU:g})"),
+                ("right", "right in both"),
+                ("position", f"where the control has it (IoU ≥ {MIN_IOU:g})"),
+            )
+            if key in report
+        ),
+        *([("both colours right, also swapped", f"{report['swap']:.1%}", "")] if report["num_swaps"] else []),
+        ("median ΔE2000: circle, background", f"{report['median_circle_error']:.1f}, {report['median_background_error']:.1f}", ""),
+        ("median IoU with the best circle", f"{report['median_iou']:.3f}", ""),
+        ("seconds per picture, with loading", f"{report['seconds_per_picture']:.2f}", ""),
+    ]
+    return "\n".join(f"{label:<36}{own:>12}{shuffled:>12}".rstrip() for label, own, shuffled in rows)
+
+
+def verdict(result):
+    wrong = [key for key in ("colours", "shape") if not result[key]]
+    return f"{result['prompt']}\n{'wrong ' + ' and '.join(wrong) if wrong else 'right'}"

@@ -1,0 +1,92 @@
+"""The times at which a published pipeline is drawn, as its scheduler/scheduler_config.json says.
+
+That file describes diffusers' FlowMatchEulerDiscreteScheduler. Without one FLUX.1-dev's is assumed
+of a model that has a guidance input, and FLUX.1-schnell's of any other.
+"""
+
+import math
+from dataclasses import dataclass
+
+from fluxlite import flow
+from fluxlite.cli.descriptions import read_description
+from fluxlite.cli.options import option
+
+SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
+SHIFT_REMEDY = "name shift= (resolution, none or a factor) to draw with Euler steps all the same"
+
+
+@dataclass
+class SchedulerConfig:
+    """What is read of a scheduler_config.json; the defaults are diffusers'."""
+
+    shift: float = option(1.0, "factor of the time shift at any resolution", above=0, at_most=1e6)
+    use_dynamic_shifting: bool = option(False, "whether the factor follows from the resolution")
+    base_shift: float = option(0.5, "mu at base_image_seq_len", at_least=-20, at_most=20)
+    max_shift: float = option(1.15, "mu at max_image_seq_len", at_least=-20, at_most=20)
+    base_image_seq_len: int = option(256, "image tokens", at_least=1, at_most=1 << 30)
+    max_image_seq_len: int = option(4096, "image tokens", at_least=1, at_most=1 << 30)
+    time_shift_type: str = option("exponential", "of mu", choices=("exponential", "linear"))
+    shift_terminal: float | None = option(None, "the last time before 0", at_least=0, below=1)
+    num_train_timesteps: int = option(1000, "what t = 1 is to the model", at_least=1)
+    invert_sigmas: bool = False
+    use_karras_sigmas: bool = False
+    use_exponential_sigmas: bool = False
+    use_beta_sigmas: bool = False
+    stochastic_sampling: bool = False
+    _class_name: str = SCHEDULER_CLASS
+
+
+DEV_SCHEDULER, SCHNELL_SCHEDULER = (
+    SchedulerConfig(use_dynamic_shifting=True, shift=3.0),
+    SchedulerConfig(),
+)
+# Those of its settings that other models' schedulers have, and ours does not follow.
+FIXED_FIELDS = (
+    "num_train_timesteps",
+    "invert_sigmas",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+)
+FIXED_FIELDS += ("use_beta_sigmas", "stochastic_sampling", "_class_name")
+
+
+def read_scheduler(file, values=None):
+    """The `SchedulerConfig` of a file, or of `values` read from it; `ValueError` names the file."""
+    return read_description(file, SchedulerConfig, values, foreign=True)
+
+
+def is_schnell(scheduler):
+    """Whether the times are not shifted at all, which tells FLUX.1-schnell from other models."""
+    return not scheduler.use_dynamic_shifting and scheduler.shift == 1
+
+
+def scheduled_factor(scheduler, num_image_tokens):
+    """The factor of the time shift for so many packed tokens, as FluxPipeline computes it."""
+    if not scheduler.use_dynamic_shifting:
+        return scheduler.shift
+    ends = scheduler.base_image_seq_len, scheduler.max_image_seq_len
+    if ends[0] == ends[1]:
+        raise ValueError(
+            f"base_image_seq_len and max_image_seq_len are both {ends[0]}: {SHIFT_REMEDY}"
+        )
+    mu = flow.time_shift_mu(num_image_tokens, (scheduler.base_shift, scheduler.max_shift), ends)
+    factor = math.exp(min(mu, 100)) if scheduler.time_shift_type == "exponential" else mu
+    if not 0 < factor < 1e12:
+        raise ValueError(
+            f"the time shift for {num_image_tokens} tokens is {factor:.3g}: {SHIFT_REMEDY}"
+        )
+    return factor
+
+
+def scheduled_times(scheduler, steps, num_image_tokens):
+    """Sampling times (steps + 1,) from 1 to 0. Raises `ValueError` for what is not followed."""
+    for name in FIXED_FIELDS:
+        value = getattr(scheduler, name)
+        if value != getattr(SCHNELL_SCHEDULER, name):
+            raise ValueError(
+                f"scheduler_config.json says {name}={value}, not supported: {SHIFT_REMEDY}"
+            )
+    if scheduler.shift_terminal and steps < 2:
+        raise ValueError("scheduler_config.json says shift_terminal, which takes steps=2 or more")
+    factor = scheduled_factor(scheduler, num_image_tokens)
+    return flow.schedule(steps, factor, terminal=scheduler.shift_terminal)

@@ -1,0 +1,181 @@
+"""Run folders with bytes changed, files cut, exchanged, linked and renamed.
+
+What is accepted must hold the very tensors that were written.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from fuzzing import BOTH, try_cases
+from test_run_state import flip, original  # noqa: F401, a fixture
+
+from fluxlite import checkpoint, parallel, run_state
+
+
+def change_bytes(rng, file):
+    for _ in range(rng.choice([1, 1, 1, 2, 8])):
+        flip(file, rng.randrange(file.stat().st_size), rng.randrange(1, 256))
+
+
+def cut_file(rng, file):
+    os.truncate(file, rng.randrange(file.stat().st_size))
+
+
+def extend_file(rng, file):
+    with open(file, "ab") as opened:
+        opened.write(rng.randbytes(rng.choice([1, 100, 4096])))
+
+
+def move_block(rng, file):
+    """Bytes of one place copied over another's."""
+    data, size = bytearray(file.read_bytes()), rng.choice([1, 4, 64, 3000])
+    a, b = (rng.randrange(max(1, len(data) - size)) for _ in range(2))
+    data[a : a + size] = data[b : b + size]
+    file.write_bytes(data)
+
+
+def remove_file(rng, file):
+    file.unlink()
+
+
+def make_other(rng, file):
+    """A pipe, a folder, a dangling link or nothing where a file was."""
+    file.unlink()
+    rng.choice([os.mkfifo, os.mkdir, Path.touch, lambda f: os.symlink("nowhere", f)])(file)
+
+
+def change_value(rng, file):
+    """A value somewhere in meta.json replaced; its checksum is left out, as if changed by hand."""
+    file = file.parent / "meta.json"
+    values = json.loads(file.read_text())
+    values.pop("checksum", None)
+    at, keys = values, list(values)
+    while True:
+        key = rng.choice(keys)
+        if isinstance(at[key], dict) and at[key] and rng.random() < 0.7:
+            at = at[key]
+            keys = list(at)
+            continue
+        break
+    strange = [None, -1, 0, 1, 10**9, 10**30, 1.5, "", "x", [], {}, [1, "a"], True, "../../x"]
+    at[key] = rng.choice(strange)
+    file.write_text(json.dumps(values))
+
+
+def swap_files(rng, file):
+    """A file of another checkpoint in its place."""
+    other = file.parent.parent / "step-000004" / file.name
+    shutil.copyfile(other, file)
+
+
+CHANGES = [change_bytes] * 4 + [cut_file, extend_file, move_block, remove_file, make_other]
+CHANGES += [change_value] * 3 + [swap_files]  # the last one nothing but a checksum can notice
+
+
+def read_all(folder):
+    source = checkpoint.open_source(folder)
+    return {name: source.read(name).clone() for name in source.described}
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("count", BOTH)
+@pytest.mark.parametrize("edition", ["with checksums", "without"])
+def test_a_changed_run_is_refused_or_gives_the_very_tensors(original, tmp_path, count, edition):
+    """Where meta.json has no checksums, those of the zips still hold for every tensor."""
+    expected = read_all(original)
+    plain = read_without_average(original)
+
+    def case(rng):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(original, tmp_path / "run", symlinks=True)
+        folder = tmp_path / "run" / "checkpoints" / "step-000006"
+        if edition == "without":
+            values = json.loads((folder / "meta.json").read_text())
+            values = {k: v for k, v in values.items() if k not in ("files", "checksum", "data")}
+            (folder / "meta.json").write_text(json.dumps(values))
+        change = rng.choice(CHANGES if edition == "with checksums" else CHANGES[:-1])
+        change(rng, rng.choice(sorted(folder.iterdir())))
+        read = read_all(tmp_path / "run")
+        for name, values in read.items():
+            known = [expected[name], plain[name]] if change is change_value else [expected[name]]
+            same = any(torch.equal(values, one) for one in known)
+            assert same, f"{change.__name__}: {name} is another"
+        return change.__name__
+
+    verdicts = try_cases(count, case)
+    assert 0.4 * count < sum(kind == "refused" for kind, _ in verdicts) < count
+
+
+def read_without_average(folder):
+    source = checkpoint.open_source(folder, ema=False)
+    return {name: source.read(name).clone() for name in source.described}
+
+
+def contents_below(folder):
+    """What all files hold, whatever their names."""
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sorted(path.read_bytes() for path in files)
+
+
+NAMES = ["last", "step-000006", "step-000004", "step-000099", "step-6", "step-000006-good"]
+NAMES += [".step-000006", "x"]
+
+
+def change_names(rng, root):
+    """Links and folders of a run's checkpoints renamed, removed, copied."""
+    name = rng.choice([path.name for path in root.iterdir()] or ["none"])
+    target = rng.choice(NAMES)
+    change = rng.randrange(5)
+    path = root / name
+    free = not os.path.lexists(root / target)
+    is_folder = path.is_dir() and not path.is_symlink()
+    if change == 0 and os.path.lexists(path):
+        shutil.rmtree(path) if is_folder else path.unlink()
+    elif change == 1 and free:
+        os.rename(path, root / target)
+    elif change == 2 and is_folder and free:
+        shutil.copytree(path, root / target, symlinks=True)
+    elif change == 3 and free:
+        os.symlink(rng.choice(["step-000004", "nowhere", ".", "..", target]), root / target)
+    elif is_folder:
+        files = sorted(p for p in path.rglob("*") if p.is_file())
+        if files:
+            cut_file(rng, rng.choice(files))
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("count", BOTH)
+def test_the_newest_whole_step_of_any_folder_is_chosen_none_deleted(original, tmp_path, count):
+    parallel.start(parallel.ParallelConfig(), "cpu")
+    chosen_steps = []
+
+    def case(rng):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        shutil.copytree(original, tmp_path / "run", symlinks=True)
+        root = tmp_path / "run" / "checkpoints"
+        for _ in range(rng.randrange(1, 6)):
+            change_names(rng, root)
+        before = contents_below(root)
+        try:
+            chosen = run_state.choose_checkpoint(tmp_path / "run")
+        finally:
+            assert before == contents_below(root), "a file is gone or changed"
+        if chosen is not None:
+            meta = run_state.read_meta(root / "last")
+            run_state.check_files(root / "last", meta)
+            assert (root / "last").resolve() == chosen.resolve()
+            listed = run_state.list_checkpoints(tmp_path / "run")
+            whole = [folder for folder in listed if not run_state.find_fault(folder)]
+            assert whole[0].name == f"step-{meta.step:06d}" == chosen.name
+            chosen_steps.append(meta.step)
+        return chosen
+
+    try:
+        try_cases(count, case)
+    finally:
+        parallel.stop()
+    assert len(set(chosen_steps)) > 1
