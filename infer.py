@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from fluxlite.cli.processes import deferred_signals
 from fluxlite.cli.programs import run_program
 
 USAGE = """
@@ -70,13 +71,14 @@ def usage():
 
 
 def body(arguments):
-    import torch
-    from tqdm import tqdm
+    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+        import torch
+        from tqdm import tqdm
 
-    from fluxlite.cli.command_line import load_config
-    from fluxlite.config import InferConfig
-    from fluxlite.metrics import Stages, contact_sheet
-    from fluxlite.pipeline import DrawConfig, generate
+        from fluxlite.cli.command_line import load_config
+        from fluxlite.config import InferConfig
+        from fluxlite.metrics import Stages, contact_sheet
+        from fluxlite.pipeline import DrawConfig, generate
 
     config = load_config(InferConfig, "infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

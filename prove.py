@@ -13,6 +13,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+from fluxlite.cli.processes import deferred_signals
 from fluxlite.cli.programs import run_program
 
 
@@ -24,9 +25,10 @@ def usage():
 
 
 def body(arguments):
-    from fluxlite.cli.command_line import parse_flags
-    from fluxlite.config import check_output
-    from fluxlite.proof import ProofConfig, choose_pairs, format_table, prove
+    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+        from fluxlite.cli.command_line import parse_flags
+        from fluxlite.config import check_output
+        from fluxlite.proof import ProofConfig, choose_pairs, format_table, prove
 
     config = parse_flags(ProofConfig, arguments)
     choose_pairs(config.num, config.seed)  # refuses a --num that there are not as many pairs for

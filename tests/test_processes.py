@@ -14,6 +14,7 @@ from pathlib import Path
 import poison
 import pytest
 import torch
+from reference import last_of_each
 from test_trainer import MOCK, ROOT, SMALL, command, train, wait_for_steps, weights
 
 from fluxlite import parallel, run_state
@@ -255,15 +256,8 @@ def case_of(folder, phase, name, *more):
         "data.workers=2",
         f"output={folder}/run",
     ]
-    return [
-        phase,
-        name,
-        *SMALL,
-        *data,
-        *rest,
-        *more,
-        *(["data.count=8"] if phase != "generating" else []),
-    ]
+    few = ["data.count=8"] if phase != "generating" else []
+    return [phase, name, *last_of_each([*SMALL, *data, *rest, *few, *more])]
 
 
 def check_stopped(found, phase, name, folder):

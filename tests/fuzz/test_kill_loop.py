@@ -50,13 +50,16 @@ def newest_step(folder):
 
 
 def wait_for_moment(rng, folder, process):
-    """A random moment: some of the start, most of a step or of its save."""
+    """A random moment: some of the start, others after a save, most while the next is written."""
     if rng.random() < 0.15:
         return time.sleep(rng.uniform(0, 6))
     first, count = saved_steps(folder), rng.randint(1, 12)
     while process.poll() is None and saved_steps(folder) < first + count:
         time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.12))
+    if rng.random() < 0.6:
+        while process.poll() is None and not any((folder / "checkpoints").glob(".step-*")):
+            time.sleep(0.001)
+    time.sleep(rng.uniform(0, 0.06))
 
 
 def targets(rng, tree, process, ranks):

@@ -105,8 +105,6 @@ def one_line(error):
     if isinstance(error, OSError) and error.strerror:
         places = [str(name) for name in (error.filename, error.filename2) if name is not None]
         text = f"{' → '.join(places) or 'a file'}: {error.strerror}"
-    if text.startswith("DataLoader worker"):
-        return f"a loader process died, perhaps of too little memory ({text[:99]}): fewer data.workers?"
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
     return text if isinstance(error, (ValueError, OSError)) else None
