@@ -397,10 +397,10 @@ def hostile_values(folder, path):
     dcp.save(state | values, checkpoint_id=folder, no_dist=True)
 
 
-def hostile_zip(folder, path, monkeypatch=pytest.MonkeyPatch()):
+def hostile_zip(folder, path):
     """Beside each tensor's bytes lies a pickle that runs a command."""
     state, save = all_tensors(folder), torch.save
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "save", lambda data, file: save([data, Touch(path)], file))
         dcp.save(state, checkpoint_id=folder, no_dist=True)
 
