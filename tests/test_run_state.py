@@ -481,6 +481,23 @@ def test_a_hostile_run_folder_runs_nothing_whoever_reads_it(run, form, tmp_path)
         assert set(refused) == {control_init} and "wrong part" in refused[control_init]
 
 
+def test_links_in_a_runs_folder_are_never_written_through(run, tmp_path):
+    names, before = ("config.json", "metrics.jsonl", "losses.png"), {}
+    for name in names:
+        victim = shutil.move(run / name, tmp_path / name)
+        (run / name).symlink_to(victim)
+        before[name] = victim.read_bytes()
+    resume(run)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    assert all((run / name).is_file() and not (run / name).is_symlink() for name in names)
+    (tmp_path / "victim").write_text("mine")
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=".lock"):
+        resume(run)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
 # --- without checksums -----------------------------------------------------------------
 
 

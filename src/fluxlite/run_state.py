@@ -385,7 +385,9 @@ def locked_run(folder):
 def lock_folder(folder):
     """An open file whose lock is this process's: it goes with the process, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")
+    place = folder / ".lock"  # somebody else's folder may have a link of that name
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = os.fdopen(os.open(place, flags, 0o666), "r+")
     try:
         # not flock, which the loader's forked workers would hold on to
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -398,8 +400,7 @@ def lock_folder(folder):
             "output="
         ) from None
     except OSError as error:
-        reason = error.strerror
-        log.warning("%s cannot be locked (%s): start no second run there", file.name, reason)
+        log.warning("%s cannot be locked (%s): start no second run there", place, error.strerror)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -327,10 +327,11 @@ def write_index(path, shards, names):
 def aside(final, *, overwrite=False, folder=False, remedy="name another"):
     """A path beside `final` to write a file or a `folder` to, renamed to it at the end and removed if that is not reached.
 
+    A link to a file is replaced and not followed: a run's folder may come from somebody else.
     Raises `ValueError` where `final` exists and `overwrite` is false, is of the other kind or holds what no checkpoint does, and
     where it cannot be written: full disk, no permission.
     """
-    final = Path(final).resolve()
+    final = Path(final).resolve() if folder else Path(final).parent.resolve() / Path(final).name
     free = partial(check_replaceable, final, overwrite=overwrite, folder=folder, remedy=remedy)
     free()
     try:
