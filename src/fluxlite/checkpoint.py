@@ -15,7 +15,7 @@ from fluxlite import __version__, convert, foreign, hub, net_configs, run_state,
 from fluxlite.autoencoder import AutoencoderConfig
 from fluxlite.cli.atomic import locked
 from fluxlite.cli.descriptions import parse_json, read_description, read_json
-from fluxlite.cli.options import option, shortened
+from fluxlite.cli.options import expand_home, option, shortened
 from fluxlite.controlnet import ControlNetConfig
 from fluxlite.model import FluxConfig
 from fluxlite.run_state import is_run, last_checkpoint
@@ -78,7 +78,7 @@ def resolve(path):
 
 def local(where, patterns, *, setting="model.checkpoint"):
     """The path that `where` is or, of a hub repository, that its files matching `patterns` have been fetched to."""
-    path = Path(where).expanduser()
+    path = Path(expand_home(str(where), setting))
     if path.exists():
         return path
     if not hub.is_repository(str(where)):
@@ -213,11 +213,6 @@ def scheduler_beside(checkpoint, config):
         return None
 
 
-def flux_config(values, cls=FluxConfig):
-    """A `FluxConfig`, or a `ControlNetConfig`, from its JSON."""
-    return cls(**(values | {"rope_axes": tuple(values["rope_axes"])}))
-
-
 # --- loading --------------------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +243,7 @@ ARTICLED = {"transformer": "a transformer", "controlnet": "a ControlNet", "autoe
 
 def load_transformer(where, *, ema=True, attention="auto", dtype=None, device="cpu"):
     """A Flux from what `open_source` takes, or from a `Source`; raises `ValueError`."""
-    source = where if isinstance(where, Source) else open_source(where, ema=ema)
+    source = where if isinstance(where, Source) else open_source(resolve(where), ema=ema)
     check_part(source, "transformer", "model.checkpoint")
     return _load(source, dtype, device, attention)
 
@@ -285,7 +280,7 @@ def write_converted(
     `dst` is a file where it ends in .safetensors, else a folder; diffusers is always a folder. Nothing appears under that name
     before it is whole. `progress` is called with the number of bytes of each write. Raises `ValueError`.
     """
-    dst = Path(dst).expanduser()
+    dst = Path(expand_home(str(dst), "--dst"))
     to_folder = dst.suffix != ".safetensors"
     check_destination(source, dst, to, to_folder)
     shapes = convert.shapes(to, source.config)
@@ -439,7 +434,7 @@ def converted(
     if source.layout == "fluxlite" and not is_run(Path(where).expanduser()):
         log.info("%s: %s is in our own layout already, and is used as it is", setting, where)
         return source
-    file = Path(save_converted).expanduser()
+    file = Path(expand_home(str(save_converted), setting))
     if file.suffix != ".safetensors":
         raise ValueError(f"{setting}={save_converted} must end in .safetensors")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -339,17 +339,9 @@ def aside(final, *, overwrite=False, folder=False, remedy="name another"):
         with atomic_folder(final, replace=True) if folder else atomic_path(final) as path:
             free()  # nobody has written it while we waited
             yield path
-            for file in [p for p in path.rglob("*") if p.is_file()] if folder else []:
-                sync_file(file)
     except OSError as error:
         reason = {errno.EFBIG: "file too large for this user's limit", errno.ENOSPC: "no space left on the disk; free some"}
         raise ValueError(f"{final} cannot be written: {reason.get(error.errno) or error.strerror or error}") from error
-
-
-def sync_file(path):
-    """Put a file on the disk."""
-    with open(path, "rb") as opened:
-        os.fsync(opened.fileno())
 
 
 def check_replaceable(final, *, overwrite, folder, remedy):

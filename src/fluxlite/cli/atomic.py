@@ -123,6 +123,7 @@ def atomic_folder(path, *, replace=False):
         try:
             aside.mkdir()
             yield aside
+            sync_folder(aside)
             if path.exists():
                 os.rename(path, old)
             os.rename(aside, path)
@@ -136,6 +137,14 @@ def _clear_leftovers(path, aside, old):
         os.rename(old, path)
     for folder in (aside, old):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_folder(folder):
+    """Put a folder and its files on the disk."""
+    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 @contextmanager
