@@ -66,18 +66,28 @@ def targets(rng, tree, process, ranks):
     """Whom a kill hits: {name: pids}."""
     workers = [pid for pid in tree if is_loader(pid)]
     found = {"run": [process.pid], "all": sorted(tree), "loader": workers[:1]}
-    own = [pid for pid in tree if pid != process.pid and pid not in workers]
-    return {
-        name: pids for name, pids in (found | ({"rank": own[:1]} if ranks else {})).items() if pids
-    }
+    own = [pid for pid in sorted(tree) if is_rank(pid, process.pid)] if ranks else []
+    return {name: pids for name, pids in (found | {"rank": own[:1]}).items() if pids}
+
+
+def about_process(pid, name):
+    """What Linux tells of a process, empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def is_loader(pid):
     """torch gives a loader process this name."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().startswith("pt_data_worker")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return about_process(pid, "comm").startswith("pt_data_worker")
+
+
+def is_rank(pid, launcher):
+    """A child of torchrun that runs the program; torchrun has short-lived others."""
+    parent = about_process(pid, "stat").rpartition(")")[2].split()[1:2]
+    words = about_process(pid, "cmdline")
+    return parent == [str(launcher)] and "train.py" in words and "torch.distributed" not in words
 
 
 @contextmanager
@@ -120,7 +130,10 @@ def kill_once(rng, folder, ranks, number):
             os.kill(pid, sent)
         except ProcessLookupError:
             pass
-    code = process.wait(timeout=180)
+    wait_until(
+        lambda: process.poll() is not None, f"kill {number}: {name} {sent.name} ends it", 180
+    )
+    code = process.returncode
     wait_until(
         lambda: not any(alive(pid) for pid in tree), f"kill {number}, {name}: {tree} end", 20
     )
