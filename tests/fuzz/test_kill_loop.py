@@ -49,14 +49,18 @@ def newest_step(folder):
     return int(os.readlink(folder / "checkpoints" / "last").rsplit("-", 1)[1])
 
 
-def wait_for_moment(rng, folder, process):
-    """A random moment: some of the start, others after a save, most while the next is written."""
+def wait_for_steps(rng, folder, process):
+    """Until some of the start is over, or a few steps are saved."""
     if rng.random() < 0.15:
         return time.sleep(rng.uniform(0, 6))
     first, count = saved_steps(folder), rng.randint(1, 12)
     while process.poll() is None and saved_steps(folder) < first + count:
         time.sleep(0.002)
-    if rng.random() < 0.6:
+
+
+def wait_for_write(rng, folder, process):
+    """Until the next checkpoint is being written, more often than not, and a moment more."""
+    if rng.random() < 0.6 and (folder / "checkpoints").exists():
         while process.poll() is None and not any((folder / "checkpoints").glob(".step-*")):
             time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.06))
@@ -117,7 +121,7 @@ def watching_last(folder, faults):
 def kill_once(rng, folder, ranks, number):
     """One start and one kill; what it was, and whether it fell into a write."""
     process = start_run(folder, ranks, "resume=auto", "checkpoint.every=1")
-    wait_for_moment(rng, folder, process)
+    wait_for_steps(rng, folder, process)
     assert process.poll() is None, (
         f"kill {number}: ended by itself, {process.returncode}; see {folder}.log"
     )
@@ -125,6 +129,7 @@ def kill_once(rng, folder, ranks, number):
     choices = targets(rng, tree, process, ranks)
     name, sent = rng.choice(sorted(choices)), rng.choice(SIGNALS)
     sent = signal.SIGKILL if name == "loader" else sent  # it ignores the others
+    wait_for_write(rng, folder, process)
     for pid in choices[name]:
         try:
             os.kill(pid, sent)
