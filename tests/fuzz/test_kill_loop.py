@@ -42,11 +42,9 @@ def start_run(folder, ranks, *options):
 
 
 def saved_steps(folder):
-    return sum(1 for _ in (folder / "checkpoints").glob("step-*")) and newest_step(folder)
-
-
-def newest_step(folder):
-    return int(os.readlink(folder / "checkpoints" / "last").rsplit("-", 1)[1])
+    """The step of the newest checkpoint, 0 where there is none."""
+    names = [path.name for path in (folder / "checkpoints").glob("step-*")]
+    return max((int(name[5:]) for name in names if name[5:].isdecimal()), default=0)
 
 
 def wait_for_steps(rng, folder, process):
