@@ -564,3 +564,19 @@ def test_the_script_converts_a_controlnet(controlnets, tmp_path, capfd):
         and "equals diffusers' model" in out
         and json.loads((tmp_path / "out/config.json").read_text())
     )
+
+
+def test_what_a_killed_conversion_left_is_gone_after_the_next(tmp_path):
+    """Gigabytes of it: the next writer takes a file over, and brings back what was moved away."""
+    source = checkpoint.open_source(str(ASSETS / "flux-tiny" / "transformer"))
+    (tmp_path / ".x.safetensors.part").write_bytes(bytes(10))
+    checkpoint.write_converted(source, tmp_path / "x.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+    (tmp_path / ".d.part").mkdir()
+    (tmp_path / ".d.part" / "half.safetensors").write_bytes(bytes(10))
+    checkpoint.write_converted(source, tmp_path / "d", to="diffusers")
+    (tmp_path / "d").rename(tmp_path / ".d.old")  # killed between the two renames
+    with pytest.raises(ValueError, match="exists"), streams.aside(tmp_path / "d", folder=True):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "x.safetensors"]
+    checkpoint.open_source(str(tmp_path / "d"))

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from fluxlite import __version__, convert, foreign, hub, net_configs, run_state, sampling, streams
 from fluxlite.autoencoder import AutoencoderConfig
+from fluxlite.cli.atomic import locked
 from fluxlite.cli.descriptions import parse_json, read_description, read_json
 from fluxlite.cli.options import option, shortened
 from fluxlite.controlnet import ControlNetConfig
-from fluxlite.data.atomic import locked
 from fluxlite.model import FluxConfig
 from fluxlite.run_state import is_run, last_checkpoint
 from fluxlite.scheduler import read_scheduler

@@ -122,12 +122,13 @@ def read_picture(image, height, width):
 
     Raises `ValueError`.
     """
-    name = "the control image" if is_picture(image) else f"control_image={image}"
+    given, name = image, "the control image" if is_picture(image) else f"control_image={image}"
     try:
-        image = images.to_rgb(image) if is_picture(image) else images.decode(_bytes_of(image, name))
+        image = images.to_rgb(given) if is_picture(given) else images.decode(_bytes_of(given, name))
         return images.resize_crop(image, height, width)
     except images.BadSample as error:
-        raise ValueError(f"{name}: {error}") from None
+        remedy = ": pass it as RGB" * is_picture(given)
+        raise ValueError(f"{name} cannot be read ({error}){remedy}") from None
 
 
 def _bytes_of(path, name):

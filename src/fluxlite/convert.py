@@ -263,7 +263,7 @@ def stage_of(row):
 
 
 def spell_rows(layout, config):
-    """The rows of `layout` that a model of this shape has, with each block number, block after block: (row, i)."""
+    """Yield (row, block number) of all rows that a model of this shape has, block after block."""
     depths = (1, config.num_double_blocks, config.num_single_blocks, 1)
     rows, absent = TABLES[layout], [] if config.guidance_embed else ["guidance_in"]
     if isinstance(config, ControlNetConfig):
@@ -271,13 +271,10 @@ def spell_rows(layout, config):
         absent += ["out.", "modulation.out"]
         absent += ["hint_convs"] * (config.hint != "pixel") + ["mode_in"] * (not config.num_modes)
     kept = [row for row in rows if not row[1][0].startswith(tuple(absent))]
-    return [
-        (row, i)
-        for stage, depth in enumerate(depths)
-        for i in range(depth)
-        for row in kept
-        if stage_of(row) == stage
-    ]
+    for stage, depth in enumerate(depths):
+        of_stage = [row for row in kept if stage_of(row) == stage]
+        for i in range(depth):
+            yield from ((row, i) for row in of_stage)
 
 
 def flux_rules(layout, config):
@@ -285,9 +282,14 @@ def flux_rules(layout, config):
     found = []
     for (theirs, ours, transform), i in spell_rows(layout, config):
         for leaf in ("weight", "bias") if theirs[0].endswith(".*") else [""]:
-            names = [[name.format(i=i).replace("*", leaf) for name in of] for of in (theirs, ours)]
-            found.append(Rule(*names, transform, names[0][1:] if transform is TWICE else ()))
+            mine, foreign = spell_names(ours, i, leaf), spell_names(theirs, i, leaf)
+            found.append(Rule(foreign, mine, transform, foreign[1:] if transform is TWICE else ()))
     return found
+
+
+def spell_names(patterns, i, leaf):
+    """Names of a row with the number of a block and `weight` or `bias` filled in."""
+    return [pattern.format(i=i).replace("*", leaf) for pattern in patterns]
 
 
 AUTOENCODER_NAMES = (  # diffusers' and our names → those of `ae.safetensors`, besides the order of the decoder's levels

@@ -118,11 +118,10 @@ def check_channels(config, where):
 
 
 def sinusoid(x):
-    """Embed x (B,) as (B, 256): cos before sin of 1000·x times frequencies from 1 to 1/10,000, in float32."""
+    """Embed x (B,) as (B, 256) in float32: cos, then sin of 1000·x at frequencies from 1 to 1/10,000."""
     half = SINUSOID // 2
-    frequencies = torch.exp(
-        -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=x.device) / half
-    )
+    exponents = torch.arange(half, dtype=torch.float32, device=x.device)
+    frequencies = torch.exp(-math.log(10_000) * exponents / half)
     angles = 1000 * x.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -209,19 +208,15 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = x.to(self.linear_in.weight.dtype)
-        if self.activation is gelu and can_fuse_gelu(self.linear_in, x):
-            return self.linear_out(linear_and_gelu(self.linear_in, x))
-        return self.linear_out(self.activation(self.linear_in(x)))
+        linear = self.linear_in
+        if self.activation is gelu and can_fuse_gelu(linear, x):
+            fused = torch.ops.mkldnn._linear_pointwise
+            return self.linear_out(fused(x, linear.weight, linear.bias, "gelu", [], "tanh"))
+        return self.linear_out(self.activation(linear(x)))
 
 
 def gelu(x):
     return F.gelu(x, approximate="tanh")
-
-
-def linear_and_gelu(linear, x):
-    """Both in one pass of oneDNN, which reads the weights past the module: see `can_fuse_gelu`."""
-    fused = torch.ops.mkldnn._linear_pointwise
-    return fused(x, linear.weight, linear.bias, "gelu", [], "tanh")
 
 
 def can_fuse_gelu(linear, x):
@@ -282,7 +277,7 @@ class DoubleBlock(nn.Module):
         self.txt = Stream(config)
 
     def forward(self, img, txt, modulation, rope, attend=attend):
-        """img (B, L_img, H) and txt (B, L_txt, H), modulation (12, B, 1, H): the image's six, then the text's."""
+        """img (B, L_img, H), txt (B, L_txt, H); modulation (12, B, 1, H): first the image's six."""
         img_mod, txt_mod = modulation[:6], modulation[6:]
         txt_qkv, img_qkv = self.txt.queries(txt, txt_mod), self.img.queries(img, img_mod)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv))
@@ -300,10 +295,8 @@ class SingleBlock(nn.Module):
         self.qkv = QKV(hidden, config.num_heads)
         self.proj = nn.Linear(hidden, hidden, bias=False)
         self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu)
-        self.enter, self.leave = (
-            nn.Identity(),
-            nn.Identity(),
-        )  # where tensor parallelism hands h out and adds the shares up, once
+        # where tensor parallelism hands h out and adds the shares up, once
+        self.enter, self.leave = nn.Identity(), nn.Identity()
 
     def forward(self, x, modulation, rope, attend=attend):
         """x (B, L, H), modulation (3, B, 1, H)."""
@@ -318,7 +311,6 @@ class Modulation(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-
         linear = partial(nn.Linear, config.hidden_size)
         six, three, two = (chunks * config.hidden_size for chunks in (6, 3, 2))
         self.img = nn.ModuleList(linear(six) for _ in range(config.num_double_blocks))
@@ -350,12 +342,9 @@ class Trunk(nn.Module):
         self.guidance_in = MLP(SINUSOID, hidden, hidden, F.silu) if config.guidance_embed else None
         self.pooled_in = MLP(config.pooled_width, hidden, hidden, F.silu)
         self.modulation = Modulation(config)
-        self.double_blocks = nn.ModuleList(
-            DoubleBlock(config) for _ in range(config.num_double_blocks)
-        )
-        self.single_blocks = nn.ModuleList(
-            SingleBlock(config) for _ in range(config.num_single_blocks)
-        )
+        doubles, singles = range(config.num_double_blocks), range(config.num_single_blocks)
+        self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in doubles)
+        self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in singles)
 
     def modulate(self, t, pooled, guidance=None):
         """Every shift, scale and gate of the network for B steps or samples: (chunks, B, 1, H).
@@ -377,7 +366,10 @@ class Trunk(nn.Module):
         return rearrange(features, "b (m h) -> m b 1 h", h=self.config.hidden_size)
 
     def drop_conditioning(self):
-        """Free the weights that the steps do not use, 27 % of FLUX.1-dev; `forward` and `modulate` then raise `ValueError`."""
+        """Free the weights that the steps do not use, 27 % of FLUX.1-dev.
+
+        `forward` and `modulate` then raise `ValueError`.
+        """
         self.modulation = self.time_in = self.guidance_in = self.pooled_in = self.txt_in = None
 
     def cast(self, x):
@@ -395,32 +387,24 @@ class Trunk(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def forward_flops(self, num_text_tokens, num_image_tokens):
-        """Floating-point operations of one sample's forward, two to a multiply-add; a training step takes three times as many.
+        """Floating-point operations of one sample's forward, two to a multiply-add.
 
-        A double block's stream has H·3H + H·H + 2·rH·H weights, 12H² at MLP ratio r = 4, and each token passes one stream; a
-        single block has as many. So linears cost 2·L·(4 + 2r)·H² a block, and attention 4·L²·H a block (q·k and weights·v).
-        Modulation and embedders run once a sample.
+        A training step takes three times as many. A double block's stream has H·3H + H·H + 2·rH·H
+        weights, 12H² at MLP ratio r = 4, and each token passes one stream; a single block has as
+        many. So linears cost 2·L·(4 + 2r)·H² a block, and attention 4·L²·H a block (q·k and
+        weights·v). Modulation and embedders run once a sample.
         """
-        c = self.config
-        blocks, tokens, hidden = (
-            c.num_double_blocks + c.num_single_blocks,
-            num_text_tokens + num_image_tokens,
-            c.hidden_size,
-        )
+        c, hidden = self.config, self.config.hidden_size
+        blocks = c.num_double_blocks + c.num_single_blocks
+        tokens = num_text_tokens + num_image_tokens
         linears = 2 * tokens * (4 + 2 * c.mlp_ratio) * hidden**2 * blocks
         attention = 4 * tokens**2 * hidden * blocks
         modulation = 2 * sum(c.modulation_chunks) * hidden**2
-        vec = (
-            2
-            * hidden
-            * ((SINUSOID + hidden) * (2 if c.guidance_embed else 1) + c.pooled_width + hidden)
-        )
-        ends = (
-            2
-            * hidden
-            * (num_text_tokens * c.text_width + num_image_tokens * (c.in_channels + c.out_channels))
-        )
-        return linears + attention + modulation + vec + ends
+        sinusoids = 2 if c.guidance_embed else 1
+        vec = (SINUSOID + hidden) * sinusoids + c.pooled_width + hidden
+        image_channels = c.in_channels + c.out_channels
+        ends = num_text_tokens * c.text_width + num_image_tokens * image_channels
+        return linears + attention + modulation + 2 * hidden * (vec + ends)
 
 
 class Flux(Trunk):
@@ -433,15 +417,16 @@ class Flux(Trunk):
     def forward(self, img, txt, rope, *, t, pooled, guidance=None, residuals=None):
         """Velocity (B, L_img, out_channels) of noisy tokens img (B, L_img, in_channels).
 
-        txt (B, L_txt, text_width) and pooled (B, pooled_width) are the encoders' outputs, t and guidance (B,) float32 with
-        t in [0, 1], rope the `rope_table` of text and image. `residuals` are two lists, of tensors (B, L_img, H) to add to the
-        image after each double and each single block. Matches diffusers' FluxTransformer2DModel.
+        txt (B, L_txt, text_width) and pooled (B, pooled_width) are the encoders' outputs, t and
+        guidance (B,) float32 with t in [0, 1], rope the `rope_table` of text and image. `residuals`
+        are two lists, of tensors (B, L_img, H) to add to the image after each double and each
+        single block. Matches diffusers' FluxTransformer2DModel.
         """
         modulation = self.modulate(t, pooled, guidance)
         return self.velocity(img, self.txt_in(self.cast(txt)), rope, modulation, residuals)
 
     def velocity(self, img, txt, rope, modulation, residuals=None):
-        """`forward` from text tokens (B, L_txt, H) that `txt_in` has projected and a modulation that `modulate` has computed."""
+        """`forward` from txt (B, L_txt, H) of `txt_in` and the modulation of `modulate`."""
         mods = iter(modulation.split(self.config.modulation_chunks))  # one a block, then the end's
         after_double, after_single = residuals or ((), ())
         img = self.img_in(self.cast(img))

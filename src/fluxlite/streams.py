@@ -10,10 +10,10 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import BoundedSemaphore
 
@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fluxlite import foreign
+from fluxlite.cli.atomic import atomic_folder, atomic_path
 from fluxlite.cli.descriptions import DAMAGED, check_regular, parse_json, read_json
 
 DTYPES = {  # of weights, as safetensors spells them
@@ -330,26 +331,24 @@ def aside(final, *, overwrite=False, folder=False, remedy="name another"):
     where it cannot be written: full disk, no permission.
     """
     final = Path(final).resolve()
-    check_replaceable(final, overwrite=overwrite, folder=folder, remedy=remedy)
-    path, old = (final.parent / f".{final.name}.{word}-{os.getpid()}-{secrets.token_hex(3)}" for word in ("part", "old"))
+    free = partial(check_replaceable, final, overwrite=overwrite, folder=folder, remedy=remedy)
+    free()
     try:
-        (path if folder else final.parent).mkdir(parents=True, exist_ok=True)
-        yield path
-        for file in [p for p in path.rglob("*") if p.is_file()] if folder else [path]:
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
-        if folder and final.exists():
-            os.rename(final, old)
-        os.replace(path, final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_folder(final, replace=True) if folder else atomic_path(final) as path:
+            free()  # nobody has written it while we waited
+            yield path
+            for file in [p for p in path.rglob("*") if p.is_file()] if folder else []:
+                sync_file(file)
     except OSError as error:
         reason = {errno.EFBIG: "file too large for this user's limit", errno.ENOSPC: "no space left on the disk; free some"}
         raise ValueError(f"{final} cannot be written: {reason.get(error.errno) or error.strerror or error}") from error
-    finally:
-        if old.exists() and not final.exists():
-            os.rename(old, final)
-        with contextlib.suppress(OSError):
-            remove(path)
-            remove(old)
+
+
+def sync_file(path):
+    """Put a file on the disk."""
+    with open(path, "rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def check_replaceable(final, *, overwrite, folder, remedy):
@@ -370,14 +369,6 @@ def check_replaceable(final, *, overwrite, folder, remedy):
         raise ValueError(
             f"{final} holds more than a checkpoint's files, {sorted(others)[0]} first: it is not overwritten; name another"
         )
-
-
-def remove(path):
-    """Remove a file, a link or a folder, if it exists."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def check_room(final, count):

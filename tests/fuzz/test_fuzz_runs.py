@@ -84,7 +84,7 @@ def read_all(folder):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", BOTH)
 @pytest.mark.parametrize("edition", ["with checksums", "without"])
-def test_a_changed_run_is_refused_or_gives_the_very_tensors(original, tmp_path, count, edition):
+def test_a_changed_run_is_refused_or_gives_the_very_tensors(original, tmp_path, count, edition):  # noqa: F811
     """Where meta.json has no checksums, those of the zips still hold for every tensor."""
     expected = read_all(original)
     plain = read_without_average(original)
@@ -149,7 +149,7 @@ def change_names(rng, root):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", BOTH)
-def test_the_newest_whole_step_of_any_folder_is_chosen_none_deleted(original, tmp_path, count):
+def test_the_newest_whole_step_of_any_folder_is_chosen_none_deleted(original, tmp_path, count):  # noqa: F811
     parallel.start(parallel.ParallelConfig(), "cpu")
     chosen_steps = []
 

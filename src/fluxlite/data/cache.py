@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from fluxlite.cli.atomic import atomic_file
 from fluxlite.cli.descriptions import read_description, read_json
-from fluxlite.data.atomic import atomic_file
 from fluxlite.data.images import BadSample
 from fluxlite.data.loading import load_batches
 from fluxlite.data.parts import CONTROL, config_parts

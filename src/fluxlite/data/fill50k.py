@@ -19,11 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 from webdataset import TarWriter
 
+from fluxlite.cli.atomic import atomic_folder
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.descriptions import check_regular, parse_json, read_description, read_text
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
-from fluxlite.data.atomic import atomic_folder
 from fluxlite.data.energon import inside_folder
 from fluxlite.data.images import BadSample, decode
 from fluxlite.data.loading import load_batches

@@ -20,8 +20,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, url2pathname, urlopen
 
+from fluxlite.cli.atomic import aside_of, atomic_file, locked, naming_errors
 from fluxlite.cli.descriptions import check_regular, read_description
-from fluxlite.data.atomic import aside_of, atomic_file, locked, naming_errors
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
 from fluxlite.data.tars import index_tar

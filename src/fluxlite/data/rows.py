@@ -12,8 +12,8 @@ import zlib
 
 import torch
 
+from fluxlite.cli.atomic import atomic_file
 from fluxlite.cli.descriptions import check_regular
-from fluxlite.data.atomic import atomic_file
 
 DTYPES = {
     "F32": torch.float32,

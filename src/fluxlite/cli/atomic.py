@@ -100,24 +100,42 @@ def atomic_file(path):
 
 
 @contextmanager
-def atomic_folder(path):
+def atomic_path(path):
+    """The same for writers that open a file by its path themselves."""
+    with atomic_file(path):
+        yield aside_of(path)
+
+
+@contextmanager
+def atomic_folder(path, *, replace=False):
     """A folder to write into; it is at `path` once the block ends, and gone if it raises.
 
-    Gives None where another process has written `path` meanwhile.
+    With `replace` it takes the place of what is there. Else it is None where another process has
+    written `path` meanwhile.
     """
     path = Path(path)
-    aside = aside_of(path)
+    aside, old = aside_of(path), path.with_name(f".{path.name}.old")
     with naming_errors(path), locked(path.with_name(f".{path.name}.lock")):
-        if path.is_dir() and any(path.iterdir()):
+        _clear_leftovers(path, aside, old)
+        if path.is_dir() and any(path.iterdir()) and not replace:
             yield None
             return
-        shutil.rmtree(aside, ignore_errors=True)  # of a process that was killed
         try:
             aside.mkdir()
             yield aside
+            if path.exists():
+                os.rename(path, old)
             os.rename(aside, path)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            _clear_leftovers(path, aside, old)
+
+
+def _clear_leftovers(path, aside, old):
+    """Remove what a writer left, perhaps one that was killed; what it had moved away is back first."""
+    if old.exists() and not path.exists():
+        os.rename(old, path)
+    for folder in (aside, old):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
