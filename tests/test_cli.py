@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -141,6 +142,23 @@ def test_ctrl_c_ends_a_program_with_130():
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "stopped\n")
+
+
+def test_a_signal_that_a_library_swallowed_can_be_sent_again():
+    swallow = [
+        "try:",
+        "    print('ready', flush=True); time.sleep(30)",
+        "except BaseException:",
+        "    print('swallowed', flush=True); time.sleep(30)",
+    ]
+    process = program(swallow)
+    for word in ("ready", "swallowed"):
+        assert process.stdout.readline() == f"{word}\n"
+        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)  # passed on twice
+        time.sleep(2.5)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, "stopped by SIGTERM\n")
 
 
 def test_a_reader_that_is_gone_is_no_error():

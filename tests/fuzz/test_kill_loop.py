@@ -42,21 +42,23 @@ def start_run(folder, ranks, *options):
 
 
 def saved_steps(folder):
-    return sum(1 for _ in (folder / "checkpoints").glob("step-*")) and newest_step(folder)
+    """The step of the newest checkpoint, 0 where there is none."""
+    names = [path.name for path in (folder / "checkpoints").glob("step-*")]
+    return max((int(name[5:]) for name in names if name[5:].isdecimal()), default=0)
 
 
-def newest_step(folder):
-    return int(os.readlink(folder / "checkpoints" / "last").rsplit("-", 1)[1])
-
-
-def wait_for_moment(rng, folder, process):
-    """A random moment: some of the start, others after a save, most while the next is written."""
+def wait_for_steps(rng, folder, process):
+    """Until some of the start is over, or a few steps are saved."""
     if rng.random() < 0.15:
         return time.sleep(rng.uniform(0, 6))
     first, count = saved_steps(folder), rng.randint(1, 12)
     while process.poll() is None and saved_steps(folder) < first + count:
         time.sleep(0.002)
-    if rng.random() < 0.6:
+
+
+def wait_for_write(rng, folder, process):
+    """Until the next checkpoint is being written, more often than not, and a moment more."""
+    if rng.random() < 0.6 and (folder / "checkpoints").exists():
         while process.poll() is None and not any((folder / "checkpoints").glob(".step-*")):
             time.sleep(0.001)
     time.sleep(rng.uniform(0, 0.06))
@@ -66,18 +68,28 @@ def targets(rng, tree, process, ranks):
     """Whom a kill hits: {name: pids}."""
     workers = [pid for pid in tree if is_loader(pid)]
     found = {"run": [process.pid], "all": sorted(tree), "loader": workers[:1]}
-    own = [pid for pid in tree if pid != process.pid and pid not in workers]
-    return {
-        name: pids for name, pids in (found | ({"rank": own[:1]} if ranks else {})).items() if pids
-    }
+    own = [pid for pid in sorted(tree) if is_rank(pid, process.pid)] if ranks else []
+    return {name: pids for name, pids in (found | {"rank": own[:1]}).items() if pids}
+
+
+def about_process(pid, name):
+    """What Linux tells of a process, empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 def is_loader(pid):
     """torch gives a loader process this name."""
-    try:
-        return Path(f"/proc/{pid}/comm").read_text().startswith("pt_data_worker")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    return about_process(pid, "comm").startswith("pt_data_worker")
+
+
+def is_rank(pid, launcher):
+    """A child of torchrun that runs the program; torchrun has short-lived others."""
+    parent = about_process(pid, "stat").rpartition(")")[2].split()[1:2]
+    words = about_process(pid, "cmdline")
+    return parent == [str(launcher)] and "train.py" in words and "torch.distributed" not in words
 
 
 @contextmanager
@@ -107,7 +119,7 @@ def watching_last(folder, faults):
 def kill_once(rng, folder, ranks, number):
     """One start and one kill; what it was, and whether it fell into a write."""
     process = start_run(folder, ranks, "resume=auto", "checkpoint.every=1")
-    wait_for_moment(rng, folder, process)
+    wait_for_steps(rng, folder, process)
     assert process.poll() is None, (
         f"kill {number}: ended by itself, {process.returncode}; see {folder}.log"
     )
@@ -115,12 +127,16 @@ def kill_once(rng, folder, ranks, number):
     choices = targets(rng, tree, process, ranks)
     name, sent = rng.choice(sorted(choices)), rng.choice(SIGNALS)
     sent = signal.SIGKILL if name == "loader" else sent  # it ignores the others
+    wait_for_write(rng, folder, process)
     for pid in choices[name]:
         try:
             os.kill(pid, sent)
         except ProcessLookupError:
             pass
-    code = process.wait(timeout=180)
+    wait_until(
+        lambda: process.poll() is not None, f"kill {number}: {name} {sent.name} ends it", 180
+    )
+    code = process.returncode
     wait_until(
         lambda: not any(alive(pid) for pid in tree), f"kill {number}, {name}: {tree} end", 20
     )

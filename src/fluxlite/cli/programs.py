@@ -31,7 +31,7 @@ def run_program(body, *, usage=None, ranks=True):
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun; a killed one cannot stop its ranks
         die_with_parent(os.getppid())
     for number in STOP_SIGNALS:
-        signal.signal(number, _stop)
+        signal.signal(number, _stopper())
     try:
         if asks_help:
             with deferred_signals():  # torch's import takes an interruption for a lack of numpy
@@ -62,9 +62,21 @@ LONGEST = 1500  # characters of an error
 FIRST_SPEAKS = 5  # seconds: the first rank to end has the others killed; it should be rank 0
 
 
-def _stop(number, _frame):
-    _let_go()
-    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+SAME = 2  # seconds in which a second SIGTERM is the first one, passed on by somebody else
+
+
+def _stopper():
+    """A handler that raises, again for a later signal: a library may have swallowed the first."""
+    last = [float("-inf")]
+
+    def stop(number, _frame):
+        before, last[0] = last[0], time.monotonic()
+        if number == signal.SIGTERM and last[0] - before < SAME:
+            return
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+    return stop
 
 
 def _let_go():
