@@ -273,22 +273,32 @@ DIFFUSERS_SHARD_BYTES = 10 * 10**9  # as diffusers splits
 
 
 def write_converted(
-    source, dst, *, to="fluxlite", dtype=None, max_shard_bytes=None, overwrite=False, remedy="name another", progress=None
+    source,
+    dst,
+    *,
+    to="fluxlite",
+    dtype=None,
+    max_shard_bytes=None,
+    overwrite=False,
+    remedy="name another",
+    setting="--dst ",
+    progress=None,
 ):
     """Write `source` to `dst` in the layout `to`, a few linears at a time; returns the files and the digest of the source.
 
     `dst` is a file where it ends in .safetensors, else a folder; diffusers is always a folder. Nothing appears under that name
-    before it is whole. `progress` is called with the number of bytes of each write. Raises `ValueError`.
+    before it is whole. `progress` is called with the number of bytes of each write. Raises `ValueError`,
+    whose text begins with `setting` where `dst` will not do.
     """
-    dst = Path(expand_home(str(dst), "--dst"))
+    dst = Path(expand_home(str(dst), setting.rstrip(" =")))
     to_folder = dst.suffix != ".safetensors"
-    check_destination(source, dst, to, to_folder)
+    check_destination(source, dst, to, to_folder, setting)
     shapes = convert.shapes(to, source.config)
     types = convert.dtypes(source.layout, to, source.config, {name: of for name, (of, _) in source.described.items()})
     described = {name: (dtype or types[name], shape) for name, shape in shapes.items()}
     shards = streams.split_shards(described, max_shard_bytes or (DIFFUSERS_SHARD_BYTES if to == "diffusers" else None))
     if len(shards) > 1 and not to_folder:
-        raise ValueError(f"--dst {dst}: {len(shards)} shards need a folder; name one, or raise --max-shard-size")
+        raise ValueError(f"{setting}{dst}: {len(shards)} shards need a folder; name one, or raise --max-shard-size")
     streams.check_room(dst, streams.num_bytes(described))
     digests = streams.Digests()
     try:
@@ -309,26 +319,26 @@ def write_converted(
     return [dst / name for name in names] if to_folder else [dst], total
 
 
-def check_destination(source, dst, to, to_folder):
+def check_destination(source, dst, to, to_folder, setting="--dst "):
     """Raise `ValueError` where `to` cannot be written to `dst`, or where that would touch the source."""
     if source.what == "autoencoder" and to == "nemo":
         raise ValueError("--to nemo: NeMo has no autoencoder layout of its own; it reads ae.safetensors (--to bfl)")
     _check_layout_holds(source, to)
     if to_folder and dst.suffix in (".ckpt", ".pt", ".pth", ".bin", ".sft", ".gguf"):
-        raise ValueError(f"--dst {dst}: a file must end in .safetensors")
+        raise ValueError(f"{setting}{dst}: a file must end in .safetensors")
     if to == "diffusers" and not to_folder:
-        raise ValueError(f"--dst {dst}: diffusers' layout is a folder, with config.json beside the weights; name one")
+        raise ValueError(f"{setting}{dst}: diffusers' layout is a folder, with config.json beside the weights; name one")
     place, origin = dst.resolve(), Path(source.where).resolve()
     if (
         place == origin
         or place in origin.parents
         or any(place in (file.resolve(), *file.resolve().parents) for file in source.files)
     ):
-        raise ValueError(f"--dst {dst} is the source or holds it: name another")
+        raise ValueError(f"{setting}{dst} is the source or holds it: name another")
     if place.exists() and _holds_another_part(place, source.what):
-        raise ValueError(f"--dst {dst} holds something other than a FLUX {source.what}: name another, or remove it first")
+        raise ValueError(f"{setting}{dst} holds something other than a FLUX {source.what}: name another, or remove it first")
     if origin.is_dir() and origin in place.parents:
-        raise ValueError(f"--dst {dst} lies in the source's folder, which it would spoil: name another")
+        raise ValueError(f"{setting}{dst} lies in the source's folder, which it would spoil: name another")
 
 
 def _check_layout_holds(source, to):
@@ -441,7 +451,7 @@ def converted(
     with locked(file.with_name(f".{file.name}.lock")):
         if not file.exists():
             with tqdm(total=source.num_bytes(), unit="B", unit_scale=True, desc=f"writing {file}") as bar:
-                write_converted(source, file, progress=bar.update)
+                write_converted(source, file, setting=f"{setting}=", progress=bar.update)
     kept = open_source(file, setting=setting)
     if kept.metadata.get("source_files") != source.fingerprint():
         raise ValueError(f"{setting}={file} was not made from {group}.checkpoint={where}: remove it, or name another")

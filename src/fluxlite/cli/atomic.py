@@ -49,11 +49,11 @@ def _locked_file(path):
 def _wait_for_lock(file, path):
     deadline = time.monotonic() + PATIENCE
     try:
-        while not _has_locked(file) and time.monotonic() < deadline:
+        while not _has_locked(file):
+            if time.monotonic() >= deadline:
+                log.warning("waiting for another process, which holds %s", path)
+                return fcntl.flock(file, fcntl.LOCK_EX)
             time.sleep(0.05)
-        if time.monotonic() >= deadline:
-            log.warning("waiting for another process, which holds %s", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:  # a file system without locks: the renames decide
         log.warning("%s cannot be locked: %s", path, error.strerror)
 

@@ -162,11 +162,6 @@ class DataConfig:
         for name in ("path", "val_path"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ValueError(f"data.{name}= is empty: name tars, or leave it out")
-            if getattr(self, name) is not None and self.kind == "mock":
-                raise ValueError(
-                    f"data.{name}={getattr(self, name)} is not read with data=mock: set "
-                    "data=webdataset, or leave it out"
-                )
         if self.kind == "webdataset" and not self.path:
             raise ValueError("data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a URL")
         if self.kind == "fill50k" and re.match(r"[A-Za-z][\w+.-]*:", self.path or ""):
@@ -185,6 +180,12 @@ class DataConfig:
             raise ValueError("data.cache encodes each picture once: set data.crop=center and data.flip=false, or data.cache=null")
         if self.cache and self.kind == "mock":
             raise ValueError("data=mock makes its samples as they are read: set data.cache=null")
+        if self.kind == "mock" and (self.path or self.val_path):
+            name = "path" if self.path else "val_path"
+            raise ValueError(
+                f"data.{name}={getattr(self, name)} is not read with data=mock: set data=webdataset, "
+                "or leave it out"
+            )
 
 
 # --- opening --------------------------------------------------------------------------------------------------------------------
