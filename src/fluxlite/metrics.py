@@ -27,7 +27,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from fluxlite.cli.descriptions import check_regular
+from fluxlite.cli.descriptions import check_regular, read_text
 from fluxlite.cli.options import check_options, option
 from fluxlite.streams import aside
 
@@ -233,9 +233,10 @@ def open_wandb(folder, start_step, run_config):
 
     kept = folder / "wandb_id"
     if not (start_step and kept.exists()):
-        kept.write_text(uuid.uuid4().hex[:12])
+        with aside(kept, overwrite=True) as part:
+            part.write_text(uuid.uuid4().hex[:12])
     run = wandb.init(
-        project="fluxlite", name=folder.resolve().name, id=kept.read_text(), resume="allow", dir=str(folder), config=run_config
+        project="fluxlite", name=folder.resolve().name, id=read_text(kept), resume="allow", dir=str(folder), config=run_config
     )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
