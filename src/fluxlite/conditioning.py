@@ -21,7 +21,7 @@ import torch
 from fluxlite import convert, hub, streams
 from fluxlite.cli.descriptions import check_regular, read_description, read_json
 from fluxlite.cli.options import expand_home, option, shortened
-from fluxlite.hub import one_line
+from fluxlite.hub import first_line
 
 log = logging.getLogger("fluxlite")
 
@@ -196,11 +196,11 @@ def library_errors(kind, what, folder):
     except BaseException as error:
         raise ValueError(
             f"{kind.key}: the {what} in {folder} is incomplete or damaged "
-            f"({type(error).__name__}: {one_line(error)}); fetch it again"
+            f"({type(error).__name__}: {first_line(error)}); fetch it again"
         ) from error
 
 
-def check_files(folder):
+def check_plain_files(folder):
     """Raise `ValueError` for a pipe or a device in a folder: a library would wait for it."""
     for file in folder.iterdir():
         if not file.is_dir():
@@ -210,7 +210,7 @@ def check_files(folder):
 def load_tokenizer(cls, folder, kind):
     """The tokenizer `cls` in `folder`; raises `ValueError`."""
     with library_errors(kind, "tokenizer", folder):
-        check_files(folder)
+        check_plain_files(folder)
         for file in (folder / name for name in TOKENIZER_JSON):
             if file.exists():
                 read_json(file)  # the library reads NaN, and of two values of one name the second
@@ -259,7 +259,7 @@ def check_description(folder, kind):
 
     transformers would make room for it first, however much it is.
     """
-    check_files(folder)
+    check_plain_files(folder)
     file, values = folder / "config.json", read_json(folder / "config.json")
     if values.get("quantization_config"):
         raise ValueError(f"{file} says that it is quantised, which is not supported yet")

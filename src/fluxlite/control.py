@@ -98,10 +98,10 @@ def open_control(control, base, height, width, num_prompts=1):
         where = f"controlnet.checkpoint={control.checkpoint}"
         source = ckpt.converted(ckpt.resolve(control.checkpoint), control.save_converted, group="controlnet", part="controlnet")
     check_fits(source.config, base, where)
-    return OpenControl(control, source, source.config, mode_number(control.mode, source.config.num_modes, where), pixels)
+    return OpenControl(control, source, source.config, union_mode(control.mode, source.config.num_modes, where), pixels)
 
 
-def mode_number(mode, num_modes, where):
+def union_mode(mode, num_modes, where):
     """A mode's number from its name or number, None for a net without; raises `ValueError`."""
     if mode in (None, "none", "null"):
         if num_modes:

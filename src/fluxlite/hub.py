@@ -28,10 +28,10 @@ def fetch(where, patterns, *, key):
         raise ValueError(f"{key}={where} is no folder and no public hub repository: check the name, or `hf auth login`") from error
     except OSError as error:
         remedy = "name a folder, such as assets/flux-tiny, or check the connection"
-        raise ValueError(f"{key}={where} is no folder, and the hub does not answer ({one_line(error)}): {remedy}") from error
+        raise ValueError(f"{key}={where} is no folder, and the hub does not answer ({first_line(error)}): {remedy}") from error
 
 
-def one_line(error):
+def first_line(error):
     """The first line of an error's text, shortened."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return line if len(line) <= 160 else line[:157] + "..."

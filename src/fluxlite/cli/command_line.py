@@ -25,7 +25,7 @@ from fluxlite.cli.options import (
 )
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-LONGEST = 10_000  # characters of a value in Hydra's grammar, whose parser is slow and recursive
+LONGEST_VALUE = 10_000  # characters of a value in Hydra's grammar, whose parser is slow and recursive
 
 
 def group_choices(name):
@@ -110,8 +110,8 @@ def _split_arguments(cls, name, argv):
                     f"{argument}: no such {key}{near} There are {', '.join(choices[key])}"
                 )
             overrides.append(argument)
-        elif key in fields and len(value) > LONGEST:
-            raise ValueError(f"{key}={shortened(value)} is longer than {LONGEST} characters")
+        elif key in fields and len(value) > LONGEST_VALUE:
+            raise ValueError(f"{key}={shortened(value)} is longer than {LONGEST_VALUE} characters")
         elif key in fields:
             overrides.append(f"++{argument}")  # the YAML need not name what the dataclasses do
         else:

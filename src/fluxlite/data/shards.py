@@ -19,7 +19,7 @@ from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, printable_name
 from fluxlite.data.tars import index_tar
 
 MAX_IN_A_ROW = 100  # bad samples, before a wrong setting is a likelier reason than bad luck
-MAX_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24}  # of a file
+MAX_PART_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24}  # of a file
 
 
 class Kept:
@@ -204,7 +204,7 @@ class Samples:
         offset, size = self.shards[shard].spans[row, column].tolist()
         if size < 0:
             return None
-        if size > MAX_BYTES[column]:
+        if size > MAX_PART_BYTES[column]:
             raise BadSample(f"a file of {size} bytes")
         data = os.pread(self._opened(self.shards[shard]).fileno(), size, offset)
         if len(data) != size:

@@ -16,8 +16,8 @@ import numpy as np
 from fluxlite.cli.descriptions import check_regular
 from fluxlite.data.parts import MAX_KEY, Parts, choose_parts, printable_name, split_name
 
-MAX_HEADER = 1 << 20  # bytes of a long name or of attributes
-DAMAGE = (
+MAX_TAR_HEADER = 1 << 20  # bytes of a long name or of attributes
+TAR_DAMAGE = (
     tarfile.TarError,
     ValueError,
     IndexError,
@@ -103,7 +103,7 @@ class _CheckedInfo(tarfile.TarInfo):
     def frombuf(cls, buf, encoding, errors):
         found = super().frombuf(buf, encoding, errors)
         long = found.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, *tarfile.GNU_TYPES[:2])
-        if found.size < 0 or long and found.size > MAX_HEADER:
+        if found.size < 0 or long and found.size > MAX_TAR_HEADER:
             raise tarfile.ReadError(f"a header of {found.size} bytes")
         return found
 
@@ -133,7 +133,7 @@ def _members(path):
             file.seek(tar.offset)
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
-    except DAMAGE as error:
+    except TAR_DAMAGE as error:
         reason = str(error) or type(error).__name__
         raise ValueError(
             f"{path} is no whole, uncompressed tar ({reason}): fetch or write it again"
