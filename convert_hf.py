@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
+from fluxlite.cli.processes import deferred_signals
 from fluxlite.cli.programs import run_program
 
 LAYOUTS = ("fluxlite", "diffusers", "bfl", "nemo")
@@ -75,10 +76,11 @@ def bar(total, text):
 
 
 def convert(args):
-    import torch
+    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+        import torch
 
-    from fluxlite import checkpoint, verify
-    from fluxlite.pipeline import resolve
+        from fluxlite import checkpoint, verify
+        from fluxlite.pipeline import resolve
 
     source = checkpoint.open_source(resolve(args.src), setting="--src", ema=not args.no_ema)
     if args.no_ema and not checkpoint.is_run(Path(args.src)):

@@ -20,6 +20,7 @@ from einops import rearrange
 
 from fluxlite import checkpoint, convert, run_state, run_tensors, sampling, streams
 from fluxlite.cli.command_line import flags_help, parse_flags
+from fluxlite.cli.descriptions import parse_json, read_description
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
 from fluxlite.controlnet import ControlNetConfig
@@ -74,13 +75,13 @@ def open_file(path):
     )
     if not about.get("fluxlite_version", "").startswith("0.1.") or "modulation.weight" not in types:
         raise ValueError(f"--src {path} is no file of fluxlite 0.1: convert_hf.py reads all others")
-    saved = json.loads(about.get("sampling", "{}")) | {"version": about["fluxlite_version"]}
+    saved = parse_json(about.get("sampling", "{}"), path) | {"version": about["fluxlite_version"]}
     settings = sampling.read_settings(path, saved)
     if "training" in about:
-        about |= {"training": json.dumps(with_factor(json.loads(about["training"])))}
+        about |= {"training": json.dumps(with_factor(parse_json(about["training"], path)))}
     return (
         about["what"],
-        json.loads(about["config"]),
+        parse_json(about["config"], path),
         tensors.read,
         types,
         about,
@@ -100,6 +101,8 @@ def open_run(path, ema):
     """The same of a run's last checkpoint, or one of its checkpoints."""
     folder = path if (path / "meta.json").is_file() else run_state.last_checkpoint(path)
     meta, tensors = run_state.read_meta(folder), run_tensors.RunTensors(folder)
+    if not meta.version.startswith("0.1."):
+        raise ValueError(f"--src {path} is no run of fluxlite 0.1: convert_hf.py reads all others")
     averaged = set(meta.ema if ema else ())
 
     def key(name):
@@ -121,9 +124,8 @@ def open_first_edition(path, *, ema=True):
     """The `Source`, in today's layout, of a file, folder or run of fluxlite 0.1; raises `ValueError`."""
     opened = open_run(path, ema) if run_state.is_run(path) else open_file(path)
     what, values, read_old, types, about, files, settings = opened
-    config = checkpoint.flux_config(
-        values, ControlNetConfig if what == "controlnet" else FluxConfig
-    )
+    kind = ControlNetConfig if what == "controlnet" else FluxConfig
+    config = read_description(path, kind, values)
     shapes = {name: tuple(t.shape) for name, t in convert.our_shapes(config).items()}
     described = {name: (types[old_name(name)], shape) for name, shape in shapes.items()}
     read = partial(read_tensor, read_old, config)

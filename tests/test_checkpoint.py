@@ -150,6 +150,8 @@ def test_save_converted_is_written_once_used_again_and_checked(sources, tmp_path
     assert kept.stat().st_mtime_ns == written and first.layout == again.layout == "fluxlite"
     with pytest.raises(ValueError, match="was not made from"):
         checkpoint.converted(sources["bfl"], kept)
+    with pytest.raises(ValueError, match="^model.save_converted=.* lies in the source's folder"):
+        checkpoint.converted(sources["diffusers"], sources["diffusers"] / "new.safetensors")
 
 
 def test_verify_proves_a_conversion_and_finds_a_flipped_bit(sources, tmp_path):

@@ -167,6 +167,23 @@ def test_a_reader_that_is_gone_is_no_error():
     assert process.wait(timeout=30) == 141 and process.stderr.read() == ""
 
 
+@pytest.mark.parametrize("end,code,said", [("interrupt", 130, "stopped\n"), ("close", 141, "")])
+def test_help_is_stopped_as_a_program_is(end, code, said):
+    source = "from fluxlite.cli.programs import run_program\nimport time\ndef usage():\n"
+    source += "    print('ready', flush=True)\n    time.sleep(1)\n    return 'x' * 1_000_000\n"
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    called = [sys.executable, "-c", f"{source}run_program(None, usage=usage)", "--help"]
+    process = subprocess.Popen(called, **options)
+    assert process.stdout.readline() == "ready\n"
+    if end == "interrupt":
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == said
+    else:
+        process.stdout.close()
+        assert process.stderr.read() == said
+    assert process.wait(timeout=30) == code
+
+
 def test_errors_say_what_was_out_of_memory_and_what_to_try():
     assert "micro_batch" in one_line(RuntimeError("[enforce fail] can't allocate memory: 3"))
     assert one_line(KeyError("x")) is None

@@ -65,9 +65,11 @@ def test_an_empty_path_is_refused_and_its_key_named(load, key, text):
 def test_every_program_expands_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.txt").write_text("a red circle")
-    config = train("output=~/run", "data.cache=~", "model.t5=~x")
+    config = train("output=~/run", "data.cache=~")  # data.path is patterns: expanded when opened
     assert config.output == f"{tmp_path}/run"
-    assert config.data.cache == str(tmp_path) and config.model.t5 == "~x"
+    assert config.data.cache == str(tmp_path)
+    with pytest.raises(ValueError, match="model.t5=~x: there is no such user"):
+        train("model.t5=~x")
     assert config.data.download == f"{tmp_path}/.cache/fluxlite/shards"
     config = infer("prompt_file=~/p.txt", "output=~/o", "control_image=~/a.png")
     assert config.prompt_file == f"{tmp_path}/p.txt" and config.output == f"{tmp_path}/o"
@@ -119,6 +121,8 @@ def test_prompts_may_be_given_several_times():
         (["nonsense"], "key=value"),
         (["data.height=100"], "96 and 112"),
         (["data.global_batch=3", "data.micro_batch=2"], "data.global_batch=4"),
+        (["data=mock", "data.path=shards/"], "is not read with data=mock"),
+        (["data=mock", "data.val_path=v.tar"], "data.val_path=v.tar"),
         (["model.attention=cudnn", "device=cpu"], "model.attention"),
         (["model.attention=fast"], "flash"),
         (["device=cuda:7x"], "device"),

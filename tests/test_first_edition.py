@@ -52,6 +52,13 @@ def test_what_is_no_file_of_the_first_edition_is_left_to_the_converter():
         script["open_first_edition"](checkpoint.ASSETS / "flux-tiny" / "transformer")
 
 
+def test_a_run_of_this_edition_is_left_to_the_converter(old_run):
+    meta = old_run / "checkpoints" / "step-000003" / "meta.json"
+    meta.write_text(meta.read_text().replace('"0.1.0"', '"0.2.0"'))
+    with pytest.raises(ValueError, match="no run of fluxlite 0.1: convert_hf.py"):
+        script["open_first_edition"](old_run)
+
+
 @pytest.fixture
 def old_run(tmp_path):
     """A run folder as that version wrote it: weights, and an average that is their negative."""

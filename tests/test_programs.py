@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 
 import fluxlite
 from fluxlite import pipeline
+from fluxlite.cli.command_line import load_config
 from fluxlite.cli.options import RANGES, option_fields
 from fluxlite.cli.programs import LONGEST, Terminated, one_line
 from fluxlite.config import InferConfig, TrainConfig
@@ -24,6 +26,29 @@ from fluxlite.metrics import Stages, wrap_caption
 ROOT = Path(__file__).parents[1]
 infer = runpy.run_path(str(ROOT / "infer.py"))
 QUICK = dict(steps=1, height=32, width=32)
+
+
+def test_a_tilde_of_no_user_is_refused_in_every_path():
+    place = "~nobody-of-this-name/x"
+    with pytest.raises(ValueError, match=f"output={place}: there is no such user"):
+        load_config(InferConfig, "infer", ["prompt=a", f"output={place}"])
+    for key in ("checkpoint", "t5", "autoencoder"):
+        with pytest.raises(ValueError, match=f"{key}={place}: there is no such user"):
+            fluxlite.generate("a", **{key: place})
+    with pytest.raises(ValueError, match="there is no such user"):
+        fluxlite.generate("a", controls=[fluxlite.Control("flux-tiny", place)])
+
+
+def test_the_page_for_the_library_runs_as_it_stands(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "library.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(block, found)
+    assert len(found["pictures"]) == 4 and (tmp_path / "circle.png").exists()
+    assert found["velocity"].shape == (2, 16, found["flux"].config.in_channels)
+    for name in set(re.findall(r"`fluxlite\.(\w+)\(", page)):
+        assert callable(getattr(fluxlite, name)), name
 
 
 @pytest.mark.parametrize("script", ["infer.py", "convert_hf.py", "prove.py"])

@@ -481,6 +481,52 @@ def test_a_hostile_run_folder_runs_nothing_whoever_reads_it(run, form, tmp_path)
         assert set(refused) == {control_init} and "wrong part" in refused[control_init]
 
 
+def test_a_description_that_names_no_file_is_refused(run):
+    folder = run / "checkpoints" / "step-000006"
+    about = pickle.loads((folder / ".metadata").read_bytes())
+    next(iter(about.storage_data.values())).relative_path = []
+    (folder / ".metadata").write_bytes(pickle.dumps(about))
+    with pytest.raises(ValueError, match=r"metadata is damaged"):
+        run_tensors.RunTensors(folder)
+
+
+@pytest.mark.parametrize(
+    "chunks, whole",
+    [
+        ([((0, 0), (2, 4)), ((2, 0), (2, 2)), ((2, 2), (2, 2))], True),
+        ([((0, 0), (3, 4)), ((1, 0), (1, 4))], False),  # as many values, and a row is nowhere
+        ([((0, 0), (4, 2)), ((1, 1), (4 - 1, 2)), ((0, 3), (2, 1))], False),
+        ([((0, 0), (2, 4)), ((0, 0), (2, 4))], False),
+    ],
+)
+def test_chunks_fill_their_tensor_and_do_not_lie_on_each_other(tmp_path, chunks, whole):
+    (tmp_path / "file").write_bytes(bytes(100))
+    parts = [run_tensors.SavedChunk(*chunk, "file", 0, 100) for chunk in chunks]
+    assert sum(a * b for _, (a, b) in chunks) == 16
+    tensor = run_tensors.SavedTensor(torch.float32, (4, 4), parts)
+    if whole:
+        return run_tensors._check_chunks(tmp_path, "x", tensor, {})
+    with pytest.raises(ValueError, match="not whole in its parts"):
+        run_tensors._check_chunks(tmp_path, "x", tensor, {})
+
+
+def test_links_in_a_runs_folder_are_never_written_through(run, tmp_path):
+    names, before = ("config.json", "metrics.jsonl", "losses.png"), {}
+    for name in names:
+        victim = shutil.move(run / name, tmp_path / name)
+        (run / name).symlink_to(victim)
+        before[name] = victim.read_bytes()
+    resume(run)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == before
+    assert all((run / name).is_file() and not (run / name).is_symlink() for name in names)
+    (tmp_path / "victim").write_text("mine")
+    (run / ".lock").unlink()
+    (run / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=".lock"):
+        resume(run)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
 # --- without checksums -----------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from fluxlite import __version__, convert, foreign, hub, net_configs, run_state,
 from fluxlite.autoencoder import AutoencoderConfig
 from fluxlite.cli.atomic import locked
 from fluxlite.cli.descriptions import parse_json, read_description, read_json
-from fluxlite.cli.options import option, shortened
+from fluxlite.cli.options import expand_home, option, shortened
 from fluxlite.controlnet import ControlNetConfig
 from fluxlite.model import FluxConfig
 from fluxlite.run_state import is_run, last_checkpoint
@@ -78,7 +78,7 @@ def resolve(path):
 
 def local(where, patterns, *, setting="model.checkpoint"):
     """The path that `where` is or, of a hub repository, that its files matching `patterns` have been fetched to."""
-    path = Path(where).expanduser()
+    path = Path(expand_home(str(where), setting))
     if path.exists():
         return path
     if not hub.is_repository(str(where)):
@@ -213,11 +213,6 @@ def scheduler_beside(checkpoint, config):
         return None
 
 
-def flux_config(values, cls=FluxConfig):
-    """A `FluxConfig`, or a `ControlNetConfig`, from its JSON."""
-    return cls(**(values | {"rope_axes": tuple(values["rope_axes"])}))
-
-
 # --- loading --------------------------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +243,7 @@ ARTICLED = {"transformer": "a transformer", "controlnet": "a ControlNet", "autoe
 
 def load_transformer(where, *, ema=True, attention="auto", dtype=None, device="cpu"):
     """A Flux from what `open_source` takes, or from a `Source`; raises `ValueError`."""
-    source = where if isinstance(where, Source) else open_source(where, ema=ema)
+    source = where if isinstance(where, Source) else open_source(resolve(where), ema=ema)
     check_part(source, "transformer", "model.checkpoint")
     return _load(source, dtype, device, attention)
 
@@ -278,22 +273,32 @@ DIFFUSERS_SHARD_BYTES = 10 * 10**9  # as diffusers splits
 
 
 def write_converted(
-    source, dst, *, to="fluxlite", dtype=None, max_shard_bytes=None, overwrite=False, remedy="name another", progress=None
+    source,
+    dst,
+    *,
+    to="fluxlite",
+    dtype=None,
+    max_shard_bytes=None,
+    overwrite=False,
+    remedy="name another",
+    setting="--dst ",
+    progress=None,
 ):
     """Write `source` to `dst` in the layout `to`, a few linears at a time; returns the files and the digest of the source.
 
     `dst` is a file where it ends in .safetensors, else a folder; diffusers is always a folder. Nothing appears under that name
-    before it is whole. `progress` is called with the number of bytes of each write. Raises `ValueError`.
+    before it is whole. `progress` is called with the number of bytes of each write. Raises `ValueError`,
+    whose text begins with `setting` where `dst` will not do.
     """
-    dst = Path(dst).expanduser()
+    dst = Path(expand_home(str(dst), setting.rstrip(" =")))
     to_folder = dst.suffix != ".safetensors"
-    check_destination(source, dst, to, to_folder)
+    check_destination(source, dst, to, to_folder, setting)
     shapes = convert.shapes(to, source.config)
     types = convert.dtypes(source.layout, to, source.config, {name: of for name, (of, _) in source.described.items()})
     described = {name: (dtype or types[name], shape) for name, shape in shapes.items()}
     shards = streams.split_shards(described, max_shard_bytes or (DIFFUSERS_SHARD_BYTES if to == "diffusers" else None))
     if len(shards) > 1 and not to_folder:
-        raise ValueError(f"--dst {dst}: {len(shards)} shards need a folder; name one, or raise --max-shard-size")
+        raise ValueError(f"{setting}{dst}: {len(shards)} shards need a folder; name one, or raise --max-shard-size")
     streams.check_room(dst, streams.num_bytes(described))
     digests = streams.Digests()
     try:
@@ -314,26 +319,26 @@ def write_converted(
     return [dst / name for name in names] if to_folder else [dst], total
 
 
-def check_destination(source, dst, to, to_folder):
+def check_destination(source, dst, to, to_folder, setting="--dst "):
     """Raise `ValueError` where `to` cannot be written to `dst`, or where that would touch the source."""
     if source.what == "autoencoder" and to == "nemo":
         raise ValueError("--to nemo: NeMo has no autoencoder layout of its own; it reads ae.safetensors (--to bfl)")
     _check_layout_holds(source, to)
     if to_folder and dst.suffix in (".ckpt", ".pt", ".pth", ".bin", ".sft", ".gguf"):
-        raise ValueError(f"--dst {dst}: a file must end in .safetensors")
+        raise ValueError(f"{setting}{dst}: a file must end in .safetensors")
     if to == "diffusers" and not to_folder:
-        raise ValueError(f"--dst {dst}: diffusers' layout is a folder, with config.json beside the weights; name one")
+        raise ValueError(f"{setting}{dst}: diffusers' layout is a folder, with config.json beside the weights; name one")
     place, origin = dst.resolve(), Path(source.where).resolve()
     if (
         place == origin
         or place in origin.parents
         or any(place in (file.resolve(), *file.resolve().parents) for file in source.files)
     ):
-        raise ValueError(f"--dst {dst} is the source or holds it: name another")
+        raise ValueError(f"{setting}{dst} is the source or holds it: name another")
     if place.exists() and _holds_another_part(place, source.what):
-        raise ValueError(f"--dst {dst} holds something other than a FLUX {source.what}: name another, or remove it first")
+        raise ValueError(f"{setting}{dst} holds something other than a FLUX {source.what}: name another, or remove it first")
     if origin.is_dir() and origin in place.parents:
-        raise ValueError(f"--dst {dst} lies in the source's folder, which it would spoil: name another")
+        raise ValueError(f"{setting}{dst} lies in the source's folder, which it would spoil: name another")
 
 
 def _check_layout_holds(source, to):
@@ -439,14 +444,14 @@ def converted(
     if source.layout == "fluxlite" and not is_run(Path(where).expanduser()):
         log.info("%s: %s is in our own layout already, and is used as it is", setting, where)
         return source
-    file = Path(save_converted).expanduser()
+    file = Path(expand_home(str(save_converted), setting))
     if file.suffix != ".safetensors":
         raise ValueError(f"{setting}={save_converted} must end in .safetensors")
     file.parent.mkdir(parents=True, exist_ok=True)
     with locked(file.with_name(f".{file.name}.lock")):
         if not file.exists():
             with tqdm(total=source.num_bytes(), unit="B", unit_scale=True, desc=f"writing {file}") as bar:
-                write_converted(source, file, progress=bar.update)
+                write_converted(source, file, setting=f"{setting}=", progress=bar.update)
     kept = open_source(file, setting=setting)
     if kept.metadata.get("source_files") != source.fingerprint():
         raise ValueError(f"{setting}={file} was not made from {group}.checkpoint={where}: remove it, or name another")

@@ -20,7 +20,7 @@ import torch
 
 from fluxlite import convert, hub, streams
 from fluxlite.cli.descriptions import check_regular, read_description, read_json
-from fluxlite.cli.options import option, shortened
+from fluxlite.cli.options import expand_home, option, shortened
 from fluxlite.hub import one_line
 
 log = logging.getLogger("fluxlite")
@@ -308,7 +308,7 @@ def locate(where, kind):
     """The folder of the encoder and that of its tokenizer: inside the encoder's, else beside it, else in the pipeline's."""
     if not where:
         raise ValueError(f"{kind.key}={where} names no text encoder: set it to a pipeline's folder or hub repository")
-    folder = Path(where).expanduser()
+    folder = Path(expand_home(str(where), kind.key))
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"{kind.key}={where} is a file, and an encoder in one file is not supported yet: name "

@@ -7,7 +7,6 @@
 B pictures, L tokens, H hidden width.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image
 from fluxlite import checkpoint as ckpt
 from fluxlite import draws, sampling
 from fluxlite.autoencoder import sample_posterior
-from fluxlite.cli.options import check_options, option
+from fluxlite.cli.options import check_options, expand_home, option
 from fluxlite.controlnet import MODES, ControlNet, ControlNetConfig, check_fits, combine, spread
 from fluxlite.data import images
 from fluxlite.latents import pack_latents
@@ -132,7 +131,7 @@ def read_picture(image, height, width):
 
 
 def _bytes_of(path, name):
-    path = Path(os.path.expanduser(path))
+    path = Path(expand_home(str(path), "control_image"))
     if not path.is_file():
         raise ValueError(f"{name} is not a file")
     return path.read_bytes()

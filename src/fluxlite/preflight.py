@@ -13,6 +13,7 @@ import json
 from dataclasses import MISSING, dataclass
 
 from fluxlite.cli.options import option
+from fluxlite.cli.processes import deferred_signals
 from fluxlite.cli.programs import run_program
 
 
@@ -44,8 +45,9 @@ def usage():
 
 
 def body(arguments):
-    from fluxlite.cli.command_line import parse_flags
-    from fluxlite.prediction import predict
+    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+        from fluxlite.cli.command_line import parse_flags
+        from fluxlite.prediction import predict
 
     config, rest = parse_flags(PreflightConfig, arguments, rest=True)
     found = predict(rest, config.ranks)

@@ -18,7 +18,7 @@ import shutil
 import socket
 import zlib
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from fluxlite import parallel
+from fluxlite.cli.atomic import sync_folder
 from fluxlite.cli.descriptions import parse_json, read_description, read_text
 from fluxlite.cli.options import option, typed_options
 from fluxlite.cli.programs import one_line
@@ -57,17 +58,12 @@ SOON_CHECKED = 1 << 30  # bytes of a checkpoint that are read in less time than 
 # --- what a checkpoint says of itself -------------------------------------------------------------
 
 
-def required(**about):
-    """A dataclass field without a default, with its help and bounds."""
-    return field(metadata=about)
-
-
 @dataclass
 class FileRecord:
     """A file of a checkpoint, as it was written."""
 
-    bytes: int = required(help="its size", at_least=0)
-    crc32: str = required(help="CRC-32 of its bytes, eight hexadecimal digits")
+    bytes: int = option(MISSING, "its size", at_least=0)
+    crc32: str = option(MISSING, "CRC-32 of its bytes, eight hexadecimal digits")
 
 
 @dataclass
@@ -83,11 +79,11 @@ class DataRecord:
 class CheckpointMeta:
     """A checkpoint's meta.json."""
 
-    step: int = required(help="optimizer steps taken", at_least=0, at_most=10**12)
-    model: dict = required(help="fields of the model's configuration")
-    flow: dict = required(help="the run's FlowConfig")
-    config: dict = required(help="the run's TrainConfig")
-    ema: list[str] = required(help="names of the parameters that have a moving average")
+    step: int = option(MISSING, "optimizer steps taken", at_least=0, at_most=10**12)
+    model: dict = option(MISSING, "fields of the model's configuration")
+    flow: dict = option(MISSING, "the run's FlowConfig")
+    config: dict = option(MISSING, "the run's TrainConfig")
+    ema: list[str] = option(MISSING, "names of the parameters that have a moving average")
     layout: str = option("fluxlite", "of the weights", choices=("fluxlite",))
     version: str = option("", "of the program that wrote it")
     what: str = option("transformer", "what was trained", choices=("transformer", "controlnet"))
@@ -157,11 +153,11 @@ def saved_parts(run):
 class DrawingSettings:
     """What a run drew its own pictures with."""
 
-    steps: int = required(help="sampling steps", at_least=1, at_most=100_000)
-    guidance: float = required(help="guidance embedding", at_least=0)
-    height: int = required(help="pixels", at_least=16, at_most=1 << 16)
-    width: int = required(help="pixels", at_least=16, at_most=1 << 16)
-    max_sequence_length: int = required(help="text tokens", at_least=1, at_most=1 << 16)
+    steps: int = option(MISSING, "sampling steps", at_least=1, at_most=100_000)
+    guidance: float = option(MISSING, "guidance embedding", at_least=0)
+    height: int = option(MISSING, "pixels", at_least=16, at_most=1 << 16)
+    width: int = option(MISSING, "pixels", at_least=16, at_most=1 << 16)
+    max_sequence_length: int = option(MISSING, "text tokens", at_least=1, at_most=1 << 16)
 
 
 def run_settings(folder, meta):
@@ -385,7 +381,9 @@ def locked_run(folder):
 def lock_folder(folder):
     """An open file whose lock is this process's: it goes with the process, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "a+")
+    place = folder / ".lock"  # somebody else's folder may have a link of that name
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    file = os.fdopen(os.open(place, flags, 0o666), "r+")
     try:
         # not flock, which the loader's forked workers would hold on to
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -398,8 +396,7 @@ def lock_folder(folder):
             "output="
         ) from None
     except OSError as error:
-        reason = error.strerror
-        log.warning("%s cannot be locked (%s): start no second run there", file.name, reason)
+        log.warning("%s cannot be locked (%s): start no second run there", place, error.strerror)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
@@ -506,14 +503,6 @@ def drop_checkpoint(path):
         remove_folder(aside)
     except OSError as error:
         log.warning("an old checkpoint could not be removed: %s", one_line(error))
-
-
-def sync_folder(folder):
-    """Put a folder and its files on the disk."""
-    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
 
 
 def load_training(folder, *, model, optimizers, ema):

@@ -152,9 +152,10 @@ def _described(about):
 def _described_chunk(key, chunk, places):
     offsets, place = _whole_numbers(chunk["offsets"]), places[key, _whole_numbers(chunk["offsets"])]
     numbers = place["offset"], place["length"]
-    if not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f"{key} lies at {numbers}")
-    return SavedChunk(offsets, _whole_numbers(chunk["sizes"]), place["relative_path"], *numbers)
+    file = place["relative_path"]
+    if not isinstance(file, str) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{key} lies at {numbers} of {file!r:.80}")
+    return SavedChunk(offsets, _whole_numbers(chunk["sizes"]), file, *numbers)
 
 
 def _whole_numbers(record):
@@ -182,15 +183,28 @@ def _check_chunks(folder, key, tensor, sizes):
         num_bytes = math.prod(chunk.sizes) * tensor.dtype.itemsize
         if chunk.begin + chunk.length > sizes[chunk.file] or num_bytes > chunk.length:
             raise ValueError(f"{folder / chunk.file} is cut short: {key} does not lie in it whole")
-    counts = [math.prod(chunk.sizes) for chunk in tensor.chunks]
-    places = {chunk.offsets for chunk in tensor.chunks if math.prod(chunk.sizes)}
-    if sum(counts) != math.prod(tensor.shape) or len(places) < sum(map(bool, counts)):
+    filled = sorted(chunk for chunk in tensor.chunks if math.prod(chunk.sizes))
+    count = sum(math.prod(chunk.sizes) for chunk in filled)
+    if count != math.prod(tensor.shape) or tensor.shape and _overlap(filled):
         raise ValueError(f"{where} is not whole in its parts: it is damaged")
+
+
+def _overlap(chunks):
+    """Whether two chunks, sorted and none of them empty, lie on each other."""
+    for i, one in enumerate(chunks):
+        for j in range(i + 1, len(chunks)):
+            edges = zip(one.offsets, one.sizes, chunks[j].offsets, chunks[j].sizes)
+            apart = [a + n <= b or b + m <= a for a, n, b, m in edges]
+            if apart[0]:  # so are all that follow
+                break
+            if not any(apart):
+                return True
+    return False
 
 
 def _size_of(folder, name):
     """The bytes of a file that lies in the folder itself."""
-    if not isinstance(name, str) or Path(name).name != name:
+    if Path(name).name != name:
         raise ValueError(f"{folder / DESCRIPTION} names the file {name!r}: it must lie beside it")
     if not (folder / name).exists():
         raise ValueError(f"{folder / name} is missing")

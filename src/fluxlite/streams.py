@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from fluxlite import foreign
 from fluxlite.cli.atomic import atomic_folder, atomic_path
-from fluxlite.cli.descriptions import DAMAGED, check_regular, parse_json, read_json
+from fluxlite.cli.descriptions import DAMAGED, check_regular, inside_folder, parse_json, read_json
 
 DTYPES = {  # of weights, as safetensors spells them
     "F64": torch.float64,
@@ -71,30 +71,14 @@ def indexed_files(index):
     names = sorted(set(places.values()))
     if not names:
         raise ValueError(f"{index} names no file: {DAMAGED}")
-    for name in names:
-        check_inside(folder, name, index)
-    missing = [name for name in names if not (folder / name).exists()]
+    files = [inside_folder(folder, name, index) for name in names]
+    missing = [name for name, file in zip(names, files) if not file.exists()]
     if missing:
         raise ValueError(
             f"{folder} lacks {len(missing)} of {len(names)} files of its index, {missing[0]} "
             "first: fetch it again"
         )
-    return [folder / name for name in names]
-
-
-def check_inside(folder, name, where):
-    """Raise `ValueError`, naming the file `where` that says `name`, unless that lies in `folder`.
-
-    It may lie below. A link that leads out is refused, except to the blobs of the Hugging Face cache,
-    where a snapshot holds nothing but links.
-    """
-    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{where} names {name!r}, which is not in its folder: fetch it again")
-    place, inside = (Path(os.path.realpath(p)) for p in (folder / name, folder))
-    snapshots = next((p for p in inside.parents if p.name == "snapshots"), None)
-    roots = [inside] + ([snapshots.parent / "blobs"] if snapshots else [])
-    if not any(place.is_relative_to(os.path.realpath(root)) for root in roots):
-        raise ValueError(f"{where} names {name}, a link to {place} outside: put the file there")
+    return files
 
 
 def check_file(file):
@@ -327,10 +311,11 @@ def write_index(path, shards, names):
 def aside(final, *, overwrite=False, folder=False, remedy="name another"):
     """A path beside `final` to write a file or a `folder` to, renamed to it at the end and removed if that is not reached.
 
+    A link to a file is replaced and not followed: a run's folder may come from somebody else.
     Raises `ValueError` where `final` exists and `overwrite` is false, is of the other kind or holds what no checkpoint does, and
     where it cannot be written: full disk, no permission.
     """
-    final = Path(final).resolve()
+    final = Path(final).resolve() if folder else Path(final).parent.resolve() / Path(final).name
     free = partial(check_replaceable, final, overwrite=overwrite, folder=folder, remedy=remedy)
     free()
     try:
@@ -338,17 +323,9 @@ def aside(final, *, overwrite=False, folder=False, remedy="name another"):
         with atomic_folder(final, replace=True) if folder else atomic_path(final) as path:
             free()  # nobody has written it while we waited
             yield path
-            for file in [p for p in path.rglob("*") if p.is_file()] if folder else []:
-                sync_file(file)
     except OSError as error:
         reason = {errno.EFBIG: "file too large for this user's limit", errno.ENOSPC: "no space left on the disk; free some"}
         raise ValueError(f"{final} cannot be written: {reason.get(error.errno) or error.strerror or error}") from error
-
-
-def sync_file(path):
-    """Put a file on the disk."""
-    with open(path, "rb") as opened:
-        os.fsync(opened.fileno())
 
 
 def check_replaceable(final, *, overwrite, folder, remedy):

@@ -49,11 +49,11 @@ def _locked_file(path):
 def _wait_for_lock(file, path):
     deadline = time.monotonic() + PATIENCE
     try:
-        while not _has_locked(file) and time.monotonic() < deadline:
+        while not _has_locked(file):
+            if time.monotonic() >= deadline:
+                log.warning("waiting for another process, which holds %s", path)
+                return fcntl.flock(file, fcntl.LOCK_EX)
             time.sleep(0.05)
-        if time.monotonic() >= deadline:
-            log.warning("waiting for another process, which holds %s", path)
-            fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:  # a file system without locks: the renames decide
         log.warning("%s cannot be locked: %s", path, error.strerror)
 
@@ -123,6 +123,7 @@ def atomic_folder(path, *, replace=False):
         try:
             aside.mkdir()
             yield aside
+            sync_folder(aside)
             if path.exists():
                 os.rename(path, old)
             os.rename(aside, path)
@@ -136,6 +137,14 @@ def _clear_leftovers(path, aside, old):
         os.rename(old, path)
     for folder in (aside, old):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sync_folder(folder):
+    """Put a folder and its files on the disk."""
+    for path in [*(p for p in folder.iterdir() if p.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 @contextmanager

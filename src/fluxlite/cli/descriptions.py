@@ -24,6 +24,23 @@ def check_regular(path):
         raise ValueError(f"{path} is not a file: name one")
 
 
+def inside_folder(folder, name, where):
+    """The path that the description `where` names in its `folder` or below it.
+
+    Raises `ValueError`, naming `where`, for any other. So is a link that leads out, except to the
+    blobs of the Hugging Face cache, where a snapshot holds nothing but links.
+    """
+    path = Path(folder) / name
+    if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where} names {name!r}, which is not in its folder: name what lies in it")
+    place, inside = (Path(os.path.realpath(p)) for p in (path, folder))
+    snapshots = next((p for p in inside.parents if p.name == "snapshots"), None)
+    roots = [inside] + ([snapshots.parent / "blobs"] if snapshots else [])
+    if not any(place.is_relative_to(os.path.realpath(root)) for root in roots):
+        raise ValueError(f"{where} names {name}, a link to {place} outside: put the file there")
+    return path
+
+
 def read_text(path, *, limit=MAX_BYTES):
     """The UTF-8 text of a file of at most `limit` bytes, without a byte-order mark.
 

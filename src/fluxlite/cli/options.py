@@ -135,7 +135,15 @@ def expand_path(text, key):
     if text is not None and (not text.strip() or "\0" in text or len(max(parts, key=len)) > 255):
         shown = shortened(text)
         raise ValueError(f"{key}={shown} names no file or folder: name one, or leave {key} out")
-    return os.path.expanduser(text) if text else text
+    return expand_home(text, key) if text else text
+
+
+def expand_home(path, key):
+    """A path with `~` expanded; raises `ValueError` where it names no user's home."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"{key}={path}: there is no such user; a folder of that name is ./{path}")
+    return expanded
 
 
 def check_sources(cls, values, where, prefix=""):

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 
-from fluxlite.cli.processes import STOP_SIGNALS, die_with_parent
+from fluxlite.cli.processes import STOP_SIGNALS, deferred_signals, die_with_parent
 
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
@@ -27,17 +27,19 @@ def run_program(body, *, usage=None, ranks=True):
     SIGTERM, 141 where the reader of our output is gone. `usage()` gives the text of --help.
     """
     arguments = sys.argv[1:]
-    if usage and {"-h", "--help"} & set(arguments):
-        print(usage())
-        return
+    asks_help = usage and {"-h", "--help"} & set(arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun; a killed one cannot stop its ranks
         die_with_parent(os.getppid())
     for number in STOP_SIGNALS:
         signal.signal(number, _stopper())
     try:
-        if on_rank() and not ranks:
+        if asks_help:
+            with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+                print(usage())
+        elif on_rank() and not ranks:
             raise ValueError("this program is one process: start it without torchrun")
-        body(arguments)
+        else:
+            body(arguments)
         sys.stdout.flush()
         _let_go()
     except Terminated:

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from fluxlite.cli.descriptions import read_description
-from fluxlite.cli.options import check_options, option
+from fluxlite.cli.options import check_options, expand_home, option
 from fluxlite.controlnet import MODES
 from fluxlite.data.cache import CachedSamples, build_cache, data_digest
 from fluxlite.data.loading import load_batches
 from fluxlite.data.mock import MockPictures, MockSamples
 from fluxlite.data.parts import IMAGES, config_parts
-from fluxlite.data.places import expand_home, expand_places
+from fluxlite.data.places import expand_places
 from fluxlite.data.shards import Samples, mode_number
 from fluxlite.data.tars import cut_shards, open_shards
 from fluxlite.latents import MAX_SIDE
@@ -180,6 +180,12 @@ class DataConfig:
             raise ValueError("data.cache encodes each picture once: set data.crop=center and data.flip=false, or data.cache=null")
         if self.cache and self.kind == "mock":
             raise ValueError("data=mock makes its samples as they are read: set data.cache=null")
+        if self.kind == "mock" and (self.path or self.val_path):
+            name = "path" if self.path else "val_path"
+            raise ValueError(
+                f"data.{name}={getattr(self, name)} is not read with data=mock: set data=webdataset, "
+                "or leave it out"
+            )
 
 
 # --- opening --------------------------------------------------------------------------------------------------------------------

@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from fluxlite.cli.atomic import atomic_file
 from fluxlite.cli.descriptions import read_description, read_json
+from fluxlite.cli.options import expand_home
 from fluxlite.data.images import BadSample
 from fluxlite.data.loading import load_batches
 from fluxlite.data.parts import CONTROL, config_parts
-from fluxlite.data.places import expand_home, fetched_description
+from fluxlite.data.places import fetched_description
 from fluxlite.data.rows import RowFile, write_rows
 from fluxlite.data.shards import Kept, first_good
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fluxlite.cli.descriptions import read_description, read_json, read_yaml
+from fluxlite.cli.descriptions import inside_folder, read_description, read_json, read_yaml
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.parts import JSON, TEXT
 
@@ -61,18 +61,6 @@ def energon_split(folder, split, setting):
             f"{missing[0]} among them"
         )
     return [str(Path(folder) / name) for name in names]
-
-
-def inside_folder(folder, name, file):
-    """The path that `file` names in `folder` or below it; raises `ValueError` for any other."""
-    path, root = Path(folder) / name, Path(folder).resolve()
-    if (
-        Path(name).is_absolute()
-        or ".." in Path(name).parts
-        or not path.resolve().is_relative_to(root)
-    ):
-        raise ValueError(f"{file} names {name}, which leads out of {folder}: name what lies in it")
-    return path
 
 
 def energon_parts(folder, parts):

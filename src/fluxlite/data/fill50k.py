@@ -21,10 +21,15 @@ from webdataset import TarWriter
 
 from fluxlite.cli.atomic import atomic_folder
 from fluxlite.cli.command_line import flags_help, parse_flags
-from fluxlite.cli.descriptions import check_regular, parse_json, read_description, read_text
+from fluxlite.cli.descriptions import (
+    check_regular,
+    inside_folder,
+    parse_json,
+    read_description,
+    read_text,
+)
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
-from fluxlite.data.energon import inside_folder
 from fluxlite.data.images import BadSample, decode
 from fluxlite.data.loading import load_batches
 
@@ -172,6 +177,7 @@ def imported_samples(source):
         if len(names) == 2 and is_held_out(*(SYNONYMS.get(name, name).replace("grey", "gray") for name in names)):
             continue
         target, control = (inside_folder(source, name, where) for name in (row.target, row.source))
+        check_regular(control)
         yield {
             "__key__": f"{index:06d}",
             "jpg": _encode(np.asarray(_decoded(target)), "jpeg"),

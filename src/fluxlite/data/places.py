@@ -22,6 +22,7 @@ from urllib.request import Request, url2pathname, urlopen
 
 from fluxlite.cli.atomic import aside_of, atomic_file, locked, naming_errors
 from fluxlite.cli.descriptions import check_regular, read_description
+from fluxlite.cli.options import expand_home
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
 from fluxlite.data.tars import index_tar
@@ -56,16 +57,6 @@ def expand_places(where, split, *, setting, download, parts):
     folders = [root or os.path.dirname(path) for path, (_, root) in zip(paths, found)]
     parts_of = {folder: energon_parts(folder, parts) for folder in set(folders)}
     return [(path, parts_of[folder]) for path, folder in zip(paths, folders)]
-
-
-def expand_home(path, setting):
-    """A path with `~` expanded; raises `ValueError` where it names no user's home."""
-    expanded = os.path.expanduser(path)
-    if expanded.startswith("~"):
-        raise ValueError(
-            f"{setting}={path}: there is no such user; a folder of that name is ./{path}"
-        )
-    return expanded
 
 
 def _warn_of_repeats(paths, setting):
