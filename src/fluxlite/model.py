@@ -141,10 +141,11 @@ def rotate_pairs(x, cos, sin, sign=1):
 
     cos and sin are float32 (L, 1, D/2), so the products are; `out=` rounds them as it joins them.
     """
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = (*x.shape[:-1], -1, 2)
+    a, b = x.view(pairs).unbind(-1)
     turned = torch.addcmul(a * cos, b, sin, value=-sign), torch.addcmul(b * cos, a, sin, value=sign)
     out = torch.empty_like(x)
-    torch.stack(turned, dim=-1, out=out.unflatten(-1, (-1, 2)))
+    torch.stack(turned, dim=-1, out=out.view(pairs))
     return out
 
 
@@ -162,6 +163,13 @@ class Rotate(torch.autograd.Function):
         return rotate_pairs(dq, cos, sin, sign=-1), rotate_pairs(dk, cos, sin, sign=-1), None, None
 
 
+def rotate(q, k, cos, sin):
+    """q and k (B, L, N, D), rotated; where no gradient is wanted, without what autograd costs."""
+    if torch.is_grad_enabled():
+        return Rotate.apply(q, k, cos, sin)
+    return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
+
+
 def attend(q, k, v, rope, backend="auto"):
     """Attention of normed q, k and v (B, L, N, D) after rotation by tables (L, D/2): (B, L, N·D).
 
@@ -169,7 +177,7 @@ def attend(q, k, v, rope, backend="auto"):
     """
     cos, sin = (table[:, None] for table in rope)
     chosen = ATTENTION[backend]
-    heads = [x.transpose(1, 2) for x in (*Rotate.apply(q, k, cos, sin), v)]
+    heads = [x.transpose(1, 2) for x in (*rotate(q, k, cos, sin), v)]
     with sdpa_kernel(chosen) if chosen is not None else nullcontext():
         out = F.scaled_dot_product_attention(*heads)
     return out.transpose(1, 2).flatten(2)
@@ -244,7 +252,8 @@ class QKV(nn.Module):
 
     def forward(self, x):
         head = self.q_norm.weight.shape[0]
-        q, k, v = (linear(x).unflatten(-1, (-1, head)) for linear in (self.q, self.k, self.v))
+        heads = (*x.shape[:-1], -1, head)
+        q, k, v = (linear(x).view(heads) for linear in (self.q, self.k, self.v))
         return self.q_norm(q), self.k_norm(k), v
 
 
@@ -258,12 +267,10 @@ class Stream(nn.Module):
         self.proj = nn.Linear(hidden, hidden)
         self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu)
 
-    def queries(self, x, modulation):
-        shift, scale = modulation[:2]
+    def queries(self, x, shift, scale):
         return self.qkv(modulated_norm(x, shift, scale))
 
-    def finish(self, x, attention, modulation):
-        _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+    def finish(self, x, attention, gate, mlp_shift, mlp_scale, mlp_gate):
         x = torch.addcmul(x, gate, self.proj(attention))
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale)))
 
@@ -278,12 +285,14 @@ class DoubleBlock(nn.Module):
 
     def forward(self, img, txt, modulation, rope, attend=attend):
         """img (B, L_img, H), txt (B, L_txt, H); modulation (12, B, 1, H): first the image's six."""
-        img_mod, txt_mod = modulation[:6], modulation[6:]
-        txt_qkv, img_qkv = self.txt.queries(txt, txt_mod), self.img.queries(img, img_mod)
+        vectors = modulation.unbind()  # once: each slice would have a backward of its own
+        img_mod, txt_mod = vectors[:6], vectors[6:]
+        txt_qkv, img_qkv = self.txt.queries(txt, *txt_mod[:2]), self.img.queries(img, *img_mod[:2])
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv))
         lengths = [txt_qkv[0].shape[1], img_qkv[0].shape[1]]
         txt_out, img_out = attend(q, k, v, rope).split(lengths, dim=1)
-        return self.img.finish(img, img_out, img_mod), self.txt.finish(txt, txt_out, txt_mod)
+        img = self.img.finish(img, img_out, *img_mod[2:])
+        return img, self.txt.finish(txt, txt_out, *txt_mod[2:])
 
 
 class SingleBlock(nn.Module):
