@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -273,12 +274,22 @@ def test_a_run_is_read_once_and_a_linear_at_a_time(run_folder):
 
 
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
-    final = tmp_path / "x.safetensors"
+    final, found = tmp_path / "x.safetensors", []
+
+    def write_second():
+        with streams.aside(final, overwrite=True) as b:
+            found.append(final.read_bytes())
+            b.write_bytes(b"b" * 10)
+
+    second = threading.Thread(target=write_second)
     with streams.aside(final) as a:
         a.write_bytes(b"a" * 100)
-        with streams.aside(final, overwrite=True) as b:
-            b.write_bytes(b"b" * 10)
-    assert final.read_bytes() == b"a" * 100 and len(list(tmp_path.iterdir())) == 1
+        second.start()
+        second.join(0.3)
+        assert second.is_alive() and not found  # it waits
+    second.join(30)
+    assert found == [b"a" * 100] and final.read_bytes() == b"b" * 10
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_streamed_blocks_compute_the_same(sources):
