@@ -320,6 +320,7 @@ BOMB = "a: &a [x, x, x, x]\n" + "".join(
         "split_parts:\n  train: ['pipe:touch MARK']\n",
         "split_parts:\n  train: [!!python/object/apply:os.system ['touch MARK']]\n",
         "what: is this\n",
+        "split_parts:\n  train: [s.tar]\nsplit_parts:\n  train: [t.tar]\n",
         "[" * 20_000,
         "{" * 20_000,
         BOMB,

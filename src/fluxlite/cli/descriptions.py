@@ -101,13 +101,17 @@ def read_yaml(path, kind=dict):
     """A YAML file's plain values of type `kind`; an empty one is an empty `kind`.
 
     Raises `ValueError` that names it. Anchors are refused: a few lines of them stand for gigabytes.
+    So is a name given twice.
     """
     import yaml
 
     try:
         text = read_text(path, limit=MAX_YAML_BYTES)
-        values = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-        _check_plain(values, set())
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+        node = loader.get_single_node()
+        if node is not None:
+            _check_plain(node, set())
+        values = None if node is None else loader.construct_document(node)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         if str(path) in str(error):
             raise
@@ -120,16 +124,23 @@ def read_yaml(path, kind=dict):
     return values
 
 
-def _check_plain(value, seen):
-    """Raise `ValueError` unless this is a tree of JSON's types."""
-    if isinstance(value, (dict, list)):
-        if id(value) in seen:
-            raise ValueError("anchors and aliases are not read")
-        seen.add(id(value))
-        for part in [*value.keys(), *value.values()] if isinstance(value, dict) else value:
-            _check_plain(part, seen)
-    elif not (value is None or isinstance(value, (str, int, float))):
-        raise ValueError(f"a value of type {type(value).__name__}")
+PLAIN_TAGS = {
+    f"tag:yaml.org,2002:{kind}" for kind in ("map", "seq", "str", "int", "float", "bool", "null")
+}
+
+
+def _check_plain(node, seen):
+    """Raise `ValueError` unless a node of YAML is a tree of JSON's types, each name there once."""
+    if id(node) in seen:
+        raise ValueError("anchors and aliases are not read")
+    seen.add(id(node))
+    if node.tag not in PLAIN_TAGS:
+        raise ValueError(f"a value of type {node.tag}")
+    if node.id == "mapping":
+        _once([(str(key.value), value) for key, value in node.value])
+    for part in node.value if node.id in ("mapping", "sequence") else []:
+        for one in part if isinstance(part, tuple) else [part]:
+            _check_plain(one, seen)
 
 
 def read_description(path, cls, values=None, *, foreign=False):
