@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from reference import last_of_each
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fluxlite import checkpoint, optim, parallel, run_state, trainer
 from fluxlite.cli.command_line import load_config
@@ -184,6 +187,19 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"loss of step \d+ is .*mock/.*optim.lr"):
         train(*MOCK, "steps=30", "optim.clip=0", "optim.warmup=0", f"output={tmp_path}/run")
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_weights_that_are_not_finite_start_no_run(tmp_path):
+    first = train(*MOCK, "steps=1", f"output={tmp_path}/a")
+    file = tmp_path / "a.safetensors"
+    checkpoint.write_converted(checkpoint.open_source(str(first)), file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    state = load_file(file)
+    state["out.weight"][3, 4] = math.nan
+    save_file(state, file, metadata)
+    with pytest.raises(ValueError, match="model.checkpoint=.*out.weight holds NaN"):
+        train(*MOCK, f"model.checkpoint={file}", "steps=1", f"output={tmp_path}/b")
 
 
 def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):

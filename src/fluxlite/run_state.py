@@ -73,6 +73,7 @@ class DataRecord:
     digest: str = option("", "of the samples; empty where they are made up")
     samples: int = option(0, "how many there are", at_least=0)
     names: list[str] = option([], "of the files they lie in")
+    held_out: str = option("", "a digest of the validation set; empty where it is made up")
 
 
 @dataclass
@@ -351,12 +352,14 @@ def point_last(root, name):
 
 def changed_data(before, now):
     """How the data differ from those a run was trained on, in words; empty where they do not."""
-    if not before.digest or before.digest == now.digest:
-        return ""
-    gone, new = set(before.names) - set(now.names), set(now.names) - set(before.names)
-    words = [f"{before.samples} samples then, {now.samples} now"]
-    words += [f"without {', '.join(sorted(gone)[:3])}"] if gone else []
-    words += [f"with {', '.join(sorted(new)[:3])}"] if new else []
+    words = []
+    if before.digest and before.digest != now.digest:
+        gone, new = set(before.names) - set(now.names), set(now.names) - set(before.names)
+        words = [f"{before.samples} samples then, {now.samples} now"]
+        words += [f"without {', '.join(sorted(gone)[:3])}"] if gone else []
+        words += [f"with {', '.join(sorted(new)[:3])}"] if new else []
+    if before.held_out and before.held_out != now.held_out:
+        words.append("another validation set")
     return ", ".join(words)
 
 

@@ -33,7 +33,7 @@ from fluxlite.meter import Meter
 from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
 from fluxlite.model import Flux, check_channels, initial, rope_table
 from fluxlite.pipeline import check_widths, resolve
-from fluxlite.streams import aside
+from fluxlite.streams import aside, check_values
 
 log = logging.getLogger("fluxlite")
 
@@ -149,7 +149,14 @@ def flux_weights(config, device):
     source = ckpt.converted(where, config.model.save_converted, **options)
     ckpt.check_part(source, "transformer", "model.checkpoint")
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
-    return ckpt.weights_of(source)
+    return checked_weights(source, "model.checkpoint")
+
+
+def checked_weights(source, setting):
+    """`weights_of` a source; raises `ValueError`, naming the setting and the tensor, where one is not finite."""
+    for name, values in ckpt.weights_of(source):
+        check_values(f"{setting}={source.where}: {name}", values)
+        yield name, values
 
 
 def check_shape(source, shape, key, value):
@@ -214,7 +221,7 @@ def controlnet_weights(config, device):
         )
         ckpt.check_part(source, "controlnet", "controlnet.checkpoint")
         check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
-        return ckpt.weights_of(source)
+        return checked_weights(source, "controlnet.checkpoint")
     if control.init_from_base:
         generator = torch.Generator(device).manual_seed(draws.generator(config.seed, 0, "controlnet").initial_seed())
         return weights_from_base(net, config.model.shape(), base_weights(config, device), device, generator)
@@ -580,12 +587,13 @@ def find_resume(config):
     return folder
 
 
-def describe_data(dataset):
-    """What a checkpoint says of the data: a digest, how many samples, and the files' names."""
-    plain = dataset.dataset if isinstance(dataset, CachedSamples) else dataset
+def describe_data(training, validation):
+    """What a checkpoint says of the data: digests, how many samples are trained on, their files' names."""
+    plain, held_out = (d.dataset if isinstance(d, CachedSamples) else d for d in (training, validation))
     shards = getattr(plain, "shards", [])
-    digest = data_digest(plain) if shards else ""
-    return run_state.DataRecord(digest, len(plain), [shard.name for shard in shards])
+    digests = [data_digest(d) if getattr(d, "shards", []) else "" for d in (plain, held_out)]
+    names = [shard.name for shard in shards]
+    return run_state.DataRecord(digests[0], len(plain), names, digests[1])
 
 
 def report_changed_data(folder, data):
@@ -650,7 +658,7 @@ def take_steps(config, device, mesh, last):
     """Train from the checkpoint `last`, or from the beginning where it is None; returns the run's folder."""
     run = set_up(config, device, mesh)
     training, validation = open_data(config, run)
-    run.data = describe_data(training)
+    run.data = describe_data(training, validation)
     start = run_state.load_training(last, model=run.model, optimizers=run.optimizers, ema=run.ema) if last else 0
     watch = start_watching(run, validation, start)
     size = config.data.global_batch
