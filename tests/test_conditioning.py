@@ -274,3 +274,13 @@ def test_digest_names_the_content_and_not_the_place(copy, encoders):
     weights = load(copy, copy).digest
     (copy / T5.tokenizer / "tokenizer.json").write_text((TINY / T5.tokenizer / "tokenizer.json").read_text() + "\n")
     assert len({encoders.digest, weights, load(copy, copy).digest}) == 3
+
+
+def test_a_clip_model_whose_weights_lack_the_prefix_is_the_same(tmp_path):
+    """As transformers 5 names what it makes itself."""
+    shutil.copytree(TINY, tmp_path / "pipe")
+    file = tmp_path / "pipe" / "text_encoder" / "model.safetensors"
+    save_file({k.removeprefix("text_model."): v for k, v in load_file(file).items()}, file, {"format": "pt"})
+    options = dict(device="cpu", dtype=torch.float32)
+    found, known = (load_text_encoders(str(p), str(p), **options) for p in (tmp_path / "pipe", TINY))
+    assert torch.equal(found.encode(["red"], 16)[1], known.encode(["red"], 16)[1])

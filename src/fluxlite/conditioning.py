@@ -62,6 +62,7 @@ class Kind:
     model_types: tuple  # in config.json
     other_weights: tuple  # prefixes of weights that full models have and this part does not
     description: type  # of config.json
+    prefix: str  # of the weights below, which some versions of transformers leave out
     blocks: tuple  # the number of blocks in config.json, and their names
     shapes: tuple  # (tensors, of which one is there, {dimension: what config.json calls it})
 
@@ -74,6 +75,7 @@ T5 = Kind(
     model_types=("t5",),
     other_weights=("decoder.", "lm_head."),
     description=T5Description,
+    prefix="",
     blocks=("num_layers", "encoder.block.{i}"),
     shapes=(
         (("shared.weight", "encoder.embed_tokens.weight"), {0: "vocab_size", 1: "d_model"}),
@@ -92,14 +94,15 @@ CLIP = Kind(
     model_types=("clip_text_model", "clip"),
     other_weights=("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "text_model.embeddings.position_ids"),
     description=ClipDescription,
-    blocks=("num_hidden_layers", "text_model.encoder.layers.{i}"),
+    prefix="text_model.",
+    blocks=("num_hidden_layers", "encoder.layers.{i}"),
     shapes=(
         (
-            ("text_model.embeddings.position_embedding.weight",),
+            ("embeddings.position_embedding.weight",),
             {0: "max_position_embeddings", 1: "hidden_size"},
         ),
-        (("text_model.embeddings.token_embedding.weight",), {0: "vocab_size"}),
-        (("text_model.encoder.layers.0.mlp.fc1.weight",), {0: "intermediate_size"}),
+        (("embeddings.token_embedding.weight",), {0: "vocab_size"}),
+        (("encoder.layers.0.mlp.fc1.weight",), {0: "intermediate_size"}),
     ),
 )
 
@@ -266,11 +269,12 @@ def check_description(folder, kind):
     values = values.get("text_config") or values if values.get("model_type") == "clip" else values
     described = read_description(file, kind.description, values, foreign=True)
     tensors = streams.Tensors(folder, weight_files(folder))
-    shown = {kind.blocks[0]: convert.depth(tensors.keys(), kind.blocks[1])}
+    prefix = kind.prefix if any(key.startswith(kind.prefix) for key in tensors.keys()) else ""
+    shown = {kind.blocks[0]: convert.depth(tensors.keys(), prefix + kind.blocks[1])}
     for names, dimensions in kind.shapes:
-        shape = next(filter(None, map(tensors.shape, names)), None)
+        shape = next(filter(None, (tensors.shape(prefix + name) for name in names)), None)
         if shape is None or len(shape) != 2:
-            raise ValueError(f"{folder} lacks {names[0]}: fetch it again")
+            raise ValueError(f"{folder} lacks {prefix}{names[0]}: fetch it again")
         shown |= {name: shape[axis] for axis, name in dimensions.items()}
     for name, value in shown.items():
         if getattr(described, name) != value:
