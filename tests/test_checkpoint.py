@@ -1,6 +1,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import resource
 import runpy
@@ -593,3 +594,15 @@ def test_what_a_killed_conversion_left_is_gone_after_the_next(tmp_path):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "x.safetensors"]
     checkpoint.open_source(str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_one_value_that_is_not_finite_is_found_wherever_it_lies(dtype):
+    for length in (1, 7, 64, 4097):
+        values = torch.linspace(-3, 3, length).to(dtype)
+        assert streams.all_finite(values) and streams.all_finite(values[:0])
+        for bad in (math.nan, math.inf, -math.inf):
+            for place in (0, length // 2, length - 1):
+                spoiled = values.clone()
+                spoiled[place] = bad
+                assert not streams.all_finite(spoiled), (length, bad, place)

@@ -48,6 +48,7 @@ from fluxlite.run_tensors import (
     check_file_size,
     plain_errors,
 )
+from fluxlite.streams import all_finite
 
 log = logging.getLogger("fluxlite")
 
@@ -431,7 +432,7 @@ def check_all_finite(state, what):
     for group, tensors in state.items():
         for name, tensor in tensors.items():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if found is None and not torch.isfinite(local).all():
+            if found is None and not all_finite(local):
                 found = f"{group}.{name}"
     bad = [name for name in parallel.gather_values(found) if name]
     if bad:
