@@ -53,7 +53,7 @@ def save(picture, path, settings=None):
     """Write a PNG, whole or not at all, with its settings as JSON in the text chunk `fluxlite`."""
     from PIL.PngImagePlugin import PngInfo
 
-    from fluxlite.streams import aside
+    from fluxlite.weights.tensor_files import aside
 
     info = PngInfo()
     if settings:
@@ -65,7 +65,7 @@ def save(picture, path, settings=None):
 
 def usage():
     from fluxlite.cli.command_line import help_text
-    from fluxlite.config import InferConfig
+    from fluxlite.settings import InferConfig
 
     return help_text(InferConfig, "infer", USAGE)
 
@@ -76,9 +76,9 @@ def body(arguments):
         from tqdm import tqdm
 
         from fluxlite.cli.command_line import load_config
-        from fluxlite.config import InferConfig
-        from fluxlite.metrics import Stages, contact_sheet
-        from fluxlite.pipeline import DrawConfig, generate
+        from fluxlite.draw.pipeline import DrawConfig, generate
+        from fluxlite.settings import InferConfig
+        from fluxlite.train.metrics import Stages, contact_sheet
 
     config = load_config(InferConfig, "infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -19,7 +19,7 @@ from fluxlite.cli.programs import run_program
 
 def usage():
     from fluxlite.cli.command_line import flags_help
-    from fluxlite.proof import ProofConfig
+    from fluxlite.draw.proof import ProofConfig
 
     return flags_help(ProofConfig, __doc__)
 
@@ -27,8 +27,8 @@ def usage():
 def body(arguments):
     with deferred_signals():  # torch's import takes an interruption for a lack of numpy
         from fluxlite.cli.command_line import parse_flags
-        from fluxlite.config import check_output
-        from fluxlite.proof import ProofConfig, choose_pairs, format_table, prove
+        from fluxlite.draw.proof import ProofConfig, choose_pairs, format_table, prove
+        from fluxlite.settings import check_output
 
     config = parse_flags(ProofConfig, arguments)
     choose_pairs(config.num, config.seed)  # refuses a --num that there are not as many pairs for
@@ -63,9 +63,9 @@ def draw(controlnet, how, prompts, images):
 
 def write_proof(folder, report, pictures, results):
     """proof.json and grid.png, each whole or not at all."""
-    from fluxlite.metrics import contact_sheet
-    from fluxlite.proof import verdict
-    from fluxlite.streams import aside
+    from fluxlite.draw.proof import verdict
+    from fluxlite.train.metrics import contact_sheet
+    from fluxlite.weights.tensor_files import aside
 
     with aside(folder / "proof.json", overwrite=True) as path:
         path.write_text(json.dumps({**report, "pictures": results}, indent=1))

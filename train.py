@@ -17,7 +17,7 @@ Train a Flux.
 
 def usage():
     from fluxlite.cli.command_line import help_text
-    from fluxlite.config import TrainConfig
+    from fluxlite.settings import TrainConfig
 
     return help_text(TrainConfig, "train", USAGE)
 
@@ -26,8 +26,8 @@ def body(arguments):
     with deferred_signals():  # torch's import takes an interruption for a lack of numpy
         from fluxlite import parallel
         from fluxlite.cli.command_line import load_config
-        from fluxlite.config import TrainConfig
-        from fluxlite.trainer import train
+        from fluxlite.settings import TrainConfig
+        from fluxlite.train.loop import train
 
     config = load_config(TrainConfig, "train", arguments)
     logging.basicConfig(level=logging.INFO if parallel.rank() == 0 else logging.WARNING, format="%(message)s")

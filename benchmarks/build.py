@@ -16,11 +16,12 @@ import time
 import torch
 import torch.distributed as dist
 
-from fluxlite import parallel, trainer
+from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.config import TrainConfig
-from fluxlite.metrics import memory_of_process
-from fluxlite.prediction import local_bytes
+from fluxlite.preflight.prediction import local_bytes
+from fluxlite.settings import TrainConfig
+from fluxlite.train import loop
+from fluxlite.train.metrics import memory_of_process
 
 
 class Peak:
@@ -69,7 +70,7 @@ def main():
     config, device, mesh = start(args)
     began = time.perf_counter()
     with Peak() as peak:
-        model = trainer.build_flux(config, device, mesh)
+        model = loop.build_flux(config, device, mesh)
     shard = local_bytes(model.parameters())
     blocks = [sum(4 * p.numel() for p in block.parameters()) for block in (*model.double_blocks, *model.single_blocks)]
     found = {

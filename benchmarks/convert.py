@@ -15,8 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fluxlite import checkpoint, verify
-from fluxlite.metrics import Stages
+from fluxlite.train.metrics import Stages
+from fluxlite.weights import sources, verify
 
 BASELINE = "cp"
 
@@ -36,7 +36,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help="leave the fluxlite file there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    source, stages = checkpoint.open_source(args.src, setting="--src"), Stages()
+    source, stages = sources.open_source(args.src, setting="--src"), Stages()
     if source.layout != "diffusers":
         raise ValueError(f"--src {args.src} is in {source.layout}'s layout: name a checkpoint in diffusers'")
     ours, back, copy = args.work / "flux.safetensors", args.work / "diffusers", args.work / "copy"
@@ -51,11 +51,11 @@ def main():
 
     forget(source.files)
     with stages("to fluxlite"):
-        checkpoint.write_converted(source, ours, overwrite=True)
+        sources.write_converted(source, ours, overwrite=True)
     forget([ours])
     with stages("back to diffusers"):
-        checkpoint.write_converted(checkpoint.open_source(ours), back, to="diffusers", overwrite=True)
-    before, after = (verify.digests_of(checkpoint.open_source(path)) for path in (args.src, back))
+        sources.write_converted(sources.open_source(ours), back, to="diffusers", overwrite=True)
+    before, after = (verify.digests_of(sources.open_source(path)) for path in (args.src, back))
     shutil.rmtree(back)
     if not args.keep:
         ours.unlink()

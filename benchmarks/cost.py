@@ -35,9 +35,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fluxlite import convert, flow, parallel, sampling
-from fluxlite.latents import num_image_tokens, position_ids
-from fluxlite.model import Flux, FluxConfig, rope_table
+from fluxlite import parallel
+from fluxlite.draw import sampling
+from fluxlite.nets import flow, schedule
+from fluxlite.nets.flux import Flux, FluxConfig, rope_table
+from fluxlite.nets.latents import num_image_tokens, position_ids
+from fluxlite.weights import layouts
 
 DEPTH = {"double": 19, "single": 38}
 TINY = FluxConfig(19, 38, 32, 2, 4, 4, 4, 8, 8, True, (4, 6, 6))
@@ -182,7 +185,7 @@ def make_models(config, dtype, device):
     """{name: (model, double blocks, single blocks, its velocity as a function of a batch)}."""
     from diffusers import FluxTransformer2DModel
 
-    values = convert.config_to_diffusers(config)
+    values = layouts.config_to_diffusers(config)
     with torch.device(device):
         ours = Flux(config).type(dtype)
         theirs = FluxTransformer2DModel(**{k: v for k, v in values.items() if k[0] != "_"})
@@ -334,8 +337,8 @@ def sample_diffusers(model, batch, steps):
 
 def sampler_of_flux(model, batch, side, steps):
     """A function that denoises in so many steps, its conditions computed beforehand."""
-    config = sampling.SampleConfig(height=side, width=side, steps=steps)
-    times = sampling.times_for(config, model.config, batch["img"].shape[1])
+    config = schedule.SampleConfig(height=side, width=side, steps=steps)
+    times = schedule.times_for(config, model.config, batch["img"].shape[1])
     conditions = sampling.condition(model, batch["txt"], batch["pooled"], times, guidance=3.5)
     return lambda: sampling.sample(model, conditions, batch["img"], times, config)
 

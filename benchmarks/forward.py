@@ -20,10 +20,11 @@ import time
 import torch
 import torch.nn.functional as F
 
-from fluxlite import convert, parallel
-from fluxlite.latents import position_ids
-from fluxlite.metrics import memory_of_process
-from fluxlite.model import Flux, FluxConfig, rope_table
+from fluxlite import parallel
+from fluxlite.nets.flux import Flux, FluxConfig, rope_table
+from fluxlite.nets.latents import position_ids
+from fluxlite.train.metrics import memory_of_process
+from fluxlite.weights import layouts
 
 TEXT_TOKENS = 512
 
@@ -32,7 +33,7 @@ def make_models(config, dtype, seed=0):
     """Diffusers' model and ours with the same random weights."""
     from diffusers import FluxTransformer2DModel
 
-    values = {k: v for k, v in convert.config_to_diffusers(config).items() if not k.startswith("_")}
+    values = {k: v for k, v in layouts.config_to_diffusers(config).items() if not k.startswith("_")}
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         theirs, ours = FluxTransformer2DModel(**values), Flux(config)
@@ -43,7 +44,7 @@ def make_models(config, dtype, seed=0):
 
     state = {name: draw(name, value.shape) for name, value in theirs.state_dict().items()}
     theirs.load_state_dict(state, assign=True)
-    ours.load_state_dict(convert.to_fluxlite(state, config, "diffusers"), assign=True)
+    ours.load_state_dict(layouts.to_fluxlite(state, config, "diffusers"), assign=True)
     return theirs.eval().requires_grad_(False), ours.eval().requires_grad_(False)
 
 

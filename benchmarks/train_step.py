@@ -24,10 +24,13 @@ from types import SimpleNamespace
 import torch
 from build import Peak
 
-from fluxlite import convert, flow, optim, parallel, trainer
+from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.config import TrainConfig
-from fluxlite.latents import num_image_tokens, position_ids
+from fluxlite.nets import flow
+from fluxlite.nets.latents import num_image_tokens, position_ids
+from fluxlite.settings import TrainConfig
+from fluxlite.train import loop, optim
+from fluxlite.weights import layouts
 
 TEXT_TOKENS = 512
 
@@ -52,13 +55,13 @@ def sample(config, seed=1):
 
 def our_step(config):
     """A function that takes one of our steps and returns its loss."""
-    run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
+    run = loop.set_up(config, *parallel.start(config.parallel, config.device))
     x0, txt, pooled, drawn = sample(config)
 
     def step():
-        loss = trainer.flow_loss(run, x0, txt, pooled, **drawn).mean()
+        loss = loop.flow_loss(run, x0, txt, pooled, **drawn).mean()
         loss.backward()
-        trainer.update(run, 0)
+        loop.update(run, 0)
         return loss.item()
 
     return step, run.model
@@ -68,10 +71,10 @@ def their_step(config, checkpointing, weights=None):
     """The same of diffusers' model, with `weights` in our layout where they are given."""
     from diffusers import FluxTransformer2DModel
 
-    values = {k: v for k, v in convert.config_to_diffusers(config.model.shape()).items() if not k.startswith("_")}
+    values = {k: v for k, v in layouts.config_to_diffusers(config.model.shape()).items() if not k.startswith("_")}
     model = FluxTransformer2DModel(**values)
     if weights is not None:
-        model.load_state_dict(convert.from_fluxlite(weights, config.model.shape(), "diffusers"))
+        model.load_state_dict(layouts.from_fluxlite(weights, config.model.shape(), "diffusers"))
     if checkpointing != "none":
         model.enable_gradient_checkpointing()
     optimizers = optim.make_optimizers(SimpleNamespace(named_parameters=model.named_parameters), config.optim)

@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from einops import rearrange
 
-from fluxlite import checkpoint, convert, run_state, run_tensors, sampling, streams
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.descriptions import parse_json, read_description
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
-from fluxlite.controlnet import ControlNetConfig
-from fluxlite.model import FluxConfig
+from fluxlite.nets import schedule
+from fluxlite.nets.controlnet import ControlNetConfig
+from fluxlite.nets.flux import FluxConfig
+from fluxlite.weights import layouts, run_folder, run_tensors, sources, tensor_files
 
 
 def interleave_pairs(x, config):
@@ -68,7 +69,7 @@ def old_name(name):
 
 def open_file(path):
     """(what, configuration, read, {name: dtype}, metadata, files, sampling settings) of a file or folder."""
-    tensors = streams.Tensors(path)
+    tensors = tensor_files.Tensors(path)
     about, types = (
         tensors.metadata,
         {name: dtype for name, (dtype, _) in tensors.described().items()},
@@ -76,7 +77,7 @@ def open_file(path):
     if not about.get("fluxlite_version", "").startswith("0.1.") or "modulation.weight" not in types:
         raise ValueError(f"--src {path} is no file of fluxlite 0.1: convert_hf.py reads all others")
     saved = parse_json(about.get("sampling", "{}"), path) | {"version": about["fluxlite_version"]}
-    settings = sampling.read_settings(path, saved)
+    settings = schedule.read_settings(path, saved)
     if "training" in about:
         about |= {"training": json.dumps(with_factor(parse_json(about["training"], path)))}
     return (
@@ -94,13 +95,13 @@ def with_factor(flow):
     """Settings of training, a numeric shift in them as today's factor, e to what it was."""
     if flow.get("shift", "none") in ("resolution", "none"):
         return flow
-    return flow | {"shift": sampling.shift_as_factor(flow["shift"], "0.1.0")}
+    return flow | {"shift": schedule.shift_as_factor(flow["shift"], "0.1.0")}
 
 
 def open_run(path, ema):
     """The same of a run's last checkpoint, or one of its checkpoints."""
-    folder = path if (path / "meta.json").is_file() else run_state.last_checkpoint(path)
-    meta, tensors = run_state.read_meta(folder), run_tensors.RunTensors(folder)
+    folder = path if (path / "meta.json").is_file() else run_folder.last_checkpoint(path)
+    meta, tensors = run_folder.read_meta(folder), run_tensors.RunTensors(folder)
     if not meta.version.startswith("0.1."):
         raise ValueError(f"--src {path} is no run of fluxlite 0.1: convert_hf.py reads all others")
     averaged = set(meta.ema if ema else ())
@@ -116,20 +117,20 @@ def open_run(path, ema):
     training = with_factor(meta.flow) | {"step": meta.step, "ema": bool(averaged)}
     about = {"training": json.dumps(training)}
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    settings = run_state.run_settings(folder, meta)
+    settings = run_folder.run_settings(folder, meta)
     return meta.what, meta.model, read, types, about, files, settings
 
 
 def open_first_edition(path, *, ema=True):
     """The `Source`, in today's layout, of a file, folder or run of fluxlite 0.1; raises `ValueError`."""
-    opened = open_run(path, ema) if run_state.is_run(path) else open_file(path)
+    opened = open_run(path, ema) if run_folder.is_run(path) else open_file(path)
     what, values, read_old, types, about, files, settings = opened
     kind = ControlNetConfig if what == "controlnet" else FluxConfig
     config = read_description(path, kind, values)
-    shapes = {name: tuple(t.shape) for name, t in convert.our_shapes(config).items()}
+    shapes = {name: tuple(t.shape) for name, t in layouts.our_shapes(config).items()}
     described = {name: (types[old_name(name)], shape) for name, shape in shapes.items()}
     read = partial(read_tensor, read_old, config)
-    return checkpoint.Source(
+    return sources.Source(
         str(path), what, "fluxlite", config, described, read, about, files, settings, ema
     )
 
@@ -140,7 +141,7 @@ class FirstEditionConfig:
 
     src: str = option(MISSING, "file, folder or run of fluxlite 0.1", path=True)
     dst: str = option(MISSING, "what to write, as convert_hf.py takes it", path=True)
-    to: str = option("fluxlite", "layout to write", choices=tuple(convert.LAYOUTS))
+    to: str = option("fluxlite", "layout to write", choices=tuple(layouts.LAYOUTS))
     no_ema: bool = option(False, "of a run, its weights, not their average")
 
 
@@ -151,7 +152,7 @@ def usage():
 def main(argv):
     args = parse_flags(FirstEditionConfig, argv)
     source = open_first_edition(Path(args.src), ema=not args.no_ema)
-    files, _ = checkpoint.write_converted(source, args.dst, to=args.to)
+    files, _ = sources.write_converted(source, args.dst, to=args.to)
     print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fluxlite import convert, streams
-from fluxlite.autoencoder import AutoencoderConfig
-from fluxlite.checkpoint import DIFFUSERS_SHARD_BYTES
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option, same_option
 from fluxlite.cli.programs import run_program
-from fluxlite.model import FluxConfig
+from fluxlite.nets.autoencoder import AutoencoderConfig
+from fluxlite.nets.flux import FluxConfig
+from fluxlite.weights import layouts, tensor_files
+from fluxlite.weights.sources import DIFFUSERS_SHARD_BYTES
 
 TINY = Path(__file__).parents[1] / "assets" / "flux-tiny"
 POOL = 1 << 24
@@ -47,13 +47,13 @@ def write_part(folder, stem, shapes, config, pool, generator, bar):
     """One part's folder: config.json and {name: shape} in shards of 10 GB with an index."""
     folder.mkdir(parents=True)
     described = {name: (torch.bfloat16, tuple(shape)) for name, shape in shapes.items()}
-    shards = streams.split_shards(described, DIFFUSERS_SHARD_BYTES)
-    names = streams.shard_names(stem, len(shards))
+    shards = tensor_files.split_shards(described, DIFFUSERS_SHARD_BYTES)
+    names = tensor_files.shard_names(stem, len(shards))
     for shard, name in zip(shards, names):
         pieces = ((key, draw(shape, pool, generator, norm="norm" in key and len(shape) == 1)) for key, (_, shape) in shard.items())
-        streams.write(folder / name, shard, pieces, {"format": "pt"}, bar.update)
+        tensor_files.write(folder / name, shard, pieces, {"format": "pt"}, bar.update)
     if len(shards) > 1:
-        streams.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
+        tensor_files.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -98,16 +98,16 @@ def body(arguments):
     dst = Path(args.dst)
     flux = FluxConfig(args.doubles, args.singles, guidance_embed=args.model == "dev")
     flux.validate()
-    parts = {"transformer": ("diffusion_pytorch_model", convert.shapes("diffusers", flux), convert.config_to_diffusers(flux))}
+    parts = {"transformer": ("diffusion_pytorch_model", layouts.shapes("diffusers", flux), layouts.config_to_diffusers(flux))}
     if args.encoders:
         vae = AutoencoderConfig()
-        values = convert.autoencoder_config_to_diffusers(vae)
-        parts |= encoder_parts() | {"vae": ("diffusion_pytorch_model", convert.shapes("diffusers", vae), values)}
+        values = layouts.autoencoder_config_to_diffusers(vae)
+        parts |= encoder_parts() | {"vae": ("diffusion_pytorch_model", layouts.shapes("diffusers", vae), values)}
     total = 2 * sum(torch.Size(shape).numel() for _, shapes, _ in parts.values() for shape in shapes.values())
     generator = torch.Generator().manual_seed(args.seed)
     pool = torch.randn(POOL, generator=generator).bfloat16()
-    with streams.aside(dst, folder=True) as folder:
-        streams.check_room(dst, total)
+    with tensor_files.aside(dst, folder=True) as folder:
+        tensor_files.check_room(dst, total)
         with tqdm(total=total, unit="B", unit_scale=True, desc=str(dst)) as bar:
             for name, (stem, shapes, config) in parts.items():
                 write_part(folder / name, stem, shapes, config, pool, generator, bar)

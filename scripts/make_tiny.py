@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 from tiny_text import make_text
 from torch import nn
 
-from fluxlite import convert
-from fluxlite.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
-from fluxlite.checkpoint import load_transformer, open_source, write_converted
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
 from fluxlite.data import fill50k
+from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
+from fluxlite.weights import layouts
+from fluxlite.weights.sources import load_transformer, open_source, write_converted
 
 SIZE = 64
 STAGES = ("vae", "text", "transformer", "controlnet")
@@ -121,7 +121,7 @@ def make_vae(minutes):
         error = (vae.decode(vae.encode(images)) - images) * 127.5
     print(f"reconstruction: mean |error| {error.abs().mean():.2f} of 255; latents {config}")
     save_module(
-        ASSETS / "vae", vae.state_dict(), convert.autoencoder_config_to_diffusers(config), "diffusion_pytorch_model.safetensors"
+        ASSETS / "vae", vae.state_dict(), layouts.autoencoder_config_to_diffusers(config), "diffusion_pytorch_model.safetensors"
     )
 
 
@@ -134,8 +134,8 @@ def make_transformer():
     subprocess.run([sys.executable, "train.py", "recipe=flux_tiny", f"output={run}", "resume=auto"], cwd=root, check=True)
     model = load_transformer(root / run)
     state = model.state_dict()
-    tensors = convert.from_fluxlite(state, model.config, "diffusers")
-    config = convert.config_to_diffusers(model.config)
+    tensors = layouts.from_fluxlite(state, model.config, "diffusers")
+    config = layouts.config_to_diffusers(model.config)
     save_module(ASSETS / "transformer", tensors, config, "diffusion_pytorch_model.safetensors")
     write_index()
 

@@ -18,11 +18,13 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from reference import SMALL, our_controlnet_from, ours_from
 
 import fluxlite
-from fluxlite import convert, draws, flow
-from fluxlite.checkpoint import ASSETS
-from fluxlite.controlnet import spread
-from fluxlite.latents import position_ids
-from fluxlite.model import rope_table
+from fluxlite import rng
+from fluxlite.nets import flow
+from fluxlite.nets.controlnet import spread
+from fluxlite.nets.flux import rope_table
+from fluxlite.nets.latents import position_ids
+from fluxlite.weights import layouts
+from fluxlite.weights.sources import ASSETS
 
 FOLDER, ROOT = Path(__file__).parent / "golden", Path(__file__).parents[1]
 NUM_DIRECTIONS = 3
@@ -74,7 +76,7 @@ NETS = {  # what is trained: the transformer, or a ControlNet with these changes
 
 def draw_golden_values(shape, name):
     """Standard normal float32 values that depend on `name` alone."""
-    return torch.randn(shape, generator=draws.generator(0, name, "golden"))
+    return torch.randn(shape, generator=rng.generator(0, name, "golden"))
 
 
 @torch.no_grad()
@@ -129,7 +131,7 @@ def take_our_step(theirs, control):
         base(*args, **inputs, residuals=residuals), batch["x0"], batch["noise"]
     ).mean()
     loss.backward()
-    return loss.item(), convert.from_fluxlite(gradients_of(trained), trained.config, "diffusers")
+    return loss.item(), layouts.from_fluxlite(gradients_of(trained), trained.config, "diffusers")
 
 
 def take_their_step(theirs, control):

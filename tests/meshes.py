@@ -13,10 +13,11 @@ from unittest import mock
 import torch
 from reference import last_of_each, randomise
 
-from fluxlite import optim, parallel, trainer
+from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.config import TrainConfig
 from fluxlite.data import MockSamples
+from fluxlite.settings import TrainConfig
+from fluxlite.train import loop, optim
 
 MODEL = ["data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "model.num_double_blocks=1",
          "model.num_single_blocks=1", "model.num_heads=24", "model.hidden_size=192", "model.rope_axes=[2,2,4]",
@@ -104,25 +105,25 @@ def batches_of(config, run):
     data, model = config.data, config.model
     widths = dict(latent_shape=run.latent_shape, text_shape=(model.max_sequence_length, model.text_width))
     samples = MockSamples(data, split="train", seed=config.seed, pooled_width=model.pooled_width, **widths)
-    loader = trainer.rank_loader(run, samples, global_batch=data.global_batch, start_index=0)
+    loader = loop.rank_loader(run, samples, global_batch=data.global_batch, start_index=0)
     while True:
         yield [next(loader) for _ in range(data.global_batch // (data.micro_batch * run.mesh.dp_size))]
 
 
 def train(config, steps=10):
     """The figures of a short run."""
-    with mock.patch.object(trainer, "random_weights", random_weights):
-        run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
-    figures, batches, real_update = {}, batches_of(config, run), trainer.update
+    with mock.patch.object(loop, "random_weights", random_weights):
+        run = loop.set_up(config, *parallel.start(config.parallel, config.device))
+    figures, batches, real_update = {}, batches_of(config, run), loop.update
 
     def update(run, step, loss):
         if step == 0:
             figures["gradients"] = whole({name: p.grad for name, p in run.model.named_parameters() if p.requires_grad})
         return real_update(run, step, loss)
 
-    with mock.patch.object(trainer, "update", update):
+    with mock.patch.object(loop, "update", update):
         for step in range(steps):
-            loss, norm = trainer.train_step(run, next(batches), step)
+            loss, norm = loop.train_step(run, next(batches), step)
             if step == 0:
                 figures |= {"loss": parallel.mean_over_ranks(loss).item(), "norm": norm.item()}
     figures["trained"] = sorted(name for name, p in run.model.named_parameters() if p.requires_grad)
@@ -135,14 +136,14 @@ def plain_autograd(config):
         mock.patch.object(parallel, "parallelize", lambda model, *_args, **_options: model),
         mock.patch.object(parallel, "fill", lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed)),
     ):
-        run = trainer.set_up(config, *parallel.start(config.parallel, config.device))
+        run = loop.set_up(config, *parallel.start(config.parallel, config.device))
     gradients = {}
 
     def update(run, _step, _loss):
         gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
 
-    with mock.patch.object(trainer, "update", update):
-        loss, _ = trainer.train_step(run, next(batches_of(config, run)), 0)
+    with mock.patch.object(loop, "update", update):
+        loss, _ = loop.train_step(run, next(batches_of(config, run)), 0)
     return {"loss": loss.item(), "gradients": gradients}
 
 

@@ -19,22 +19,22 @@ import matplotlib.figure  # noqa: F401  what a forked run need not import again
 import transformers  # noqa: F401
 
 import train
-from fluxlite import conditioning, trainer  # noqa: F401
 from fluxlite.cli import command_line
 from fluxlite.cli.programs import run_program
 from fluxlite.data import cache, fill50k
+from fluxlite.train import loop
 
 PHASES = {  # where each begins: the owner of a function, its name, the call that the signal comes in
     "composing": (command_line, "load_config", 1),
     "generating": (fill50k.TarWriter, "write", 5),
-    "loading": (trainer, "load_parts", 1),
+    "loading": (loop, "load_parts", 1),
     "encoding": (cache, "_stacked", 2),
-    "first validation": (trainer, "encode_validation", 1),
-    "training": (trainer, "train_step", 2),
-    "validating": (trainer, "evaluate", 1),
-    "drawing": (trainer, "draw_grid", 1),
-    "saving": (trainer, "save", 1),
-    "plotting": (trainer, "plot_losses", 1),
+    "first validation": (loop, "encode_validation", 1),
+    "training": (loop, "train_step", 2),
+    "validating": (loop, "evaluate", 1),
+    "drawing": (loop, "draw_grid", 1),
+    "saving": (loop, "save", 1),
+    "plotting": (loop, "plot_losses", 1),
 }
 
 

@@ -3,9 +3,9 @@
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
-from fluxlite import convert
-from fluxlite.controlnet import ControlNet
-from fluxlite.model import Flux
+from fluxlite.nets.controlnet import ControlNet
+from fluxlite.nets.flux import Flux
+from fluxlite.weights import layouts
 
 
 def randomise(module, seed=0):
@@ -47,18 +47,18 @@ def diffusers_controlnet(*, guidance=True, doubles=2, singles=3, pixel=False, mo
 
 def ours_from(theirs):
     """Our Flux with the parameters of a FluxTransformer2DModel."""
-    config = convert.config_from_diffusers(theirs.config)
+    config = layouts.config_from_diffusers(theirs.config)
     state = theirs.state_dict()
     model = Flux(config)
-    model.load_state_dict(convert.to_fluxlite(state, config, "diffusers"), strict=True)
+    model.load_state_dict(layouts.to_fluxlite(state, config, "diffusers"), strict=True)
     return model
 
 
 def our_controlnet_from(theirs):
     """Our ControlNet with the parameters of a FluxControlNetModel."""
-    config = convert.controlnet_config_from_diffusers(theirs.config)
+    config = layouts.controlnet_config_from_diffusers(theirs.config)
     net = ControlNet(config)
-    net.load_state_dict(convert.to_fluxlite(theirs.state_dict(), config, "diffusers"), strict=True)
+    net.load_state_dict(layouts.to_fluxlite(theirs.state_dict(), config, "diffusers"), strict=True)
     return net
 
 

@@ -4,9 +4,9 @@ from diffusers import AutoencoderKL
 from reference import randomise, relative_error
 from safetensors.torch import save_file
 
-from fluxlite import convert
-from fluxlite.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
-from fluxlite.checkpoint import load_autoencoder
+from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
+from fluxlite.weights import layouts
+from fluxlite.weights.sources import load_autoencoder
 
 SMALL = dict(block_out_channels=(8, 16, 16), layers_per_block=2, latent_channels=4, norm_num_groups=4)
 
@@ -72,7 +72,7 @@ def bfl_state(ours):
 def test_bfl_file_is_the_same_autoencoder(pair):
     _, ours, _ = pair
     state, mine = bfl_state(ours), ours.state_dict()
-    got = dict(convert.convert(mine.__getitem__, "diffusers", "bfl", ours.config))
+    got = dict(layouts.convert(mine.__getitem__, "diffusers", "bfl", ours.config))
     assert got.keys() == state.keys() and all(torch.equal(got[k], state[k]) for k in state)
     assert "decoder.up.2.block.0.conv1.weight" in state and "encoder.mid.attn_1.q.weight" in state
 

@@ -22,9 +22,13 @@ from safetensors.torch import load_file, save_file
 from test_convert import in_layout
 from test_trainer import MOCK
 
-from fluxlite import checkpoint, convert, offload, run_state, run_tensors, streams, verify
-from fluxlite.checkpoint import ASSETS
 from fluxlite.cli.programs import one_line
+from fluxlite.draw import offload
+from fluxlite.weights import layouts as convert
+from fluxlite.weights import run_folder as run_folders
+from fluxlite.weights import run_tensors, tensor_files, verify
+from fluxlite.weights import sources as checkpoint
+from fluxlite.weights.sources import ASSETS
 
 ROOT = Path(__file__).parents[1]
 TINY = ASSETS / "flux-tiny"
@@ -242,11 +246,11 @@ def run_folder(tmp_path_factory):
 @pytest.mark.parametrize("ema", [True, False])
 def test_a_run_of_two_shards_is_a_source_and_its_average_is_chosen(run_folder, tmp_path, ema):
     source = checkpoint.open_source(run_folder, ema=ema)
-    tensors = run_tensors.RunTensors(run_state.last_checkpoint(run_folder)).tensors
+    tensors = run_tensors.RunTensors(run_folders.last_checkpoint(run_folder)).tensors
     assert len(tensors["model.modulation.single.0.weight"].chunks) == 2
     group = "ema" if ema else "model"
     expected = {name: torch.empty(shape) for name, (_, shape) in source.described.items()}
-    dcp.load({group: expected}, checkpoint_id=run_state.last_checkpoint(run_folder), no_dist=True)
+    dcp.load({group: expected}, checkpoint_id=run_folders.last_checkpoint(run_folder), no_dist=True)
     assert all(torch.equal(source.read(k), v) and torch.equal(source.read(k, 3, 9), v[3:9]) for k, v in expected.items())
     checkpoint.write_converted(source, tmp_path / "out", to="diffusers")
     assert "bit for bit" in verify.verify(source, tmp_path / "out")[0]
@@ -270,7 +274,7 @@ def test_a_run_is_read_once_and_a_linear_at_a_time(run_folder):
 
     for _ in convert.convert(watched, "fluxlite", "diffusers", source.config):
         pass
-    largest = max(streams.num_bytes({name: entry}) for name, entry in source.described.items())
+    largest = max(tensor_files.num_bytes({name: entry}) for name, entry in source.described.items())
     assert max(sizes) == largest < source.num_bytes() / 8 and sum(sizes) == source.num_bytes()
 
 
@@ -278,12 +282,12 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     final, found = tmp_path / "x.safetensors", []
 
     def write_second():
-        with streams.aside(final, overwrite=True) as b:
+        with tensor_files.aside(final, overwrite=True) as b:
             found.append(final.read_bytes())
             b.write_bytes(b"b" * 10)
 
     second = threading.Thread(target=write_second)
-    with streams.aside(final) as a:
+    with tensor_files.aside(final) as a:
         a.write_bytes(b"a" * 100)
         second.start()
         second.join(0.3)
@@ -296,8 +300,8 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 def test_streamed_blocks_compute_the_same(sources):
     model = checkpoint.load_transformer(sources["fluxlite"], dtype=torch.float32)
     g = torch.Generator().manual_seed(0)
-    from fluxlite.latents import position_ids
-    from fluxlite.model import rope_table
+    from fluxlite.nets.flux import rope_table
+    from fluxlite.nets.latents import position_ids
 
     inputs = torch.randn(1, 8, 12, generator=g), torch.randn(1, 3, 20, generator=g), rope_table(position_ids(4, 8, 3), model.config)
     more = dict(t=torch.tensor([0.5]), pooled=torch.randn(1, 14, generator=g), guidance=torch.tensor([2.0]))
@@ -590,7 +594,7 @@ def test_what_a_killed_conversion_left_is_gone_after_the_next(tmp_path):
     (tmp_path / ".d.part" / "half.safetensors").write_bytes(bytes(10))
     checkpoint.write_converted(source, tmp_path / "d", to="diffusers")
     (tmp_path / "d").rename(tmp_path / ".d.old")  # killed between the two renames
-    with pytest.raises(ValueError, match="exists"), streams.aside(tmp_path / "d", folder=True):
+    with pytest.raises(ValueError, match="exists"), tensor_files.aside(tmp_path / "d", folder=True):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "x.safetensors"]
     checkpoint.open_source(str(tmp_path / "d"))
@@ -600,9 +604,9 @@ def test_what_a_killed_conversion_left_is_gone_after_the_next(tmp_path):
 def test_one_value_that_is_not_finite_is_found_wherever_it_lies(dtype):
     for length in (1, 7, 64, 4097):
         values = torch.linspace(-3, 3, length).to(dtype)
-        assert streams.all_finite(values) and streams.all_finite(values[:0])
+        assert tensor_files.all_finite(values) and tensor_files.all_finite(values[:0])
         for bad in (math.nan, math.inf, -math.inf):
             for place in (0, length // 2, length - 1):
                 spoiled = values.clone()
                 spoiled[place] = bad
-                assert not streams.all_finite(spoiled), (length, bad, place)
+                assert not tensor_files.all_finite(spoiled), (length, bad, place)

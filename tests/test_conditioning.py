@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxlite.conditioning import CLIP, T5, load_text_encoders, locate
+from fluxlite.weights.text_encoders import CLIP, T5, load_text_encoders, locate
 
 TINY = Path(__file__).parent.parent / "assets" / "flux-tiny"
 PROMPTS = ["red circle with blue background", "blue circle with red background", "Crème brûlée, 日本 \n two  spaces!", ""]
@@ -118,7 +118,7 @@ def test_loading_is_silent(capfd):
 
 
 def test_importing_does_not_import_transformers():
-    code = "import sys, fluxlite.conditioning; sys.exit('transformers' in sys.modules)"
+    code = "import sys, fluxlite.weights.text_encoders; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from fluxlite.cli.command_line import load_config, parse_flags
 from fluxlite.cli.options import option_fields, resumable_keys
-from fluxlite.config import InferConfig, TrainConfig
-from fluxlite.proof import ProofConfig
+from fluxlite.draw.proof import ProofConfig
+from fluxlite.settings import InferConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [

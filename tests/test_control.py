@@ -14,15 +14,17 @@ from PIL import Image
 from reference import our_controlnet_from, randomise
 
 import fluxlite
-from fluxlite import checkpoint, draws, sampling
-from fluxlite.checkpoint import ASSETS
+from fluxlite import rng
 from fluxlite.cli.command_line import load_config
-from fluxlite.config import InferConfig
-from fluxlite.control import Control, hint_of, open_control, read_picture
-from fluxlite.controlnet import ControlNet, ControlNetConfig
 from fluxlite.data.circles import figure_mask
-from fluxlite.latents import pack_latents
-from fluxlite.pipeline import picture_seed
+from fluxlite.draw import sampling
+from fluxlite.draw.control import Control, hint_of, open_control, read_picture
+from fluxlite.draw.pipeline import picture_seed
+from fluxlite.nets.controlnet import ControlNet, ControlNetConfig
+from fluxlite.nets.latents import pack_latents
+from fluxlite.settings import InferConfig
+from fluxlite.weights import sources
+from fluxlite.weights.sources import ASSETS
 
 TINY, ROOT = ASSETS / "flux-tiny", Path(__file__).parents[1]
 PROMPT = "red circle with dark blue background"
@@ -79,7 +81,7 @@ def draw_theirs(theirs, nets, images, monkeypatch, *, prompts, **options):
     calls, seeds = iter(range(9)), [picture_seed(5, j, 0) for j in range(len(prompts))]
 
     def noise(shape, **_):
-        return draws.normal(shape[1:], seed=next(calls), indices=seeds, stream="control")
+        return rng.normal(shape[1:], seed=next(calls), indices=seeds, stream="control")
 
     monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", noise)
     parts = {k: v for k, v in theirs.components.items() if k not in ("image_encoder", "feature_extractor")}
@@ -148,7 +150,7 @@ def test_the_latent_hint_is_a_sample_for_each_picture_and_each_net(pipeline, net
         mean, logvar = vae.posterior(opened.pixels)
         first, second = (hint_of(opened, number, vae, torch.device("cpu")) for number in (0, 1))
         got = first([0, 0], ["5.0.0", "5.1.0"])
-        noise = draws.normal((16, 8, 8), seed=0, indices=["5.0.0", "5.1.0"], stream="control")
+        noise = rng.normal((16, 8, 8), seed=0, indices=["5.0.0", "5.1.0"], stream="control")
         assert torch.allclose(got, pack_latents(vae.scale(mean + torch.exp(logvar / 2) * noise)), rtol=1e-6, atol=1e-6)
         assert torch.equal(first([0], ["5.1.0"]), got[1:]) and not torch.equal(got[0], got[1])
         assert not torch.equal(second([0], ["5.1.0"]), got[1:])
@@ -178,11 +180,11 @@ def test_pictures_with_nets_from_disk_are_the_same_whatever_is_freed_or_kept(sav
 
 
 def test_every_layout_of_the_same_net_draws_the_same_picture(saved, pictures, tmp_path):
-    source, drawn = checkpoint.open_source(saved["pixel"]), []
+    source, drawn = sources.open_source(saved["pixel"]), []
     for layout in ("diffusers", "fluxlite", "bfl", "nemo"):
         where = saved["pixel"] if layout == "diffusers" else tmp_path / layout
         if layout != "diffusers":
-            checkpoint.write_converted(source, where, to=layout)
+            sources.write_converted(source, where, to=layout)
         options = dict(steps=2, dtype=torch.float32, device="cpu", controls=[Control(where, pictures[0], scale=0.5)], **SIZE)
         drawn.append(pixels(fluxlite.generate(PROMPT, **options)))
     assert all((d == drawn[0]).all() for d in drawn) and drawn[0].std() > 20
@@ -194,7 +196,7 @@ def test_conditions_made_batch_by_batch_draw_the_same(saved, pictures, monkeypat
     )
     prompts = [PROMPT, "lime circle with pink background"]
     whole = pixels(fluxlite.generate(prompts, **options))
-    monkeypatch.setattr(fluxlite.pipeline, "fits", lambda *_: False)
+    monkeypatch.setattr(fluxlite.draw.pipeline, "fits", lambda *_: False)
     assert np.abs(pixels(fluxlite.generate(prompts, **options)) - whole).max() <= 1
 
 
@@ -264,7 +266,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(pipeline, saved,
             fluxlite.generate(PROMPT, checkpoint=pipeline, controls=[given], **SIZE)
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="float64 on cpu.*float32 on cpu"):
-        net = checkpoint.load_controlnet(saved["latent"], dtype=torch.float64)
+        net = sources.load_controlnet(saved["latent"], dtype=torch.float64)
         fluxlite.generate(PROMPT, checkpoint=pipeline, controls=[Control(net, pictures[0])], **SIZE)
     numbers = [open_control(Control(saved["union"], pictures[0], mode=m), base, 64, 64).mode for m in ("depth", "1", 0)]
     assert numbers == [2, 1, 0]

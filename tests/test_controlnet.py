@@ -4,8 +4,7 @@ import pytest
 import torch
 from reference import diffusers_controlnet, diffusers_flux, our_controlnet_from, ours_from, randomise, relative_error
 
-from fluxlite import convert
-from fluxlite.controlnet import (
+from fluxlite.nets.controlnet import (
     ControlNet,
     ControlNetConfig,
     combine,
@@ -17,8 +16,9 @@ from fluxlite.controlnet import (
     used,
     weights_from_base,
 )
-from fluxlite.latents import position_ids
-from fluxlite.model import Flux, FluxConfig, rope_table
+from fluxlite.nets.flux import Flux, FluxConfig, rope_table
+from fluxlite.nets.latents import position_ids
+from fluxlite.weights import layouts
 
 HEIGHT, WIDTH, NUM_TEXT = 4, 6, 5  # latent cells
 DEPTHS = [(4, 10), (4, 0), (2, 0), (6, 0), (5, 15)]
@@ -194,9 +194,9 @@ def test_a_net_starts_from_its_base_tensor_by_tensor_too(bases):
     _, base = bases
     config = ControlNetConfig.beside(base.config, num_double_blocks=5, num_single_blocks=7, num_modes=3)
     net = init_from_base(ControlNet(config), base, torch.Generator().manual_seed(0))
-    stream = convert.convert(base.state_dict().__getitem__, "fluxlite", "fluxlite", base.config)
+    stream = layouts.convert(base.state_dict().__getitem__, "fluxlite", "fluxlite", base.config)
     generator = torch.Generator().manual_seed(0)
-    state = dict(weights_from_base(convert.on_meta(config), base.config, stream, generator=generator))
+    state = dict(weights_from_base(layouts.on_meta(config), base.config, stream, generator=generator))
     assert state.keys() == net.state_dict().keys() and all(torch.equal(state[k], v) for k, v in net.state_dict().items())
 
 

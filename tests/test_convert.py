@@ -5,11 +5,11 @@ import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 from reference import diffusers_controlnet, diffusers_flux, our_controlnet_from, ours_from, randomise, relative_error
 
-from fluxlite import convert
-from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
-from fluxlite.controlnet import ControlNet
-from fluxlite.latents import position_ids
-from fluxlite.model import Flux, rope_table
+from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig
+from fluxlite.nets.controlnet import ControlNet
+from fluxlite.nets.flux import Flux, rope_table
+from fluxlite.nets.latents import position_ids
+from fluxlite.weights import layouts as convert
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxlite import draws
+from fluxlite import rng
 from fluxlite.data import (
     CachedSamples,
     DataConfig,
@@ -313,13 +313,13 @@ def test_resizing_covers_and_keeps_proportions(size, scale):
 def test_random_crops_and_flips_are_keyed():
     x = np.broadcast_to(np.arange(64)[None, :, None] * 4, (16, 64, 3)).astype(np.uint8)
     crops = [
-        resize_crop(Image.fromarray(x), 16, 16, crop="random", flip=True, generator=draws.generator(0, i, "crop"))
+        resize_crop(Image.fromarray(x), 16, 16, crop="random", flip=True, generator=rng.generator(0, i, "crop"))
         for i in range(64)
     ]
     starts = {int(round((crop.min().item() + 1) * 127.5 / 4)) for crop in crops}
     assert min(starts) < 8 and max(starts) > 40 and starts <= set(range(49))
     assert 10 < sum(bool(crop[0, 0, 0] > crop[0, 0, 1]) for crop in crops) < 54
-    again = resize_crop(Image.fromarray(x), 16, 16, crop="random", flip=True, generator=draws.generator(0, 5, "crop"))
+    again = resize_crop(Image.fromarray(x), 16, 16, crop="random", flip=True, generator=rng.generator(0, 5, "crop"))
     assert torch.equal(again, crops[5])
 
 
@@ -425,7 +425,7 @@ def encode_images(images):
 
 
 def encode_texts(texts):
-    rows = torch.stack([torch.randn(4, 6, generator=draws.generator(0, text, "test")) for text in texts])
+    rows = torch.stack([torch.randn(4, 6, generator=rng.generator(0, text, "test")) for text in texts])
     return rows, rows.mean(1)
 
 

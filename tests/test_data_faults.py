@@ -24,13 +24,13 @@ from test_data import tars as tars
 from fluxlite.cli.atomic import atomic_file, atomic_folder, locked
 from fluxlite.cli.options import check_sources
 from fluxlite.cli.programs import one_line
-from fluxlite.config import TrainConfig
-from fluxlite.control import read_picture
 from fluxlite.data import CachedSamples, data_digest, fill50k, images, open_dataset, places, prepare
 from fluxlite.data import cache as cache_module
 from fluxlite.data.braces import count_names, expand_braces
 from fluxlite.data.rows import RowFile
-from fluxlite.trainer import warn_of_warmup
+from fluxlite.draw.control import read_picture
+from fluxlite.settings import TrainConfig
+from fluxlite.train.loop import warn_of_warmup
 
 COLOURS = {
     "red": (255, 0, 0),

@@ -14,8 +14,9 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fluxlite import checkpoint, trainer, verify
-from fluxlite.config import TrainConfig
+from fluxlite.settings import TrainConfig
+from fluxlite.train import loop
+from fluxlite.weights import sources, verify
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -35,21 +36,21 @@ def test_a_file_of_the_first_edition_is_refused_with_the_command_that_converts_i
     with pytest.raises(
         ValueError, match="fluxlite 0.1.*scripts/convert_first_edition.py --src"
     ) as caught:
-        checkpoint.open_source(FILES[part])
+        sources.open_source(FILES[part])
     assert "\n" not in str(caught.value)
     expected, new = metadata(FILES[part])["source_digest"], tmp_path / "new.safetensors"
     script["main"](["--src", str(FILES[part]), "--dst", str(new)])
-    checkpoint.write_converted(checkpoint.open_source(new), tmp_path / "back", to="diffusers")
+    sources.write_converted(sources.open_source(new), tmp_path / "back", to="diffusers")
     script["main"](
         ["--src", str(FILES[part]), "--dst", str(tmp_path / "direct"), "--to", "diffusers"]
     )
     for folder in ("back", "direct"):
-        assert verify.digests_of(checkpoint.open_source(tmp_path / folder))[1] == expected
+        assert verify.digests_of(sources.open_source(tmp_path / folder))[1] == expected
 
 
 def test_what_is_no_file_of_the_first_edition_is_left_to_the_converter():
     with pytest.raises(ValueError, match="no file of fluxlite 0.1: convert_hf.py"):
-        script["open_first_edition"](checkpoint.ASSETS / "flux-tiny" / "transformer")
+        script["open_first_edition"](sources.ASSETS / "flux-tiny" / "transformer")
 
 
 def test_a_run_of_this_edition_is_left_to_the_converter(old_run):
@@ -77,14 +78,14 @@ def old_run(tmp_path):
 
 def test_a_run_of_the_first_edition_is_refused_and_its_weights_convert(old_run, tmp_path):
     with pytest.raises(ValueError, match="fluxlite 0.1.*convert_first_edition.py"):
-        checkpoint.open_source(old_run)
+        sources.open_source(old_run)
     with pytest.raises(ValueError, match="fluxlite 0.1.*convert_first_edition.py"):
-        trainer.find_resume(TrainConfig(output=str(old_run), resume="auto"))
-    expected = checkpoint.load_state(script["open_first_edition"](FILES["flux"]))
+        loop.find_resume(TrainConfig(output=str(old_run), resume="auto"))
+    expected = sources.load_state(script["open_first_edition"](FILES["flux"]))
     for flags, sign in (["--no-ema"], 1), ([], -1):
         new = tmp_path / f"new{sign}.safetensors"
         script["main"](["--src", str(old_run), "--dst", str(new), *flags])
-        got = checkpoint.open_source(new)
+        got = sources.open_source(new)
         assert all(
             (got.read(name) == sign * values.float()).all() for name, values in expected.items()
         )

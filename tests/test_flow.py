@@ -6,8 +6,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
-from fluxlite import flow
-from fluxlite.flow import FlowConfig
+from fluxlite.nets import flow
+from fluxlite.nets.flow import FlowConfig
 
 INDICES = range(4000)
 

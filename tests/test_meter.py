@@ -7,8 +7,10 @@ import pytest
 import torch
 from test_trainer import SMALL, configure, losses, train
 
-from fluxlite import checkpoint, meter, parallel, trainer
-from fluxlite.checkpoint import ASSETS
+from fluxlite import parallel
+from fluxlite.train import loop, meter
+from fluxlite.weights import sources
+from fluxlite.weights.sources import ASSETS
 
 TINY = ["model=flux_tiny", "model.checkpoint=flux-tiny", "controlnet=default", "controlnet.num_double_blocks=1",
         "controlnet.num_single_blocks=0", "data=fill50k", "data.count=60", "data.generate_size=64", "data.height=64",
@@ -40,7 +42,7 @@ def test_significance_is_that_of_paired_differences():
 def built(*arguments):
     """A run that is set up and not trained."""
     config = configure(*TINY, *arguments)
-    return trainer.set_up(config, *parallel.start(config.parallel, "cpu"))
+    return loop.set_up(config, *parallel.start(config.parallel, "cpu"))
 
 
 def batch_of(run, count=4):
@@ -56,15 +58,15 @@ def test_before_training_the_base_is_as_it_was_and_by_the_third_step_all_has_a_g
         run = built(data)
         texts, rest, hint = batch_of(run)
         before = {name: p.clone() for name, p in run.base.named_parameters()}
-        alone, steered = (trainer.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint}))
+        alone, steered = (loop.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint}))
         assert torch.equal(alone, steered)
         for step in range(3):
-            trainer.flow_loss(run, *texts, **rest, hint=hint).mean().backward()
+            loop.flow_loss(run, *texts, **rest, hint=hint).mean().backward()
             seen = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
-            trainer.update(run, step)
+            loop.update(run, step)
         assert all(gradient is not None and gradient.norm() > 0 for gradient in seen.values())
         assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.base.named_parameters())
-        assert not torch.equal(*(trainer.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint})))
+        assert not torch.equal(*(loop.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint})))
     finally:
         parallel.stop()
 
@@ -76,9 +78,9 @@ def test_what_no_gradient_reaches_stays_as_it_is_under_weight_decay(data):
         held = {name: (p.detach().clone(), p) for name, p in run.model.named_parameters()}
         texts, rest, hint = batch_of(run)
         for step in range(3):
-            trainer.flow_loss(run, *texts, **rest, hint=hint).mean().backward()
-            trainer.update(run, step)
-        unused = trainer.unused_parameters(run.model, run.base.config)
+            loop.flow_loss(run, *texts, **rest, hint=hint).mean().backward()
+            loop.update(run, step)
+        unused = loop.unused_parameters(run.model, run.base.config)
         assert any(".txt.qkv.q." in name for name in unused) and len(unused) < len(held) / 2
         for name, (before, p) in held.items():
             assert torch.equal(p, before) == (name in unused), name
@@ -96,8 +98,8 @@ def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path
     assert len({row["control/none"] for row in rows}) == 1 < len({row["control/right"] for row in rows})
     assert text.count('"control/gain"') == 3 and '"control/residual_double_1"' in text and '"control/none_t0.875"' in text
     assert "double_blocks.0.txt.mlp.linear_out.weight" in caplog.text and "step 4, control: " in caplog.text
-    net = checkpoint.load_controlnet(folder)
-    base = checkpoint.load_transformer(ASSETS / "flux-tiny")
+    net = sources.load_controlnet(folder)
+    base = sources.load_transformer(ASSETS / "flux-tiny")
     assert net.config.num_double_blocks == 1 and net.double_out[0].weight.norm() > 0
     assert net.num_parameters() < base.num_parameters()
     size = sum(f.stat().st_size for f in (folder / "checkpoints/last").iterdir())
@@ -111,9 +113,9 @@ def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path
 @pytest.mark.parametrize("blank", [False, True], ids=["right", "blank"])
 def test_blank_controls_are_not_learnt_and_that_is_said_loudly(tmp_path, caplog, monkeypatch, blank):
     """The shipped net, which follows its controls, and the same net shown the same empty control for each picture."""
-    real = trainer.encode_control
+    real = loop.encode_control
     if blank:
-        monkeypatch.setattr(trainer, "encode_control", lambda *a: {k: torch.zeros_like(v) for k, v in real(*a).items()})
+        monkeypatch.setattr(loop, "encode_control", lambda *a: {k: torch.zeros_like(v) for k, v in real(*a).items()})
     with caplog.at_level(logging.INFO, "fluxlite"):
         train(*TINY, f"data.path={tmp_path}/data", f"output={tmp_path}/run", "steps=2", "data.val_count=24",
               "controlnet.checkpoint=flux-tiny", "optim.lr=1e-6", "controlnet.patience=2", "controlnet.meter_every=1")  # fmt: skip
@@ -133,8 +135,8 @@ def test_a_control_is_compared_with_another_samples_where_padding_repeats_some()
 def test_wasteful_depths_name_the_nearest_that_wastes_none(caplog):
     config = configure(*TINY, "controlnet.num_single_blocks=3", "model.checkpoint=null", "controlnet.init_from_base=false")
     shape = config.controlnet.shape(config.model.shape())
-    unused = trainer.unused_parameters(trainer.ControlNet(shape), config.model.shape())
-    trainer.report_unused(shape, config.model.shape(), unused)
+    unused = loop.unused_parameters(loop.ControlNet(shape), config.model.shape())
+    loop.report_unused(shape, config.model.shape(), unused)
     assert (
         "num_single_blocks=3: the transformer's 4 blocks take the outputs of 2" in caplog.text
         and "2 would waste none" in caplog.text
@@ -146,7 +148,7 @@ def test_a_random_base_gets_an_output_layer_and_says_so(tmp_path, caplog):
                    "controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=1", "steps=3",
                    f"output={tmp_path}/run", "flow.guidance=1.0", "optim.lr=1e-2", "data.val_count=8")  # fmt: skip
     assert "model.checkpoint is null: the frozen transformer is random, its output layer too" in caplog.text
-    assert checkpoint.load_controlnet(folder).double_out[0].weight.norm() > 0
+    assert sources.load_controlnet(folder).double_out[0].weight.norm() > 0
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fluxlite import metrics
-from fluxlite.metrics import Metrics, MetricsConfig, Throughput, contact_sheet, peak_tflops, plot_losses, read_metrics
+from fluxlite.train import metrics
+from fluxlite.train.metrics import Metrics, MetricsConfig, Throughput, contact_sheet, peak_tflops, plot_losses, read_metrics
 
 QUIET = MetricsConfig(tensorboard=False, progress=False)
 

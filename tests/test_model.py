@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from reference import diffusers_flux, ours_from, randomise, relative_error
 
-from fluxlite import convert
-from fluxlite.latents import position_ids
-from fluxlite.model import (
+from fluxlite.nets.flux import (
     ATTENTION,
     MLP,
     Flux,
@@ -21,6 +19,8 @@ from fluxlite.model import (
     rope_table,
     sinusoid,
 )
+from fluxlite.nets.latents import position_ids
+from fluxlite.weights import layouts
 
 
 def inputs(config, *, batch=3, height=6, width=10, num_text_tokens=5, dtype=torch.float32):
@@ -69,7 +69,7 @@ def test_forward_and_gradients_match_diffusers(guidance, doubles, singles):
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     if not singles:
         gradients |= {name: torch.zeros_like(p) for name, p in ours.named_parameters() if p.grad is None}
-    converted = convert.from_fluxlite(gradients, ours.config, "diffusers")
+    converted = layouts.from_fluxlite(gradients, ours.config, "diffusers")
     for name, gradient in reference.items():
         if name.endswith(("to_k.bias", "add_k_proj.bias")) or gradient.norm() > 0:
             assert gradient.norm() > 0 or not singles, name
@@ -83,7 +83,7 @@ def test_dev_and_schnell_have_the_keys_shapes_and_size_of_diffusers(guidance, co
         ours = Flux(FluxConfig(guidance_embed=guidance))
         assert ours.num_parameters() == count == sum(p.numel() for p in theirs.parameters())
         state = ours.state_dict()
-        converted = convert.from_fluxlite(state, ours.config, "diffusers")
+        converted = layouts.from_fluxlite(state, ours.config, "diffusers")
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 

@@ -22,10 +22,11 @@ from test_trainer import MOCK, command, losses, run, train, wait_for_steps, weig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxlite import parallel, prediction
+from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.config import TrainConfig
-from fluxlite.model import FluxConfig, Modulation
+from fluxlite.nets.flux import FluxConfig, Modulation
+from fluxlite.preflight import prediction
+from fluxlite.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 # ‖Δ‖/‖reference‖: of the loss, of each gradient, of each parameter after ten steps. bfloat16 and Muon's iteration round.

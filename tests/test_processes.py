@@ -17,9 +17,10 @@ import torch
 from reference import last_of_each
 from test_trainer import MOCK, ROOT, SMALL, command, train, wait_for_steps, weights
 
-from fluxlite import parallel, run_state
+from fluxlite import parallel
 from fluxlite.cli.processes import deferred_signals, held_signals
 from fluxlite.data.loading import load_batches
+from fluxlite.weights import run_folder
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 TELLS = ("Traceback", "DataLoader", "Exception ignored", "resource_tracker")
@@ -77,7 +78,7 @@ def test_a_bad_step_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_path,
         ):
             train(*common, f"output={tmp_path}/run")
     last = tmp_path / "run/checkpoints/last"
-    assert run_state.read_meta(last).step == bad_step - 1
+    assert run_folder.read_meta(last).step == bad_step - 1
     assert all(torch.isfinite(value).all() for value in weights(last).values())
     resumed = weights(train(*common, f"output={tmp_path}/run", "resume=auto"))
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
@@ -270,11 +271,11 @@ def check_stopped(found, phase, name, folder):
     if phase in BEFORE:
         assert (code, said) == (STOPPED[name][0], [STOPPED[name][1]]) and not last.exists(), where
     elif phase in WITHIN:
-        step = {"saving": 2}.get(phase) or run_state.read_meta(last).step
+        step = {"saving": 2}.get(phase) or run_folder.read_meta(last).step
         assert code == 0 and said == [
             f"stopped by {name} after step {step}, which is saved; resume=auto goes on"
         ], where
-        assert run_state.read_meta(last).step == step >= 2, where
+        assert run_folder.read_meta(last).step == step >= 2, where
     else:
         assert (code, said) == (0, []) and (folder / "run/losses.png").is_file(), where
     hidden = hidden_files(folder)
@@ -376,7 +377,7 @@ def test_sigterm_to_torchrun_saves_and_leaves_no_process(tmp_path):
     assert (
         errors.count("stopped by SIGTERM after step") == 1 and "DataLoader worker" not in errors
     ), errors
-    assert run_state.read_meta(tmp_path / "run/checkpoints/last").step >= 3
+    assert run_folder.read_meta(tmp_path / "run/checkpoints/last").step >= 3
     assert not any(alive(pid) for pid in tree)
 
 

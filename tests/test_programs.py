@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 import fluxlite
-from fluxlite import pipeline
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.options import RANGES, option_fields
 from fluxlite.cli.programs import LONGEST, Terminated, one_line
-from fluxlite.config import InferConfig, TrainConfig
-from fluxlite.metrics import Stages, wrap_caption
+from fluxlite.draw import pipeline
+from fluxlite.settings import InferConfig, TrainConfig
+from fluxlite.train.metrics import Stages, wrap_caption
 
 ROOT = Path(__file__).parents[1]
 infer = runpy.run_path(str(ROOT / "infer.py"))

@@ -10,9 +10,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import fluxlite
-from fluxlite import proof
 from fluxlite.data import circles
 from fluxlite.data.fill50k import disc, distance_from, draw_sample, rgb
+from fluxlite.draw import proof
 
 PROVE = Path(__file__).parents[1] / "prove.py"
 NUM = 60

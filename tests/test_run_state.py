@@ -23,7 +23,9 @@ from PIL import Image
 from test_trainer import MOCK, ROOT, SMALL, command, losses, train
 
 import fluxlite
-from fluxlite import checkpoint, metrics, parallel, run_state, run_tensors, trainer, verify
+from fluxlite import parallel
+from fluxlite.train import loop, metrics, run_state
+from fluxlite.weights import run_folder, run_tensors, sources, verify
 
 COMMON = [*MOCK, "checkpoint.every=2", "checkpoint.keep=0", "validate_every=0", "sample.every=0"]
 
@@ -59,7 +61,7 @@ def resume(run, *more, steps=8):
 
 
 def weights(run):
-    return checkpoint.load_transformer(run).state_dict()
+    return sources.load_transformer(run).state_dict()
 
 
 def same_weights(a, b):
@@ -166,7 +168,7 @@ def test_what_a_run_did_not_write_is_never_deleted(run):
     with_copies(run / "checkpoints")
     resume(run, "checkpoint.keep=1")
     left = names_in(run / "checkpoints")
-    assert [n for n in left if run_state.STEP_NAME.fullmatch(n)] == ["step-000008"]
+    assert [n for n in left if run_folder.STEP_NAME.fullmatch(n)] == ["step-000008"]
     assert {"step-000008-good", "step-notes.txt", "damaged-step-000100"} <= set(left)
 
 
@@ -265,20 +267,20 @@ def test_a_byte_flipped_anywhere_is_noticed_when_a_run_is_read(run):
         for k in range(25):
             flip(file, k * (len(data) - 1) // 24, 1 << k % 8)
             with pytest.raises(ValueError, match=str(folder)):
-                checkpoint.open_source(run)
+                sources.open_source(run)
             file.write_bytes(data)
-    checkpoint.open_source(run)
+    sources.open_source(run)
 
 
 def test_a_large_run_is_checked_by_tensors_and_whole_before_a_result(run, monkeypatch, tmp_path):
     """A byte that changes what is read is noticed then, any other before a file appears."""
     monkeypatch.setattr(run_state, "SOON_CHECKED", 0)
     folder = run / "checkpoints" / "step-000006"
-    good, data = read_all(checkpoint.open_source(run)), shard(folder).read_bytes()
+    good, data = read_all(sources.open_source(run)), shard(folder).read_bytes()
     noticed = 0
     for k in range(60):
         flip(shard(folder), k * (len(data) - 1) // 59, 1 << k % 8)
-        source = checkpoint.open_source(run)
+        source = sources.open_source(run)
         try:
             read = read_all(source)
             assert all(torch.equal(read[name], good[name]) for name in good)
@@ -288,7 +290,7 @@ def test_a_large_run_is_checked_by_tensors_and_whole_before_a_result(run, monkey
             verify.digests_of(source)
         if k % 20 == 0:
             with pytest.raises(ValueError, match="damaged"):
-                checkpoint.write_converted(source, tmp_path / "out.safetensors")
+                sources.write_converted(source, tmp_path / "out.safetensors")
             assert not (tmp_path / "out.safetensors").exists()
         shard(folder).write_bytes(data)
     assert 5 < noticed < 55
@@ -330,7 +332,7 @@ def test_nonsense_in_meta_json_is_refused_by_name(run, group, case):
     folder = run / "checkpoints" / "step-000006"
     rewrite_meta(folder, change)
     with pytest.raises(ValueError, match="meta.json") as caught:
-        checkpoint.open_source(folder)
+        sources.open_source(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
@@ -338,7 +340,7 @@ def test_deep_nesting_in_meta_json_is_refused(run):
     file = run / "checkpoints" / "step-000006" / "meta.json"
     file.write_text('{"step":' * 100_000)
     with pytest.raises(ValueError, match="meta.json is no JSON"):
-        checkpoint.open_source(run)
+        sources.open_source(run)
 
 
 BAD_ROWS = ["[1]", '{"step": "x"}', '{"step": -1}', '{"loss": 1}', '{"step": 1, "loss": {}}']
@@ -355,7 +357,7 @@ def test_nonsense_in_metrics_is_refused_by_line(run, row):
 
 def test_no_json_file_holds_a_bare_nan(tmp_path):
     with pytest.raises(ValueError):
-        run_state.write_meta(tmp_path / "meta.json", {"step": 1, "flow": {"shift": float("nan")}})
+        run_folder.write_meta(tmp_path / "meta.json", {"step": 1, "flow": {"shift": float("nan")}})
     row = {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5}
     (tmp_path / "metrics.jsonl").write_text(metrics.format_row(row))
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
@@ -413,7 +415,7 @@ def init(run, where):
 
 
 def control_init(run, where):
-    checkpoint.load_controlnet(run)
+    sources.load_controlnet(run)
 
 
 def call_program(name, *arguments):
@@ -726,8 +728,8 @@ def test_last_is_readable_at_every_moment_of_saving(run, monkeypatch):
             for moment in ("before", "after"):
                 if moment == "after":
                     result = real(*args, **options)
-                meta = run_state.read_meta(run / "checkpoints" / "last")
-                run_state.check_files(run / "checkpoints" / "last", meta)
+                meta = run_folder.read_meta(run / "checkpoints" / "last")
+                run_folder.check_files(run / "checkpoints" / "last", meta)
                 seen.append((name, moment, meta.step))
             return result
 
@@ -744,7 +746,7 @@ def test_last_is_readable_at_every_moment_of_saving(run, monkeypatch):
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, whole, monkeypatch):
-    real = trainer.train_step
+    real = loop.train_step
 
     def poisoned(run, batches, step):
         result = real(run, batches, step)
@@ -754,8 +756,8 @@ def test_weights_that_are_not_finite_are_never_saved(run, whole, monkeypatch):
 
     before = bytes_below(run / "checkpoints")
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_step", poisoned)
-        patch.setattr(trainer, "check_finite", lambda *_: None)
+        patch.setattr(loop, "train_step", poisoned)
+        patch.setattr(loop, "check_finite", lambda *_: None)
         with pytest.raises(ValueError, match=r"step 7 is not saved.*not finite .model.img_in.bias"):
             resume(run, steps=7)
     assert bytes_below(run / "checkpoints") == before
@@ -769,13 +771,15 @@ from pathlib import Path
 import torch
 sys.path.insert(0, "tests")
 from test_trainer import MOCK, configure
-from fluxlite import parallel, run_state, trainer
+from fluxlite import parallel
+from fluxlite.train import run_state
+from fluxlite.train import loop
 from fluxlite.cli.programs import one_line
 config = configure(*MOCK, f"output={sys.argv[1]}")
 device, mesh = parallel.start(config.parallel, "cpu")
-run = trainer.set_up(config, device, mesh)
+run = loop.set_up(config, device, mesh)
 state = dict(model=run.model, optimizers=run.optimizers, ema=run.ema)
-about = dict(meta=trainer.describe(run), keep=0)
+about = dict(meta=loop.describe(run), keep=0)
 save = lambda step: run_state.save_training(config.output, step=step, **about, **state)
 save(1)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -829,8 +833,8 @@ def write_tar(path, colour, count):
 
 
 def test_another_validation_set_alone_is_said_too():
-    before = run_state.DataRecord("a", 5, ["x"], "v")
-    assert run_state.changed_data(before, run_state.DataRecord("a", 5, ["x"], "w")) == "another validation set"
+    before = run_folder.DataRecord("a", 5, ["x"], "v")
+    assert run_state.changed_data(before, run_folder.DataRecord("a", 5, ["x"], "w")) == "another validation set"
     assert run_state.changed_data(before, before) == ""
 
 
@@ -846,5 +850,5 @@ def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, caplog):
     write_tar(tmp_path / "data" / "b.tar", "blue", 6)
     train(*arguments, "steps=3")
     assert "other data: the samples have changed (5 samples then, 11 now, with b, another validation set)" in caplog.text
-    meta = run_state.read_meta(run_state.last_checkpoint(tmp_path / "run"))
+    meta = run_folder.read_meta(run_folder.last_checkpoint(tmp_path / "run"))
     assert meta.data.samples == 11 and meta.data.names == ["a", "b"] and meta.data.digest

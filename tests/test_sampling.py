@@ -11,10 +11,12 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 import fluxlite
-from fluxlite import checkpoint, sampling
-from fluxlite.checkpoint import ASSETS
-from fluxlite.latents import unpack_latents
-from fluxlite.pipeline import picture_seed
+from fluxlite.draw import sampling
+from fluxlite.draw.pipeline import picture_seed
+from fluxlite.nets import schedule
+from fluxlite.nets.latents import unpack_latents
+from fluxlite.weights import sources
+from fluxlite.weights.sources import ASSETS
 
 ROOT = Path(__file__).parents[1]
 TINY = ASSETS / "flux-tiny"
@@ -84,8 +86,8 @@ def test_a_picture_does_not_depend_on_its_batch(pipeline):
 def test_steps_modulated_together_equal_steps_one_by_one(pipeline):
     txt, pooled = pipeline.encoders.encode([PROMPT, "gold circle with teal background"], 16)
     noise = sampling.initial_noise((16, 8, 8), [0, 1])
-    config = sampling.SampleConfig(height=64, width=64, steps=3)
-    times = sampling.times_for(config, pipeline.model.config, noise.shape[1])
+    config = schedule.SampleConfig(height=64, width=64, steps=3)
+    times = schedule.times_for(config, pipeline.model.config, noise.shape[1])
     together = sampling.sample(pipeline.model, sampling.condition(pipeline.model, txt, pooled, times, 3.5), noise, times, config)
     one_by_one = sampling.sample_sharded(pipeline.model, pipeline.model.config, txt, pooled, noise, config, torch.float32)
     assert (together - one_by_one).norm() / one_by_one.norm() < 1e-5 and unpack_latents(together, 8, 8).shape == (2, 16, 8, 8)
@@ -109,7 +111,7 @@ def test_freed_modulation_cannot_be_used_and_is_kept_where_it_is_smaller(pipelin
     options = dict(height=64, width=64, steps=3, max_sequence_length=16, dtype=torch.float32, device="cpu", batch=1)
     prompts = [PROMPT, "lime circle with pink background"]
     whole = pixels(fluxlite.generate(prompts, **options))
-    monkeypatch.setattr(fluxlite.pipeline, "fits", lambda *_: False)  # too many prompts: conditions are made batch by batch
+    monkeypatch.setattr(fluxlite.draw.pipeline, "fits", lambda *_: False)  # too many prompts: conditions are made batch by batch
     assert np.abs(pixels(fluxlite.generate(prompts, **options)) - whole).max() <= 1
 
 
@@ -123,7 +125,7 @@ def test_denoise_takes_any_velocity():
 
 def test_a_loaded_pipeline_and_a_converted_file_keep_their_own_settings(pipeline, tmp_path):
     assert fluxlite.generate(PROMPT, checkpoint=pipeline, steps=2)[0].size == (64, 64)
-    checkpoint.write_converted(checkpoint.open_source(TINY), tmp_path / "tiny.safetensors")
+    sources.write_converted(sources.open_source(TINY), tmp_path / "tiny.safetensors")
     parts = dict(t5=TINY, clip=TINY, autoencoder=TINY)
     assert fluxlite.generate(PROMPT, checkpoint=tmp_path / "tiny.safetensors", steps=2, **parts)[0].size == (64, 64)
 
@@ -156,17 +158,17 @@ def test_what_cannot_be_drawn_is_refused(pipeline):
 
 def test_every_layout_of_the_same_weights_draws_the_same_picture(tmp_path):
     """From a diffusers folder, BFL's file, NeMo's and our own; text encoders and autoencoder are found beside each."""
-    source = checkpoint.open_source(TINY)
+    source = sources.open_source(TINY)
     options = dict(height=64, width=64, steps=3, max_sequence_length=16, device="cpu", seed=2)
     reference = pixels(fluxlite.generate(PROMPT, **options))
     for layout in ("fluxlite", "bfl", "nemo", "diffusers"):
         folder = tmp_path / layout
         shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("transformer"))
         where = folder / ("transformer" if layout == "diffusers" else f"{layout}.safetensors")
-        checkpoint.write_converted(source, where, to=layout)
+        sources.write_converted(source, where, to=layout)
         assert (pixels(fluxlite.generate(PROMPT, checkpoint=where, **options)) == reference).all(), layout
     bare = tmp_path / "elsewhere" / "flux.safetensors"
-    checkpoint.write_converted(source, bare)
+    sources.write_converted(source, bare)
     with pytest.raises(ValueError, match="model.t5=, model.clip=, model.autoencoder="):
         fluxlite.generate(PROMPT, checkpoint=bare, **options)
     parts = dict(t5=TINY, clip=TINY, autoencoder=TINY)

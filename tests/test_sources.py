@@ -17,13 +17,15 @@ from safetensors.torch import load_file, save_file
 from test_convert import in_layout
 
 import fluxlite
-from fluxlite import checkpoint, convert, flow, foreign, pipeline, sampling, streams
-from fluxlite.checkpoint import ASSETS, open_source, write_converted
 from fluxlite.cli.command_line import load_config
-from fluxlite.conditioning import load_text_encoders
-from fluxlite.config import TrainConfig
-from fluxlite.flow import FlowConfig
-from fluxlite.sampling import SampleConfig, times_for
+from fluxlite.draw import pipeline, sampling
+from fluxlite.nets import flow, schedule
+from fluxlite.nets.flow import FlowConfig
+from fluxlite.nets.schedule import SampleConfig, times_for
+from fluxlite.settings import TrainConfig
+from fluxlite.weights import foreign, layouts, sources, tensor_files
+from fluxlite.weights.sources import ASSETS, open_source, write_converted
+from fluxlite.weights.text_encoders import load_text_encoders
 
 TINY = ASSETS / "flux-tiny"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -249,15 +251,15 @@ def test_a_folder_without_safetensors_says_what_it_has(tmp_path):
     assert "pytorch_model.bin" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("layout", convert.LAYOUTS)
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_no_layout_of_ours_is_taken_for_something_else(theirs, layout):
-    config = convert.config_from_diffusers(theirs.config)
-    foreign.check_keys(list(convert.shapes(layout, config)))
-    foreign.check_keys([f"model.diffusion_model.{key}" for key in convert.shapes("bfl", config)])
+    config = layouts.config_from_diffusers(theirs.config)
+    foreign.check_keys(list(layouts.shapes(layout, config)))
+    foreign.check_keys([f"model.diffusion_model.{key}" for key in layouts.shapes("bfl", config)])
     for path in (TINY / "controlnet", TINY / "vae"):
         source = open_source(path)
         if (source.what, layout) != ("autoencoder", "nemo"):
-            foreign.check_keys(list(convert.shapes(layout, source.config)))
+            foreign.check_keys(list(layouts.shapes(layout, source.config)))
 
 
 SHAPES = {
@@ -338,7 +340,7 @@ def test_damaged_metadata_of_our_own_files_is_refused(pipe, tmp_path, key):
     (pipe / "fluxlite.json").write_text('{"steps": 9}')
     file = tmp_path / "ours.safetensors"
     write_converted(open_source(pipe), file)
-    state, about = load_file(file), streams.Tensors(file).metadata
+    state, about = load_file(file), tensor_files.Tensors(file).metadata
     for change in METADATA[key]:
         text = change if isinstance(change, str) else json.dumps(json.loads(about[key]) | change)
         save_file(state, file, about | {key: text})
@@ -467,8 +469,8 @@ def test_rotations_of_a_bare_file_are_said_and_can_be_set(bfl_file, caplog):
 
 def test_rotations_named_for_drawing_are_taken_or_compared(tmp_path):
     bare = tmp_path / "bare.safetensors"
-    state = convert.from_fluxlite(
-        checkpoint.load_state(open_source(TINY)), open_source(TINY).config, "bfl"
+    state = layouts.from_fluxlite(
+        sources.load_state(open_source(TINY)), open_source(TINY).config, "bfl"
     )
     save_state(bare, state)
     parts = dict(t5=str(TINY), clip=str(TINY), autoencoder=str(TINY), device="cpu")
@@ -609,10 +611,10 @@ def test_a_shift_saved_with_its_old_meaning_keeps_it_or_is_refused(folder, tmp_p
     (tmp_path / "fluxlite.json").write_text('{"shift": "1.3", "steps": 9, "version": "0.2.0"}')
     assert open_source(folder).settings == {"shift": "1.3", "steps": 9}
     saved = {"shift": "1.3"}
-    assert sampling.read_settings("a", saved | {"version": "0.1.0"}) == {
+    assert schedule.read_settings("a", saved | {"version": "0.1.0"}) == {
         "shift": str(math.exp(1.3))
     }
-    assert sampling.read_settings("a", {"shift": "resolution"}) == {"shift": "resolution"}
+    assert schedule.read_settings("a", {"shift": "resolution"}) == {"shift": "resolution"}
 
 
 def test_a_converted_model_carries_its_scheduler_along(pipe, tmp_path):
@@ -676,8 +678,8 @@ def test_the_widest_type_of_a_tensors_pieces_wins(bfl_file, tmp_path):
     change_state(bfl_file, narrow)
     source, original = open_source(bfl_file), load_file(bfl_file)
     assert {dtype for dtype, _ in source.described.values()} == FLOATS
-    loaded = checkpoint.load_transformer(source, dtype=torch.float32).state_dict()
-    back = convert.from_fluxlite(loaded, source.config, "bfl")
+    loaded = sources.load_transformer(source, dtype=torch.float32).state_dict()
+    back = layouts.from_fluxlite(loaded, source.config, "bfl")
     assert all(torch.equal(back[name], tensor.float()) for name, tensor in original.items())
     for layout in ("fluxlite", "nemo", "diffusers"):
         there, home = tmp_path / f"there-{layout}", tmp_path / f"home-{layout}.safetensors"

@@ -13,10 +13,12 @@ from reference import last_of_each
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fluxlite import checkpoint, optim, parallel, run_state, trainer
+from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.config import TrainConfig
-from fluxlite.model import Flux, FluxConfig
+from fluxlite.nets.flux import Flux, FluxConfig
+from fluxlite.settings import TrainConfig
+from fluxlite.train import loop, optim
+from fluxlite.weights import run_folder, sources
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["model.num_double_blocks=1", "model.num_single_blocks=1", "data.height=32", "data.width=32", "model.hidden_size=64",
@@ -33,7 +35,7 @@ def configure(*arguments):
 def train(*arguments):
     """Train in this process."""
     try:
-        return trainer.train(configure(*arguments))
+        return loop.train(configure(*arguments))
     finally:
         parallel.stop()
 
@@ -63,7 +65,7 @@ def losses(folder):
 
 
 def weights(folder, **options):
-    return checkpoint.load_transformer(folder, **options).state_dict()
+    return sources.load_transformer(folder, **options).state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped by SIGTERM after step" in errors and "worker" not in errors
     assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
-    assert run_state.read_meta(tmp_path / "run/checkpoints/last").step >= 3
+    assert run_folder.read_meta(tmp_path / "run/checkpoints/last").step >= 3
 
 
 def test_resume_refuses_what_changes_the_run_and_says_what_it_accepts(tmp_path, caplog):
@@ -174,16 +176,16 @@ def test_saving_is_atomic_and_keeps_the_last_k(tmp_path, monkeypatch):
 
     for victim in ("sync_folder", "os.rename", "os.replace"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"fluxlite.run_state.{victim}", die)
+            patch.setattr(f"fluxlite.train.run_state.{victim}", die)
             with pytest.raises(BaseException):  # noqa: B017, torch wraps the interrupt when it comes inside its own rename
                 train(*MOCK, "steps=5", f"output={tmp_path}/run", "resume=auto", "metrics.progress=false")
         assert all(torch.equal(v, before[k]) for k, v in weights(folder).items()), victim
     train(*MOCK, "steps=5", f"output={tmp_path}/run", "resume=auto")
-    assert run_state.read_meta(folder / "checkpoints/last").step == 5
+    assert run_folder.read_meta(folder / "checkpoints/last").step == 5
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer.optim, "learning_rate", lambda *_: 1e38)
+    monkeypatch.setattr(loop.optim, "learning_rate", lambda *_: 1e38)
     with pytest.raises(ValueError, match=r"loss of step \d+ is .*mock/.*optim.lr"):
         train(*MOCK, "steps=30", "optim.clip=0", "optim.warmup=0", f"output={tmp_path}/run")
     assert not (tmp_path / "run/checkpoints").exists()
@@ -192,7 +194,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeyp
 def test_weights_that_are_not_finite_start_no_run(tmp_path):
     first = train(*MOCK, "steps=1", f"output={tmp_path}/a")
     file = tmp_path / "a.safetensors"
-    checkpoint.write_converted(checkpoint.open_source(str(first)), file)
+    sources.write_converted(sources.open_source(str(first)), file)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     state = load_file(file)
@@ -207,12 +209,12 @@ def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):
     config = configure(*MOCK, f"model.checkpoint={first}", "steps=1")
     device, mesh = parallel.start(config.parallel, "cpu")
     try:
-        model = trainer.build_flux(config, device, mesh)
+        model = loop.build_flux(config, device, mesh)
         expected = weights(first, ema=True)
         assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
         assert any(not torch.equal(v, expected[k]) for k, v in weights(first, ema=False).items())
         with pytest.raises(ValueError, match="num_single_blocks"):
-            trainer.build_flux(configure(*MOCK, f"model.checkpoint={first}", "model.num_single_blocks=2"), device, mesh)
+            loop.build_flux(configure(*MOCK, f"model.checkpoint={first}", "model.num_single_blocks=2"), device, mesh)
     finally:
         parallel.stop()
 

@@ -5,10 +5,10 @@ from importlib import import_module
 __version__ = "0.2.0"
 
 PUBLIC = {
-    "generate": "fluxlite.pipeline",
-    "load_pipeline": "fluxlite.pipeline",
-    "load_transformer": "fluxlite.checkpoint",
-    "Control": "fluxlite.control",
+    "generate": "fluxlite.draw.pipeline",
+    "load_pipeline": "fluxlite.draw.pipeline",
+    "load_transformer": "fluxlite.weights.sources",
+    "Control": "fluxlite.draw.control",
 }
 
 

@@ -9,10 +9,10 @@ from fuzzing import BOTH, try_cases
 
 from fluxlite.cli.command_line import flag_of, group_choices, load_config, parse_flags
 from fluxlite.cli.options import check_options, option_fields, typed_options
-from fluxlite.config import InferConfig, TrainConfig
 from fluxlite.data.fill50k import GeneratorConfig
+from fluxlite.draw.proof import ProofConfig
 from fluxlite.preflight import PreflightConfig
-from fluxlite.proof import ProofConfig
+from fluxlite.settings import InferConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]
 ConvertConfig = runpy.run_path(str(ROOT / "convert_hf.py"))["ConvertConfig"]

@@ -13,7 +13,9 @@ import torch
 from fuzzing import BOTH, try_cases
 from test_run_state import flip, original  # noqa: F401, a fixture
 
-from fluxlite import checkpoint, parallel, run_state
+from fluxlite import parallel
+from fluxlite.train import run_state
+from fluxlite.weights import run_folder, sources
 
 
 def change_bytes(rng, file):
@@ -77,7 +79,7 @@ CHANGES += [change_value] * 3 + [swap_files]  # the last one nothing but a check
 
 
 def read_all(folder):
-    source = checkpoint.open_source(folder)
+    source = sources.open_source(folder)
     return {name: source.read(name).clone() for name in source.described}
 
 
@@ -111,7 +113,7 @@ def test_a_changed_run_is_refused_or_gives_the_very_tensors(original, tmp_path, 
 
 
 def read_without_average(folder):
-    source = checkpoint.open_source(folder, ema=False)
+    source = sources.open_source(folder, ema=False)
     return {name: source.read(name).clone() for name in source.described}
 
 
@@ -165,10 +167,10 @@ def test_the_newest_whole_step_of_any_folder_is_chosen_none_deleted(original, tm
         finally:
             assert before == contents_below(root), "a file is gone or changed"
         if chosen is not None:
-            meta = run_state.read_meta(root / "last")
-            run_state.check_files(root / "last", meta)
+            meta = run_folder.read_meta(root / "last")
+            run_folder.check_files(root / "last", meta)
             assert (root / "last").resolve() == chosen.resolve()
-            listed = run_state.list_checkpoints(tmp_path / "run")
+            listed = run_folder.list_checkpoints(tmp_path / "run")
             whole = [folder for folder in listed if not run_state.find_fault(folder)]
             assert whole[0].name == f"step-{meta.step:06d}" == chosen.name
             chosen_steps.append(meta.step)

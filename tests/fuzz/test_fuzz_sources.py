@@ -11,10 +11,10 @@ from reference import diffusers_flux
 from safetensors.torch import save_file
 from test_convert import in_layout
 
-from fluxlite import checkpoint
-from fluxlite.checkpoint import ASSETS
-from fluxlite.conditioning import load_text_encoders
-from fluxlite.sampling import SampleConfig, times_for
+from fluxlite.nets.schedule import SampleConfig, times_for
+from fluxlite.weights import sources
+from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.text_encoders import load_text_encoders
 
 TINY = ASSETS / "flux-tiny"
 JUNK = (
@@ -116,16 +116,16 @@ def originals(tmp_path_factory):
     )
     state = {name: t.clone().contiguous() for name, t in in_layout(theirs, "bfl").items()}
     save_file(state, root / "bfl.safetensors")
-    checkpoint.write_converted(checkpoint.open_source(root / "pipe"), root / "ours.safetensors")
-    source = checkpoint.open_source(root / "pipe")
-    return root, source.config, checkpoint.load_state(source)
+    sources.write_converted(sources.open_source(root / "pipe"), root / "ours.safetensors")
+    source = sources.open_source(root / "pipe")
+    return root, source.config, sources.load_state(source)
 
 
 def check_source(where, config, state):
     """Open what may be damaged: what is accepted has the original's shape and weights."""
-    source = checkpoint.open_source(where)
+    source = sources.open_source(where)
     assert source.config == config, "accepted with another shape"
-    loaded = checkpoint.load_state(source)
+    loaded = sources.load_state(source)
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[k], state[k]) for k in state)
     settings = SampleConfig(**(source.settings | {"steps": source.settings.get("steps", 4)}))
     times = times_for(settings, source.config, 1024)
@@ -214,7 +214,7 @@ def test_mutated_text_encoders_are_refused_or_whole(count, tmp_path):
     parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
     options = dict(device="cpu", dtype=torch.bfloat16)
     whole = load_text_encoders(str(TINY), str(TINY), **options)
-    autoencoder = checkpoint.load_state(checkpoint.open_source(TINY, part="vae"))
+    autoencoder = sources.load_state(sources.open_source(TINY, part="vae"))
 
     def case(rng):
         place = tmp_path / "case"
@@ -226,7 +226,7 @@ def test_mutated_text_encoders_are_refused_or_whole(count, tmp_path):
         file = rng.choice(files)
         (change_header if file.suffix == ".safetensors" else mutated)(file, rng)
         if part == "vae":
-            loaded = checkpoint.load_state(checkpoint.open_source(place, part="vae"))
+            loaded = sources.load_state(sources.open_source(place, part="vae"))
             assert all(torch.equal(loaded[k], t) for k, t in autoencoder.items())
             return part
         encoders = load_text_encoders(str(place), str(place), **options)

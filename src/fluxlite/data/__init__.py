@@ -16,15 +16,15 @@ import torch
 
 from fluxlite.cli.descriptions import read_description
 from fluxlite.cli.options import check_options, expand_home, option
-from fluxlite.controlnet import MODES
 from fluxlite.data.cache import CachedSamples, build_cache, data_digest
 from fluxlite.data.loading import load_batches
 from fluxlite.data.mock import MockPictures, MockSamples
 from fluxlite.data.parts import IMAGES, config_parts
 from fluxlite.data.places import expand_places
-from fluxlite.data.shards import Samples, mode_number
+from fluxlite.data.shards import Samples
 from fluxlite.data.tars import cut_shards, open_shards
-from fluxlite.latents import MAX_SIDE
+from fluxlite.nets.control_modes import MODES, mode_number
+from fluxlite.nets.latents import MAX_SIDE
 
 __all__ = [
     "CachedSamples",

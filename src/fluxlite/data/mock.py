@@ -2,8 +2,8 @@
 
 import torch
 
-from fluxlite import draws
-from fluxlite.data.shards import mode_number
+from fluxlite import rng
+from fluxlite.nets.control_modes import mode_number
 
 WORDS = "a the red green blue small large round square bright dark cat dog house tree river on in with near".split()
 DISTINCT_TEXTS = 8  # of a width of 512 x 4096 each takes longer to draw than the latents of 1024 x 1024 pixels
@@ -22,7 +22,7 @@ class MockSamples:
         return self.length
 
     def _normal(self, shape, number, what):
-        return torch.randn(shape, generator=draws.generator(self.seed, number, f"mock {self.split} {what}"))
+        return torch.randn(shape, generator=rng.generator(self.seed, number, f"mock {self.split} {what}"))
 
     def __getitem__(self, index):
         number = index % self.length
@@ -54,13 +54,13 @@ class MockPictures:
 
     def __getitem__(self, index):
         number = index % self.length
-        generator = draws.generator(self.seed, number, f"mock {self.split}")
+        generator = rng.generator(self.seed, number, f"mock {self.split}")
         words = torch.randint(len(WORDS), (8,), generator=generator).tolist()
         image = torch.rand(3, self.config.height, self.config.width, generator=generator) * 2 - 1
         caption = " ".join(WORDS[i] for i in words)
         sample = {"images": image, "captions": caption, "indices": index, "keys": f"mock/{number}", "bad": []}
         if self.config.control:
-            generator = draws.generator(self.seed, number, f"mock {self.split} control")
+            generator = rng.generator(self.seed, number, f"mock {self.split} control")
             sample["controls"] = torch.rand(image.shape, generator=generator) * 2 - 1
         return sample | made_up_mode(self.config)
 

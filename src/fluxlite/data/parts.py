@@ -6,7 +6,7 @@ Energon have it: `a/frame.depth.png` is the `depth.png` of `a/frame`.
 
 from dataclasses import dataclass
 
-from fluxlite.controlnet import MODES
+from fluxlite.nets.control_modes import MODES
 
 IMAGES = ("jpg", "jpeg", "webp", "png")  # in this order: beside a jpg, a png is the control
 SAME_KIND = {"jpg", "jpeg", "webp"}  # of these a sample has one

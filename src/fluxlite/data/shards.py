@@ -10,13 +10,13 @@ import os
 import numpy as np
 import torch
 
-from fluxlite import draws
+from fluxlite import rng
 from fluxlite.cli.descriptions import check_regular
 from fluxlite.cli.options import shortened
-from fluxlite.controlnet import MODES
 from fluxlite.data.images import BadSample, decode, edges, frame, pixels
 from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, printable_name
 from fluxlite.data.tars import index_tar
+from fluxlite.nets.control_modes import MODES, mode_number
 
 MAX_IN_A_ROW = 100  # bad samples, before a wrong setting is a likelier reason than bad luck
 MAX_PART_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24}  # of a file
@@ -46,12 +46,6 @@ def stated_mode(data):
     except (ValueError, RecursionError):  # then there is no caption either, which is reported
         return None
     return fields.get("mode") if isinstance(fields, dict) else None
-
-
-def mode_number(mode):
-    """The number of a kind of control, from a name of `MODES` or a number as it is or as text; None for anything else."""
-    text = str(mode) if isinstance(mode, (str, int)) else ""
-    return MODES.get(text, int(text) if len(text) < 10 and text.isdecimal() else None)
 
 
 # --- in which order -------------------------------------------------------------------------------------------------------------
@@ -90,7 +84,7 @@ class Order:
         return int(numbers[position - (ends[i - 1] if i else 0)])
 
     def _rng(self, epoch, stream):
-        return np.random.default_rng(draws.generator(self.seed, epoch, stream).initial_seed())
+        return np.random.default_rng(rng.generator(self.seed, epoch, stream).initial_seed())
 
     def _permuted_shards(self, epoch):
         """The epoch's shards in their order, and the position at which each window of them ends."""
@@ -171,7 +165,7 @@ class Samples:
 
     def drops_caption(self, index):
         """Whether the sample of a global index is trained with the empty caption."""
-        drawn = draws.uniform(seed=self.seed, indices=[index], stream="dropout")
+        drawn = rng.uniform(seed=self.seed, indices=[index], stream="dropout")
         return self.training and bool(drawn < self.config.caption_dropout)
 
     def _frame(self, size, index):
@@ -179,7 +173,7 @@ class Samples:
         config = self.config
         if not self.training or (config.crop == "center" and not config.flip):
             return frame(size, config.height, config.width)
-        generator = draws.generator(self.seed, index, "crop")
+        generator = rng.generator(self.seed, index, "crop")
         return frame(size, config.height, config.width, crop=config.crop, flip=config.flip, generator=generator)
 
     def _control(self, number, framed):

@@ -47,7 +47,7 @@ def usage():
 def body(arguments):
     with deferred_signals():  # torch's import takes an interruption for a lack of numpy
         from fluxlite.cli.command_line import parse_flags
-        from fluxlite.prediction import predict
+        from fluxlite.preflight.prediction import predict
 
     config, rest = parse_flags(PreflightConfig, arguments, rest=True)
     found = predict(rest, config.ranks)

@@ -340,6 +340,7 @@ class Modulation(nn.Module):
 class Trunk(nn.Module):
     """What Flux and its ControlNets are alike in: embedders, modulation, blocks."""
 
+    joins_tokens = False  # whether ranks that share tokens join those of its output
     def __init__(self, config, attention="auto"):
         super().__init__()
         config.validate()
@@ -418,6 +419,8 @@ class Trunk(nn.Module):
 
 class Flux(Trunk):
     """The rectified-flow transformer of FLUX.1."""
+
+    joins_tokens = True
 
     def __init__(self, config, attention="auto"):
         super().__init__(config, attention)

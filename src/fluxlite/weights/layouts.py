@@ -19,10 +19,10 @@ from functools import reduce
 import torch
 from einops import rearrange
 
-from fluxlite.autoencoder import Autoencoder, AutoencoderConfig
-from fluxlite.controlnet import ControlNet, ControlNetConfig
-from fluxlite.model import Flux, FluxConfig
-from fluxlite.streams import wider
+from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig
+from fluxlite.nets.controlnet import ControlNet, ControlNetConfig
+from fluxlite.nets.flux import Flux, FluxConfig
+from fluxlite.weights.tensor_files import wider
 
 MODELS = {FluxConfig: Flux, ControlNetConfig: ControlNet, AutoencoderConfig: Autoencoder}
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from fluxlite import convert, hub, streams
 from fluxlite.cli.descriptions import check_regular, read_description, read_json
 from fluxlite.cli.options import expand_home, option, shortened
-from fluxlite.hub import first_line
+from fluxlite.weights import hub, layouts, tensor_files
+from fluxlite.weights.hub import first_line
 
 log = logging.getLogger("fluxlite")
 
@@ -253,7 +253,7 @@ def weight_files(folder):
     if file.exists():
         return [file]
     if index.exists():
-        return streams.indexed_files(index)
+        return tensor_files.indexed_files(index)
     raise ValueError(f"{folder} has no model.safetensors and no index of its shards")
 
 
@@ -268,9 +268,9 @@ def check_description(folder, kind):
         raise ValueError(f"{file} says that it is quantised, which is not supported yet")
     values = values.get("text_config") or values if values.get("model_type") == "clip" else values
     described = read_description(file, kind.description, values, foreign=True)
-    tensors = streams.Tensors(folder, weight_files(folder))
+    tensors = tensor_files.Tensors(folder, weight_files(folder))
     prefix = kind.prefix if any(key.startswith(kind.prefix) for key in tensors.keys()) else ""
-    shown = {kind.blocks[0]: convert.depth(tensors.keys(), prefix + kind.blocks[1])}
+    shown = {kind.blocks[0]: layouts.depth(tensors.keys(), prefix + kind.blocks[1])}
     for names, dimensions in kind.shapes:
         shape = next(filter(None, (tensors.shape(prefix + name) for name in names)), None)
         if shape is None or len(shape) != 2:

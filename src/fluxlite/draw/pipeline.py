@@ -14,17 +14,19 @@ from pathlib import Path
 
 import torch
 
-from fluxlite import checkpoint as ckpt
-from fluxlite import control, parallel, run_state, sampling
-from fluxlite.checkpoint import TINY, resolve
+from fluxlite import parallel
 from fluxlite.cli.options import check_options, option, typed_options
-from fluxlite.conditioning import load_text_encoders
-from fluxlite.control import Steering, open_control
-from fluxlite.latents import num_image_tokens
-from fluxlite.model import check_channels
-from fluxlite.offload import OFFLOAD, stream_blocks
-from fluxlite.sampling import SampleConfig, decode, initial_noise
-from fluxlite.scheduler import SCHNELL_SCHEDULER, is_schnell
+from fluxlite.draw import control, sampling
+from fluxlite.draw.control import Steering, open_control
+from fluxlite.draw.offload import OFFLOAD, stream_blocks
+from fluxlite.draw.sampling import decode, initial_noise
+from fluxlite.nets import schedule
+from fluxlite.nets.flux import check_channels
+from fluxlite.nets.latents import num_image_tokens
+from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
+from fluxlite.weights import run_folder, sources
+from fluxlite.weights.sources import TINY, resolve
+from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
 
@@ -81,8 +83,8 @@ def root_of(path):
 def beside(checkpoint):
     """Where the other parts of a transformer's pipeline lie: {part: path} for those that are found."""
     path = Path(resolve(checkpoint)).expanduser()
-    if ckpt.is_run(path):
-        return {part: resolve(name) for part, name in run_state.saved_parts(path).items()}
+    if sources.is_run(path):
+        return {part: resolve(name) for part, name in run_folder.saved_parts(path).items()}
     root = root_of(path)
     found = {part: str(root / name) for part, name in PARTS.items() if (root / name).is_dir()}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
@@ -94,8 +96,8 @@ def beside(checkpoint):
 class Found:
     """A pipeline's parts on disk, checked to fit together as far as that can be seen without loading them."""
 
-    transformer: ckpt.Source
-    autoencoder: ckpt.Source
+    transformer: sources.Source
+    autoencoder: sources.Source
     t5: str
     clip: str
     attention: str
@@ -110,7 +112,7 @@ class Found:
 
     def load_transformer(self, device=None):
         where = device or self.device
-        model = ckpt.load_transformer(self.transformer, attention=self.attention, dtype=self.dtype, device=where)
+        model = sources.load_transformer(self.transformer, attention=self.attention, dtype=self.dtype, device=where)
         return parallel.compile_blocks(model) if self.compile else model
 
     def load_controlnet(self, opened, device=None):
@@ -118,7 +120,7 @@ class Found:
         return parallel.compile_blocks(net) if self.compile and not opened.given else net
 
     def load_autoencoder(self):
-        return ckpt.load_autoencoder(self.autoencoder, dtype=self.dtype, device=self.device)
+        return sources.load_autoencoder(self.autoencoder, dtype=self.dtype, device=self.device)
 
 
 def find_pipeline(
@@ -141,10 +143,10 @@ def find_pipeline(
     """
     device = torch.device(device or parallel.default_device())
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
-    checkpoint = str(ckpt.local(resolve(checkpoint), PIPELINE_FILES))
+    checkpoint = str(sources.local(resolve(checkpoint), PIPELINE_FILES))
     given = dict(expected)
-    transformer = ckpt.open_source(checkpoint, ema=ema, given=given)
-    ckpt.check_part(transformer, "transformer", "model.checkpoint")
+    transformer = sources.open_source(checkpoint, ema=ema, given=given)
+    sources.check_part(transformer, "transformer", "model.checkpoint")
     check_channels(transformer.config, f"model.checkpoint={checkpoint}")
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
@@ -155,11 +157,11 @@ def find_pipeline(
     missing = [f"model.{part}=" for part in PARTS if part not in parts]
     if missing:
         raise ValueError(f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for each")
-    vae = ckpt.open_source(parts.pop("autoencoder"), setting="model.autoencoder", part="vae")
-    ckpt.check_part(vae, "autoencoder", "model.autoencoder")
+    vae = sources.open_source(parts.pop("autoencoder"), setting="model.autoencoder", part="vae")
+    sources.check_part(vae, "autoencoder", "model.autoencoder")
     check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
     if save_converted:
-        transformer = ckpt.converted(checkpoint, save_converted, ema=ema, given=given)
+        transformer = sources.converted(checkpoint, save_converted, ema=ema, given=given)
     return Found(transformer, vae, **parts, attention=attention, compile=compile, device=device, dtype=dtype)
 
 
@@ -336,7 +338,7 @@ def prepare(parts, texts, config, controls, offload):
     """The `Drawing` of encoded prompts: transformer and nets of `controls` loaded, all steps' modulation computed."""
     pipeline, latents = isinstance(parts, Pipeline), parts.autoencoder.config
     model = parts.model if pipeline else place(parts.load_transformer, parts.device, offload)
-    times = sampling.times_for(config, model.config, num_image_tokens(*cells_of(config, latents)))
+    times = schedule.times_for(config, model.config, num_image_tokens(*cells_of(config, latents)))
     given = dict(times=times, guidance=config.guidance)
     ready = get_ready(model, partial(sampling.condition, model, **given), texts, config.steps, keep=pipeline or offload == "none")
     autoencoder, steered = load_autoencoder(parts) if controls else None, []

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from fluxlite import draws, flow
-from fluxlite.latents import pack_latents
+from fluxlite import rng
+from fluxlite.nets import flow
+from fluxlite.nets.latents import pack_latents
 
 log = logging.getLogger("fluxlite")
 
@@ -60,7 +61,7 @@ class Meter:
         hints = torch.cat([steer["hint"] for *_, steer, _, _ in self.held_out])
         others, first = hints[self.partners()], 0
         for x0, txt, pooled, steer, indices, weights in self.held_out:
-            noise = pack_latents(draws.normal(self.run.latent_shape, seed=0, indices=indices, stream="meter")).to(device)
+            noise = pack_latents(rng.normal(self.run.latent_shape, seed=0, indices=indices, stream="meter")).to(device)
             guidance = torch.full((len(x0),), self.guidance(), device=device)
             shuffled = steer | {"hint": others[first : first + len(x0)]}
             first += len(x0)
@@ -110,7 +111,7 @@ class Meter:
         }
         hooks = [block.register_forward_hook(record(name)) for name, block in blocks.items()]
         hooks.append(base.register_forward_pre_hook(keep, with_kwargs=True))
-        noise = pack_latents(draws.normal(self.run.latent_shape, seed=0, indices=indices, stream="meter")).to(x0.device)
+        noise = pack_latents(rng.normal(self.run.latent_shape, seed=0, indices=indices, stream="meter")).to(x0.device)
         half = torch.full((len(x0),), 0.5, device=x0.device)
         try:
             guidance = torch.full_like(half, self.guidance())

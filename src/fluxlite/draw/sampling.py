@@ -5,85 +5,17 @@ What depends on the step alone is computed for all steps before the first (`cond
 B pictures, L tokens, C channels.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from PIL import Image
 
-from fluxlite import __version__, draws, flow
-from fluxlite.cli.descriptions import read_description
-from fluxlite.cli.options import check_options, option
-from fluxlite.latents import MAX_SIDE, check_size, pack_latents, position_ids, unpack_latents
-from fluxlite.model import rope_table
-from fluxlite.scheduler import DEV_SCHEDULER, SCHNELL_SCHEDULER, scheduled_times
-
-
-@dataclass
-class SampleConfig:
-    """How pictures are drawn."""
-
-    height: int = option(1024, "height in pixels", at_least=16, at_most=MAX_SIDE)
-    width: int = option(1024, "width in pixels", at_least=16, at_most=MAX_SIDE)
-    steps: int = option(28, "Euler steps of a picture", at_least=1, at_most=10_000)
-    guidance: float = option(
-        3.5,
-        "guidance embedding of a picture, for models that have one (dev)",
-        at_least=0,
-        at_most=1000,
-    )
-    true_cfg: float = option(
-        1.0,
-        "strength of classifier-free guidance away from negative_prompt; 1 for none",
-        at_least=1,
-        at_most=1000,
-    )
-    shift: str = option(
-        "auto",
-        "shift of t: auto (the checkpoint's scheduler_config.json, else resolution, or none without "
-        "guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)",
-    )
-    max_sequence_length: int = option(
-        512, "T5 tokens that prompts are padded and cut to", at_least=1, at_most=10_000
-    )
-
-    def validate(self, downsampling=8):
-        check_options(self)
-        check_size(self.height, self.width, downsampling)
-        if self.shift != "auto":
-            flow.shift_factor(self.shift, 256, "shift")
-
-
-def read_settings(where, values):
-    """{field of SampleConfig: value} of fluxlite.json or of a checkpoint's metadata, checked.
-
-    `version` says which fluxlite wrote them: to 0.1 a shift of 3 was the factor e^3, and still is.
-    Without a version a numeric shift could be either, and is refused. Raises `ValueError` that
-    names the file, `where`.
-    """
-    version = values.get("version", "")
-    given = {name: value for name, value in values.items() if name != "version"}
-    config = read_description(where, SampleConfig, given)
-    try:
-        if config.shift not in ("auto", "resolution", "none"):
-            config.shift = shift_as_factor(config.shift, version)
-        config.validate()
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    return {name: getattr(config, name) for name in given}
-
-
-def shift_as_factor(shift, version):
-    """A numeric shift that a version of fluxlite wrote, as the factor that it is today."""
-    if not version:
-        raise ValueError(
-            f'shift={shift} and no "version": to fluxlite 0.1 that was a factor of e^{shift}; write '
-            f'"version": "{__version__}" beside the factor that is meant'
-        )
-    if not str(version).startswith("0.1."):
-        return shift
-    return str(math.exp(min(float(shift), 100)))
+from fluxlite import rng
+from fluxlite.nets import flow
+from fluxlite.nets.flux import rope_table
+from fluxlite.nets.latents import pack_latents, position_ids, unpack_latents
+from fluxlite.nets.schedule import times_for
 
 
 def denoise(velocity, x, times, progress=lambda steps: steps):
@@ -93,21 +25,9 @@ def denoise(velocity, x, times, progress=lambda steps: steps):
     return x
 
 
-def times_for(config, model_config, num_image_tokens):
-    """Sampling times (steps + 1,) of `config.shift`, or with "auto" of the model's own scheduler.
-
-    Without one they are FLUX.1-dev's, and of a model without guidance FLUX.1-schnell's.
-    """
-    if config.shift != "auto":
-        factor = flow.shift_factor(config.shift, num_image_tokens, "shift")
-        return flow.schedule(config.steps, factor)
-    assumed = DEV_SCHEDULER if model_config.guidance_embed else SCHNELL_SCHEDULER
-    return scheduled_times(model_config.scheduler or assumed, config.steps, num_image_tokens)
-
-
 def initial_noise(shape, seeds):
     """Packed noise (B, L, C) for latents of `shape` (C, h, w), a picture for each seed: the same in any batch."""
-    return pack_latents(draws.normal(shape, seed=0, indices=seeds, stream="sampling"))
+    return pack_latents(rng.normal(shape, seed=0, indices=seeds, stream="sampling"))
 
 
 @dataclass

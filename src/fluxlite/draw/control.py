@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fluxlite import checkpoint as ckpt
-from fluxlite import draws, sampling
-from fluxlite.autoencoder import sample_posterior
+from fluxlite import rng
 from fluxlite.cli.options import check_options, expand_home, option
-from fluxlite.controlnet import MODES, ControlNet, ControlNetConfig, check_fits, combine, spread
 from fluxlite.data import images
-from fluxlite.latents import pack_latents
+from fluxlite.draw import sampling
+from fluxlite.nets.autoencoder import sample_posterior
+from fluxlite.nets.control_modes import MODES, mode_number
+from fluxlite.nets.controlnet import ControlNet, ControlNetConfig, check_fits, combine, spread
+from fluxlite.nets.latents import pack_latents
+from fluxlite.weights import sources
 
 
 @dataclass
@@ -68,7 +70,7 @@ class OpenControl:
     """A `Control`, checked: its net described or loaded, its picture read."""
 
     control: Control
-    source: ckpt.Source | ControlNet
+    source: sources.Source | ControlNet
     config: ControlNetConfig
     mode: int | None
     pixels: torch.Tensor  # (P, 3, height, width) in [-1, 1], for each prompt one, or one for all
@@ -82,7 +84,7 @@ class OpenControl:
         """The net."""
         if self.given:
             return self.source
-        return ckpt.load_controlnet(self.source, attention=attention, dtype=dtype, device=device)
+        return sources.load_controlnet(self.source, attention=attention, dtype=dtype, device=device)
 
 
 def open_control(control, base, height, width, num_prompts=1):
@@ -96,7 +98,7 @@ def open_control(control, base, height, width, num_prompts=1):
         source, where = control.checkpoint, "the ControlNet"
     else:
         where = f"controlnet.checkpoint={control.checkpoint}"
-        source = ckpt.converted(ckpt.resolve(control.checkpoint), control.save_converted, group="controlnet", part="controlnet")
+        source = sources.converted(sources.resolve(control.checkpoint), control.save_converted, group="controlnet", part="controlnet")
     check_fits(source.config, base, where)
     return OpenControl(control, source, source.config, union_mode(control.mode, source.config.num_modes, where), pixels)
 
@@ -110,8 +112,8 @@ def union_mode(mode, num_modes, where):
         return None
     if not num_modes:
         raise ValueError(f"controlnet.mode={mode}, but {where} is no union net: leave it out, or say none for this net")
-    number = MODES.get(mode, int(mode) if str(mode).isdecimal() else -1)
-    if not 0 <= number < num_modes:
+    number = mode_number(mode)
+    if number is None or number >= num_modes:
         raise ValueError(f"controlnet.mode={mode}: choose one of {', '.join(MODES)}, or a number from 0 to {num_modes - 1}")
     return number
 
@@ -157,7 +159,7 @@ def hint_of(opened, number, autoencoder, device):
 
     def latents(prompts, seeds):
         mean, logvar = (of(values, prompts) for values in posterior)
-        noise = draws.normal(mean.shape[1:], seed=number, indices=seeds, stream="control").to(device)
+        noise = rng.normal(mean.shape[1:], seed=number, indices=seeds, stream="control").to(device)
         return pack_latents(autoencoder.scale(sample_posterior(mean, logvar, noise)))
 
     return latents

@@ -20,9 +20,9 @@ from threading import BoundedSemaphore
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fluxlite import foreign
 from fluxlite.cli.atomic import atomic_folder, atomic_path
 from fluxlite.cli.descriptions import DAMAGED, check_regular, inside_folder, parse_json, read_json
+from fluxlite.weights import foreign
 
 DTYPES = {  # of weights, as safetensors spells them
     "F64": torch.float64,

@@ -13,8 +13,8 @@ from PIL import Image
 from fluxlite.cli.options import option, same_option
 from fluxlite.data.circles import MAX_COLOUR_ERROR, MIN_IOU, colour_difference, figure_mask, measure
 from fluxlite.data.fill50k import caption, draw_sample, pairs, rgb
-from fluxlite.pipeline import DrawConfig
-from fluxlite.sampling import SampleConfig
+from fluxlite.draw.pipeline import DrawConfig
+from fluxlite.nets.schedule import SampleConfig
 
 MIN_DIFFERENCE = 25.0  # ΔE between the two colours of a pair: more than twice MAX_COLOUR_ERROR, so that no colour can pass for both
 

@@ -11,15 +11,17 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fluxlite import __version__, convert, foreign, hub, net_configs, run_state, sampling, streams
-from fluxlite.autoencoder import AutoencoderConfig
+from fluxlite import __version__
 from fluxlite.cli.atomic import locked
 from fluxlite.cli.descriptions import parse_json, read_description, read_json
 from fluxlite.cli.options import expand_home, option, shortened
-from fluxlite.controlnet import ControlNetConfig
-from fluxlite.model import FluxConfig
-from fluxlite.run_state import is_run, last_checkpoint
-from fluxlite.scheduler import read_scheduler
+from fluxlite.nets import schedule
+from fluxlite.nets.autoencoder import AutoencoderConfig
+from fluxlite.nets.controlnet import ControlNetConfig
+from fluxlite.nets.flux import FluxConfig
+from fluxlite.nets.schedule import read_scheduler
+from fluxlite.weights import foreign, hub, layouts, net_configs, run_folder, tensor_files
+from fluxlite.weights.run_folder import is_run, last_checkpoint
 
 log = logging.getLogger("fluxlite")
 
@@ -59,7 +61,7 @@ class Source:
     check_whole: Callable = lambda: None  # raises `ValueError` where a run's files are not as they were written
 
     def num_bytes(self):
-        return streams.num_bytes(self.described)
+        return tensor_files.num_bytes(self.described)
 
     def fingerprint(self):
         """A digest of the files' names, sizes and times of change, and of what is taken of them, without reading them."""
@@ -102,16 +104,16 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
     path = path / part if (path / part).is_dir() else path
     try:
         source = _open_run(path, ema) if is_run(path) else _open_tensors(path, given)
-        convert.check(source.layout, source.config, {name: shape for name, (_, shape) in source.described.items()})
+        layouts.check(source.layout, source.config, {name: shape for name, (_, shape) in source.described.items()})
     except ValueError as error:
         raise ValueError(f"{setting}={where}: {error}") from None
     return source
 
 
 def _open_tensors(path, given=None):
-    tensors = streams.Tensors(path)
+    tensors = tensor_files.Tensors(path)
     foreign.check_keys(tensors.keys())
-    what, layout, prefix = convert.recognise(tensors.keys())
+    what, layout, prefix = layouts.recognise(tensors.keys())
     described = tensors.without(prefix).described()
     shapes = {name: shape for name, (_, shape) in described.items()}
     about = tensors.metadata if "fluxlite_version" in tensors.metadata else {}  # others' metadata may use the same words
@@ -129,8 +131,8 @@ def sampling_settings(path, about):
     file, saved = path.parent / "fluxlite.json", about.get("sampling")
     if saved:
         by, version = f"{path}'s metadata", about["fluxlite_version"]
-        return sampling.read_settings(by, parse_json(saved, by) | {"version": version})
-    return sampling.read_settings(file, read_json(file)) if file.exists() else {}
+        return schedule.read_settings(by, parse_json(saved, by) | {"version": version})
+    return schedule.read_settings(file, read_json(file)) if file.exists() else {}
 
 
 def scheduler_of(path, about):
@@ -158,7 +160,7 @@ def _open_run(path, ema):
     A tensor's checksum is checked when it is read; a small checkpoint's files at once, a large one's by `check_whole`.
     """
     folder = path if (Path(path) / "meta.json").is_file() else last_checkpoint(path)
-    meta, tensors = run_state.open_checkpoint(folder)
+    meta, tensors = run_folder.open_checkpoint(folder)
     averaged = set(meta.ema if ema else ())
     config = _run_config(folder, meta, tensors)
 
@@ -168,14 +170,14 @@ def _open_run(path, ema):
     def read(name, start=0, stop=None):
         return tensors.read(key(name), start, stop)
 
-    check_whole = partial(run_state.check_files, folder, meta)
-    if run_state.total_bytes(meta) <= run_state.SOON_CHECKED:
+    check_whole = partial(run_folder.check_files, folder, meta)
+    if run_folder.total_bytes(meta) <= run_folder.SOON_CHECKED:
         check_whole()
-    described = {name: tensors.described(key(name)) for name in convert.our_shapes(config)}
+    described = {name: tensors.described(key(name)) for name in layouts.our_shapes(config)}
     metadata = {"training": json.dumps(meta.flow | {"step": meta.step, "ema": bool(averaged)})}
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    settings = run_state.run_settings(folder, meta)
-    base = run_state.saved_part(folder, meta, "model").get("checkpoint")
+    settings = run_folder.run_settings(folder, meta)
+    base = run_folder.saved_part(folder, meta, "model").get("checkpoint")
     config.scheduler = scheduler_beside(base, config)
     source = Source(str(path), meta.what, "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
     source.check_whole = check_whole
@@ -223,11 +225,11 @@ def load_state(source):
 
 def weights_of(source):
     """A source's tensors in our layout, a few linears at a time: (name, values)."""
-    return convert.convert(source.read, source.layout, "fluxlite", source.config)
+    return layouts.convert(source.read, source.layout, "fluxlite", source.config)
 
 
 def _load(source, dtype, device, *options):
-    model = convert.on_meta(source.config, *options)
+    model = layouts.on_meta(source.config, *options)
     model.load_state_dict(load_state(source), strict=True, assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
@@ -293,16 +295,16 @@ def write_converted(
     dst = Path(expand_home(str(dst), setting.rstrip(" =")))
     to_folder = dst.suffix != ".safetensors"
     check_destination(source, dst, to, to_folder, setting)
-    shapes = convert.shapes(to, source.config)
-    types = convert.dtypes(source.layout, to, source.config, {name: of for name, (of, _) in source.described.items()})
+    shapes = layouts.shapes(to, source.config)
+    types = layouts.dtypes(source.layout, to, source.config, {name: of for name, (of, _) in source.described.items()})
     described = {name: (dtype or types[name], shape) for name, shape in shapes.items()}
-    shards = streams.split_shards(described, max_shard_bytes or (DIFFUSERS_SHARD_BYTES if to == "diffusers" else None))
+    shards = tensor_files.split_shards(described, max_shard_bytes or (DIFFUSERS_SHARD_BYTES if to == "diffusers" else None))
     if len(shards) > 1 and not to_folder:
         raise ValueError(f"{setting}{dst}: {len(shards)} shards need a folder; name one, or raise --max-shard-size")
-    streams.check_room(dst, streams.num_bytes(described))
-    digests = streams.Digests()
+    tensor_files.check_room(dst, tensor_files.num_bytes(described))
+    digests = tensor_files.Digests()
     try:
-        with streams.aside(dst, overwrite=overwrite, folder=to_folder, remedy=remedy) as path:
+        with tensor_files.aside(dst, overwrite=overwrite, folder=to_folder, remedy=remedy) as path:
             names = _file_names(source.what, to, len(shards))
             files = [path / name for name in names] if to_folder else [path]
             rewrites = _write_shards(source, to, shards, files, digests, progress or (lambda count: None))
@@ -358,27 +360,27 @@ def _check_layout_holds(source, to):
 def _holds_another_part(place, what):
     """Whether whole safetensors files lie at `place` and are not a checkpoint of this kind, a text encoder's for instance."""
     try:
-        keys = streams.Tensors(place).keys()
+        keys = tensor_files.Tensors(place).keys()
     except (ValueError, OSError):
         return False
     try:
-        return convert.recognise(keys)[0] != what
+        return layouts.recognise(keys)[0] != what
     except ValueError:
         return True
 
 
 def _file_names(what, to, count):
-    return streams.shard_names("diffusion_pytorch_model" if to == "diffusers" else FILE_NAMES[what][to], count)
+    return tensor_files.shard_names("diffusion_pytorch_model" if to == "diffusers" else FILE_NAMES[what][to], count)
 
 
 def _write_shards(source, to, shards, files, digests, progress):
     def read(name):
         digests.add(name, source)
         tensor = source.read(name)
-        streams.check_values(f"{source.where}: {name}", tensor)
+        tensor_files.check_values(f"{source.where}: {name}", tensor)
         return tensor
 
-    pieces = convert.convert(read, source.layout, to, source.config)
+    pieces = layouts.convert(read, source.layout, to, source.config)
     rewrites, held = [], []
 
     def of(shard):
@@ -391,7 +393,7 @@ def _write_shards(source, to, shards, files, digests, progress):
             yield name, tensor
 
     for shard, file in zip(shards, files, strict=True):
-        rewrites.append(streams.write(file, shard, of(shard), _metadata(source, to), progress))
+        rewrites.append(tensor_files.write(file, shard, of(shard), _metadata(source, to), progress))
     return rewrites
 
 
@@ -417,10 +419,10 @@ def _write_beside(folder, source, to, names, shards):
     """What a folder needs beside its weights: an index, and in diffusers' layout config.json."""
     if len(shards) > 1:
         stem = "diffusion_pytorch_model" if to == "diffusers" else Path(names[0]).stem.rsplit("-00001-of-", 1)[0]
-        streams.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
+        tensor_files.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
     if to == "diffusers":
         of_net = source.what != "autoencoder"
-        values = (convert.config_to_diffusers if of_net else convert.autoencoder_config_to_diffusers)(source.config)
+        values = (layouts.config_to_diffusers if of_net else layouts.autoencoder_config_to_diffusers)(source.config)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         if getattr(source.config, "scheduler", None):
             about = json.dumps(asdict(source.config.scheduler), indent=2)

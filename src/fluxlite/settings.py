@@ -9,21 +9,22 @@ from pathlib import Path
 
 import torch
 
-from fluxlite import parallel, sampling
-from fluxlite.checkpoint import TINY, CheckpointConfig
+from fluxlite import parallel
 from fluxlite.cli.options import check_options, option, same_option, unset_option
-from fluxlite.control import Control
-from fluxlite.controlnet import MODES, ControlNetConfig, check_starts
 from fluxlite.data import DataConfig
-from fluxlite.data.shards import mode_number
-from fluxlite.flow import FlowConfig
-from fluxlite.latents import num_image_tokens
-from fluxlite.metrics import MetricsConfig
-from fluxlite.model import ATTENTION, FluxConfig, check_channels
-from fluxlite.optim import OptimConfig
+from fluxlite.draw import sampling
+from fluxlite.draw.control import Control
+from fluxlite.draw.pipeline import DrawConfig
+from fluxlite.nets.control_modes import MODES, mode_number
+from fluxlite.nets.controlnet import ControlNetConfig, check_starts
+from fluxlite.nets.flow import FlowConfig
+from fluxlite.nets.flux import ATTENTION, FluxConfig, check_channels
+from fluxlite.nets.latents import num_image_tokens
+from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel import ParallelConfig
-from fluxlite.pipeline import DrawConfig
-from fluxlite.sampling import SampleConfig
+from fluxlite.train.metrics import MetricsConfig
+from fluxlite.train.optim import OptimConfig
+from fluxlite.weights.sources import TINY, CheckpointConfig
 
 DTYPES = ("float32", "bfloat16")
 MAX_STEPS = 10**9  # of training

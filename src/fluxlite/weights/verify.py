@@ -7,24 +7,24 @@ from functools import partial
 import numpy as np
 import torch
 
-from fluxlite import convert, streams
-from fluxlite.autoencoder import AutoencoderConfig
-from fluxlite.checkpoint import open_source
-from fluxlite.controlnet import ControlNetConfig
-from fluxlite.latents import position_ids
-from fluxlite.model import rope_table
+from fluxlite.nets.autoencoder import AutoencoderConfig
+from fluxlite.nets.controlnet import ControlNetConfig
+from fluxlite.nets.flux import rope_table
+from fluxlite.nets.latents import position_ids
+from fluxlite.weights import layouts, tensor_files
+from fluxlite.weights.sources import open_source
 
 MAX_ERROR = 1e-4  # ‖ours − theirs‖ / ‖theirs‖ in float32; a wrong row order gives about 1
 
 
 def digests_of(source, progress=lambda count: None):
     """SHA-256 of each tensor of a `Source` ({name: digest}), and of all: the same in whatever files and order they lie."""
-    digests = streams.Digests()
+    digests = tensor_files.Digests()
     source.check_whole()
     try:
         for name, entry in source.described.items():
             digests.add(name, source)
-            progress(streams.num_bytes({name: entry}))
+            progress(tensor_files.num_bytes({name: entry}))
         return digests.each(), digests.total()
     finally:
         digests.close()
@@ -36,15 +36,15 @@ def verify(source, dst, progress=lambda count: None):
     The forward takes about 3 GB at FLUX's width; the comparison of bytes a few linears.
     """
     back = open_source(dst, setting="--dst")
-    optional = {name for rule in convert.rules(source.layout, source.config) for name in rule.optional}
+    optional = {name for rule in layouts.rules(source.layout, source.config) for name in rule.optional}
     wrong, rounded, count = [], set(), 0
-    for name, tensor in convert.convert(back.read, back.layout, source.layout, source.config):
+    for name, tensor in layouts.convert(back.read, back.layout, source.layout, source.config):
         if name in optional:  # a bias that NeMo's layout may lack, and whose value nothing reads
             continue
         expected = source.read(name)
         if tensor.dtype != expected.dtype:
             rounded.add(str(tensor.dtype).removeprefix("torch."))
-        if not np.array_equal(streams.raw(expected.to(tensor.dtype)), streams.raw(tensor)):
+        if not np.array_equal(tensor_files.raw(expected.to(tensor.dtype)), tensor_files.raw(tensor)):
             wrong.append(name)
         count += 1
         progress(expected.nbytes)
@@ -77,12 +77,12 @@ def forward_error(source, back):
     """
     shallow = first_blocks(source.config)
     inputs = make_inputs(shallow)
-    weights = convert.convert(back.read, back.layout, "fluxlite", shallow)
+    weights = layouts.convert(back.read, back.layout, "fluxlite", shallow)
     got = our_forward(shallow, {name: t.float() for name, t in weights}, inputs)
 
     described = {name: dtype for name, (dtype, _) in back.described.items()}
-    types = convert.dtypes(back.layout, "diffusers", source.config, described)
-    weights = convert.convert(source.read, source.layout, "diffusers", shallow)
+    types = layouts.dtypes(back.layout, "diffusers", source.config, described)
+    weights = layouts.convert(source.read, source.layout, "diffusers", shallow)
     theirs = {name: t.to(types[name]).float() for name, t in weights}
     expected = diffusers_forward(shallow, theirs, inputs)
     return ((got - expected).norm() / expected.norm()).item()
@@ -105,7 +105,7 @@ def make_inputs(config):
 
 
 def our_forward(config, state, inputs):
-    model = convert.on_meta(config)
+    model = layouts.on_meta(config)
     model.load_state_dict(state, strict=True, assign=True)
     out = model(rope=rope_table(position_ids(6, 8, 5), config), **inputs)
     return torch.cat(sum(out, [])) if isinstance(config, ControlNetConfig) else out
@@ -114,7 +114,7 @@ def our_forward(config, state, inputs):
 def diffusers_forward(config, state, inputs):
     import diffusers
 
-    values = convert.config_to_diffusers(config)
+    values = layouts.config_to_diffusers(config)
     with torch.device("meta"):
         model = getattr(diffusers, values["_class_name"])(**{k: v for k, v in values.items() if not k.startswith("_")})
     model.load_state_dict(state, strict=True, assign=True)

@@ -15,10 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fluxlite import parallel, trainer
+from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.config import TrainConfig
-from fluxlite.latents import num_image_tokens
+from fluxlite.nets.latents import num_image_tokens
+from fluxlite.settings import TrainConfig
+from fluxlite.train import loop
 
 # Bytes that a rank sends for each byte of the larger of its input and output, in a ring of n or pairwise: times (n - 1) / n.
 COLLECTIVES = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 2}
@@ -118,18 +119,18 @@ def predict(arguments, ranks):
         device = torch.device("cpu")
         mesh = parallel.make_mesh(config.parallel, device)
         beside = config.controlnet.train
-        model = trainer.wrap_controlnet(config, mesh) if beside else trainer.wrap_flux(config, mesh)
-        base = trainer.wrap_flux(config, mesh, frozen=True) if beside else None
+        model = loop.wrap_controlnet(config, mesh) if beside else loop.wrap_flux(config, mesh)
+        base = loop.wrap_flux(config, mesh, frozen=True) if beside else None
         with FakeTensorMode(allow_non_fake_inputs=True), Traffic(groups_of(mesh)) as meter:
             model, base = (part and part.to_empty(device=device) for part in (model, base))
-            run = trainer.assemble(config, device, mesh, model, trainer.Parts(None, None), base=base)
+            run = loop.assemble(config, device, mesh, model, loop.Parts(None, None), base=base)
             parameters = list(run.model.parameters())
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
-            trainer.update(run, 0, torch.ones(()))  # makes the optimizer's state, which later steps find
+            loop.update(run, 0, torch.ones(()))  # makes the optimizer's state, which later steps find
             meter.reset()
             step(run, config)
-            trainer.update(run, 1, torch.ones(()))
+            loop.update(run, 1, torch.ones(()))
     finally:
         parallel.stop()
         os.environ.clear()
@@ -165,7 +166,7 @@ def step(run, config):
         pooled = torch.randn(size, model.pooled_width)
         steer = {"hint": torch.randn(size, 3, data.height, data.width) if control.hint == "pixel" else x0} if run.base else {}
         steer |= {"mode": torch.zeros(size, dtype=torch.long)} if run.base and control.num_modes else {}
-        loss = trainer.flow_loss(run, x0, txt, pooled, noise=noise, t=torch.rand(size), guidance=torch.ones(size), **steer)
+        loss = loop.flow_loss(run, x0, txt, pooled, noise=noise, t=torch.rand(size), guidance=torch.ones(size), **steer)
         (loss.mean() / slices).backward()
 
 

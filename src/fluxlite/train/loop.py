@@ -19,21 +19,24 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from fluxlite import __version__, draws, flow, optim, parallel, run_state, sampling
-from fluxlite import checkpoint as ckpt
-from fluxlite.autoencoder import sample_posterior
+from fluxlite import __version__, parallel, rng
 from fluxlite.cli.options import resumable_keys
 from fluxlite.cli.processes import held_signals
-from fluxlite.conditioning import load_text_encoders
-from fluxlite.controlnet import ControlNet, initial_value, nearest_depth, spread, unused_parameters, used, weights_from_base
 from fluxlite.data import CachedSamples, MockSamples, build_cache, make_loader, open_dataset, prepare
 from fluxlite.data.cache import data_digest
-from fluxlite.latents import num_image_tokens, pack_latents, position_ids
-from fluxlite.meter import Meter
-from fluxlite.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
-from fluxlite.model import Flux, check_channels, initial, rope_table
-from fluxlite.pipeline import check_widths, resolve
-from fluxlite.streams import aside, check_values
+from fluxlite.draw import sampling
+from fluxlite.draw.pipeline import check_widths, resolve
+from fluxlite.nets import flow, schedule
+from fluxlite.nets.autoencoder import sample_posterior
+from fluxlite.nets.controlnet import ControlNet, initial_value, nearest_depth, spread, unused_parameters, used, weights_from_base
+from fluxlite.nets.flux import Flux, check_channels, initial, rope_table
+from fluxlite.nets.latents import num_image_tokens, pack_latents, position_ids
+from fluxlite.train import optim, run_state
+from fluxlite.train.meter import Meter
+from fluxlite.train.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
+from fluxlite.weights import run_folder, sources
+from fluxlite.weights.tensor_files import aside, check_values
+from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
 
@@ -81,7 +84,7 @@ class Run:
     ema: optim.EMA | None
     parts: Parts
     rope: tuple
-    data: run_state.DataRecord = field(default_factory=run_state.DataRecord)  # what it is trained on
+    data: run_folder.DataRecord = field(default_factory=run_folder.DataRecord)  # what it is trained on
 
     @property
     def flux(self):
@@ -135,8 +138,8 @@ def check_base(config):
     """Raise `ValueError`, before anything is loaded, where model.checkpoint cannot be trained."""
     if config.model.checkpoint:
         where = resolve(config.model.checkpoint)
-        source = ckpt.open_source(where, ema=config.model.ema, given=asdict(config.model.shape()))
-        ckpt.check_part(source, "transformer", "model.checkpoint")
+        source = sources.open_source(where, ema=config.model.ema, given=asdict(config.model.shape()))
+        sources.check_part(source, "transformer", "model.checkpoint")
         check_channels(source.config, f"model.checkpoint={config.model.checkpoint}")
 
 
@@ -146,15 +149,15 @@ def flux_weights(config, device):
     if not config.model.checkpoint:
         return random_weights(meta_flux(config), config.seed, device)
     where, options = resolve(config.model.checkpoint), dict(ema=config.model.ema, given=asdict(shape))
-    source = ckpt.converted(where, config.model.save_converted, **options)
-    ckpt.check_part(source, "transformer", "model.checkpoint")
+    source = sources.converted(where, config.model.save_converted, **options)
+    sources.check_part(source, "transformer", "model.checkpoint")
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
     return checked_weights(source, "model.checkpoint")
 
 
 def checked_weights(source, setting):
     """`weights_of` a source; raises `ValueError`, naming the setting and the tensor, where one is not finite."""
-    for name, values in ckpt.weights_of(source):
+    for name, values in sources.weights_of(source):
         check_values(f"{setting}={source.where}: {name}", values)
         yield name, values
 
@@ -167,7 +170,7 @@ def check_shape(source, shape, key, value):
 
 def random_weights(model, seed, device, values_of=initial):
     """Initial values of each parameter of a model, keyed by the seed: the same on any mesh."""
-    generator = torch.Generator(device).manual_seed(draws.generator(seed, 0, "weights").initial_seed())
+    generator = torch.Generator(device).manual_seed(rng.generator(seed, 0, "weights").initial_seed())
     shapes = {name: p.shape for name, p in model.named_parameters()}
     return ((name, values_of(name, shape, device, generator)) for name, shape in shapes.items())
 
@@ -216,14 +219,14 @@ def controlnet_weights(config, device):
     """A ControlNet's (name, values) to start from: a checkpoint's, its base's, or random."""
     control, net = config.controlnet, meta_controlnet(config)
     if control.checkpoint:
-        source = ckpt.open_source(
+        source = sources.open_source(
             resolve(control.checkpoint), setting="controlnet.checkpoint", ema=config.model.ema, part="controlnet"
         )
-        ckpt.check_part(source, "controlnet", "controlnet.checkpoint")
+        sources.check_part(source, "controlnet", "controlnet.checkpoint")
         check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
         return checked_weights(source, "controlnet.checkpoint")
     if control.init_from_base:
-        generator = torch.Generator(device).manual_seed(draws.generator(config.seed, 0, "controlnet").initial_seed())
+        generator = torch.Generator(device).manual_seed(rng.generator(config.seed, 0, "controlnet").initial_seed())
         return weights_from_base(net, config.model.shape(), base_weights(config, device), device, generator)
     return random_weights(net, config.seed, device, partial(initial_value, net.config))
 
@@ -253,7 +256,7 @@ def load_parts(config, device, mesh):
     encoders = load_text_encoders(resolve(config.model.t5), resolve(config.model.clip), dtype=dtype, **where)
     if sharded:
         parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.world)
-    autoencoder = ckpt.load_autoencoder(resolve(config.model.autoencoder), dtype=dtype, device=device)
+    autoencoder = sources.load_autoencoder(resolve(config.model.autoencoder), dtype=dtype, device=device)
     check_widths(config.model.shape(), autoencoder, encoders)
     return Parts(autoencoder, encoders)
 
@@ -319,7 +322,7 @@ def assemble(config, device, mesh, model, parts, *, base=None):
     cells = config.data.height // 8, config.data.width // 8
     ids = position_ids(*cells, config.model.max_sequence_length).to(device)
     flux = (base or model).config
-    flux.scheduler = ckpt.scheduler_beside(config.model.checkpoint, flux)  # for pictures
+    flux.scheduler = sources.scheduler_beside(config.model.checkpoint, flux)  # for pictures
     return Run(config, device, mesh, model, base, optimizers, ema, parts, rope_table(ids, config.model.shape()))
 
 
@@ -344,7 +347,7 @@ def encode_batch(run, batch):
 
 def latents_of(run, mean, logvar, **keys):
     """Packed latents (B, L, C) float32, a sample of the posterior."""
-    noise = draws.normal(mean.shape[1:], **keys).to(run.device)
+    noise = rng.normal(mean.shape[1:], **keys).to(run.device)
     latents = sample_posterior(mean.float(), logvar.float(), noise)
     return pack_latents(latents if run.parts.autoencoder is None else run.parts.autoencoder.scale(latents))
 
@@ -371,7 +374,7 @@ def dropped(run, steer, keys):
     if not steer or not share:
         return steer
     hint = steer["hint"]
-    gone = (draws.uniform(stream="control dropout", **keys) < share).to(run.device).view(-1, *[1] * (hint.ndim - 1))
+    gone = (rng.uniform(stream="control dropout", **keys) < share).to(run.device).view(-1, *[1] * (hint.ndim - 1))
     return steer | {"hint": torch.where(gone, -1.0 if run.config.controlnet.hint == "pixel" else 0.0, hint)}
 
 
@@ -401,7 +404,7 @@ def train_step(run, batches, step):
         parallel.reduce_gradients(run.model, i == len(batches) - 1)
         x0, txt, pooled, steer = encode_batch(run, batch)
         keys = dict(seed=config.seed, indices=batch["indices"])
-        noise = pack_latents(draws.normal(run.latent_shape, stream="noise", **keys)).to(device)
+        noise = pack_latents(rng.normal(run.latent_shape, stream="noise", **keys)).to(device)
         t = flow.sample_t(config.flow, x0.shape[1], **keys).to(device)
         guidance = flow.sample_guidance(config.flow, **keys).to(device)
         steer = dropped(run, steer, keys)
@@ -482,7 +485,7 @@ def evaluate(run, batches):
     sums = torch.zeros(2, len(flow.VALIDATION_T), device=run.device)  # of losses, and of samples
     low, high = flow.guidance_range(run.config.flow.guidance)
     for x0, txt, pooled, steer, indices, weights in batches:
-        noise = pack_latents(draws.normal(run.latent_shape, seed=0, indices=indices, stream="validation")).to(run.device)
+        noise = pack_latents(rng.normal(run.latent_shape, seed=0, indices=indices, stream="validation")).to(run.device)
         guidance = torch.full((len(x0),), (low + high) / 2, device=run.device)
         numbers = torch.arange(len(flow.VALIDATION_T), device=run.device)
         for k in [indices.to(run.device) % len(numbers)] if round_robin else [n.expand(len(x0)) for n in numbers]:
@@ -521,7 +524,7 @@ def encode_prompts(run, dataset):
 def draw_grid(run, prompts):
     """The same prompts and noise every time: a contact sheet, with ControlNets of (control, target, drawn). Collective."""
     data, grid = run.config.data, run.config.sample
-    settings = sampling.SampleConfig(height=data.height, width=data.width, steps=grid.steps, guidance=grid.guidance)
+    settings = schedule.SampleConfig(height=data.height, width=data.width, steps=grid.steps, guidance=grid.guidance)
     dtype, size, pictures = getattr(torch, run.config.dtype), run.config.data.micro_batch, []
     for start in range(0, len(prompts.texts), size):
         rows = slice(start, start + size)
@@ -580,7 +583,7 @@ def find_resume(config):
         return None
     folder = run_state.choose_checkpoint(config.output)
     if folder is not None:
-        meta = run_state.read_meta(folder)
+        meta = run_folder.read_meta(folder)
         check_resume(meta.config, config)
         if meta.step > config.steps:
             raise ValueError(f"output={config.output} is at step {meta.step} already: set steps above that, not {config.steps}")
@@ -593,12 +596,12 @@ def describe_data(training, validation):
     shards = getattr(plain, "shards", [])
     digests = [data_digest(d) if getattr(d, "shards", []) else "" for d in (plain, held_out)]
     names = [shard.name for shard in shards]
-    return run_state.DataRecord(digests[0], len(plain), names, digests[1])
+    return run_folder.DataRecord(digests[0], len(plain), names, digests[1])
 
 
 def report_changed_data(folder, data):
     """Say it loudly where a resumed run's data are not those it was trained on."""
-    changes = run_state.changed_data(run_state.read_meta(folder).data, data)
+    changes = run_state.changed_data(run_folder.read_meta(folder).data, data)
     if changes and parallel.rank() == 0:
         log.warning("resuming on other data: the samples have changed (%s); this is no longer the same run", changes)
 

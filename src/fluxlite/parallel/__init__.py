@@ -44,7 +44,6 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fluxlite.cli.options import option
-from fluxlite.model import Flux
 
 MAX_RANKS = 65_536
 
@@ -405,7 +404,7 @@ def share_tokens(model, cp, tp):
             block.register_forward_pre_hook(enter_single)
     if cp.size() > 1:
         model.attend = partial(attend_by_heads, model.attend, cp)
-        if isinstance(model, Flux):  # the samples of a ControlNet are what its base's ranks need of them
+        if model.joins_tokens:
             model.register_forward_hook(lambda _module, _args, out: JoinTokens.apply(out, cp))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fluxlite import draws
+from fluxlite import rng
 from fluxlite.cli.options import option
 
 DENSITIES = ("logit_normal", "uniform", "mode")
@@ -92,10 +92,10 @@ def guidance_range(policy):
 def sample_t(config, num_image_tokens, *, seed, indices):
     """Training times (B,), one for each global sample index, shifted for the resolution."""
     if config.density == "logit_normal":
-        z = draws.normal((), seed=seed, indices=indices, stream="t")
+        z = rng.normal((), seed=seed, indices=indices, stream="t")
         t = torch.sigmoid(config.logit_mean + config.logit_std * z)
     else:
-        t = draws.uniform(seed=seed, indices=indices, stream="t")
+        t = rng.uniform(seed=seed, indices=indices, stream="t")
         if config.density == "mode":
             t = 1 - t - config.mode_scale * (torch.cos(math.pi / 2 * t) ** 2 - 1 + t)
     return shift_time(t, shift_factor(config.shift, num_image_tokens))
@@ -104,7 +104,7 @@ def sample_t(config, num_image_tokens, *, seed, indices):
 def sample_guidance(config, *, seed, indices):
     """Training guidance (B,)."""
     low, high = guidance_range(config.guidance)
-    return low + (high - low) * draws.uniform(seed=seed, indices=indices, stream="guidance")
+    return low + (high - low) * rng.uniform(seed=seed, indices=indices, stream="guidance")
 
 
 def add_noise(x0, noise, t):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from fluxlite.cli.descriptions import check_regular, read_text
 from fluxlite.cli.options import check_options, option
-from fluxlite.streams import aside
+from fluxlite.weights.tensor_files import aside
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"); the first name found in the device's wins.
 PEAK_TFLOPS = (

@@ -8,12 +8,12 @@ agree with the weights: it can promise nothing, such as a billion blocks, that t
 import logging
 from dataclasses import asdict, dataclass, fields
 
-from fluxlite import convert
-from fluxlite.autoencoder import AutoencoderConfig
 from fluxlite.cli.descriptions import parse_json, read_description, read_json
 from fluxlite.cli.options import option, shortened, typed_value
-from fluxlite.controlnet import ControlNetConfig
-from fluxlite.model import FluxConfig
+from fluxlite.nets.autoencoder import AutoencoderConfig
+from fluxlite.nets.controlnet import ControlNetConfig
+from fluxlite.nets.flux import FluxConfig
+from fluxlite.weights import layouts
 
 log = logging.getLogger("fluxlite")
 
@@ -73,12 +73,12 @@ DIFFUSERS_CLASSES = {  # what: its class there, what is read of it, and how that
     "transformer": (
         "FluxTransformer2DModel",
         TransformerDescription,
-        convert.config_from_diffusers,
+        layouts.config_from_diffusers,
     ),
     "controlnet": (
         "FluxControlNetModel",
         ControlNetDescription,
-        convert.controlnet_config_from_diffusers,
+        layouts.controlnet_config_from_diffusers,
     ),
 }
 
@@ -92,7 +92,7 @@ def read_net_config(what, layout, shapes, *, saved, where, beside, given=None):
     """
     if what == "autoencoder":
         return _autoencoder_config(layout, shapes, saved, where, beside)
-    shown = convert.infer_config(layout, shapes)
+    shown = layouts.infer_config(layout, shapes)
     said, by = _said_config(what, layout, saved, where, beside)
     if said is None:
         return _with_rotations(
@@ -157,7 +157,7 @@ def _autoencoder_config(layout, shapes, saved, where, beside):
     by = f"{where}'s metadata" if saved else beside
     values = parse_json(saved, by) if saved else diffusers_values(beside, "AutoencoderKL") or {}
     said = read_description(by, AutoencoderDescription, values, foreign=True)
-    shown = convert.infer_autoencoder_config(layout, shapes, asdict(said))
+    shown = layouts.infer_autoencoder_config(layout, shapes, asdict(said))
     unsaid = [f.name for f in fields(AutoencoderConfig) if getattr(said, f.name) is None]
     check_agreement(said, shown, by, but=unsaid)
     return shown

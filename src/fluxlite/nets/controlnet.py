@@ -18,19 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fluxlite.cli.options import check_options, option
-from fluxlite.latents import pack_latents
-from fluxlite.model import MAX_BLOCKS, FluxConfig, Trunk, initial
+from fluxlite.nets.flux import MAX_BLOCKS, FluxConfig, Trunk, initial
+from fluxlite.nets.latents import pack_latents
 
 HINTS = ("latent", "pixel")
-MODES = {
-    "canny": 0,
-    "tile": 1,
-    "depth": 2,
-    "blur": 3,
-    "pose": 4,
-    "gray": 5,
-    "lq": 6,
-}  # of the published Union nets
 HINT_CHANNELS = 16
 HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)  # of the convolutions from pixels to latent cells
 
