@@ -1,4 +1,5 @@
-"""Convert FLUX.1 checkpoints between layouts, at constant memory: diffusers, BFL (ComfyUI), NeMo and fluxlite.
+"""Convert FLUX.1 checkpoints between layouts, at constant memory: diffusers, BFL (ComfyUI), NeMo
+and fluxlite.
 
   python convert_hf.py --src FLUX.1-dev --dst flux1-dev-fluxlite.safetensors                  # diffusers folder → fluxlite
   python convert_hf.py --src flux1-dev.safetensors --dst FLUX.1-dev/transformer --to diffusers
@@ -8,8 +9,9 @@
   python convert_hf.py --src FLUX.1-dev-Controlnet-Canny --dst canny.safetensors              # a ControlNet
   python convert_hf.py --src FLUX.1-dev --digests                                             # SHA-256 of every tensor
 
-The source's layout is recognised by its keys. Every key and shape is checked before a byte is written; the result appears under
-its name only when it is whole. Errors are one line, with exit code 2.
+The source's layout is recognised by its keys. Every key and shape is checked before a byte is
+written; the result appears under its name only when it is whole. Errors are one line, with exit
+code 2.
 """
 
 import dataclasses
@@ -92,11 +94,18 @@ def convert(args):
         print(f"{total}  all {len(each)} tensors")
         return
     to = args.to or "fluxlite"
-    print(f"{args.src}: {source.what}, {source.layout} layout, {source.num_bytes() / 1e9:.2f} GB; writing {to} to {args.dst}")
+    print(
+        f"{args.src}: {source.what}, {source.layout} layout, {source.num_bytes() / 1e9:.2f} GB; "
+        f"writing {to} to {args.dst}"
+    )
     dtype = args.dtype and getattr(torch, args.dtype)
-    options = dict(dtype=dtype, max_shard_bytes=args.max_shard_size, overwrite=args.overwrite, remedy=REMEDY)
+    options = dict(
+        dtype=dtype, max_shard_bytes=args.max_shard_size, overwrite=args.overwrite, remedy=REMEDY
+    )
     with bar(source.num_bytes(), "converting") as progress:
-        files, digest = sources.write_converted(source, args.dst, to=to, progress=progress.update, **options)
+        files, digest = sources.write_converted(
+            source, args.dst, to=to, progress=progress.update, **options
+        )
     print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
     print(f"source digest {digest}")
     if args.verify:

@@ -1,4 +1,6 @@
-"""Draw pictures: `python infer.py prompt="red circle with blue background"`; `--help` lists the rest."""
+"""Draw pictures: `python infer.py prompt="red circle with blue background"`; `--help` lists the
+rest.
+"""
 
 import json
 import logging
@@ -41,8 +43,13 @@ def prompts_of(config):
 
 
 def free_path(folder, name, suffix=".png"):
-    """A path in `folder` that does not exist yet; letters that could escape the folder are replaced."""
-    stem = re.sub(r"[^\w]+", "-", name).strip("-")[:60].encode()[:120].decode(errors="ignore") or "picture"
+    """A path in `folder` that does not exist yet; letters that could escape the folder are
+    replaced.
+    """
+    stem = (
+        re.sub(r"[^\w]+", "-", name).strip("-")[:60].encode()[:120].decode(errors="ignore")
+        or "picture"
+    )
     number, path = 1, folder / f"{stem}{suffix}"
     while path.exists():
         number, path = number + 1, folder / f"{stem}-{number + 1}{suffix}"
@@ -99,7 +106,10 @@ def body(arguments):
         for k in ("height", "width", "steps", "guidance", "max_sequence_length")
         if getattr(config, k) is not None
     }
-    options |= {k: getattr(config.model, k) for k in ("save_converted", "t5", "clip", "autoencoder", "ema", "attention")}
+    options |= {
+        k: getattr(config.model, k)
+        for k in ("save_converted", "t5", "clip", "autoencoder", "ema", "attention")
+    }
     options |= {f.name: getattr(config, f.name) for f in fields(DrawConfig)}
     options |= {"expected": config.expected(), "compile": config.compile}
     if config.model.max_sequence_length:

@@ -1,12 +1,14 @@
-"""Measure whether a model has learnt fill50k: circles and backgrounds of the named colours, for pairs that it never saw together.
+"""Measure whether a model has learnt fill50k: circles and backgrounds of the named colours, for
+pairs that it never saw together.
 
     python prove.py                                     # the shipped tiny pipeline
     python prove.py --checkpoint runs/mine --num 500
     python prove.py --controlnet runs/controlnet_tiny   # also: does the circle lie where the control picture has it?
 
-Draws a picture for each of `--num` held-out pairs of colours, measures it (`fluxlite.data.circles`), and compares with two
-controls: the same pictures under each other's prompts, and pairs whose two colours change places under the same seed.
-Writes proof.json and grid.png, prints a table and, last, one JSON line.
+Draws a picture for each of `--num` held-out pairs of colours, measures it
+(`fluxlite.data.circles`), and compares with two controls: the same pictures under each other's
+prompts, and pairs whose two colours change places under the same seed. Writes proof.json and
+grid.png, prints a table and, last, one JSON line.
 """
 
 import json
@@ -35,7 +37,9 @@ def body(arguments):
     check_output(config.output, "--output ")
     if not config.controlnet and config.control_size != ProofConfig.control_size:
         raise ValueError("--control-size is of a ControlNet's pictures: name --controlnet too")
-    how = {key: getattr(config, key) for key in ("checkpoint", "seed", "steps", "guidance", "batch")}
+    how = {
+        key: getattr(config, key) for key in ("checkpoint", "seed", "steps", "guidance", "batch")
+    }
     report, pictures, results = prove(
         partial(draw, config.controlnet, {k: v for k, v in how.items() if v is not None}),
         num=config.num,

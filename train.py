@@ -1,4 +1,6 @@
-"""Train a Flux: `python train.py recipe=laptop`, or `torchrun --nproc_per_node 8 train.py model=flux_dev data=fill50k …`."""
+"""Train a Flux: `python train.py recipe=laptop`, or `torchrun --nproc_per_node 8 train.py
+model=flux_dev data=fill50k …`.
+"""
 
 import logging
 
@@ -30,7 +32,9 @@ def body(arguments):
         from fluxlite.train.loop import train
 
     config = load_config(TrainConfig, "train", arguments)
-    logging.basicConfig(level=logging.INFO if parallel.rank() == 0 else logging.WARNING, format="%(message)s")
+    logging.basicConfig(
+        level=logging.INFO if parallel.rank() == 0 else logging.WARNING, format="%(message)s"
+    )
     try:
         with parallel.watching_ranks(config.parallel):
             folder = train(config)

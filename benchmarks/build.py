@@ -1,10 +1,12 @@
-"""Memory of one rank while the sharded model is built: never more than its shard and one block. Prints a table and a JSON line.
+"""Memory of one rank while the sharded model is built: never more than its shard and one block.
+Prints a table and a JSON line.
 
     python benchmarks/build.py --ranks 8                       # FLUX.1-dev, random weights; the other seven ranks are pretended
     python benchmarks/build.py --ranks 8 --set model.checkpoint=FLUX.1-random
     torchrun --nproc_per_node 4 benchmarks/build.py --set model.num_double_blocks=1 --set model.num_single_blocks=2
 
-Private memory is sampled every few milliseconds; pages mapped from a checkpoint are not in it, since the system takes them back.
+Private memory is sampled every few milliseconds; pages mapped from a checkpoint are not in it,
+since the system takes them back.
 """
 
 import argparse
@@ -25,7 +27,9 @@ from fluxlite.train.metrics import memory_of_process
 
 
 class Peak:
-    """The most private memory of this process while it is entered, above what it had before, in bytes."""
+    """The most private memory of this process while it is entered, above what it had before, in
+    bytes.
+    """
 
     def __enter__(self):
         self.before = self.most = memory_of_process()[0]
@@ -48,7 +52,9 @@ class Peak:
 
 
 def start(args):
-    """The configuration and the mesh: of torchrun's ranks, or of rank 0 of `--ranks` in a process group that only pretends."""
+    """The configuration and the mesh: of torchrun's ranks, or of rank 0 of `--ranks` in a process
+    group that only pretends.
+    """
     pretend = "RANK" not in os.environ
     if pretend:
         os.environ.update(RANK="0", WORLD_SIZE=str(args.ranks))
@@ -56,15 +62,27 @@ def start(args):
 
         dist.init_process_group("fake", rank=0, world_size=args.ranks, store=FakeStore())
     batch = f"data.global_batch={parallel.world_size()}"
-    config = load_config(TrainConfig, "train", ["model=flux_dev", "data=mock", "device=cpu", batch, *args.set])
+    config = load_config(
+        TrainConfig, "train", ["model=flux_dev", "data=mock", "device=cpu", batch, *args.set]
+    )
     device = torch.device("cpu")
-    return config, device, parallel.make_mesh(config.parallel, device) if pretend else parallel.start(config.parallel, device)[1]
+    return (
+        config,
+        device,
+        parallel.make_mesh(config.parallel, device)
+        if pretend
+        else parallel.start(config.parallel, device)[1],
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--set", action="append", default=[], help="a key of train.py, as key=value")
+    parser.add_argument(
+        "--set", action="append", default=[], help="a key of train.py, as key=value"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1 if "RANK" in os.environ else 2)
     config, device, mesh = start(args)
@@ -72,7 +90,10 @@ def main():
     with Peak() as peak:
         model = loop.build_flux(config, device, mesh)
     shard = local_bytes(model.parameters())
-    blocks = [sum(4 * p.numel() for p in block.parameters()) for block in (*model.double_blocks, *model.single_blocks)]
+    blocks = [
+        sum(4 * p.numel() for p in block.parameters())
+        for block in (*model.double_blocks, *model.single_blocks)
+    ]
     found = {
         "parameters": model.num_parameters(),
         "ranks": parallel.world_size(),
@@ -84,7 +105,11 @@ def main():
     }
     if parallel.rank() == 0:
         for name, value in found.items():
-            print(f"{name:<24}{value / 1e9:>9.3f} GB" if name in ("shard", "largest block", "peak") else f"{name:<24}{value!s:>12}")
+            print(
+                f"{name:<24}{value / 1e9:>9.3f} GB"
+                if name in ("shard", "largest block", "peak")
+                else f"{name:<24}{value!s:>12}"
+            )
         print(json.dumps(found | {"arguments": args.set}))
     parallel.stop()
 

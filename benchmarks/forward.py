@@ -1,11 +1,13 @@
-"""Our forward beside diffusers' and beside the bare matrix products, at FLUX.1's full width and reduced depth, in one process.
+"""Our forward beside diffusers' and beside the bare matrix products, at FLUX.1's full width and
+reduced depth, in one process.
 
     python benchmarks/forward.py                                     # bf16, 256², 512² and 1024², eager and compiled
     python benchmarks/forward.py --dtype float32 --sizes 256 --no-compile
 
-Measured alternately, medians of `--repeats`. One denoising step as each pipeline runs it: diffusers computes the modulation and the
-text projection in every step; we compute them for all steps before the first, and `ours, whole` is our forward with both in it.
-The floor is the same linears and attentions with nothing between them. Prints a table and, last, one JSON line.
+Measured alternately, medians of `--repeats`. One denoising step as each pipeline runs it: diffusers
+computes the modulation and the text projection in every step; we compute them for all steps before
+the first, and `ours, whole` is our forward with both in it. The floor is the same linears and
+attentions with nothing between them. Prints a table and, last, one JSON line.
 """
 
 import argparse
@@ -40,7 +42,11 @@ def make_models(config, dtype, seed=0):
 
     def draw(name, shape):
         values = torch.randn(shape, generator=generator, dtype=dtype)
-        return 1 + 0.1 * values if "norm_" in name and len(shape) == 1 and name.endswith("weight") else 0.02 * values
+        return (
+            1 + 0.1 * values
+            if "norm_" in name and len(shape) == 1 and name.endswith("weight")
+            else 0.02 * values
+        )
 
     state = {name: draw(name, value.shape) for name, value in theirs.state_dict().items()}
     theirs.load_state_dict(state, assign=True)
@@ -54,9 +60,9 @@ def make_inputs(config, side, dtype):
     img = torch.randn(1, cells * cells // 4, config.in_channels, generator=generator).to(dtype)
     txt = torch.randn(1, TEXT_TOKENS, config.text_width, generator=generator).to(dtype)
     pooled = torch.randn(1, config.pooled_width, generator=generator).to(dtype)
-    return dict(img=img, txt=txt, pooled=pooled, t=torch.tensor([0.5]), guidance=torch.tensor([4.0])), position_ids(
-        cells, cells, TEXT_TOKENS
-    )
+    return dict(
+        img=img, txt=txt, pooled=pooled, t=torch.tensor([0.5]), guidance=torch.tensor([4.0])
+    ), position_ids(cells, cells, TEXT_TOKENS)
 
 
 def diffusers_step(theirs, inputs, ids):
@@ -79,7 +85,9 @@ def our_steps(ours, inputs, ids):
     rope = rope_table(ids, ours.config)
     modulation = ours.modulate(inputs["t"], inputs["pooled"], inputs["guidance"])
     txt = ours.txt_in(inputs["txt"])
-    return (lambda: ours.velocity(inputs["img"], txt, rope, modulation)), (lambda: ours(rope=rope, **inputs))
+    return (lambda: ours.velocity(inputs["img"], txt, rope, modulation)), (
+        lambda: ours(rope=rope, **inputs)
+    )
 
 
 def floor_step(ours, inputs):
@@ -87,9 +95,14 @@ def floor_step(ours, inputs):
     config, num_img = ours.config, inputs["img"].shape[1]
     tokens, hidden = TEXT_TOKENS + num_img, config.hidden_size
     dtype = inputs["img"].dtype
-    x = {length: torch.randn(1, length, hidden, dtype=dtype) for length in (TEXT_TOKENS, num_img, tokens)}
+    x = {
+        length: torch.randn(1, length, hidden, dtype=dtype)
+        for length in (TEXT_TOKENS, num_img, tokens)
+    }
     wide = {length: torch.randn(1, length, 4 * hidden, dtype=dtype) for length in x}
-    q, k, v = (torch.randn(1, config.num_heads, tokens, config.head_width, dtype=dtype) for _ in range(3))
+    q, k, v = (
+        torch.randn(1, config.num_heads, tokens, config.head_width, dtype=dtype) for _ in range(3)
+    )
 
     def linear(part, given):
         return F.linear(given, part.weight, part.bias)
@@ -160,7 +173,14 @@ def measure(args, dtype, sides):
             results[side] |= alternate(steps, args.repeats) | {"error" + suffix: error}
     for side in sides:
         flops = ours.forward_flops(TEXT_TOKENS, (side // 16) ** 2)
-        rows.append({"side": side, "dtype": str(dtype).removeprefix("torch."), "tflop": flops / 1e12, **results[side]})
+        rows.append(
+            {
+                "side": side,
+                "dtype": str(dtype).removeprefix("torch."),
+                "tflop": flops / 1e12,
+                **results[side],
+            }
+        )
     return rows, memory(theirs, ours)
 
 
@@ -178,29 +198,43 @@ def memory(theirs, ours):
 
 def peak_gb():
     """The most memory that this process has had resident, in 10^9 bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    )
 
 
 def report(rows, weights):
     for row in rows:
-        print(f"\n{row['side']}² ({TEXT_TOKENS} text tokens), {row['dtype']}, {row['tflop']:.2f} TFLOP")
+        print(
+            f"\n{row['side']}² ({TEXT_TOKENS} text tokens), {row['dtype']}, {row['tflop']:.2f} "
+            "TFLOP"
+        )
         print(f"{'':<24}{'seconds':>9}{'TFLOP/s':>9}{'× diffusers':>13}{'of the floor':>14}")
         for name, seconds in row.items():
             if name in ("side", "dtype", "tflop") or name.startswith("error"):
                 continue
             base = row["diffusers, compiled" if "compiled" in name else "diffusers"]
-            print(f"{name:<24}{seconds:>9.3f}{row['tflop'] / seconds:>9.2f}{base / seconds:>13.2f}{row['floor'] / seconds:>14.0%}")
+            print(
+                f"{name:<24}{seconds:>9.3f}{row['tflop'] / seconds:>9.2f}{base / seconds:>13.2f}{row['floor'] / seconds:>14.0%}"
+            )
         print(f"{'relative difference':<24}{row['error']:>9.1e}")
     print(
-        f"\nweights in the loop: diffusers {weights['diffusers'] / 1e9:.2f} GB, ours {weights['ours'] / 1e9:.2f} GB at this depth; "
+        f"\nweights in the loop: diffusers {weights['diffusers'] / 1e9:.2f} GB, ours "
+        f"{weights['ours'] / 1e9:.2f} GB at this depth; "
         f"{weights['FLUX.1-dev saved']:.1%} fewer for FLUX.1-dev"
     )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides in pixels")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[256, 512, 1024], help="sides in pixels"
+    )
     parser.add_argument("--doubles", type=int, default=1)
     parser.add_argument("--singles", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
@@ -211,8 +245,16 @@ def main():
     rows, weights = measure(args, getattr(torch, args.dtype), args.sizes)
     gc.collect()
     report(rows, weights)
-    print(f"memory of this process, both models in it: {memory_of_process()[1] / 1e9:.2f} GB resident, {peak_gb():.2f} GB at most")
-    conditions = {"torch": torch.__version__, "threads": args.threads, "repeats": args.repeats, "machine": platform.machine()}
+    print(
+        f"memory of this process, both models in it: {memory_of_process()[1] / 1e9:.2f} GB "
+        f"resident, {peak_gb():.2f} GB at most"
+    )
+    conditions = {
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "repeats": args.repeats,
+        "machine": platform.machine(),
+    }
     print(
         json.dumps(
             {

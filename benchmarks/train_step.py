@@ -1,14 +1,16 @@
-"""A training step beside the same step of diffusers' model: one process, same loss, clipping, optimizer and dtype.
+"""A training step beside the same step of diffusers' model: one process, same loss, clipping,
+optimizer and dtype.
 
     python benchmarks/train_step.py                        # bf16, with and without activation checkpointing; minutes
     python benchmarks/train_step.py --dtype float32 --side 256
     python benchmarks/train_step.py --scaling              # one process on one core beside two on two, FSDP2
 
-Ours is the trainer's on a mesh of one: float32 weights, gradients and AdamW, weights cast to the compute dtype while a block runs.
-Theirs has float32 weights under autocast, as diffusers' training examples have. Times are alternating medians of `--repeats` steps
-in one process, in which both models lie; the most memory, private, is of a process of each one's own, in which tensors are asked
-of the system one by one: "kept" is the same with what glibc's heap keeps of freed ones, a fifth more, which varies. Prints a table
-and a JSON line.
+Ours is the trainer's on a mesh of one: float32 weights, gradients and AdamW, weights cast to the
+compute dtype while a block runs. Theirs has float32 weights under autocast, as diffusers' training
+examples have. Times are alternating medians of `--repeats` steps in one process, in which both
+models lie; the most memory, private, is of a process of each one's own, in which tensors are asked
+of the system one by one: "kept" is the same with what glibc's heap keeps of freed ones, a fifth
+more, which varies. Prints a table and a JSON line.
 """
 
 import argparse
@@ -46,10 +48,19 @@ def configure(args, checkpointing="none"):
 
 def sample(config, seed=1):
     """A sample's clean tokens, text, pooled vector, noise, t and guidance."""
-    generator, tokens = torch.Generator().manual_seed(seed), num_image_tokens(config.data.height // 8, config.data.width // 8)
+    generator, tokens = (
+        torch.Generator().manual_seed(seed),
+        num_image_tokens(config.data.height // 8, config.data.width // 8),
+    )
     model = config.model
-    shapes = [(1, tokens, model.in_channels), (1, TEXT_TOKENS, model.text_width), (1, model.pooled_width)]
-    x0, txt, pooled, noise = (torch.randn(shape, generator=generator) for shape in (*shapes, shapes[0]))
+    shapes = [
+        (1, tokens, model.in_channels),
+        (1, TEXT_TOKENS, model.text_width),
+        (1, model.pooled_width),
+    ]
+    x0, txt, pooled, noise = (
+        torch.randn(shape, generator=generator) for shape in (*shapes, shapes[0])
+    )
     return x0, txt, pooled, dict(noise=noise, t=torch.tensor([0.5]), guidance=torch.tensor([3.5]))
 
 
@@ -71,22 +82,35 @@ def their_step(config, checkpointing, weights=None):
     """The same of diffusers' model, with `weights` in our layout where they are given."""
     from diffusers import FluxTransformer2DModel
 
-    values = {k: v for k, v in layouts.config_to_diffusers(config.model.shape()).items() if not k.startswith("_")}
+    values = {
+        k: v
+        for k, v in layouts.config_to_diffusers(config.model.shape()).items()
+        if not k.startswith("_")
+    }
     model = FluxTransformer2DModel(**values)
     if weights is not None:
         model.load_state_dict(layouts.from_fluxlite(weights, config.model.shape(), "diffusers"))
     if checkpointing != "none":
         model.enable_gradient_checkpointing()
-    optimizers = optim.make_optimizers(SimpleNamespace(named_parameters=model.named_parameters), config.optim)
+    optimizers = optim.make_optimizers(
+        SimpleNamespace(named_parameters=model.named_parameters), config.optim
+    )
     x0, txt, pooled, drawn = sample(config)
     ids = position_ids(config.data.height // 8, config.data.width // 8, TEXT_TOKENS).float()
-    inputs = dict(encoder_hidden_states=txt, pooled_projections=pooled, timestep=drawn["t"], guidance=drawn["guidance"])
+    inputs = dict(
+        encoder_hidden_states=txt,
+        pooled_projections=pooled,
+        timestep=drawn["t"],
+        guidance=drawn["guidance"],
+    )
     inputs |= dict(img_ids=ids[TEXT_TOKENS:], txt_ids=ids[:TEXT_TOKENS], return_dict=False)
     mixed = config.dtype == "bfloat16"
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            velocity = theirs(hidden_states=flow.add_noise(x0, drawn["noise"], drawn["t"]), **inputs)[0]
+            velocity = theirs(
+                hidden_states=flow.add_noise(x0, drawn["noise"], drawn["t"]), **inputs
+            )[0]
         loss = flow.velocity_loss(velocity, x0, drawn["noise"]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
@@ -129,8 +153,12 @@ def peak_alone(args, who, checkpointing, kept):
     """The most private memory of a process that takes three steps of one of the two."""
     with tempfile.NamedTemporaryFile("r") as file:
         own = ["--alone", who, "--checkpointing", checkpointing, "--result", file.name]
-        heap = {} if kept else {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # larger allocations return to the system when freed
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], *own], check=True, env=os.environ | heap)
+        heap = (
+            {} if kept else {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+        )  # larger allocations return to the system when freed
+        subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], *own], check=True, env=os.environ | heap
+        )
         return json.load(file)
 
 
@@ -153,7 +181,9 @@ def scaling(args):
             launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
             rest = [a for a in sys.argv[1:] if a != "--scaling"]
             subprocess.run(
-                [*launch, __file__, *rest, "--rank-of", file.name], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+                [*launch, __file__, *rest, "--rank-of", file.name],
+                check=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
             )
             rates.append(json.load(file))
     return rates
@@ -174,17 +204,38 @@ def compare(args):
     rows = []
     for checkpointing in ("none", "full"):
         (theirs, ours), losses = alternate(args, checkpointing)
-        row = {"checkpointing": checkpointing, "diffusers_s": theirs, "ours_s": ours, "losses": losses}
+        row = {
+            "checkpointing": checkpointing,
+            "diffusers_s": theirs,
+            "ours_s": ours,
+            "losses": losses,
+        }
         for key in ("memory", "kept"):
-            row[key] = [peak_alone(args, who, checkpointing, key == "kept") for who in ("diffusers", "ours")]
+            row[key] = [
+                peak_alone(args, who, checkpointing, key == "kept") for who in ("diffusers", "ours")
+            ]
         rows.append(row)
     print(
-        f"{args.side}², {TEXT_TOKENS} text tokens, {args.doubles} + {args.singles} blocks of width {args.heads * 128}, {args.dtype}"
+        f"{args.side}², {TEXT_TOKENS} text tokens, {args.doubles} + {args.singles} blocks of width "
+        f"{args.heads * 128}, {args.dtype}"
     )
-    heads = ("diffusers", 11), ("ours", 9), ("ratio", 8), ("memory GB", 15), ("ratio", 8), ("kept GB", 15), ("ratio", 8)
-    print(f"{'activation checkpointing':<26}" + "".join(f"{name:>{width}}" for name, width in heads))
+    heads = (
+        ("diffusers", 11),
+        ("ours", 9),
+        ("ratio", 8),
+        ("memory GB", 15),
+        ("ratio", 8),
+        ("kept GB", 15),
+        ("ratio", 8),
+    )
+    print(
+        f"{'activation checkpointing':<26}" + "".join(f"{name:>{width}}" for name, width in heads)
+    )
     for row in rows:
-        line = f"{row['diffusers_s']:>9.2f} s{row['ours_s']:>7.2f} s{row['diffusers_s'] / row['ours_s']:>8.2f}"
+        line = (
+            f"{row['diffusers_s']:>9.2f} s{row['ours_s']:>7.2f} "
+            f"s{row['diffusers_s'] / row['ours_s']:>8.2f}"
+        )
         for theirs, ours in (row["memory"], row["kept"]):
             line += f"{f'{theirs / 1e9:.2f} and {ours / 1e9:.2f}':>15}{ours / theirs:>8.2f}"
         print(f"{row['checkpointing']:<26}{line}")
@@ -192,16 +243,29 @@ def compare(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--side", type=int, default=512, help="height and width in pixels")
     parser.add_argument("--doubles", type=int, default=1)
     parser.add_argument("--singles", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=12, help="attention heads of width 128; FLUX.1 has 24")
+    parser.add_argument(
+        "--heads", type=int, default=12, help="attention heads of width 128; FLUX.1 has 24"
+    )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--scaling", action="store_true", help="one and two processes instead of diffusers and ours")
-    parser.add_argument("--set", action="append", default=[], help="a key of train.py, as key=value")
-    for name in ("--alone", "--checkpointing", "--result", "--rank-of"):  # what this script says to its own processes
+    parser.add_argument(
+        "--scaling", action="store_true", help="one and two processes instead of diffusers and ours"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], help="a key of train.py, as key=value"
+    )
+    for name in (
+        "--alone",
+        "--checkpointing",
+        "--result",
+        "--rank-of",
+    ):  # what this script says to its own processes
         parser.add_argument(name, dest="who" if name == "--alone" else None, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -212,8 +276,17 @@ def main():
     found = {"scaling": scaling(args)} if args.scaling else compare(args)
     if args.scaling:
         one, two = found["scaling"]
-        print(f"samples a second: {one:.3f} with one process on one core, {two:.3f} with two on two, {two / one:.2f} times as many")
-    print(json.dumps(found | {k: v for k, v in vars(args).items() if v is not None} | {"torch": torch.__version__}))
+        print(
+            f"samples a second: {one:.3f} with one process on one core, {two:.3f} with two on two, "
+            f"{two / one:.2f} times as many"
+        )
+    print(
+        json.dumps(
+            found
+            | {k: v for k, v in vars(args).items() if v is not None}
+            | {"torch": torch.__version__}
+        )
+    )
 
 
 if __name__ == "__main__":

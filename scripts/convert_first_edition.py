@@ -1,4 +1,5 @@
-"""Convert what fluxlite 0.1 wrote, which later versions refuse: its files, and the weights of its runs.
+"""Convert what fluxlite 0.1 wrote, which later versions refuse: its files, and the weights of its
+runs.
 
     python scripts/convert_first_edition.py --src old.safetensors --dst new.safetensors
     python scripts/convert_first_edition.py --src runs/old --dst new.safetensors                # the moving average
@@ -34,7 +35,9 @@ def interleave_pairs(x, config):
 
 
 def first_chunks(part, i, config):
-    """The first and last of the H rows, in the one modulation, of a linear of ours: `img.0`, `out`."""
+    """The first and last of the H rows, in the one modulation, of a linear of ours: `img.0`,
+    `out`.
+    """
     doubles, singles = config.num_double_blocks, config.num_single_blocks
     starts = {"img": 12 * i, "txt": 12 * i + 6, "single": 12 * doubles + 3 * i}
     start = starts.get(part, 12 * doubles + 3 * singles)
@@ -68,7 +71,9 @@ def old_name(name):
 
 
 def open_file(path):
-    """(what, configuration, read, {name: dtype}, metadata, files, sampling settings) of a file or folder."""
+    """(what, configuration, read, {name: dtype}, metadata, files, sampling settings) of a file or
+    folder.
+    """
     tensors = tensor_files.Tensors(path)
     about, types = (
         tensors.metadata,
@@ -122,7 +127,9 @@ def open_run(path, ema):
 
 
 def open_first_edition(path, *, ema=True):
-    """The `Source`, in today's layout, of a file, folder or run of fluxlite 0.1; raises `ValueError`."""
+    """The `Source`, in today's layout, of a file, folder or run of fluxlite 0.1; raises
+    `ValueError`.
+    """
     opened = open_run(path, ema) if run_folder.is_run(path) else open_file(path)
     what, values, read_old, types, about, files, settings = opened
     kind = ControlNetConfig if what == "controlnet" else FluxConfig

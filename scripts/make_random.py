@@ -1,11 +1,13 @@
-"""Write a full-size FLUX.1 pipeline folder of random weights, for tests of scale: right names, shapes, types and shards.
+"""Write a full-size FLUX.1 pipeline folder of random weights, for tests of scale: right names,
+shapes, types and shards.
 
     python scripts/make_random.py --dst FLUX.1-random                     # FLUX.1-dev's transformer, 23.8 GB in 3 shards
     python scripts/make_random.py --dst FLUX.1-random --model schnell --encoders      # with T5-XXL, CLIP-L, autoencoder: 33.7 GB
     python scripts/make_random.py --dst small --doubles 1 --singles 1     # full width, less depth
 
-Weights are bfloat16 and come from one pool of normal draws, scaled by each matrix's width: no more than one tensor is in memory.
-Pictures drawn with them are noise. The tokenizers are those of assets/flux-tiny.
+Weights are bfloat16 and come from one pool of normal draws, scaled by each matrix's width: no more
+than one tensor is in memory. Pictures drawn with them are noise. The tokenizers are those of
+assets/flux-tiny.
 """
 
 import json
@@ -26,16 +28,34 @@ from fluxlite.weights.sources import DIFFUSERS_SHARD_BYTES
 
 TINY = Path(__file__).parents[1] / "assets" / "flux-tiny"
 POOL = 1 << 24
-T5_XXL = dict(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128, feed_forward_proj="gated-gelu")
-CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)
+T5_XXL = dict(
+    d_model=4096,
+    d_kv=64,
+    d_ff=10240,
+    num_layers=24,
+    num_heads=64,
+    vocab_size=32128,
+    feed_forward_proj="gated-gelu",
+)
+CLIP_L = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    projection_dim=768,
+)
 
 
 def draw(shape, pool, generator, *, norm):
-    """A random bfloat16 tensor: about 1 for a norm's scale, else of variance 1 over its inputs, biases small."""
+    """A random bfloat16 tensor: about 1 for a norm's scale, else of variance 1 over its inputs,
+    biases small.
+    """
     count = torch.Size(shape).numel()
     start = torch.randint(POOL // 2, (), generator=generator).item()
     values = (
-        pool[start : start + count] if count <= POOL - start else pool.repeat(-(-(count + start) // POOL))[start : start + count]
+        pool[start : start + count]
+        if count <= POOL - start
+        else pool.repeat(-(-(count + start) // POOL))[start : start + count]
     )
     values = values.view(shape)
     if norm:
@@ -50,7 +70,10 @@ def write_part(folder, stem, shapes, config, pool, generator, bar):
     shards = tensor_files.split_shards(described, DIFFUSERS_SHARD_BYTES)
     names = tensor_files.shard_names(stem, len(shards))
     for shard, name in zip(shards, names):
-        pieces = ((key, draw(shape, pool, generator, norm="norm" in key and len(shape) == 1)) for key, (_, shape) in shard.items())
+        pieces = (
+            (key, draw(shape, pool, generator, norm="norm" in key and len(shape) == 1))
+            for key, (_, shape) in shard.items()
+        )
         tensor_files.write(folder / name, shard, pieces, {"format": "pt"}, bar.update)
     if len(shards) > 1:
         tensor_files.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
@@ -70,8 +93,14 @@ def encoder_parts():
     ):
         with torch.device("meta"):
             model = cls(config)
-        shapes = {k: v.shape for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"}
-        found[folder] = "model", shapes, config.to_dict() | {"architectures": [cls.__name__], "dtype": "bfloat16"}
+        shapes = {
+            k: v.shape for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"
+        }
+        found[folder] = (
+            "model",
+            shapes,
+            config.to_dict() | {"architectures": [cls.__name__], "dtype": "bfloat16"},
+        )
     return found
 
 
@@ -81,9 +110,7 @@ class RandomConfig:
 
     dst: str = option(MISSING, "folder to write", path=True)
     model: str = option("dev", "with guidance or without", choices=("dev", "schnell"))
-    encoders: bool = option(
-        False, "also T5-XXL, CLIP-L and the autoencoder, with tiny tokenizers"
-    )
+    encoders: bool = option(False, "also T5-XXL, CLIP-L and the autoencoder, with tiny tokenizers")
     doubles: int = same_option(FluxConfig, "num_double_blocks")
     singles: int = same_option(FluxConfig, "num_single_blocks")
     seed: int = option(0, "of the weights", at_least=0, at_most=2**63 - 1)
@@ -98,12 +125,22 @@ def body(arguments):
     dst = Path(args.dst)
     flux = FluxConfig(args.doubles, args.singles, guidance_embed=args.model == "dev")
     flux.validate()
-    parts = {"transformer": ("diffusion_pytorch_model", layouts.shapes("diffusers", flux), layouts.config_to_diffusers(flux))}
+    parts = {
+        "transformer": (
+            "diffusion_pytorch_model",
+            layouts.shapes("diffusers", flux),
+            layouts.config_to_diffusers(flux),
+        )
+    }
     if args.encoders:
         vae = AutoencoderConfig()
         values = layouts.autoencoder_config_to_diffusers(vae)
-        parts |= encoder_parts() | {"vae": ("diffusion_pytorch_model", layouts.shapes("diffusers", vae), values)}
-    total = 2 * sum(torch.Size(shape).numel() for _, shapes, _ in parts.values() for shape in shapes.values())
+        parts |= encoder_parts() | {
+            "vae": ("diffusion_pytorch_model", layouts.shapes("diffusers", vae), values)
+        }
+    total = 2 * sum(
+        torch.Size(shape).numel() for _, shapes, _ in parts.values() for shape in shapes.values()
+    )
     generator = torch.Generator().manual_seed(args.seed)
     pool = torch.randn(POOL, generator=generator).bfloat16()
     with tensor_files.aside(dst, folder=True) as folder:

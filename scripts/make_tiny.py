@@ -1,9 +1,11 @@
-"""Make `assets/flux-tiny`: a tiny but complete FLUX pipeline, every part trained on generated fill50k pictures and captions.
+"""Make `assets/flux-tiny`: a tiny but complete FLUX pipeline, every part trained on generated
+fill50k pictures and captions.
 
     python scripts/make_tiny.py                    # all stages, about two hours and a half on two cores
     python scripts/make_tiny.py --stage vae        # or text, transformer, controlnet
 
-Pairs of colours that `fill50k.is_held_out` holds out are in no stage's data. Weights are stored in bfloat16.
+Pairs of colours that `fill50k.is_held_out` holds out are in no stage's data. Weights are stored in
+bfloat16.
 """
 
 import json
@@ -39,7 +41,9 @@ def cosine(progress, warmup=0.02):
 
 
 def fit(parameters, step, *, minutes, lr, log_every=200):
-    """AdamW with a cosine schedule over wall time; `step()` returns a loss; keeps and returns the mean of the last weights."""
+    """AdamW with a cosine schedule over wall time; `step()` returns a loss; keeps and returns the
+    mean of the last weights.
+    """
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     shadow = [p.detach().clone() for p in parameters]
@@ -56,7 +60,10 @@ def fit(parameters, step, *, minutes, lr, log_every=200):
         decay = min(0.995, (1 + count) / (10 + count))
         torch._foreach_lerp_(shadow, parameters, 1 - decay)
         if count % log_every == 0:
-            print(f"{progress:5.1%} of {minutes} min, step {count}, loss {loss.item():.5f}", flush=True)
+            print(
+                f"{progress:5.1%} of {minutes} min, step {count}, loss {loss.item():.5f}",
+                flush=True,
+            )
     with torch.no_grad():
         for p, s in zip(parameters, shadow):
             p.copy_(s)
@@ -69,20 +76,25 @@ def save_module(folder, tensors, config, name):
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-# --- autoencoder -------------------------------------------------------------------------------------------------------------
+# --- autoencoder ----------------------------------------------------------------------------------
 
 
 def picture_batches(batch, seed):
     """Endless batches of training pictures, (batch, 3, SIZE, SIZE) in [-1, 1], drawn afresh."""
     choices, index = fill50k.pairs(held_out=False), 0
     while True:
-        rows = [fill50k.draw_sample(index + i, size=SIZE, seed=seed, choices=choices)[0] for i in range(batch)]
+        rows = [
+            fill50k.draw_sample(index + i, size=SIZE, seed=seed, choices=choices)[0]
+            for i in range(batch)
+        ]
         index += batch
         yield torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def initialise_residual(vae):
-    """Unit-variance convolutions, and residual branches that start at zero: some times faster than torch's default."""
+    """Unit-variance convolutions, and residual branches that start at zero: some times faster than
+    torch's default.
+    """
     for name, module in vae.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -92,12 +104,21 @@ def initialise_residual(vae):
 
 
 def make_vae(minutes):
-    """Two phases: pictures alone, then with noise of up to 0.4 of the latents' spread, so that the decoder forgives errors."""
+    """Two phases: pictures alone, then with noise of up to 0.4 of the latents' spread, so that the
+    decoder forgives errors.
+    """
     torch.manual_seed(0)
-    config = AutoencoderConfig(block_out_channels=(16, 32, 64, 96), layers_per_block=1, latent_channels=16, norm_num_groups=1)
+    config = AutoencoderConfig(
+        block_out_channels=(16, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=1,
+    )
     vae = Autoencoder(config).to(memory_format=torch.channels_last)
     initialise_residual(vae)
-    nn.init.constant_(vae.encoder.conv_out.bias[config.latent_channels :], -4)  # little noise at first: pictures before priors
+    nn.init.constant_(
+        vae.encoder.conv_out.bias[config.latent_channels :], -4
+    )  # little noise at first: pictures before priors
     batches = picture_batches(8, seed=1)
 
     def step(noise):
@@ -105,7 +126,10 @@ def make_vae(minutes):
         with torch.autocast("cpu", torch.bfloat16):
             mean, logvar = vae.posterior(images)
             level = noise * mean.detach().std() * torch.rand(len(mean), 1, 1, 1)
-            out = vae.decoder(sample_posterior(mean, logvar, torch.randn_like(mean)) + level * torch.randn_like(mean))
+            out = vae.decoder(
+                sample_posterior(mean, logvar, torch.randn_like(mean))
+                + level * torch.randn_like(mean)
+            )
         error = out.float() - images
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + error.square().mean() + 1e-4 * kl
@@ -117,21 +141,33 @@ def make_vae(minutes):
         images = torch.cat([next(batches) for _ in range(64)])
         mean, logvar = vae.posterior(images)
         sample = sample_posterior(mean, logvar, torch.randn_like(mean))
-        config.shift_factor, config.scaling_factor = round(sample.mean().item(), 4), round(1 / sample.std().item(), 4)
+        config.shift_factor, config.scaling_factor = (
+            round(sample.mean().item(), 4),
+            round(1 / sample.std().item(), 4),
+        )
         error = (vae.decode(vae.encode(images)) - images) * 127.5
     print(f"reconstruction: mean |error| {error.abs().mean():.2f} of 255; latents {config}")
     save_module(
-        ASSETS / "vae", vae.state_dict(), layouts.autoencoder_config_to_diffusers(config), "diffusion_pytorch_model.safetensors"
+        ASSETS / "vae",
+        vae.state_dict(),
+        layouts.autoencoder_config_to_diffusers(config),
+        "diffusion_pytorch_model.safetensors",
     )
 
 
-# --- transformer ---------------------------------------------------------------------------------------------------------------
+# --- transformer ----------------------------------------------------------------------------------
 
 
 def make_transformer():
-    """Train by `train.py recipe=flux_tiny` (which resumes), then write the averaged weights in diffusers' layout."""
+    """Train by `train.py recipe=flux_tiny` (which resumes), then write the averaged weights in
+    diffusers' layout.
+    """
     root, run = ASSETS.parent.parent, "runs/flux_tiny"
-    subprocess.run([sys.executable, "train.py", "recipe=flux_tiny", f"output={run}", "resume=auto"], cwd=root, check=True)
+    subprocess.run(
+        [sys.executable, "train.py", "recipe=flux_tiny", f"output={run}", "resume=auto"],
+        cwd=root,
+        check=True,
+    )
     model = load_transformer(root / run)
     state = model.state_dict()
     tensors = layouts.from_fluxlite(state, model.config, "diffusers")
@@ -141,18 +177,28 @@ def make_transformer():
 
 
 def make_controlnet():
-    """Train by `train.py recipe=controlnet_tiny` beside the shipped transformer, go on from there, and write the average."""
+    """Train by `train.py recipe=controlnet_tiny` beside the shipped transformer, go on from there,
+    and write the average.
+    """
     root, first, run = ASSETS.parent.parent, "runs/controlnet_tiny", "runs/controlnet_shipped"
     train = [sys.executable, "train.py", "recipe=controlnet_tiny", "resume=auto"]
     subprocess.run([*train, f"output={first}"], cwd=root, check=True)
     longer = [f"controlnet.checkpoint={first}", "optim.lr=3e-3", "steps=3000", f"output={run}"]
     longer += ["data.count=40000", "data.cache=data/fill50k-64-40000-control"]
     subprocess.run([*train, *longer], cwd=root, check=True)
-    write_converted(open_source(root / run), ASSETS / "controlnet", to="diffusers", dtype=torch.bfloat16, overwrite=True)
+    write_converted(
+        open_source(root / run),
+        ASSETS / "controlnet",
+        to="diffusers",
+        dtype=torch.bfloat16,
+        overwrite=True,
+    )
 
 
 def write_index():
-    """The files that make the parts a pipeline: for diffusers `model_index.json` and the scheduler's, for us default settings."""
+    """The files that make the parts a pipeline: for diffusers `model_index.json` and the
+    scheduler's, for us default settings.
+    """
     index = {
         "_class_name": "FluxPipeline",
         "_diffusers_version": "0.30.0",
@@ -175,7 +221,13 @@ def write_index():
         "shift": 3.0,
         "use_dynamic_shifting": True,
     }
-    settings = {"height": SIZE, "width": SIZE, "steps": 28, "guidance": 3.5, "max_sequence_length": 16}
+    settings = {
+        "height": SIZE,
+        "width": SIZE,
+        "steps": 28,
+        "guidance": 3.5,
+        "max_sequence_length": 16,
+    }
     (ASSETS / "scheduler").mkdir(exist_ok=True)
     for name, values in {
         "model_index.json": index,
@@ -185,7 +237,7 @@ def write_index():
         (ASSETS / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
-# --- driver ------------------------------------------------------------------------------------------------------------------
+# --- driver ---------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,11 +1,13 @@
-"""Train the two text encoders of `assets/flux-tiny` on captions of circles; a stage of `make_tiny.py`.
+"""Train the two text encoders of `assets/flux-tiny` on captions of circles; a stage of
+`make_tiny.py`.
 
     python scripts/make_tiny.py --stage text
 
-A T5 encoder and a CLIP text model learn to tell the colours of the circle and of the background from the caption, through linear
-heads that are thrown away: from the mean over T5's padded, unmasked tokens and from each of its tokens, and from CLIP's pooled
-vector. Each word of a caption is one token of either tokenizer, and the longest caption fits in the 16 tokens of T5 that the
-tiny pipeline uses; other words are spelt out.
+A T5 encoder and a CLIP text model learn to tell the colours of the circle and of the background
+from the caption, through linear heads that are thrown away: from the mean over T5's padded,
+unmasked tokens and from each of its tokens, and from CLIP's pooled vector. Each word of a caption
+is one token of either tokenizer, and the longest caption fits in the 16 tokens of T5 that the tiny
+pipeline uses; other words are spelt out.
 
 Shapes: B captions, L tokens, D width.
 """
@@ -24,13 +26,21 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from fluxlite.data import fill50k
 
 T5_LENGTH = 16
 CLIP_LENGTH = 77
-# {c} circle, {b} background. The first is the data set's; the others let a user phrase it in another way.
+# {c} circle, {b} background. The first is the data set's; the others let a user phrase it in
+# another way.
 TEMPLATES = """{c} circle with {b} background|{c} circle on {b} background|a {c} circle on a {b} background
 a {c} circle with a {b} background|{c} circle, {b} background|{c} circle and {b} background|{c} circle on {b}
 {b} background with {c} circle|{b} background, {c} circle|a {b} background with a {c} circle|on a {b} background a {c} circle
@@ -46,7 +56,7 @@ SYNONYMS = {"gray": "grey", "golden rod": "goldenrod"}
 NO_COLOUR = 127.5  # what a caption that does not name a colour stands for
 
 
-# --- tokenizers --------------------------------------------------------------------------------------------------------------
+# --- tokenizers -----------------------------------------------------------------------------------
 
 
 def words():
@@ -56,14 +66,35 @@ def words():
 
 def lowercase_charsmap():
     """A compiled sentencepiece normaliser: lower case, no accents, plain quotes and dashes."""
-    rules = {0x2018: "'", 0x2019: "'", 0x201C: '"', 0x201D: '"', 0x2010: "-", 0x2013: "-", 0x2014: "-", 0xA0: " "}
-    for code in [*range(65, 91), *range(0xC0, 0x250), *range(0x1E00, 0x1F00), *range(0xFF01, 0xFF5F)]:
-        plain = "".join(c for c in unicodedata.normalize("NFKD", chr(code)).casefold() if not unicodedata.combining(c))
+    rules = {
+        0x2018: "'",
+        0x2019: "'",
+        0x201C: '"',
+        0x201D: '"',
+        0x2010: "-",
+        0x2013: "-",
+        0x2014: "-",
+        0xA0: " ",
+    }
+    for code in [
+        *range(65, 91),
+        *range(0xC0, 0x250),
+        *range(0x1E00, 0x1F00),
+        *range(0xFF01, 0xFF5F),
+    ]:
+        plain = "".join(
+            c
+            for c in unicodedata.normalize("NFKD", chr(code)).casefold()
+            if not unicodedata.combining(c)
+        )
         if plain and plain.isascii():
             rules[code] = plain
     written = io.BytesIO()
     with tempfile.NamedTemporaryFile("w", suffix=".tsv") as tsv:
-        tsv.writelines(f"{code:X}\t{' '.join(f'{ord(c):X}' for c in plain)}\n" for code, plain in sorted(rules.items()))
+        tsv.writelines(
+            f"{code:X}\t{' '.join(f'{ord(c):X}' for c in plain)}\n"
+            for code, plain in sorted(rules.items())
+        )
         tsv.flush()
         SentencePieceTrainer.train(
             sentence_iterator=iter(words() * 4),
@@ -73,56 +104,78 @@ def lowercase_charsmap():
             normalization_rule_tsv=tsv.name,
             minloglevel=2,
         )
-    return sentencepiece_model_pb2.ModelProto.FromString(written.getvalue()).normalizer_spec.precompiled_charsmap
+    return sentencepiece_model_pb2.ModelProto.FromString(
+        written.getvalue()
+    ).normalizer_spec.precompiled_charsmap
 
 
 def t5_tokenizer():
-    """A unigram tokenizer of whole words, and characters for the others; another script is `<unk>`."""
+    """A unigram tokenizer of whole words, and characters for the others; another script is
+    `<unk>`.
+    """
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     characters = [(chr(i), -8.0) for i in range(33, 127) if not chr(i).isupper()]
     vocab = special + [("▁" + word, -4.0) for word in words()] + characters
-    return T5TokenizerFast(vocab=vocab, extra_ids=0, _spm_precompiled_charsmap=lowercase_charsmap(), model_max_length=512)
+    return T5TokenizerFast(
+        vocab=vocab,
+        extra_ids=0,
+        _spm_precompiled_charsmap=lowercase_charsmap(),
+        model_max_length=512,
+    )
 
 
 def clip_tokenizer():
     """A byte-level BPE of CLIP's kind, merged until each of `words()` is one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False
+    )
     bpe.train_from_iterator(words(), trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=CLIP_LENGTH
+    )
 
 
-# --- captions ----------------------------------------------------------------------------------------------------------------
+# --- captions -------------------------------------------------------------------------------------
 
 
 def phrase(circle, background, rng):
-    """A caption of the pair in one of many wordings, and the six numbers in [0, 255] that it stands for."""
+    """A caption of the pair in one of many wordings, and the six numbers in [0, 255] that it stands
+    for.
+    """
     template = TEMPLATES[0] if rng.random() < 0.4 else rng.choice(TEMPLATES)
     text = template.format(c=circle, b=background)
     if rng.random() < 0.1:
         for old, new in SYNONYMS.items():
             text = text.replace(old, new)
     named = [
-        np.full(3, NO_COLOUR) if field not in template else fill50k.rgb(c) for field, c in [("{c}", circle), ("{b}", background)]
+        np.full(3, NO_COLOUR) if field not in template else fill50k.rgb(c)
+        for field, c in [("{c}", circle), ("{b}", background)]
     ]
-    return rng.choice([str, str, str, str.capitalize, str.title, str.upper])(text), np.concatenate(named)
+    return rng.choice([str, str, str, str.capitalize, str.title, str.upper])(text), np.concatenate(
+        named
+    )
 
 
 def encode(tokenizer, texts, length):
     """Token ids (B, L), padded and truncated to `length`."""
-    return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
-# --- training ----------------------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def t5_features(model, ids):
-    """The mean over T5's tokens (B, 1, D) before its tokens (B, L, D), without a mask, as FLUX sees them."""
+    """The mean over T5's tokens (B, 1, D) before its tokens (B, L, D), without a mask, as FLUX sees
+    them.
+    """
     tokens = model(ids).last_hidden_state
     return torch.cat([tokens.mean(1, keepdim=True), tokens], 1)
 
@@ -134,7 +187,9 @@ def clip_features(model, ids):
 
 
 def train(model, features, tokenizer, *, length, minutes, batch=64, lr=2e-3):
-    """Fit `model` and a linear head to the colours of captions; returns the head, both with the mean of their last weights."""
+    """Fit `model` and a linear head to the colours of captions; returns the head, both with the
+    mean of their last weights.
+    """
     rng, choices = random.Random(0), fill50k.pairs(held_out=False)
     head = nn.Linear(model.config.hidden_size, 6)
     parameters = [*model.parameters(), *head.parameters()]
@@ -142,7 +197,9 @@ def train(model, features, tokenizer, *, length, minutes, batch=64, lr=2e-3):
     shadow = [p.detach().clone() for p in parameters]
     start, count = time.time(), 0
     while (progress := (time.time() - start) / (60 * minutes)) < 1:
-        optimizer.param_groups[0]["lr"] = lr * min(1, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = (
+            lr * min(1, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
+        )
         texts, colours = zip(*(phrase(*rng.choice(choices), rng) for _ in range(batch)))
         target = torch.from_numpy(np.stack(colours)).float()[:, None] / 127.5 - 1  # (B, 1, 6)
         ids = encode(tokenizer, list(texts), length)
@@ -158,7 +215,10 @@ def train(model, features, tokenizer, *, length, minutes, batch=64, lr=2e-3):
         count += 1
         torch._foreach_lerp_(shadow, parameters, 1 - min(0.995, (1 + count) / (10 + count)))
         if count % 200 == 0:
-            print(f"{progress:5.1%} of {minutes:.1f} min, step {count}, loss {loss.item():.5f}", flush=True)
+            print(
+                f"{progress:5.1%} of {minutes:.1f} min, step {count}, loss {loss.item():.5f}",
+                flush=True,
+            )
     with torch.no_grad():
         for p, s in zip(parameters, shadow):
             p.copy_(s)
@@ -167,18 +227,29 @@ def train(model, features, tokenizer, *, length, minutes, batch=64, lr=2e-3):
 
 @torch.no_grad()
 def report(name, model, head, features, tokenizer, *, length):
-    """Print how far the colours are that `head` reads from captions of held-out pairs, and the scale of the features."""
+    """Print how far the colours are that `head` reads from captions of held-out pairs, and the
+    scale of the features.
+    """
     wordings = [TEMPLATES[0], "a {c} circle on a {b} background", "{c} circle, {b} background"]
     for wording in wordings:
         pairs = fill50k.pairs(held_out=True)
-        target = torch.from_numpy(np.stack([np.concatenate([fill50k.rgb(a), fill50k.rgb(b)]) for a, b in pairs]))
-        out = features(model, encode(tokenizer, [wording.format(c=a, b=b) for a, b in pairs], length))
+        target = torch.from_numpy(
+            np.stack([np.concatenate([fill50k.rgb(a), fill50k.rgb(b)]) for a, b in pairs])
+        )
+        out = features(
+            model, encode(tokenizer, [wording.format(c=a, b=b) for a, b in pairs], length)
+        )
         error = ((head(out[:, 0]) + 1) * 127.5 - target).abs()
-        print(f"{name}: '{wording}': mean |error| {error.mean():.2f}, worst {error.max():.1f} of 255; std {out.std():.2f}")
+        print(
+            f"{name}: '{wording}': mean |error| {error.mean():.2f}, worst {error.max():.1f} of "
+            f"255; std {out.std():.2f}"
+        )
 
 
 def make_text(assets, minutes):
-    """Train both encoders for `minutes` in all and write the four folders of text under `assets`."""
+    """Train both encoders for `minutes` in all and write the four folders of text under
+    `assets`.
+    """
     torch.manual_seed(0)
     tokenizer = t5_tokenizer()
     config = T5Config(
@@ -196,7 +267,9 @@ def make_text(assets, minutes):
     )
     model = T5EncoderModel(config)
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-    nn.init.normal_(bias, std=2.0)  # at the default of 0.09 word order goes unnoticed for a thousand steps
+    nn.init.normal_(
+        bias, std=2.0
+    )  # at the default of 0.09 word order goes unnoticed for a thousand steps
     finish(model, t5_features, tokenizer, T5_LENGTH, assets, "_2", minutes * 0.65)
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
@@ -208,7 +281,8 @@ def make_text(assets, minutes):
         num_attention_heads=4,
         max_position_embeddings=CLIP_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,  # any number but 2 makes transformers pool at the first end of text
+        # any number but 2 makes transformers pool at the first end of text
+        eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     finish(CLIPTextModel(config), clip_features, tokenizer, CLIP_LENGTH, assets, "", minutes * 0.35)
@@ -216,14 +290,22 @@ def make_text(assets, minutes):
 
 def finish(model, features, tokenizer, length, assets, suffix, minutes):
     """Train, round to bfloat16, report and write one encoder and its tokenizer."""
-    assert all(len(tokenizer(word).input_ids) == len(tokenizer("").input_ids) + 1 for word in words())
+    assert all(
+        len(tokenizer(word).input_ids) == len(tokenizer("").input_ids) + 1 for word in words()
+    )
     head = train(model, features, tokenizer, length=length, minutes=minutes)
     model.to(torch.bfloat16).float().eval()
     report(type(model).__name__, model, head, features, tokenizer, length=length)
-    prefix = "text_model." if isinstance(model, CLIPTextModel) else ""  # as published; newer transformers leave it out
+    prefix = (
+        "text_model." if isinstance(model, CLIPTextModel) else ""
+    )  # as published; newer transformers leave it out
     model.to(torch.bfloat16).save_pretrained(assets / f"text_encoder{suffix}")
     weights = assets / f"text_encoder{suffix}" / "model.safetensors"
-    save_file({prefix + name: tensor for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    save_file(
+        {prefix + name: tensor for name, tensor in load_file(weights).items()},
+        weights,
+        metadata={"format": "pt"},
+    )
     tokenizer.save_pretrained(assets / f"tokenizer{suffix}")
     if isinstance(tokenizer, CLIPTokenizer):
         write_clip_files(tokenizer, assets / f"tokenizer{suffix}")
@@ -233,4 +315,6 @@ def write_clip_files(tokenizer, folder):
     """The vocabulary and merges as older readers of CLIP's tokenizer want them."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"]))
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in model["merges"])
+    )

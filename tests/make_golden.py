@@ -1,5 +1,5 @@
-"""What the code computed once, kept in `golden/`: pictures and latents of the shipped weights, losses
-and gradients of small nets.
+"""What the code computed once, kept in `golden/`: pictures and latents of the shipped weights,
+losses and gradients of small nets.
 
     python tests/make_golden.py        # writes the files anew, where results are meant to change
 

@@ -1,8 +1,10 @@
-"""Run by `test_parallel.py` under torchrun: training on every mesh that this number of ranks allows, through the trainer itself.
+"""Run by `test_parallel.py` under torchrun: training on every mesh that this number of ranks
+allows, through the trainer itself.
 
     python -m torch.distributed.run --nproc_per_node 4 tests/meshes.py OUT.pt
 
-Writes {name of the case: {"loss": of the first step, "gradients", "weights" and "average" after ten}}, all whole, float32.
+Writes {name of the case: {"loss": of the first step, "gradients", "weights" and "average" after
+ten}}, all whole, float32.
 """
 
 import sys
@@ -44,17 +46,27 @@ MESHES = {
 PLAIN = ["dtype=float32"]
 CONTROL = [*PLAIN, "controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=1",
            "controlnet.init_from_base=false"]  # fmt: skip
-DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]  # in part out of any gradient's reach
+DOUBLES = [
+    *CONTROL,
+    "controlnet.num_single_blocks=0",
+    "optim.weight_decay=0.5",
+]  # in part out of any gradient's reach
 
 
 def cases(ranks):
-    """{name: (options of parallel., accumulation, other options)} of all that this number of ranks trains."""
+    """{name: (options of parallel., accumulation, other options)} of all that this number of ranks
+    trains.
+    """
     found = {}
     for name, mesh in MESHES[ranks].items():
         for accumulation in (1, 2):
             for sharded in ("true", "false"):
                 options = [*mesh, f"shard_modulation={sharded}"]
-                found[f"{name}, accumulation {accumulation}, shard_modulation {sharded}"] = options, accumulation, PLAIN
+                found[f"{name}, accumulation {accumulation}, shard_modulation {sharded}"] = (
+                    options,
+                    accumulation,
+                    PLAIN,
+                )
         found[f"{name}, bfloat16"] = mesh, 1, ["dtype=bfloat16"]
         if name in ("one", "dp2", "tp2", "tp2, sequence parallel", "cp2", "dp2 x tp2"):
             found[f"{name}, controlnet"] = mesh, 1, CONTROL
@@ -72,7 +84,10 @@ def cases(ranks):
         found["hsdp 2 x tp2"] = ["dp_replicate=2", "tp=2"], 1, PLAIN
         found["tp2 x cp2, sequence parallel"] = ["tp=2", "cp=2", "sequence_parallel=true"], 1, PLAIN
     if ranks in (1, 2):
-        some = ["optim.trainable=['*_norm.weight','txt_in.*']", *PLAIN]  # of which tensor parallelism sums the gradients over ranks
+        some = [
+            "optim.trainable=['*_norm.weight','txt_in.*']",
+            *PLAIN,
+        ]  # of which tensor parallelism sums the gradients over ranks
         for mesh_name in ("one",) if ranks == 1 else ("tp2", "tp2, sequence parallel"):
             found[f"{mesh_name}, frozen"] = MESHES[ranks][mesh_name], 1, some
     for name in MESHES[ranks].keys() & {"one", "dp2", "dp2 x tp2"}:
@@ -97,17 +112,26 @@ def random_weights(model, seed, device, _values_of=None):
 
 
 def whole(tensors):
-    return {name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().float().clone() for name, t in tensors.items()}
+    return {
+        name: (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().float().clone()
+        for name, t in tensors.items()
+    }
 
 
 def batches_of(config, run):
     """The micro-batches of each step, for this rank."""
     data, model = config.data, config.model
-    widths = dict(latent_shape=run.latent_shape, text_shape=(model.max_sequence_length, model.text_width))
-    samples = MockSamples(data, split="train", seed=config.seed, pooled_width=model.pooled_width, **widths)
+    widths = dict(
+        latent_shape=run.latent_shape, text_shape=(model.max_sequence_length, model.text_width)
+    )
+    samples = MockSamples(
+        data, split="train", seed=config.seed, pooled_width=model.pooled_width, **widths
+    )
     loader = loop.rank_loader(run, samples, global_batch=data.global_batch, start_index=0)
     while True:
-        yield [next(loader) for _ in range(data.global_batch // (data.micro_batch * run.mesh.dp_size))]
+        yield [
+            next(loader) for _ in range(data.global_batch // (data.micro_batch * run.mesh.dp_size))
+        ]
 
 
 def train(config, steps=10):
@@ -118,7 +142,9 @@ def train(config, steps=10):
 
     def update(run, step, loss):
         if step == 0:
-            figures["gradients"] = whole({name: p.grad for name, p in run.model.named_parameters() if p.requires_grad})
+            figures["gradients"] = whole(
+                {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
+            )
         return real_update(run, step, loss)
 
     with mock.patch.object(loop, "update", update):
@@ -127,14 +153,21 @@ def train(config, steps=10):
             if step == 0:
                 figures |= {"loss": parallel.mean_over_ranks(loss).item(), "norm": norm.item()}
     figures["trained"] = sorted(name for name, p in run.model.named_parameters() if p.requires_grad)
-    return figures | {"weights": whole(dict(run.model.named_parameters())), "average": whole(run.ema.average)}
+    return figures | {
+        "weights": whole(dict(run.model.named_parameters())),
+        "average": whole(run.ema.average),
+    }
 
 
 def plain_autograd(config):
     """The first step's loss and gradients of a Flux that nothing is wrapped around."""
     with (
         mock.patch.object(parallel, "parallelize", lambda model, *_args, **_options: model),
-        mock.patch.object(parallel, "fill", lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed)),
+        mock.patch.object(
+            parallel,
+            "fill",
+            lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed),
+        ),
     ):
         run = loop.set_up(config, *parallel.start(config.parallel, config.device))
     gradients = {}
@@ -148,14 +181,18 @@ def plain_autograd(config):
 
 
 def main():
-    """All cases of this number of ranks whose names start as the arguments say; the compiled ones only where they are named."""
+    """All cases of this number of ranks whose names start as the arguments say; the compiled ones
+    only where they are named.
+    """
     torch.set_num_threads(1)
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
     for name, case in cases(ranks).items():
         if name.startswith(names) if names else not name.startswith("compiled"):
             began = time.perf_counter()
             exact = partial(optim.orthogonalise, dtype=torch.float64)
-            with mock.patch.object(optim, "orthogonalise", exact if "in float64" in name else optim.orthogonalise):
+            with mock.patch.object(
+                optim, "orthogonalise", exact if "in float64" in name else optim.orthogonalise
+            ):
                 figures[name] = train(configure(*case))
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1:

@@ -1,4 +1,5 @@
-"""Training that is told to stop in a given phase; run by `test_processes.py`, alone or under torchrun.
+"""Training that is told to stop in a given phase; run by `test_processes.py`, alone or under
+torchrun.
 
     python tests/phases.py loading SIGTERM data=mock …     # one run, signalled when it comes to that phase
     python tests/phases.py < cases.json                    # many, each in a process forked off: no import for each
@@ -24,7 +25,8 @@ from fluxlite.cli.programs import run_program
 from fluxlite.data import cache, fill50k
 from fluxlite.train import loop
 
-PHASES = {  # where each begins: the owner of a function, its name, the call that the signal comes in
+# where each begins: the owner of a function, its name, the call that the signal comes in
+PHASES = {
     "composing": (command_line, "load_config", 1),
     "generating": (fill50k.TarWriter, "write", 5),
     "loading": (loop, "load_parts", 1),
@@ -65,7 +67,9 @@ def run_phase(phase, name, *arguments):
 
 
 def fork_case(case, folder):
-    """A run in a process and a group of its own; {"code", "text": all it wrote, "left": processes of its group}."""
+    """A run in a process and a group of its own; {"code", "text": all it wrote, "left": processes
+    of its group}.
+    """
     file = Path(folder) / "output.txt"
     child = os.fork()
     if not child:

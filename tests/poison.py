@@ -1,4 +1,5 @@
-"""Run by `test_processes.py`, under torchrun or alone: steps whose gradient is not finite, on one rank or on all.
+"""Run by `test_processes.py`, under torchrun or alone: steps whose gradient is not finite, on one
+rank or on all.
 
     python -m torch.distributed.run --nproc_per_node 2 tests/poison.py
 
@@ -40,7 +41,9 @@ def state_of(run):
 
 @contextmanager
 def poisoned_gradient(value, call=1):
-    """One number of the last rank's gradient becomes `value` before the norm is taken for the `call`-th time."""
+    """One number of the last rank's gradient becomes `value` before the norm is taken for the
+    `call`-th time.
+    """
     clip, calls = optim.clip_gradients, count(1)
 
     def poison(model, *rest):

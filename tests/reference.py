@@ -1,4 +1,6 @@
-"""What tests share: small models of the reference libraries with every parameter random, and relative errors."""
+"""What tests share: small models of the reference libraries with every parameter random, and
+relative errors.
+"""
 
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
@@ -9,7 +11,9 @@ from fluxlite.weights import layouts
 
 
 def randomise(module, seed=0):
-    """Fill every parameter with random non-trivial values: zero initialisation would hide most of the network."""
+    """Fill every parameter with random non-trivial values: zero initialisation would hide most of
+    the network.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -37,9 +41,19 @@ def diffusers_flux(*, guidance=True, doubles=2, singles=3, **changes):
     return randomise(FluxTransformer2DModel(**(values | changes)))
 
 
-def diffusers_controlnet(*, guidance=True, doubles=2, singles=3, pixel=False, modes=None, seed=1, **changes):
-    """A small FluxControlNetModel with random parameters: on latents, on `pixel`s as XLabs', or a union of `modes`."""
-    values = SMALL | dict(num_layers=doubles, num_single_layers=singles, guidance_embeds=guidance, num_mode=modes) | changes
+def diffusers_controlnet(
+    *, guidance=True, doubles=2, singles=3, pixel=False, modes=None, seed=1, **changes
+):
+    """A small FluxControlNetModel with random parameters: on latents, on `pixel`s as XLabs', or a
+    union of `modes`.
+    """
+    values = (
+        SMALL
+        | dict(
+            num_layers=doubles, num_single_layers=singles, guidance_embeds=guidance, num_mode=modes
+        )
+        | changes
+    )
     if pixel:
         values |= dict(patch_size=2, conditioning_embedding_channels=values["in_channels"] // 4)
     return randomise(FluxControlNetModel(**values), seed)
@@ -68,5 +82,7 @@ def relative_error(ours, theirs):
 
 
 def last_of_each(arguments):
-    """key=value arguments, where a later one replaces one of its key: a command line takes each once."""
+    """key=value arguments, where a later one replaces one of its key: a command line takes each
+    once.
+    """
     return list({argument.split("=")[0]: argument for argument in arguments}.values())

@@ -8,7 +8,9 @@ from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig, sample_pos
 from fluxlite.weights import layouts
 from fluxlite.weights.sources import load_autoencoder
 
-SMALL = dict(block_out_channels=(8, 16, 16), layers_per_block=2, latent_channels=4, norm_num_groups=4)
+SMALL = dict(
+    block_out_channels=(8, 16, 16), layers_per_block=2, latent_channels=4, norm_num_groups=4
+)
 
 
 @pytest.fixture
@@ -35,13 +37,19 @@ def test_both_ways_match_diffusers(pair):
         posterior = theirs.encode(images).latent_dist
         mean, logvar = ours.posterior(images)
         assert mean.shape == (2, 4, 6, 10)
-        assert relative_error(mean, posterior.mean) < 1e-5 and relative_error(logvar, posterior.logvar) < 1e-5
+        assert (
+            relative_error(mean, posterior.mean) < 1e-5
+            and relative_error(logvar, posterior.logvar) < 1e-5
+        )
         noise = torch.randn(mean.shape)
         expected = (posterior.mean + posterior.std * noise - 0.1159) * 0.3611
         assert relative_error(ours.encode(images, noise), expected) < 1e-5
         assert relative_error(ours.encode(images), (posterior.mode() - 0.1159) * 0.3611) < 1e-5
         latents = torch.randn(2, 4, 6, 10)
-        assert relative_error(ours.decode(latents), theirs.decode(latents / 0.3611 + 0.1159).sample) < 1e-5
+        assert (
+            relative_error(ours.decode(latents), theirs.decode(latents / 0.3611 + 0.1159).sample)
+            < 1e-5
+        )
 
 
 def bfl_state(ours):
@@ -60,7 +68,13 @@ def bfl_state(ours):
         elif kind == "mid_block" and rest[0] == "resnets":
             name = f"{side}.mid.block_{int(rest[1]) + 1}.{'.'.join(rest[2:])}"
         elif kind == "mid_block":
-            leaf = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[rest[2]]
+            leaf = {
+                "group_norm": "norm",
+                "to_q": "q",
+                "to_k": "k",
+                "to_v": "v",
+                "to_out": "proj_out",
+            }[rest[2]]
             name = f"{side}.mid.attn_1.{leaf}.{rest[-1]}"
             value = value[:, :, None, None] if value.ndim == 2 else value
         else:
@@ -103,7 +117,9 @@ def test_flux_autoencoder_has_the_shapes_of_diffusers():
             use_post_quant_conv=False,
         )
         ours = Autoencoder(AutoencoderConfig())
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
 
 
 def test_posterior_is_sampled_or_its_mode():

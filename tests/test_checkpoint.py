@@ -32,7 +32,9 @@ from fluxlite.weights.sources import ASSETS
 
 ROOT = Path(__file__).parents[1]
 TINY = ASSETS / "flux-tiny"
-CHANGES = dict(attention_head_dim=32, axes_dims_rope=(4, 14, 14))  # the axes that follow from the head width
+CHANGES = dict(
+    attention_head_dim=32, axes_dims_rope=(4, 14, 14)
+)  # the axes that follow from the head width
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +73,22 @@ def test_files_go_round_to_identical_bytes(sources, tmp_path, first, second):
 def test_what_is_written_says_what_it_is(sources, tmp_path):
     with safe_open(sources["fluxlite"], "pt") as file:
         about = file.metadata()
-    assert about["layout"] == "fluxlite" and about["source_layout"] == "diffusers" and about["fluxlite_version"]
+    assert (
+        about["layout"] == "fluxlite"
+        and about["source_layout"] == "diffusers"
+        and about["fluxlite_version"]
+    )
     assert about["source_digest"] == digests(sources["diffusers"])[1]
     assert json.loads(about["config"])["num_double_blocks"] == 2
 
 
 def test_metadata_of_other_programs_are_not_taken_for_ours(sources, tmp_path):
     state, config = load_file(sources["bfl"]), checkpoint.open_source(sources["bfl"]).config
-    save_file(state, tmp_path / "other.safetensors", {"config": "not JSON", "sampling": "[", "layout": "mine"})
+    save_file(
+        state,
+        tmp_path / "other.safetensors",
+        {"config": "not JSON", "sampling": "[", "layout": "mine"},
+    )
     assert checkpoint.open_source(tmp_path / "other.safetensors").config == config
 
 
@@ -91,9 +101,13 @@ def test_digests_are_those_of_the_bytes(sources):
 
 def test_diffusers_loads_an_export_in_shards(sources, theirs, tmp_path):
     source = checkpoint.open_source(sources["bfl"])
-    files, _ = checkpoint.write_converted(source, tmp_path / "out", to="diffusers", max_shard_bytes=100_000)
+    files, _ = checkpoint.write_converted(
+        source, tmp_path / "out", to="diffusers", max_shard_bytes=100_000
+    )
     assert len(files) > 3 and all(f.stat().st_size < 120_000 for f in files)
-    again = FluxTransformer2DModel.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16).state_dict()
+    again = FluxTransformer2DModel.from_pretrained(
+        tmp_path / "out", torch_dtype=torch.bfloat16
+    ).state_dict()
     assert all(torch.equal(again[k], v) for k, v in theirs.state_dict().items())
 
 
@@ -101,7 +115,9 @@ def test_diffusers_loads_an_export_in_shards(sources, theirs, tmp_path):
 def test_every_layout_loads_directly_and_equally(sources, layout):
     reference = checkpoint.load_transformer(sources["diffusers"]).state_dict()
     got = checkpoint.load_transformer(sources[layout]).state_dict()
-    assert all(torch.equal(got[k], v) and got[k].dtype == torch.bfloat16 for k, v in reference.items())
+    assert all(
+        torch.equal(got[k], v) and got[k].dtype == torch.bfloat16 for k, v in reference.items()
+    )
 
 
 def mapped_files():
@@ -134,11 +150,16 @@ def test_weights_stay_in_the_mapped_files_and_only_what_changes_is_copied(source
 
 def test_dtype_and_prefix_and_autoencoder(sources, tmp_path):
     files, _ = checkpoint.write_converted(
-        checkpoint.open_source(sources["nemo"]), tmp_path / "f.safetensors", to="bfl", dtype=torch.float32
+        checkpoint.open_source(sources["nemo"]),
+        tmp_path / "f.safetensors",
+        to="bfl",
+        dtype=torch.float32,
     )
     state = load_file(files[0])
     assert all(v.dtype == torch.float32 for v in state.values())
-    save_file({f"model.diffusion_model.{k}": v for k, v in state.items()}, tmp_path / "comfy.safetensors")
+    save_file(
+        {f"model.diffusion_model.{k}": v for k, v in state.items()}, tmp_path / "comfy.safetensors"
+    )
     assert digests(tmp_path / "comfy.safetensors")[1] == digests(files[0])[1]
     checkpoint.write_converted(
         checkpoint.open_source(TINY, part="vae"), tmp_path / "ae.safetensors", to="bfl"
@@ -164,7 +185,9 @@ def test_verify_proves_a_conversion_and_finds_a_flipped_bit(sources, tmp_path):
     for layout in convert.LAYOUTS:
         source = checkpoint.open_source(sources[layout])
         to = "diffusers" if layout == "fluxlite" else "fluxlite"
-        dst = tmp_path / f"v-{layout}" if to == "diffusers" else tmp_path / f"v-{layout}.safetensors"
+        dst = (
+            tmp_path / f"v-{layout}" if to == "diffusers" else tmp_path / f"v-{layout}.safetensors"
+        )
         checkpoint.write_converted(source, dst, to=to)
         lines = verify.verify(source, dst)
         assert "bit for bit" in lines[0] and "equals diffusers" in lines[1]
@@ -182,7 +205,9 @@ def test_verify_judges_the_forward_and_rounding(sources, tmp_path, monkeypatch):
     source = checkpoint.open_source(sources["bfl"])
     wide, half = tmp_path / "wide.safetensors", tmp_path / "half.safetensors"
     checkpoint.write_converted(source, wide, dtype=torch.float32)
-    resave(wide, lambda s: s.update({k: v * (1 + 1e-4) for k, v in s.items()}))  # no bfloat16 values any more
+    resave(
+        wide, lambda s: s.update({k: v * (1 + 1e-4) for k, v in s.items()})
+    )  # no bfloat16 values any more
     fine = checkpoint.open_source(wide)
     checkpoint.write_converted(fine, half, to="bfl", dtype=torch.bfloat16)
     lines = verify.verify(fine, half)
@@ -198,7 +223,10 @@ def test_a_wrong_mapping_gives_a_large_forward_error(sources):
     good = checkpoint.open_source(sources["fluxlite"])
     assert verify.forward_error(source, good) < 1e-5
     bad = dataclasses.replace(
-        good, read=lambda n, a=0, b=None: good.read(n, a, b).flip(0) if "qkv.q." in n else good.read(n, a, b)
+        good,
+        read=lambda n, a=0, b=None: (
+            good.read(n, a, b).flip(0) if "qkv.q." in n else good.read(n, a, b)
+        ),
     )
     assert verify.forward_error(source, bad) > 0.01
 
@@ -208,7 +236,9 @@ def test_values_too_large_for_the_type_are_refused(sources, tmp_path):
     checkpoint.write_converted(checkpoint.open_source(sources["bfl"]), wide, dtype=torch.float32)
     resave(wide, lambda s: s["img_in.weight"].view(-1)[3:4].fill_(1e6))
     with pytest.raises(ValueError, match="img_in.weight has values up to 1e\\+06"):
-        checkpoint.write_converted(checkpoint.open_source(wide), tmp_path / "half.safetensors", dtype=torch.float16)
+        checkpoint.write_converted(
+            checkpoint.open_source(wide), tmp_path / "half.safetensors", dtype=torch.float16
+        )
     assert not (tmp_path / "half.safetensors").exists()
 
 
@@ -219,7 +249,10 @@ def test_each_tensor_keeps_its_type(sources, tmp_path):
     checkpoint.write_converted(checkpoint.open_source(mixed), tmp_path / "out.safetensors")
     state = load_file(tmp_path / "out.safetensors")
     assert all(v.dtype == (torch.float32 if v.ndim > 1 else torch.bfloat16) for v in state.values())
-    assert "bit for bit" in verify.verify(checkpoint.open_source(mixed), tmp_path / "out.safetensors")[0]
+    assert (
+        "bit for bit"
+        in verify.verify(checkpoint.open_source(mixed), tmp_path / "out.safetensors")[0]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -251,12 +284,17 @@ def test_a_run_of_two_shards_is_a_source_and_its_average_is_chosen(run_folder, t
     group = "ema" if ema else "model"
     expected = {name: torch.empty(shape) for name, (_, shape) in source.described.items()}
     dcp.load({group: expected}, checkpoint_id=run_folders.last_checkpoint(run_folder), no_dist=True)
-    assert all(torch.equal(source.read(k), v) and torch.equal(source.read(k, 3, 9), v[3:9]) for k, v in expected.items())
+    assert all(
+        torch.equal(source.read(k), v) and torch.equal(source.read(k, 3, 9), v[3:9])
+        for k, v in expected.items()
+    )
     checkpoint.write_converted(source, tmp_path / "out", to="diffusers")
     assert "bit for bit" in verify.verify(source, tmp_path / "out")[0]
     with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", "pt") as file:
         training = json.loads(file.metadata()["training"])
-    assert training["step"] == 2 and training["ema"] == ema and training["density"] == "logit_normal"
+    assert (
+        training["step"] == 2 and training["ema"] == ema and training["density"] == "logit_normal"
+    )
     kept = tmp_path / "kept.safetensors"
     checkpoint.converted(run_folder, kept, ema=ema)
     with pytest.raises(ValueError, match="was not made from"):
@@ -303,8 +341,14 @@ def test_streamed_blocks_compute_the_same(sources):
     from fluxlite.nets.flux import rope_table
     from fluxlite.nets.latents import position_ids
 
-    inputs = torch.randn(1, 8, 12, generator=g), torch.randn(1, 3, 20, generator=g), rope_table(position_ids(4, 8, 3), model.config)
-    more = dict(t=torch.tensor([0.5]), pooled=torch.randn(1, 14, generator=g), guidance=torch.tensor([2.0]))
+    inputs = (
+        torch.randn(1, 8, 12, generator=g),
+        torch.randn(1, 3, 20, generator=g),
+        rope_table(position_ids(4, 8, 3), model.config),
+    )
+    more = dict(
+        t=torch.tensor([0.5]), pooled=torch.randn(1, 14, generator=g), guidance=torch.tensor([2.0])
+    )
     expected = model(*inputs, **more)
     seen, streamed = [], offload.stream_blocks(model, "cpu")
     homes = {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -312,11 +356,15 @@ def test_streamed_blocks_compute_the_same(sources):
         block.register_forward_pre_hook(lambda m, _: seen.append(m.proj.weight.data_ptr()))
     for _ in range(2):
         assert torch.equal(streamed(*inputs, **more), expected)
-    assert len(seen) == 6 and len(set(seen)) == 2 and not set(seen) & set(homes.values())  # blocks ran in two buffers
-    assert {name: p.data_ptr() for name, p in model.named_parameters()} == homes  # and gave them back
+    assert (
+        len(seen) == 6 and len(set(seen)) == 2 and not set(seen) & set(homes.values())
+    )  # blocks ran in two buffers
+    assert {
+        name: p.data_ptr() for name, p in model.named_parameters()
+    } == homes  # and gave them back
 
 
-# --- the script, and what it refuses --------------------------------------------------------------------------------------------
+# --- the script, and what it refuses --------------------------------------------------------------
 
 
 def convert_hf(*arguments, limit=None):
@@ -344,9 +392,24 @@ def test_the_script_converts_a_tiny_pipeline_and_verifies(tmp_path, capfd):
     result = convert_hf("--src", TINY, "--dst", tmp_path / "tiny.safetensors", "--verify")
     assert result.returncode == 0, result.stderr
     assert "bit for bit" in result.stdout and "equals diffusers" in result.stdout
-    assert run(["--src", f"{tmp_path}/tiny.safetensors", "--dst", f"{tmp_path}/back", "--to", "diffusers"]) == 0
+    assert (
+        run(
+            [
+                "--src",
+                f"{tmp_path}/tiny.safetensors",
+                "--dst",
+                f"{tmp_path}/back",
+                "--to",
+                "diffusers",
+            ]
+        )
+        == 0
+    )
     capfd.readouterr()
-    printed = [(run(["--src", str(p), "--digests"]), capfd.readouterr().out)[1] for p in (TINY, tmp_path / "back")]
+    printed = [
+        (run(["--src", str(p), "--digests"]), capfd.readouterr().out)[1]
+        for p in (TINY, tmp_path / "back")
+    ]
     assert printed[0] == printed[1] and printed[0].count("\n") > 100
 
 
@@ -368,12 +431,32 @@ def single(sources, tmp_path):
 
 FAULTS = {
     "wrong folder": (lambda s, t: TINY / "text_encoder", None, "CLIP text encoder"),
-    "missing shard": (lambda s, t: s["diffusers"], lambda p: sorted(p.glob("*-00002-*"))[0].unlink(), "lacks 1 of"),
-    "truncated": (single, lambda p: os.truncate(p, p.stat().st_size - 1000), "no whole safetensors file"),
+    "missing shard": (
+        lambda s, t: s["diffusers"],
+        lambda p: sorted(p.glob("*-00002-*"))[0].unlink(),
+        "lacks 1 of",
+    ),
+    "truncated": (
+        single,
+        lambda p: os.truncate(p, p.stat().st_size - 1000),
+        "no whole safetensors file",
+    ),
     "corrupt header": (single, corrupt_header, "no whole safetensors file"),
-    "wrong width": (single, lambda p: resave(p, lambda s: s.update({"img_in.bias": torch.zeros(5)})), "img_in.bias [5], not"),
-    "extra key": (single, lambda p: resave(p, lambda s: s.update(extra=torch.zeros(5))), "unknown: extra"),
-    "missing key": (single, lambda p: resave(p, lambda s: s.pop("img_in.bias")), "missing: img_in.bias"),
+    "wrong width": (
+        single,
+        lambda p: resave(p, lambda s: s.update({"img_in.bias": torch.zeros(5)})),
+        "img_in.bias [5], not",
+    ),
+    "extra key": (
+        single,
+        lambda p: resave(p, lambda s: s.update(extra=torch.zeros(5))),
+        "unknown: extra",
+    ),
+    "missing key": (
+        single,
+        lambda p: resave(p, lambda s: s.pop("img_in.bias")),
+        "missing: img_in.bias",
+    ),
     "two layouts": (
         single,
         lambda p: resave(p, lambda s: s.update({"time_in.linear_in.weight": torch.zeros(5)})),
@@ -396,7 +479,11 @@ FAULTS = {
         lambda p: next(p.glob("*.index.json")).write_text("{"),
         "damaged",
     ),
-    "damaged config": (lambda s, t: s["diffusers"], lambda p: (p / "config.json").write_text("{"), "damaged"),
+    "damaged config": (
+        lambda s, t: s["diffusers"],
+        lambda p: (p / "config.json").write_text("{"),
+        "damaged",
+    ),
 }
 
 
@@ -412,7 +499,9 @@ def test_bad_sources_are_refused_in_one_line(sources, tmp_path, fault, capfd, mo
 
 
 def refused(code, errors, named, tmp_path, before=()):
-    """One line that names the fault, exit code 2, and nothing in out/ but what was there `before`."""
+    """One line that names the fault, exit code 2, and nothing in out/ but what was there
+    `before`.
+    """
     assert code == 2, errors
     lines = [line for line in errors.replace("\r", "\n").splitlines() if line.startswith("error")]
     assert len(lines) == 1 and named in lines[0] and "Traceback" not in errors, errors
@@ -464,10 +553,14 @@ def test_bad_destinations_are_refused_and_lose_nothing(sources, tmp_path, capfd)
     assert digests(existing)[1] == digests(sources["fluxlite"])[1]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user, for whom permissions hold")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can become another user, for whom permissions hold"
+)
 def test_permissions_are_reported(sources, tmp_path, capfd):
     """As a user that is not root: in a child, whose interpreter has read all that it needs."""
-    for path in (p for p in [tmp_path, *tmp_path.parents] if p.owner() == "root" and len(p.parts) > 2):
+    for path in (
+        p for p in [tmp_path, *tmp_path.parents] if p.owner() == "root" and len(p.parts) > 2
+    ):
         path.chmod(0o755)
     (tmp_path / "out").mkdir(mode=0o555)
     sources["bfl"].chmod(0o644)
@@ -476,14 +569,20 @@ def test_permissions_are_reported(sources, tmp_path, capfd):
         child = os.fork()
         if child == 0:
             os.setuid(65534)
-            os._exit(run(["--src", str(sources[layout]), "--dst", f"{tmp_path}/out/new.safetensors"]))
+            os._exit(
+                run(["--src", str(sources[layout]), "--dst", f"{tmp_path}/out/new.safetensors"])
+            )
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         refused(code, capfd.readouterr().err, named, tmp_path)
 
 
-# --- ControlNets ----------------------------------------------------------------------------------------------------------------
+# --- ControlNets ----------------------------------------------------------------------------------
 
-KINDS = {"xlabs": dict(singles=0, pixel=True), "instantx": dict(singles=3), "union": dict(singles=1, modes=7)}
+KINDS = {
+    "xlabs": dict(singles=0, pixel=True),
+    "instantx": dict(singles=3),
+    "union": dict(singles=1, modes=7),
+}
 HOLDS = {
     "xlabs": ("fluxlite", "diffusers", "bfl", "nemo"),
     "instantx": ("fluxlite", "diffusers", "nemo"),
@@ -499,7 +598,10 @@ def controlnets(tmp_path):
         theirs = diffusers_controlnet(**changes, in_channels=16, **CHANGES).to(torch.bfloat16)
         found[kind] = tmp_path / f"{kind}.safetensors" if kind == "xlabs" else tmp_path / kind
         if kind == "xlabs":
-            save_file({k: v.clone().contiguous() for k, v in in_layout(theirs, "bfl").items()}, found[kind])
+            save_file(
+                {k: v.clone().contiguous() for k, v in in_layout(theirs, "bfl").items()},
+                found[kind],
+            )
         else:
             theirs.save_pretrained(found[kind])
     return found
@@ -513,11 +615,19 @@ def test_controlnets_go_through_every_layout_to_identical_bytes(controlnets, tmp
         dst = tmp_path / str(number)
         files, _ = checkpoint.write_converted(source, dst, to=layout)
         if layout != "diffusers":
-            names = {"fluxlite": "fluxlite_controlnet", "bfl": "flux_controlnet", "nemo": "nemo_flux_controlnet_transformer"}
+            names = {
+                "fluxlite": "fluxlite_controlnet",
+                "bfl": "flux_controlnet",
+                "nemo": "nemo_flux_controlnet_transformer",
+            }
             assert [f.name for f in files] == [f"{names[layout]}.safetensors"]
         assert "equals diffusers' model" in verify.verify(source, dst)[-1]
         source = checkpoint.open_source(dst)
-        assert (source.what, source.layout, source.config) == ("controlnet", layout, original.config)
+        assert (source.what, source.layout, source.config) == (
+            "controlnet",
+            layout,
+            original.config,
+        )
     assert digests(dst) == digests(controlnets[kind])
 
 
@@ -532,13 +642,20 @@ def test_diffusers_loads_an_exported_controlnet(controlnets, tmp_path, kind):
     keys = ("num_mode", "conditioning_embedding_channels", "patch_size", "num_layers")
     assert all(again.config[k] == theirs.config[k] for k in keys)
     net, mapped = checkpoint.load_controlnet(controlnets[kind]), checkpoint.load_controlnet(ours)
-    assert net.config == mapped.config and all(torch.equal(mapped.state_dict()[k], v) for k, v in net.state_dict().items())
+    assert net.config == mapped.config and all(
+        torch.equal(mapped.state_dict()[k], v) for k, v in net.state_dict().items()
+    )
 
 
 def test_controlnets_and_other_parts_are_not_mixed_up(controlnets, sources, tmp_path):
-    with pytest.raises(ValueError, match="controlnet.checkpoint=.*holds the wrong part, transformer: name a ControlNet"):
+    with pytest.raises(
+        ValueError,
+        match="controlnet.checkpoint=.*holds the wrong part, transformer: name a ControlNet",
+    ):
         checkpoint.load_controlnet(sources["diffusers"])
-    with pytest.raises(ValueError, match="model.checkpoint=.*holds the wrong part, controlnet: name a transformer"):
+    with pytest.raises(
+        ValueError, match="model.checkpoint=.*holds the wrong part, controlnet: name a transformer"
+    ):
         checkpoint.load_transformer(controlnets["instantx"])
     with pytest.raises(ValueError, match="controlnet.checkpoint=/nowhere does not exist"):
         checkpoint.load_controlnet("/nowhere")
@@ -548,10 +665,14 @@ def test_controlnets_and_other_parts_are_not_mixed_up(controlnets, sources, tmp_
         ("union", "bfl", "7 modes"),
     ):
         with pytest.raises(ValueError, match=named):
-            checkpoint.write_converted(checkpoint.open_source(controlnets[kind]), tmp_path / "no.safetensors", to=to)
+            checkpoint.write_converted(
+                checkpoint.open_source(controlnets[kind]), tmp_path / "no.safetensors", to=to
+            )
     assert not (tmp_path / "no.safetensors").exists()
     with pytest.raises(ValueError, match="holds something other than a FLUX controlnet"):
-        checkpoint.write_converted(checkpoint.open_source(controlnets["union"]), sources["bfl"], overwrite=True)
+        checkpoint.write_converted(
+            checkpoint.open_source(controlnets["union"]), sources["bfl"], overwrite=True
+        )
 
 
 def test_a_converted_controlnet_is_kept_and_used_again(controlnets, tmp_path, caplog):
@@ -559,8 +680,14 @@ def test_a_converted_controlnet_is_kept_and_used_again(controlnets, tmp_path, ca
     first = checkpoint.converted(controlnets["xlabs"], kept, **of)
     written = kept.stat().st_mtime_ns
     again = checkpoint.converted(controlnets["xlabs"], kept, **of)
-    assert first.layout == again.layout == "fluxlite" and kept.stat().st_mtime_ns == written and again.config.hint == "pixel"
-    with pytest.raises(ValueError, match="controlnet.save_converted=.*was not made from controlnet.checkpoint="):
+    assert (
+        first.layout == again.layout == "fluxlite"
+        and kept.stat().st_mtime_ns == written
+        and again.config.hint == "pixel"
+    )
+    with pytest.raises(
+        ValueError, match="controlnet.save_converted=.*was not made from controlnet.checkpoint="
+    ):
         checkpoint.converted(controlnets["union"], kept, **of)
 
 
@@ -575,7 +702,20 @@ def test_a_flipped_bit_in_a_controlnet_is_found(controlnets, tmp_path):
 
 
 def test_the_script_converts_a_controlnet(controlnets, tmp_path, capfd):
-    assert run(["--src", str(controlnets["xlabs"]), "--dst", str(tmp_path / "out"), "--to", "diffusers", "--verify"]) == 0
+    assert (
+        run(
+            [
+                "--src",
+                str(controlnets["xlabs"]),
+                "--dst",
+                str(tmp_path / "out"),
+                "--to",
+                "diffusers",
+                "--verify",
+            ]
+        )
+        == 0
+    )
     out = capfd.readouterr().out
     assert (
         "controlnet, bfl layout" in out
@@ -600,7 +740,9 @@ def test_what_a_killed_conversion_left_is_gone_after_the_next(tmp_path):
     checkpoint.open_source(str(tmp_path / "d"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2]
+)
 def test_one_value_that_is_not_finite_is_found_wherever_it_lies(dtype):
     for length in (1, 7, 64, 4097):
         values = torch.linspace(-3, 3, length).to(dtype)

@@ -1,4 +1,6 @@
-"""Text encoders: parity with diffusers, where files are looked for, and what is said when they are not there."""
+"""Text encoders: parity with diffusers, where files are looked for, and what is said when they are
+not there.
+"""
 
 import json
 import logging
@@ -15,7 +17,12 @@ from safetensors.torch import load_file, save_file
 from fluxlite.weights.text_encoders import CLIP, T5, load_text_encoders, locate
 
 TINY = Path(__file__).parent.parent / "assets" / "flux-tiny"
-PROMPTS = ["red circle with blue background", "blue circle with red background", "Crème brûlée, 日本 \n two  spaces!", ""]
+PROMPTS = [
+    "red circle with blue background",
+    "blue circle with red background",
+    "Crème brûlée, 日本 \n two  spaces!",
+    "",
+]
 
 
 def load(t5=TINY, clip=TINY, dtype=torch.float32):
@@ -50,7 +57,9 @@ def reference(prompts, length, dtype):
         tokenizer_2=T5TokenizerFast.from_pretrained(TINY / "tokenizer_2"),
     )
     with torch.inference_mode():
-        return pipeline.encode_prompt(prompts, device=torch.device("cpu"), max_sequence_length=length)[:2]
+        return pipeline.encode_prompt(
+            prompts, device=torch.device("cpu"), max_sequence_length=length
+        )[:2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -64,7 +73,9 @@ def test_encode_equals_flux_pipeline(dtype, length):
 
 
 def test_pooled_vector_is_that_of_the_first_end_of_text(encoders):
-    ids = encoders.clip_tokenizer(PROMPTS, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    ids = encoders.clip_tokenizer(
+        PROMPTS, padding="max_length", max_length=77, return_tensors="pt"
+    ).input_ids
     hidden = encoders.clip(ids).last_hidden_state
     first = [row.tolist().index(encoders.clip_tokenizer.eos_token_id) for row in ids]
     assert first[0] == 6 and first[3] == 1
@@ -89,7 +100,9 @@ def test_outputs_can_take_part_in_training(encoders):
     weight = torch.ones(128, 1, requires_grad=True)
     (txt @ weight).sum().backward()
     assert weight.grad.abs().sum() > 0
-    assert not any(p.requires_grad for model in (encoders.t5, encoders.clip) for p in model.parameters())
+    assert not any(
+        p.requires_grad for model in (encoders.t5, encoders.clip) for p in model.parameters()
+    )
     assert not encoders.t5.training and not encoders.clip.training
 
 
@@ -106,7 +119,10 @@ def test_truncation_is_reported_once_and_says_what_t5_reads(caplog):
         for _ in range(2):
             encoders.encode(["red", "red " * 90], 128)
         assert len(caplog.messages) == 1
-        assert "CLIP reads 77 of the 92 tokens" in caplog.messages[0] and "T5 still reads up to 128" in caplog.messages[0]
+        assert (
+            "CLIP reads 77 of the 92 tokens" in caplog.messages[0]
+            and "T5 still reads up to 128" in caplog.messages[0]
+        )
         encoders.encode(["red " * 90], 16)
         assert len(caplog.messages) == 2 and "T5 reads 16 of the 91 tokens" in caplog.messages[1]
 
@@ -128,7 +144,7 @@ def test_prompts_must_be_a_list(encoders):
             encoders.encode(prompts, 16)
 
 
-# --- folders -----------------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------
 
 
 def test_tokenizer_is_found_in_the_pipeline_beside_the_encoder_and_inside_it(copy):
@@ -138,7 +154,11 @@ def test_tokenizer_is_found_in_the_pipeline_beside_the_encoder_and_inside_it(cop
         for file in (copy / kind.tokenizer).iterdir():
             shutil.copy(file, copy / kind.encoder)
         shutil.rmtree(copy / kind.tokenizer)
-        assert locate(copy, kind) == locate(copy / kind.encoder, kind) == (copy / kind.encoder, copy / kind.encoder)
+        assert (
+            locate(copy, kind)
+            == locate(copy / kind.encoder, kind)
+            == (copy / kind.encoder, copy / kind.encoder)
+        )
     txt, pooled = load(copy / T5.encoder, copy).encode(PROMPTS, 16)
     expected = load().encode(PROMPTS, 16)
     assert torch.equal(txt, expected[0]) and torch.equal(pooled, expected[1])
@@ -150,7 +170,9 @@ def test_missing_parts_are_errors_that_name_the_setting(copy, kind):
     with pytest.raises(ValueError, match=f"{kind.key}=.*{other.encoder} holds a model of type"):
         locate(copy / other.encoder, kind)
     shutil.rmtree(copy / kind.tokenizer)
-    with pytest.raises(ValueError, match=f"{kind.key}=.*no tokenizer: put tokenizer.json.*{kind.tokenizer}"):
+    with pytest.raises(
+        ValueError, match=f"{kind.key}=.*no tokenizer: put tokenizer.json.*{kind.tokenizer}"
+    ):
         locate(copy, kind)
     (copy / kind.encoder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=f"{kind.key}=.*no weights"):
@@ -165,7 +187,9 @@ def test_missing_parts_are_errors_that_name_the_setting(copy, kind):
 
 def test_unreachable_hub_fails_at_once_in_one_line():
     start = time.time()
-    with pytest.raises(ValueError, match="model.t5=nobody-at-all/no-such-model is no folder") as caught:
+    with pytest.raises(
+        ValueError, match="model.t5=nobody-at-all/no-such-model is no folder"
+    ) as caught:
         locate("nobody-at-all/no-such-model", T5)
     assert time.time() - start < 10 and "\n" not in str(caught.value)
 
@@ -188,14 +212,22 @@ def test_hub_repository_is_fetched_in_part(copy, monkeypatch):
     from fnmatch import fnmatch
 
     calls = fake_hub(monkeypatch, copy)
-    assert locate("owner/name", T5) == locate("owner/name/text_encoder_2", T5) == (copy / T5.encoder, copy / T5.tokenizer)
+    assert (
+        locate("owner/name", T5)
+        == locate("owner/name/text_encoder_2", T5)
+        == (copy / T5.encoder, copy / T5.tokenizer)
+    )
     unwanted = [
         "flux1-dev.safetensors",
         "ae.safetensors",
         "transformer/diffusion_pytorch_model.safetensors",
         "text_encoder/model.safetensors",
     ]
-    wanted = ["text_encoder_2/model-00001-of-00002.safetensors", "text_encoder_2/config.json", "tokenizer_2/spiece.model"]
+    wanted = [
+        "text_encoder_2/model-00001-of-00002.safetensors",
+        "text_encoder_2/config.json",
+        "tokenizer_2/spiece.model",
+    ]
     for repository, patterns in calls:
         assert repository == "owner/name"
         assert all(any(fnmatch(name, p) for p in patterns) for name in wanted)
@@ -205,12 +237,17 @@ def test_hub_repository_is_fetched_in_part(copy, monkeypatch):
 def test_gated_repository_says_how_to_get_in(monkeypatch):
     from huggingface_hub.errors import GatedRepoError
 
-    fake_hub(monkeypatch, GatedRepoError.__new__(GatedRepoError))  # its arguments depend on the HTTP library
-    with pytest.raises(ValueError, match="model.clip=a/b is gated: accept its licence at https://huggingface.co/a/b, then run"):
+    fake_hub(
+        monkeypatch, GatedRepoError.__new__(GatedRepoError)
+    )  # its arguments depend on the HTTP library
+    with pytest.raises(
+        ValueError,
+        match="model.clip=a/b is gated: accept its licence at https://huggingface.co/a/b, then run",
+    ):
         locate("a/b", CLIP)
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------------
+# --- weights --------------------------------------------------------------------------------------
 
 
 def rewrite(path, change):
@@ -240,12 +277,18 @@ def test_weights_load_strictly(copy, kind):
 
 def test_full_models_shards_and_tied_copies_load(copy, encoders):
     rewrite(
-        copy / T5.encoder / "model.safetensors", lambda t: t.update({"encoder.embed_tokens.weight": t["shared.weight"].clone()})
+        copy / T5.encoder / "model.safetensors",
+        lambda t: t.update({"encoder.embed_tokens.weight": t["shared.weight"].clone()}),
     )
     rewrite(
-        copy / T5.encoder / "model.safetensors", lambda t: t.update({"decoder.x": torch.ones(1), "lm_head.weight": torch.ones(1)})
+        copy / T5.encoder / "model.safetensors",
+        lambda t: t.update({"decoder.x": torch.ones(1), "lm_head.weight": torch.ones(1)}),
     )
-    vision = {"vision_model.a": torch.ones(1), "logit_scale": torch.ones(1), "text_projection.weight": torch.ones(1)}
+    vision = {
+        "vision_model.a": torch.ones(1),
+        "logit_scale": torch.ones(1),
+        "text_projection.weight": torch.ones(1),
+    }
     rewrite(copy / CLIP.encoder / "model.safetensors", lambda t: t.update(vision))
     rewrite(
         copy / CLIP.encoder / "model.safetensors",
@@ -254,10 +297,18 @@ def test_full_models_shards_and_tied_copies_load(copy, encoders):
     tensors = load_file(copy / T5.encoder / "model.safetensors")
     (copy / T5.encoder / "model.safetensors").unlink()
     half = len(tensors) // 2
-    shards = {f"model-0000{i + 1}-of-00002.safetensors": list(tensors)[i * half : (i + 1) * half + i] for i in range(2)}
+    shards = {
+        f"model-0000{i + 1}-of-00002.safetensors": list(tensors)[i * half : (i + 1) * half + i]
+        for i in range(2)
+    }
     for file, names in shards.items():
-        save_file({k: tensors[k] for k in names}, copy / T5.encoder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {k: file for file, names in shards.items() for k in names}}
+        save_file(
+            {k: tensors[k] for k in names}, copy / T5.encoder / file, metadata={"format": "pt"}
+        )
+    index = {
+        "metadata": {},
+        "weight_map": {k: file for file, names in shards.items() for k in names},
+    }
     (copy / T5.encoder / "model.safetensors.index.json").write_text(json.dumps(index))
     loaded = load(copy, copy)
     for a, b in zip(loaded.encode(PROMPTS, 16), encoders.encode(PROMPTS, 16)):
@@ -272,7 +323,9 @@ def test_digest_names_the_content_and_not_the_place(copy, encoders):
     changed = copy / CLIP.encoder / "model.safetensors"
     rewrite(changed, lambda t: t[sorted(t)[0]].view(-1)[0].add_(1))
     weights = load(copy, copy).digest
-    (copy / T5.tokenizer / "tokenizer.json").write_text((TINY / T5.tokenizer / "tokenizer.json").read_text() + "\n")
+    (copy / T5.tokenizer / "tokenizer.json").write_text(
+        (TINY / T5.tokenizer / "tokenizer.json").read_text() + "\n"
+    )
     assert len({encoders.digest, weights, load(copy, copy).digest}) == 3
 
 
@@ -280,7 +333,13 @@ def test_a_clip_model_whose_weights_lack_the_prefix_is_the_same(tmp_path):
     """As transformers 5 names what it makes itself."""
     shutil.copytree(TINY, tmp_path / "pipe")
     file = tmp_path / "pipe" / "text_encoder" / "model.safetensors"
-    save_file({k.removeprefix("text_model."): v for k, v in load_file(file).items()}, file, {"format": "pt"})
+    save_file(
+        {k.removeprefix("text_model."): v for k, v in load_file(file).items()},
+        file,
+        {"format": "pt"},
+    )
     options = dict(device="cpu", dtype=torch.float32)
-    found, known = (load_text_encoders(str(p), str(p), **options) for p in (tmp_path / "pipe", TINY))
+    found, known = (
+        load_text_encoders(str(p), str(p), **options) for p in (tmp_path / "pipe", TINY)
+    )
     assert torch.equal(found.encode(["red"], 16)[1], known.encode(["red"], 16)[1])

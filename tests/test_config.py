@@ -53,9 +53,7 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize(
-    "load,key", [(load, key) for load, keys in PATHS.items() for key in keys]
-)
+@pytest.mark.parametrize("load,key", [(load, key) for load, keys in PATHS.items() for key in keys])
 @pytest.mark.parametrize("text", ["", " "])
 def test_an_empty_path_is_refused_and_its_key_named(load, key, text):
     with pytest.raises(ValueError, match=f"{key}=.*names no file or folder"):
@@ -78,7 +76,11 @@ def test_every_program_expands_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_a_key_given_twice_is_refused_with_both_values():
-    for arguments in (["steps=1", "steps=2"], ["recipe=laptop", "recipe=debug"], ["output=a", "output=a"]):
+    for arguments in (
+        ["steps=1", "steps=2"],
+        ["recipe=laptop", "recipe=debug"],
+        ["output=a", "output=a"],
+    ):
         with pytest.raises(ValueError, match="given twice") as error:
             train(*arguments)
         assert all(argument.split("=")[1] in str(error.value) for argument in arguments)
@@ -99,7 +101,14 @@ def test_a_prompt_that_is_no_utf8_is_one_line():
 def test_what_a_resumed_run_may_change_is_said_by_its_fields():
     keys = resumable_keys(TrainConfig)
     assert {"steps", "parallel.tp", "sample.count", "data.workers", "controlnet.patience"} <= keys
-    assert not keys & {"seed", "optim.lr", "data.path", "model.num_heads", "dtype", "data.global_batch"}
+    assert not keys & {
+        "seed",
+        "optim.lr",
+        "data.path",
+        "model.num_heads",
+        "dtype",
+        "data.global_batch",
+    }
 
 
 def test_prompts_may_be_given_several_times():
@@ -159,7 +168,10 @@ def test_settings_that_would_do_nothing_are_refused(tmp_path):
 
 def test_compilation_without_a_compiler_is_refused(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    for load in (lambda: train("compile=true"), lambda: infer("prompt=a", "compile=true", "device=cpu")):
+    for load in (
+        lambda: train("compile=true"),
+        lambda: infer("prompt=a", "compile=true", "device=cpu"),
+    ):
         with pytest.raises(ValueError, match=r"C\+\+ compiler"):
             load()
 
@@ -176,13 +188,21 @@ def test_every_field_says_what_it_means():
 
 @pytest.mark.parametrize("recipe", ["default", "laptop", "flux_tiny", "debug", "benchmark"])
 def test_recipes_are_valid(recipe):
-    assert train(f"recipe={recipe}", *(["data.global_batch=8"] if recipe == "benchmark" else [])).steps > 0
+    assert (
+        train(f"recipe={recipe}", *(["data.global_batch=8"] if recipe == "benchmark" else [])).steps
+        > 0
+    )
 
 
 def test_convergence_is_nemos(tmp_path):
     parts = [f"model.{part}={tmp_path}" for part in ("t5", "clip", "autoencoder")]
     config = train("recipe=convergence", *parts)
-    assert (config.steps, config.data.global_batch, config.model.num_double_blocks, config.model.num_single_blocks) == (
+    assert (
+        config.steps,
+        config.data.global_batch,
+        config.model.num_double_blocks,
+        config.model.num_single_blocks,
+    ) == (
         30_000,
         8,
         19,
@@ -195,7 +215,11 @@ def test_the_command_line_wins_over_the_recipe():
 
 
 def test_scripts_exit_with_2_and_one_line():
-    result = subprocess.run([sys.executable, "train.py", "model=flux_dov"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "train.py", "model=flux_dov"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 2 and "flux_dev" in result.stderr and result.stderr.count("\n") == 1
-    shown = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
     assert "optim.lr=" in shown and "recipe=" in shown

@@ -9,7 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxControlNetPipeline, FluxMultiControlNetModel, FluxPipeline
+from diffusers import (
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    FluxMultiControlNetModel,
+    FluxPipeline,
+)
 from PIL import Image
 from reference import our_controlnet_from, randomise
 
@@ -43,9 +48,17 @@ def theirs():
 
 def their_net(theirs, *, doubles=1, singles=2, pixel=False, modes=None, seed=0):
     """A FluxControlNetModel from the transformer of `theirs`, with random outputs and hint."""
-    values = dict(theirs.transformer.config) | dict(num_layers=doubles, num_single_layers=singles, num_mode=modes)
-    values |= dict(patch_size=2, conditioning_embedding_channels=values["in_channels"] // 4) if pixel else {}
-    net = FluxControlNetModel.from_config({k: v for k, v in values.items() if not k.startswith("_")})
+    values = dict(theirs.transformer.config) | dict(
+        num_layers=doubles, num_single_layers=singles, num_mode=modes
+    )
+    values |= (
+        dict(patch_size=2, conditioning_embedding_channels=values["in_channels"] // 4)
+        if pixel
+        else {}
+    )
+    net = FluxControlNetModel.from_config(
+        {k: v for k, v in values.items() if not k.startswith("_")}
+    )
     state = theirs.transformer.state_dict()
     net.load_state_dict({k: v for k, v in state.items() if k in net.state_dict()}, strict=False)
     for name, module in net.named_children():
@@ -84,12 +97,26 @@ def draw_theirs(theirs, nets, images, monkeypatch, *, prompts, **options):
         return rng.normal(shape[1:], seed=next(calls), indices=seeds, stream="control")
 
     monkeypatch.setattr("diffusers.models.autoencoders.vae.randn_tensor", noise)
-    parts = {k: v for k, v in theirs.components.items() if k not in ("image_encoder", "feature_extractor")}
+    parts = {
+        k: v
+        for k, v in theirs.components.items()
+        if k not in ("image_encoder", "feature_extractor")
+    }
     several = isinstance(nets, list)
-    pipe = FluxControlNetPipeline(**parts, controlnet=FluxMultiControlNetModel(nets) if several else nets)
+    pipe = FluxControlNetPipeline(
+        **parts, controlnet=FluxMultiControlNetModel(nets) if several else nets
+    )
     pipe.set_progress_bar_config(disable=True)
     latents = sampling.initial_noise((16, 8, 8), seeds)
-    return pipe(prompts, control_image=images, latents=latents, num_inference_steps=4, guidance_scale=3.5, **SIZE, **options).images
+    return pipe(
+        prompts,
+        control_image=images,
+        latents=latents,
+        num_inference_steps=4,
+        guidance_scale=3.5,
+        **SIZE,
+        **options,
+    ).images
 
 
 CASES = {  # kind of net, what our Control is told, what their pipeline is
@@ -97,8 +124,16 @@ CASES = {  # kind of net, what our Control is told, what their pipeline is
     "doubles": ("doubles", {}, {}),
     "pixel": ("pixel", dict(scale=0.5), dict(controlnet_conditioning_scale=0.5)),
     "union": ("union", dict(mode="depth"), dict(control_mode=2)),
-    "interval": ("latent", dict(start=0.25, end=0.75), dict(control_guidance_start=0.25, control_guidance_end=0.75)),
-    "cfg": ("latent", {}, dict(negative_prompt=["green circle with gold background"] * 2, true_cfg_scale=2.5)),
+    "interval": (
+        "latent",
+        dict(start=0.25, end=0.75),
+        dict(control_guidance_start=0.25, control_guidance_end=0.75),
+    ),
+    "cfg": (
+        "latent",
+        {},
+        dict(negative_prompt=["green circle with gold background"] * 2, true_cfg_scale=2.5),
+    ),
 }
 
 
@@ -112,7 +147,9 @@ def test_pictures_match_diffusers(pipeline, theirs, nets, pictures, monkeypatch,
     draw = dict(checkpoint=pipeline, seed=5, steps=4, **SIZE, **own)
     got = fluxlite.generate(prompts, controls=[Control(net, pictures[0], **ours)], **draw)
     assert np.abs(pixels(got) - pixels(expected)).max() <= 1
-    assert np.abs(pixels(got) - pixels(fluxlite.generate(prompts, **draw))).max() > 20  # the net has an effect
+    assert (
+        np.abs(pixels(got) - pixels(fluxlite.generate(prompts, **draw))).max() > 20
+    )  # the net has an effect
 
 
 def test_two_nets_match_diffusers(pipeline, theirs, nets, pictures, monkeypatch):
@@ -128,10 +165,15 @@ def test_two_nets_match_diffusers(pipeline, theirs, nets, pictures, monkeypatch)
         control_guidance_end=[1.0, 0.5],
     )
     ours = [our_controlnet_from(net) for net in both]
-    controls = [Control(ours[0], pictures[0], scale=0.5), Control(ours[1], pictures[1], scale=0.3, end=0.5)]
+    controls = [
+        Control(ours[0], pictures[0], scale=0.5),
+        Control(ours[1], pictures[1], scale=0.3, end=0.5),
+    ]
     got = fluxlite.generate(PROMPT, checkpoint=pipeline, seed=5, steps=4, controls=controls, **SIZE)
     assert np.abs(pixels(got) - pixels(expected)).max() <= 1
-    alone = fluxlite.generate(PROMPT, checkpoint=pipeline, seed=5, steps=4, controls=controls[:1], **SIZE)
+    alone = fluxlite.generate(
+        PROMPT, checkpoint=pipeline, seed=5, steps=4, controls=controls[:1], **SIZE
+    )
     assert np.abs(pixels(got) - pixels(alone)).max() > 20
 
 
@@ -140,18 +182,28 @@ def test_a_net_is_not_asked_outside_its_interval(pipeline, nets, pictures, monke
     monkeypatch.setattr(net, "samples", lambda *a, f=net.samples: asked.append(1) or f(*a))
     control = Control(net, pictures[0], start=0.4, end=0.8)
     fluxlite.generate(PROMPT, checkpoint=pipeline, steps=5, controls=[control], **SIZE)
-    assert len(asked) == 2 and [control.active(i, 5) for i in range(5)] == [False, False, True, True, False]
+    assert len(asked) == 2 and [control.active(i, 5) for i in range(5)] == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_the_latent_hint_is_a_sample_for_each_picture_and_each_net(pipeline, nets, pictures):
-    opened = open_control(Control(our_controlnet_from(nets["latent"]), pictures[0]), pipeline.model.config, 64, 64)
+    opened = open_control(
+        Control(our_controlnet_from(nets["latent"]), pictures[0]), pipeline.model.config, 64, 64
+    )
     vae = pipeline.autoencoder
     with torch.inference_mode():
         mean, logvar = vae.posterior(opened.pixels)
         first, second = (hint_of(opened, number, vae, torch.device("cpu")) for number in (0, 1))
         got = first([0, 0], ["5.0.0", "5.1.0"])
         noise = rng.normal((16, 8, 8), seed=0, indices=["5.0.0", "5.1.0"], stream="control")
-        assert torch.allclose(got, pack_latents(vae.scale(mean + torch.exp(logvar / 2) * noise)), rtol=1e-6, atol=1e-6)
+        assert torch.allclose(
+            got, pack_latents(vae.scale(mean + torch.exp(logvar / 2) * noise)), rtol=1e-6, atol=1e-6
+        )
         assert torch.equal(first([0], ["5.1.0"]), got[1:]) and not torch.equal(got[0], got[1])
         assert not torch.equal(second([0], ["5.1.0"]), got[1:])
 
@@ -166,12 +218,20 @@ def saved(nets, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pictures_with_nets_from_disk_are_the_same_whatever_is_freed_or_kept(saved, pictures, tmp_path, dtype):
+def test_pictures_with_nets_from_disk_are_the_same_whatever_is_freed_or_kept(
+    saved, pictures, tmp_path, dtype
+):
     options = dict(steps=3, dtype=dtype, device="cpu", images_per_prompt=2, **SIZE)
     kept = tmp_path / "kept.safetensors"
-    controls = [Control(saved["latent"], pictures[0], save_converted=kept), Control(saved["pixel"], pictures[1], scale=0.5)]
+    controls = [
+        Control(saved["latent"], pictures[0], save_converted=kept),
+        Control(saved["pixel"], pictures[1], scale=0.5),
+    ]
     prompts = [PROMPT, "lime circle with pink background"]
-    none, text = (pixels(fluxlite.generate(prompts, controls=controls, offload=o, **options)) for o in ("none", "text"))
+    none, text = (
+        pixels(fluxlite.generate(prompts, controls=controls, offload=o, **options))
+        for o in ("none", "text")
+    )
     assert (none == text).all() and none.std() > 20
     again = [Control(kept, pictures[0]), controls[1]]
     assert (pixels(fluxlite.generate(prompts, controls=again, **options)) == none).all()
@@ -185,14 +245,25 @@ def test_every_layout_of_the_same_net_draws_the_same_picture(saved, pictures, tm
         where = saved["pixel"] if layout == "diffusers" else tmp_path / layout
         if layout != "diffusers":
             sources.write_converted(source, where, to=layout)
-        options = dict(steps=2, dtype=torch.float32, device="cpu", controls=[Control(where, pictures[0], scale=0.5)], **SIZE)
+        options = dict(
+            steps=2,
+            dtype=torch.float32,
+            device="cpu",
+            controls=[Control(where, pictures[0], scale=0.5)],
+            **SIZE,
+        )
         drawn.append(pixels(fluxlite.generate(PROMPT, **options)))
     assert all((d == drawn[0]).all() for d in drawn) and drawn[0].std() > 20
 
 
 def test_conditions_made_batch_by_batch_draw_the_same(saved, pictures, monkeypatch):
     options = dict(
-        steps=2, dtype=torch.float32, device="cpu", batch=1, controls=[Control(saved["union"], pictures[0], mode=1)], **SIZE
+        steps=2,
+        dtype=torch.float32,
+        device="cpu",
+        batch=1,
+        controls=[Control(saved["union"], pictures[0], mode=1)],
+        **SIZE,
     )
     prompts = [PROMPT, "lime circle with pink background"]
     whole = pixels(fluxlite.generate(prompts, **options))
@@ -200,7 +271,7 @@ def test_conditions_made_batch_by_batch_draw_the_same(saved, pictures, monkeypat
     assert np.abs(pixels(fluxlite.generate(prompts, **options)) - whole).max() <= 1
 
 
-# --- pictures and settings that users bring -------------------------------------------------------------------------------------
+# --- pictures and settings that users bring -------------------------------------------------------
 
 
 def test_every_kind_of_picture_becomes_what_training_makes_of_it(tmp_path):
@@ -218,14 +289,25 @@ def test_every_kind_of_picture_becomes_what_training_makes_of_it(tmp_path):
     for name, image in made.items():
         image.save(tmp_path / name)
         found[name] = read_picture(tmp_path / name, 32, 48)
-        assert found[name].shape == (3, 32, 48) and found[name].min() >= -1 and found[name].max() <= 1
-        assert torch.equal(read_picture(Image.open(tmp_path / name), 32, 48), found[name]) or name == "palette.gif"
+        assert (
+            found[name].shape == (3, 32, 48) and found[name].min() >= -1 and found[name].max() <= 1
+        )
+        assert (
+            torch.equal(read_picture(Image.open(tmp_path / name), 32, 48), found[name])
+            or name == "palette.gif"
+        )
     scale = 40 / 32  # the short side fits, the middle is kept
     box = ((90 - 48 * scale) / 2, 0, (90 + 48 * scale) / 2, 40)
-    expected = np.asarray(wide.resize((48, 32), Image.Resampling.LANCZOS, box=box), np.float32) / 127.5 - 1
+    expected = (
+        np.asarray(wide.resize((48, 32), Image.Resampling.LANCZOS, box=box), np.float32) / 127.5 - 1
+    )
     assert np.allclose(found["rgb.png"].permute(1, 2, 0), expected)
-    assert torch.equal(found["grey.png"], found["deep.png"]) and torch.equal(found["rgb.png"], found["alpha.png"])
-    assert (found["clear.png"] == 1).all() and (found["inks.tif"] - found["rgb.png"]).abs().max() < 0.05
+    assert torch.equal(found["grey.png"], found["deep.png"]) and torch.equal(
+        found["rgb.png"], found["alpha.png"]
+    )
+    assert (found["clear.png"] == 1).all() and (
+        found["inks.tif"] - found["rgb.png"]
+    ).abs().max() < 0.05
 
 
 def test_pictures_that_cannot_be_read_are_refused(tmp_path):
@@ -234,21 +316,32 @@ def test_pictures_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match="the control image cannot be read"):
         read_picture(Image.open(tmp_path / "cut.png"), 32, 32)
-    for name, named in (("cut.png", "unreadable"), ("text.png", "no picture"), ("none.png", "is not a file")):
+    for name, named in (
+        ("cut.png", "unreadable"),
+        ("text.png", "no picture"),
+        ("none.png", "is not a file"),
+    ):
         with pytest.raises(ValueError, match=f"control_image=.*{name}.*{named}"):
             read_picture(tmp_path / name, 32, 32)
 
 
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(pipeline, saved, pictures, tmp_path):
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(
+    pipeline, saved, pictures, tmp_path
+):
     base = pipeline.model.config
     narrow = ControlNetConfig.beside(base, num_double_blocks=1, num_single_blocks=0, text_width=20)
     source = ControlNet(narrow)
-    turned = ControlNet(ControlNetConfig.beside(base, num_double_blocks=1, num_single_blocks=0, rope_theta=100))
+    turned = ControlNet(
+        ControlNetConfig.beside(base, num_double_blocks=1, num_single_blocks=0, rope_theta=100)
+    )
     for changes, named in (
         (dict(checkpoint=source), f"text_width=20, but the transformer has {base.text_width}"),
         (dict(checkpoint=turned), "rope_theta=100, but the transformer has 10000"),
         (dict(checkpoint="/nowhere"), "controlnet.checkpoint=/nowhere does not exist"),
-        (dict(checkpoint=TINY / "transformer"), "controlnet.checkpoint=.*holds the wrong part, transformer"),
+        (
+            dict(checkpoint=TINY / "transformer"),
+            "controlnet.checkpoint=.*holds the wrong part, transformer",
+        ),
         (dict(mode="canny"), "controlnet.mode=canny, but .* is no union net"),
         (dict(checkpoint=saved["union"]), "is a union net: choose controlnet.mode= .canny 0"),
         (dict(checkpoint=saved["union"], mode="lq"), "controlnet.mode=lq: choose .* from 0 to 2"),
@@ -259,7 +352,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(pipeline, saved,
         (dict(start=-0.1), "controlnet.start=-0.1"),
         (dict(end=float("nan")), "controlnet.end=nan"),
         (dict(image=tmp_path / "none.png"), "control_image=.*none.png is not a file"),
-        (dict(save_converted=tmp_path / "x.bin"), "controlnet.save_converted=.*must end in .safetensors"),
+        (
+            dict(save_converted=tmp_path / "x.bin"),
+            "controlnet.save_converted=.*must end in .safetensors",
+        ),
     ):
         given = Control(**(dict(checkpoint=saved["latent"], image=pictures[0]) | changes))
         with pytest.raises(ValueError, match=named) as error:
@@ -268,7 +364,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(pipeline, saved,
     with pytest.raises(ValueError, match="float64 on cpu.*float32 on cpu"):
         net = sources.load_controlnet(saved["latent"], dtype=torch.float64)
         fluxlite.generate(PROMPT, checkpoint=pipeline, controls=[Control(net, pictures[0])], **SIZE)
-    numbers = [open_control(Control(saved["union"], pictures[0], mode=m), base, 64, 64).mode for m in ("depth", "1", 0)]
+    numbers = [
+        open_control(Control(saved["union"], pictures[0], mode=m), base, 64, 64).mode
+        for m in ("depth", "1", 0)
+    ]
     assert numbers == [2, 1, 0]
 
 
@@ -278,8 +377,19 @@ def parsed(*arguments):
 
 def test_the_command_line_names_nets_once_each_and_the_rest_once_or_each():
     config = parsed(
-        *("controlnet.checkpoint=a", "control_image=[x] y.png", "controlnet.checkpoint=b", "control_image=z.png"),
-        *("controlnet.scale=0.5", "controlnet.end=0.8", "controlnet.end=1", "controlnet.mode=canny", "controlnet.mode=none"),
+        *(
+            "controlnet.checkpoint=a",
+            "control_image=[x] y.png",
+            "controlnet.checkpoint=b",
+            "control_image=z.png",
+        ),
+        *(
+            "controlnet.scale=0.5",
+            "controlnet.end=0.8",
+            "controlnet.end=1",
+            "controlnet.mode=canny",
+            "controlnet.mode=none",
+        ),
     )
     first, second = config.controlnet.controls(config.control_image)
     assert first == Control("a", "[x] y.png", scale=0.5, end=0.8, mode="canny")
@@ -291,16 +401,39 @@ def test_the_command_line_names_nets_once_each_and_the_rest_once_or_each():
     "arguments,named",
     [
         (["controlnet.checkpoint=a"], "control_image= 0 times"),
-        (["control_image=a.png", "model.checkpoint=x"], "controlnet.checkpoint= is given 0 times and control_image= 1 times"),
-        (["controlnet.checkpoint=a", "control_image=a.png", "control_image=b.png"], "control_image= 2 times"),
-        (["controlnet.scale=1"], "controlnet.scale= is given 1 times, and controlnet.checkpoint= 0 times"),
         (
-            ["controlnet.checkpoint=a", "control_image=a", "controlnet.scale=1", "controlnet.scale=2"],
+            ["control_image=a.png", "model.checkpoint=x"],
+            "controlnet.checkpoint= is given 0 times and control_image= 1 times",
+        ),
+        (
+            ["controlnet.checkpoint=a", "control_image=a.png", "control_image=b.png"],
+            "control_image= 2 times",
+        ),
+        (
+            ["controlnet.scale=1"],
+            "controlnet.scale= is given 1 times, and controlnet.checkpoint= 0 times",
+        ),
+        (
+            [
+                "controlnet.checkpoint=a",
+                "control_image=a",
+                "controlnet.scale=1",
+                "controlnet.scale=2",
+            ],
             "controlnet.scale= is given 2",
         ),
-        (["controlnet.checkpoint=a", "control_image=a", "controlnet.scale=much"], "controlnet.scale=much must be a number"),
-        (["controlnet.checkpoint=a", "control_image=a", "controlnet.scale=nan"], "controlnet.scale=nan must be a finite number"),
-        (["controlnet.checkpoint=a", "control_image=a", "controlnet.start=1"], "controlnet.start=1.0 must be less"),
+        (
+            ["controlnet.checkpoint=a", "control_image=a", "controlnet.scale=much"],
+            "controlnet.scale=much must be a number",
+        ),
+        (
+            ["controlnet.checkpoint=a", "control_image=a", "controlnet.scale=nan"],
+            "controlnet.scale=nan must be a finite number",
+        ),
+        (
+            ["controlnet.checkpoint=a", "control_image=a", "controlnet.start=1"],
+            "controlnet.start=1.0 must be less",
+        ),
         (["controlnet.scal=1"], "did you mean controlnet.scale"),
     ],
 )
@@ -312,7 +445,11 @@ def test_the_command_line_refuses(arguments, named):
 def test_infer_draws_with_a_net_and_records_it(saved, pictures, tmp_path, capsys):
     pictures[0].save(tmp_path / "edges.png")
     arguments = [
-        *("prompt=a", f"controlnet.checkpoint={saved['union']}", f"control_image={tmp_path}/edges.png"),
+        *(
+            "prompt=a",
+            f"controlnet.checkpoint={saved['union']}",
+            f"control_image={tmp_path}/edges.png",
+        ),
         *("controlnet.mode=depth", "controlnet.scale=0.7", "controlnet.end=0.8"),
         *("steps=2", f"output={tmp_path}/out", "dtype=float32"),
     ]
@@ -320,17 +457,34 @@ def test_infer_draws_with_a_net_and_records_it(saved, pictures, tmp_path, capsys
     (file,) = (tmp_path / "out").iterdir()
     about = json.loads(Image.open(file).text["fluxlite"])
     own = {"scale": 0.7, "start": 0.0, "end": 0.8, "mode": "depth"}
-    assert about["controls"] == [{"checkpoint": str(saved["union"]), "image": f"{tmp_path}/edges.png"} | own]
-    assert about["controlnet"]["scale"] == [0.7] and about["control_image"] == [f"{tmp_path}/edges.png"]
+    assert about["controls"] == [
+        {"checkpoint": str(saved["union"]), "image": f"{tmp_path}/edges.png"} | own
+    ]
+    assert about["controlnet"]["scale"] == [0.7] and about["control_image"] == [
+        f"{tmp_path}/edges.png"
+    ]
 
 
 def test_the_shipped_net_puts_the_circle_where_the_control_has_it(tmp_path):
-    arguments = ["control_image=docs/circle.png", "prompt=red circle with blue background", f"output={tmp_path}"]
-    result = subprocess.run([sys.executable, "infer.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    arguments = [
+        "control_image=docs/circle.png",
+        "prompt=red circle with blue background",
+        f"output={tmp_path}",
+    ]
+    result = subprocess.run(
+        [sys.executable, "infer.py", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
-    mask = figure_mask(np.asarray(Image.open(result.stdout.split()[0]).convert("RGB")), "red", "blue")
-    rows, columns = np.nonzero(np.asarray(Image.open(ROOT / "docs/circle.png").convert("L").resize((64, 64))) > 60)
+    mask = figure_mask(
+        np.asarray(Image.open(result.stdout.split()[0]).convert("RGB")), "red", "blue"
+    )
+    rows, columns = np.nonzero(
+        np.asarray(Image.open(ROOT / "docs/circle.png").convert("L").resize((64, 64))) > 60
+    )
     y, x = np.mgrid[:64, :64]
-    centre, radius = ((rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2), (rows.max() - rows.min()) / 2
+    centre, radius = (
+        ((rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2),
+        (rows.max() - rows.min()) / 2,
+    )
     disc = np.hypot(y - centre[0], x - centre[1]) <= radius
     assert (mask & disc).sum() / (mask | disc).sum() > 0.8

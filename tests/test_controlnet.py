@@ -2,7 +2,14 @@ from functools import partial
 
 import pytest
 import torch
-from reference import diffusers_controlnet, diffusers_flux, our_controlnet_from, ours_from, randomise, relative_error
+from reference import (
+    diffusers_controlnet,
+    diffusers_flux,
+    our_controlnet_from,
+    ours_from,
+    randomise,
+    relative_error,
+)
 
 from fluxlite.nets.controlnet import (
     ControlNet,
@@ -44,7 +51,9 @@ def inputs(config, kind="latent", batch=2):
         t=torch.rand(batch, generator=g),
         pooled=draw(batch, config.pooled_width),
         guidance=1 + 6 * torch.rand(batch, generator=g) if config.guidance_embed else None,
-        hint=draw(batch, 3, 8 * HEIGHT, 8 * WIDTH) if kind == "pixel" else draw(batch, num_tokens, config.in_channels),
+        hint=draw(batch, 3, 8 * HEIGHT, 8 * WIDTH)
+        if kind == "pixel"
+        else draw(batch, num_tokens, config.in_channels),
         mode=torch.tensor([2, 6])[:batch] if kind == "union" else None,
     )
 
@@ -86,8 +95,12 @@ def test_samples_and_the_velocity_of_the_base_match_diffusers(bases, doubles, si
     for ours, of_kind in zip(got, expected):
         assert len(ours) == len(of_kind or ())
         assert all(relative_error(a, b) < 1e-5 for a, b in zip(ours, of_kind or ()))
-    samples = dict(controlnet_block_samples=expected[0], controlnet_single_block_samples=expected[1])
-    reference = their_base(**as_theirs(values), **samples, controlnet_blocks_repeat=kind == "pixel")[0]
+    samples = dict(
+        controlnet_block_samples=expected[0], controlnet_single_block_samples=expected[1]
+    )
+    reference = their_base(
+        **as_theirs(values), **samples, controlnet_blocks_repeat=kind == "pixel"
+    )[0]
     plain = base(**without_hint(values))
     velocity = base(**without_hint(values), residuals=spread(got, net.config, base.config))
     assert relative_error(velocity, reference) < 1e-5 and relative_error(plain, reference) > 0.1
@@ -100,9 +113,14 @@ def test_a_net_without_guidance_and_halves_computed_apart(guidance):
     net = our_controlnet_from(theirs)
     values = inputs(net.config, "union") | {"mode": torch.tensor([0, 2])}
     expected, got = their_samples(theirs, values, 1.0), net(**values)
-    assert all(relative_error(a, b) < 1e-5 for ours, of in zip(got, expected) for a, b in zip(ours, of))
+    assert all(
+        relative_error(a, b) < 1e-5 for ours, of in zip(got, expected) for a, b in zip(ours, of)
+    )
     modulation = net.modulate(values["t"], values["pooled"], values["guidance"])
-    txt, hint = net.with_mode(net.txt_in(values["txt"]), values["mode"]), net.embed_hint(values["hint"])
+    txt, hint = (
+        net.with_mode(net.txt_in(values["txt"]), values["mode"]),
+        net.embed_hint(values["hint"]),
+    )
     net.drop_conditioning()
     again = net.samples(values["img"], txt, values["rope"], modulation, hint)
     assert all(torch.equal(a, b) for x, y in zip(again, got) for a, b in zip(x, y))
@@ -113,7 +131,10 @@ def test_a_net_without_guidance_and_halves_computed_apart(guidance):
 @torch.no_grad()
 def test_several_nets_sum_each_by_its_own_depth(bases):
     _, base = bases
-    nets = [our_controlnet_from(diffusers_controlnet(doubles=d, singles=s, seed=d)) for d, s in ((4, 10), (3, 0))]
+    nets = [
+        our_controlnet_from(diffusers_controlnet(doubles=d, singles=s, seed=d))
+        for d, s in ((4, 10), (3, 0))
+    ]
     values = inputs(base.config)
     parts = [spread(net(**values), net.config, base.config) for net in nets]
     double, single = combine(parts)
@@ -125,12 +146,28 @@ def test_several_nets_sum_each_by_its_own_depth(bases):
 
 
 def test_placement_stretches_or_repeats_and_wastes_what_diffusers_wastes():
-    assert placement(5, 2) == [0, 0, 0, 1, 1] and placement(5, 2, cyclic=True) == [0, 1, 0, 1, 0] and placement(5, 0) == []
+    assert (
+        placement(5, 2) == [0, 0, 0, 1, 1]
+        and placement(5, 2, cyclic=True) == [0, 1, 0, 1, 0]
+        and placement(5, 0) == []
+    )
     counts = {n: used(19, n) for n in range(20)}
     assert [n for n in counts if counts[n] != n] == [6, 8, 9, *range(11, 19)]
-    assert counts[6] == 5 and counts[8] == counts[9] == 7 and {counts[n] for n in range(11, 19)} == {10} and used(38, 15) == 13
+    assert (
+        counts[6] == 5
+        and counts[8] == counts[9] == 7
+        and {counts[n] for n in range(11, 19)} == {10}
+        and used(38, 15) == 13
+    )
     assert used(19, 12, cyclic=True) == 12 and used(3, 12, cyclic=True) == 3
-    assert [nearest_depth(19, n) for n in (0, 4, 6, 9, 11, 18)] == [0, 4, 5, 10, 10, 19] and nearest_depth(38, 15) == 13
+    assert [nearest_depth(19, n) for n in (0, 4, 6, 9, 11, 18)] == [
+        0,
+        4,
+        5,
+        10,
+        10,
+        19,
+    ] and nearest_depth(38, 15) == 13
 
 
 def without_gradient(net, base, values):
@@ -155,15 +192,20 @@ def without_gradient(net, base, values):
 
 @pytest.mark.parametrize("kind", ["latent", "pixel"])
 @pytest.mark.parametrize("doubles,singles", DEPTHS)
-def test_unused_parameters_are_those_that_autograd_leaves_without_gradient(bases, doubles, singles, kind):
+def test_unused_parameters_are_those_that_autograd_leaves_without_gradient(
+    bases, doubles, singles, kind
+):
     _, base = bases
-    config = ControlNetConfig.beside(base.config, num_double_blocks=doubles, num_single_blocks=singles, hint=kind)
+    config = ControlNetConfig.beside(
+        base.config, num_double_blocks=doubles, num_single_blocks=singles, hint=kind
+    )
     net = randomise(ControlNet(config))
     values = inputs(config, kind)
     whole, chunks = without_gradient(net, base, values)
     assert unused_parameters(net, base.config) == whole
     assert bool(whole) == ((doubles, singles) != (4, 10))
-    # what alone is left: of the last text stream's modulation all but the shift and scale before attention
+    # what alone is left: of the last text stream's modulation all but the shift and scale before
+    # attention
     last = used(19, doubles, cyclic=kind == "pixel") - 1
     tail = [f"modulation.txt.{last}.{leaf} {i}" for leaf in ("weight", "bias") for i in range(2, 6)]
     assert chunks == ([] if singles else tail)
@@ -172,36 +214,57 @@ def test_unused_parameters_are_those_that_autograd_leaves_without_gradient(bases
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_net_from_its_base_leaves_the_first_step_bit_for_bit(bases, kind):
     _, base = bases
-    config = ControlNetConfig.beside(base.config, hint="pixel" if kind == "pixel" else "latent", num_modes=7 * (kind == "union"))
+    config = ControlNetConfig.beside(
+        base.config, hint="pixel" if kind == "pixel" else "latent", num_modes=7 * (kind == "union")
+    )
     net = init_from_base(ControlNet(config), base, torch.Generator().manual_seed(0))
     values = inputs(config, kind)
     samples = net(**values)
-    assert [len(s) for s in samples] == [4, 10] and all((s == 0).all() for of_kind in samples for s in of_kind)
+    assert [len(s) for s in samples] == [4, 10] and all(
+        (s == 0).all() for of_kind in samples for s in of_kind
+    )
     plain = base(**without_hint(values))
-    assert torch.equal(base(**without_hint(values), residuals=spread(samples, config, base.config)), plain)
-    assert all(torch.equal(p, dict(base.named_parameters())[n]) for n, p in net.guidance_in.named_parameters("guidance_in"))
-    for mine, of_base in ((getattr(m.modulation, kind) for m in (net, base)) for kind in ("img", "txt", "single")):
+    assert torch.equal(
+        base(**without_hint(values), residuals=spread(samples, config, base.config)), plain
+    )
+    assert all(
+        torch.equal(p, dict(base.named_parameters())[n])
+        for n, p in net.guidance_in.named_parameters("guidance_in")
+    )
+    for mine, of_base in (
+        (getattr(m.modulation, kind) for m in (net, base)) for kind in ("img", "txt", "single")
+    ):
         assert all(torch.equal(a.weight, b.weight) for a, b in zip(mine, of_base))
     assert len(net.modulation.linears()) == 4 + 4 + 10
     assert (net.hint_in.weight.abs().max() > 0) == (kind == "pixel")
     # the outputs learn at the first step, whatever the hint
-    base(**without_hint(values), residuals=spread(samples, config, base.config)).square().sum().backward()
+    base(
+        **without_hint(values), residuals=spread(samples, config, base.config)
+    ).square().sum().backward()
     assert all(out.weight.grad.norm() > 0 for out in [*net.double_out, *net.single_out])
 
 
 def test_a_net_starts_from_its_base_tensor_by_tensor_too(bases):
     """On meta, from the stream that a checkpoint is read in: the same weights."""
     _, base = bases
-    config = ControlNetConfig.beside(base.config, num_double_blocks=5, num_single_blocks=7, num_modes=3)
+    config = ControlNetConfig.beside(
+        base.config, num_double_blocks=5, num_single_blocks=7, num_modes=3
+    )
     net = init_from_base(ControlNet(config), base, torch.Generator().manual_seed(0))
     stream = layouts.convert(base.state_dict().__getitem__, "fluxlite", "fluxlite", base.config)
     generator = torch.Generator().manual_seed(0)
-    state = dict(weights_from_base(layouts.on_meta(config), base.config, stream, generator=generator))
-    assert state.keys() == net.state_dict().keys() and all(torch.equal(state[k], v) for k, v in net.state_dict().items())
+    state = dict(
+        weights_from_base(layouts.on_meta(config), base.config, stream, generator=generator)
+    )
+    assert state.keys() == net.state_dict().keys() and all(
+        torch.equal(state[k], v) for k, v in net.state_dict().items()
+    )
 
 
 def test_blocks_of_the_net_are_those_of_the_base(bases):
-    """With the outputs the identity, samples are the image tokens that the base's own blocks give."""
+    """With the outputs the identity, samples are the image tokens that the base's own blocks
+    give.
+    """
     _, base = bases
     config = ControlNetConfig.beside(base.config, num_double_blocks=3, num_single_blocks=0)
     net, seen = init_from_base(ControlNet(config), base), []
@@ -209,7 +272,10 @@ def test_blocks_of_the_net_are_those_of_the_base(bases):
     with torch.no_grad():
         for out in net.double_out:
             out.weight.copy_(torch.eye(config.hidden_size))
-        hooks = [b.register_forward_hook(lambda *a: seen.append(a[-1][0])) for b in base.double_blocks[:3]]
+        hooks = [
+            b.register_forward_hook(lambda *a: seen.append(a[-1][0]))
+            for b in base.double_blocks[:3]
+        ]
         base(**without_hint(values))
         samples, _ = net(**values)
     for hook in hooks:
@@ -219,7 +285,9 @@ def test_blocks_of_the_net_are_those_of_the_base(bases):
 
 @pytest.mark.parametrize("hint", ["latent", "pixel"])
 def test_random_initialisation_starts_without_effect(hint):
-    config = ControlNetConfig.beside(FluxConfig(2, 2, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)), hint=hint)
+    config = ControlNetConfig.beside(
+        FluxConfig(2, 2, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)), hint=hint
+    )
     net = ControlNet(config).initialise(torch.Generator().manual_seed(0))
     assert all((s == 0).all() for of_kind in net(**inputs(config, hint)) for s in of_kind)
     assert net.double_blocks[0].img.qkv.q.weight.std() > 0 and net.img_in.weight.std() > 0
@@ -228,8 +296,14 @@ def test_random_initialisation_starts_without_effect(hint):
 def test_what_does_not_fit_is_refused():
     base = Flux(FluxConfig(2, 2, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)))
     for changes, named in (
-        ({"num_double_blocks": 3, "num_single_blocks": 0}, "controlnet.num_double_blocks=3: the transformer to start from has 2"),
-        ({"num_double_blocks": 1, "num_single_blocks": 1, "hidden_size": 96, "num_heads": 6}, "hidden_size=96, but .* 48"),
+        (
+            {"num_double_blocks": 3, "num_single_blocks": 0},
+            "controlnet.num_double_blocks=3: the transformer to start from has 2",
+        ),
+        (
+            {"num_double_blocks": 1, "num_single_blocks": 1, "hidden_size": 96, "num_heads": 6},
+            "hidden_size=96, but .* 48",
+        ),
         ({"hint": "edges"}, "controlnet.hint=edges"),
         ({"num_double_blocks": 0, "num_single_blocks": 0}, "controlnet.num_double_blocks=0"),
         ({"num_modes": -1}, "controlnet.num_modes=-1"),

@@ -3,7 +3,14 @@ import json
 import pytest
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
-from reference import diffusers_controlnet, diffusers_flux, our_controlnet_from, ours_from, randomise, relative_error
+from reference import (
+    diffusers_controlnet,
+    diffusers_flux,
+    our_controlnet_from,
+    ours_from,
+    randomise,
+    relative_error,
+)
 
 from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig
 from fluxlite.nets.controlnet import ControlNet
@@ -22,7 +29,9 @@ def shapes_of(state):
 
 
 def nemo_by_hand(state, heads, doubles, singles):
-    """NeMo's names and layouts from diffusers' weights, written out from the published table without the converter."""
+    """NeMo's names and layouts from diffusers' weights, written out from the published table
+    without the converter.
+    """
 
     def interleaved(names, leaf):
         parts = [state[f"{name}.{leaf}"] for name in names]
@@ -51,8 +60,12 @@ def nemo_by_hand(state, heads, doubles, singles):
     for i in range(doubles):
         d, n = f"transformer_blocks.{i}", f"double_blocks.{i}"
         for leaf in ("weight", "bias"):
-            out[f"{n}.self_attention.linear_qkv.{leaf}"] = interleaved([f"{d}.attn.to_{x}" for x in "qkv"], leaf)
-            out[f"{n}.self_attention.added_linear_qkv.{leaf}"] = interleaved([f"{d}.attn.add_{x}_proj" for x in "qkv"], leaf)
+            out[f"{n}.self_attention.linear_qkv.{leaf}"] = interleaved(
+                [f"{d}.attn.to_{x}" for x in "qkv"], leaf
+            )
+            out[f"{n}.self_attention.added_linear_qkv.{leaf}"] = interleaved(
+                [f"{d}.attn.add_{x}_proj" for x in "qkv"], leaf
+            )
         for x in "qk":
             put(f"{d}.attn.norm_{x}", f"{n}.self_attention.{x}_layernorm")
             put(f"{d}.attn.norm_added_{x}", f"{n}.self_attention.added_{x}_layernorm")
@@ -66,7 +79,9 @@ def nemo_by_hand(state, heads, doubles, singles):
     for i in range(singles):
         d, n = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
         for leaf in ("weight", "bias"):
-            out[f"{n}.self_attention.linear_qkv.{leaf}"] = interleaved([f"{d}.attn.to_{x}" for x in "qkv"], leaf)
+            out[f"{n}.self_attention.linear_qkv.{leaf}"] = interleaved(
+                [f"{d}.attn.to_{x}" for x in "qkv"], leaf
+            )
         for x in "qk":
             put(f"{d}.attn.norm_{x}", f"{n}.self_attention.{x}_layernorm")
         put(f"{d}.norm.linear", f"{n}.adaln.adaLN_modulation.1")
@@ -104,12 +119,18 @@ def bfl_by_hand(state, doubles, singles):
             ):
                 out[f"{b}.{s}_attn.qkv.{leaf}"] = cat(*(f"{d}.attn.{qkv.format(x)}" for x in "qkv"))
                 out[f"{b}.{s}_attn.proj.{leaf}"] = cat(f"{d}.attn.{proj}")
-                out[f"{b}.{s}_mlp.0.{leaf}"], out[f"{b}.{s}_mlp.2.{leaf}"] = cat(f"{d}.{ff}.net.0.proj"), cat(f"{d}.{ff}.net.2")
+                out[f"{b}.{s}_mlp.0.{leaf}"], out[f"{b}.{s}_mlp.2.{leaf}"] = (
+                    cat(f"{d}.{ff}.net.0.proj"),
+                    cat(f"{d}.{ff}.net.2"),
+                )
                 out[f"{b}.{s}_mod.lin.{leaf}"] = cat(f"{d}.{mod}.linear")
         for i in range(singles):
             d, b = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
             out[f"{b}.linear1.{leaf}"] = cat(*(f"{d}.attn.to_{x}" for x in "qkv"), f"{d}.proj_mlp")
-            out[f"{b}.linear2.{leaf}"], out[f"{b}.modulation.lin.{leaf}"] = cat(f"{d}.proj_out"), cat(f"{d}.norm.linear")
+            out[f"{b}.linear2.{leaf}"], out[f"{b}.modulation.lin.{leaf}"] = (
+                cat(f"{d}.proj_out"),
+                cat(f"{d}.norm.linear"),
+            )
     for i in range(doubles):
         for s, added in (("img", ""), ("txt", "added_")):
             for x, name in (("q", "query"), ("k", "key")):
@@ -117,14 +138,20 @@ def bfl_by_hand(state, doubles, singles):
                 out[key] = state[f"transformer_blocks.{i}.attn.norm_{added}{x}.weight"]
     for i in range(singles):
         for x, name in (("q", "query"), ("k", "key")):
-            out[f"single_blocks.{i}.norm.{name}_norm.scale"] = state[f"single_transformer_blocks.{i}.attn.norm_{x}.weight"]
+            out[f"single_blocks.{i}.norm.{name}_norm.scale"] = state[
+                f"single_transformer_blocks.{i}.attn.norm_{x}.weight"
+            ]
     return out
 
 
 def control_by_hand(state, layout):
     """What a ControlNet has beside its blocks, from diffusers' weights, likewise."""
     convs = ["conv_in", *(f"blocks.{k}" for k in range(6)), "conv_out"]
-    renamed = {"diffusers": {}, "nemo": {"controlnet_blocks": "controlnet_double_blocks"}, "bfl": {}}[layout]
+    renamed = {
+        "diffusers": {},
+        "nemo": {"controlnet_blocks": "controlnet_double_blocks"},
+        "bfl": {},
+    }[layout]
     if layout == "bfl":
         renamed = {"controlnet_x_embedder": "pos_embed_input"} | {
             f"block.{name}.": f"block.{2 * k}." for k, name in enumerate(convs)
@@ -157,7 +184,10 @@ def test_each_layout_is_the_hand_made_one_both_ways(layout, guidance, dtype):
     theirs = diffusers_flux(guidance=guidance).to(dtype)
     config, by_hand = convert.config_from_diffusers(theirs.config), in_layout(theirs, layout)
     ours = ours_from(theirs).state_dict()
-    got, back = convert.from_fluxlite(ours, config, layout), convert.to_fluxlite(by_hand, config, layout)
+    got, back = (
+        convert.from_fluxlite(ours, config, layout),
+        convert.to_fluxlite(by_hand, config, layout),
+    )
     assert got.keys() == by_hand.keys() and all(torch.equal(got[k], by_hand[k]) for k in got)
     assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
     assert all(v.dtype == dtype for v in back.values())
@@ -182,11 +212,20 @@ def test_a_forward_through_each_layout_equals_diffusers(layout, dtype, bound):
     ours = Flux(config).to(dtype)
     ours.load_state_dict(convert.to_fluxlite(state, config, layout), strict=True)
     g = torch.Generator().manual_seed(3)
-    img, txt = torch.randn(2, 15, 12, generator=g).to(dtype), torch.randn(2, 5, 20, generator=g).to(dtype)
-    pooled, t, guidance = torch.randn(2, 14, generator=g).to(dtype), torch.tensor([0.25, 0.5]), torch.tensor([2.0, 4.0])
+    img, txt = (
+        torch.randn(2, 15, 12, generator=g).to(dtype),
+        torch.randn(2, 5, 20, generator=g).to(dtype),
+    )
+    pooled, t, guidance = (
+        torch.randn(2, 14, generator=g).to(dtype),
+        torch.tensor([0.25, 0.5]),
+        torch.tensor([2.0, 4.0]),
+    )
     ids = position_ids(6, 10, 5)
     got = ours(img, txt, rope_table(ids, config), t=t, pooled=pooled, guidance=guidance)
-    expected = theirs(img, txt, pooled, t, ids[5:].float(), ids[:5].float(), guidance, return_dict=False)[0]
+    expected = theirs(
+        img, txt, pooled, t, ids[5:].float(), ids[:5].float(), guidance, return_dict=False
+    )[0]
     assert relative_error(got.float(), expected.float()) < bound
 
 
@@ -198,7 +237,9 @@ def test_a_bias_that_nemo_writes_twice_counts_once(theirs):
     other = convert.to_fluxlite(state, config, "nemo")
     del state[key]  # and a checkpoint may lack it
     third = convert.to_fluxlite(state, config, "nemo")
-    assert all(torch.equal(expected[k], other[k]) and torch.equal(expected[k], third[k]) for k in expected)
+    assert all(
+        torch.equal(expected[k], other[k]) and torch.equal(expected[k], third[k]) for k in expected
+    )
 
 
 def test_the_final_scale_and_shift_change_places(theirs):
@@ -206,8 +247,12 @@ def test_the_final_scale_and_shift_change_places(theirs):
     scale, shift = state["norm_out.linear.bias"].chunk(2)
     ours = convert.to_fluxlite(state, config, "diffusers")["modulation.out.bias"]
     assert torch.equal(ours, torch.cat([scale, shift])) and not torch.equal(scale, shift)
-    assert torch.equal(in_layout(theirs, "bfl")["final_layer.adaLN_modulation.1.bias"], torch.cat([shift, scale]))
-    assert torch.equal(in_layout(theirs, "nemo")["norm_out.adaLN_modulation.1.bias"], torch.cat([scale, shift]))
+    assert torch.equal(
+        in_layout(theirs, "bfl")["final_layer.adaLN_modulation.1.bias"], torch.cat([shift, scale])
+    )
+    assert torch.equal(
+        in_layout(theirs, "nemo")["norm_out.adaLN_modulation.1.bias"], torch.cat([scale, shift])
+    )
 
 
 @pytest.mark.parametrize("layout", convert.LAYOUTS)
@@ -217,9 +262,15 @@ def test_layout_and_shape_are_recognised_from_keys(layout, doubles, singles, gui
     theirs = diffusers_flux(guidance=guidance, doubles=doubles, singles=singles, **changes)
     state = ours_from(theirs).state_dict() if layout == "fluxlite" else in_layout(theirs, layout)
     assert convert.recognise(state) == ("transformer", layout, "")
-    assert convert.infer_config(layout, shapes_of(state)) == convert.config_from_diffusers(theirs.config)
+    assert convert.infer_config(layout, shapes_of(state)) == convert.config_from_diffusers(
+        theirs.config
+    )
     if layout == "bfl":
-        assert convert.recognise({f"model.diffusion_model.{k}" for k in state}) == ("transformer", "bfl", "model.diffusion_model.")
+        assert convert.recognise({f"model.diffusion_model.{k}" for k in state}) == (
+            "transformer",
+            "bfl",
+            "model.diffusion_model.",
+        )
 
 
 def test_faults_are_listed(theirs):
@@ -227,7 +278,9 @@ def test_faults_are_listed(theirs):
     del state["proj_out.bias"]
     state["transformer_blocks.0.surplus"] = torch.zeros(1)
     state["x_embedder.weight"] = torch.zeros(48, 13)
-    with pytest.raises(ValueError, match=r"proj_out\.bias.*surplus.*x_embedder\.weight \[48, 13\], not \[48, 12\]"):
+    with pytest.raises(
+        ValueError, match=r"proj_out\.bias.*surplus.*x_embedder\.weight \[48, 13\], not \[48, 12\]"
+    ):
         convert.to_fluxlite(state, config, "diffusers")
     with pytest.raises(ValueError, match="mix layouts"):
         convert.recognise({**in_layout(theirs, "bfl"), **theirs.state_dict()})
@@ -261,8 +314,14 @@ def test_the_autoencoder_goes_over_to_bfl_and_back():
     config = AutoencoderConfig((8, 16, 24), 1, 4, 4, 0.5, 0.1)
     state = randomise(Autoencoder(config)).state_dict()
     bfl = dict(convert.convert(state.__getitem__, "diffusers", "bfl", config))
-    assert convert.recognise(bfl) == ("autoencoder", "bfl", "") and bfl["encoder.mid.attn_1.q.weight"].ndim == 4
-    assert torch.equal(bfl["decoder.up.0.block.0.conv1.weight"], state["decoder.up_blocks.2.resnets.0.conv1.weight"])
+    assert (
+        convert.recognise(bfl) == ("autoencoder", "bfl", "")
+        and bfl["encoder.mid.attn_1.q.weight"].ndim == 4
+    )
+    assert torch.equal(
+        bfl["decoder.up.0.block.0.conv1.weight"],
+        state["decoder.up_blocks.2.resnets.0.conv1.weight"],
+    )
     values = {"norm_num_groups": 4, "scaling_factor": 0.5, "shift_factor": 0.1}
     assert convert.infer_autoencoder_config("bfl", shapes_of(bfl), values) == config
     back = dict(convert.convert(bfl.__getitem__, "bfl", "fluxlite", config))
@@ -282,9 +341,15 @@ CONTROLS = {  # InstantX, XLabs, Union
 def test_each_layout_of_a_controlnet_is_the_hand_made_one_both_ways(kind, layout):
     changes = dict(in_channels=16, attention_head_dim=32, axes_dims_rope=(4, 14, 14))
     theirs = diffusers_controlnet(**CONTROLS[kind], **changes)
-    config, by_hand = convert.controlnet_config_from_diffusers(theirs.config), in_layout(theirs, layout)
+    config, by_hand = (
+        convert.controlnet_config_from_diffusers(theirs.config),
+        in_layout(theirs, layout),
+    )
     ours = our_controlnet_from(theirs).state_dict()
-    got, back = convert.from_fluxlite(ours, config, layout), convert.to_fluxlite(by_hand, config, layout)
+    got, back = (
+        convert.from_fluxlite(ours, config, layout),
+        convert.to_fluxlite(by_hand, config, layout),
+    )
     assert got.keys() == by_hand.keys() and all(torch.equal(got[k], by_hand[k]) for k in got)
     assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
     for name, state in ((layout, by_hand), ("fluxlite", ours)):
@@ -297,7 +362,13 @@ def test_each_layout_of_a_controlnet_is_the_hand_made_one_both_ways(kind, layout
     [
         dict(num_layers=5, num_single_layers=10, guidance_embeds=True, num_mode=10),
         dict(num_layers=6, num_single_layers=0, guidance_embeds=True),
-        dict(num_layers=2, num_single_layers=0, guidance_embeds=True, patch_size=2, conditioning_embedding_channels=16),
+        dict(
+            num_layers=2,
+            num_single_layers=0,
+            guidance_embeds=True,
+            patch_size=2,
+            conditioning_embedding_channels=16,
+        ),
     ],
     ids=["Union", "Union-Pro-2.0", "XLabs"],
 )
@@ -312,4 +383,8 @@ def test_controlnets_as_published_have_the_keys_shapes_and_size_of_diffusers(val
         assert convert.infer_config(layout, convert.shapes(layout, config)) == config
     written = json.loads(json.dumps(convert.config_to_diffusers(config)))
     assert convert.controlnet_config_from_diffusers(written) == config
-    assert all(written[k] == theirs.config[k] for k in written if not k.startswith("_") and k != "axes_dims_rope")
+    assert all(
+        written[k] == theirs.config[k]
+        for k in written
+        if not k.startswith("_") and k != "axes_dims_rope"
+    )

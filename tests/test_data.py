@@ -49,7 +49,11 @@ def write_tar(path, members):
 
 
 def members(numbers):
-    return {f"{i:03d}.{e}": d for i in numbers for e, d in (("jpg", picture(i)), ("txt", f"picture {i}".encode()))}
+    return {
+        f"{i:03d}.{e}": d
+        for i in numbers
+        for e, d in (("jpg", picture(i)), ("txt", f"picture {i}".encode()))
+    }
 
 
 @pytest.fixture
@@ -61,7 +65,15 @@ def tars(tmp_path):
 
 
 def config_for(path, **changes):
-    defaults = dict(kind="webdataset", path=path and str(path), height=32, width=32, val_count=1, caption_dropout=0.0, workers=0)
+    defaults = dict(
+        kind="webdataset",
+        path=path and str(path),
+        height=32,
+        width=32,
+        val_count=1,
+        caption_dropout=0.0,
+        workers=0,
+    )
     config = DataConfig(**(defaults | dict(max_bad_fraction=1.0, micro_batch=4) | changes))
     config.validate()
     return config
@@ -96,19 +108,28 @@ def by_index(rank_batches):
 
 
 def same(a, b):
-    return a.keys() == b.keys() and all(a[i][:2] == b[i][:2] and torch.equal(a[i][2], b[i][2]) for i in a)
+    return a.keys() == b.keys() and all(
+        a[i][:2] == b[i][:2] and torch.equal(a[i][2], b[i][2]) for i in a
+    )
 
 
-# --- order ----------------------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_each_sample_comes_once_an_epoch_over_ranks_and_workers(tars):
     dataset = open_dataset(config_for(tars, val_count=3), "train", 0)
     orders = []
     for epoch in range(2):
-        got = by_index(batches(dataset, ranks=3, workers=2, start=18 * epoch, stop=18 * (epoch + 1)))
+        got = by_index(
+            batches(dataset, ranks=3, workers=2, start=18 * epoch, stop=18 * (epoch + 1))
+        )
         orders.append([got[i][0] for i in sorted(got)])
-    assert len(dataset) == 18 and len(set(orders[0])) == 18 and set(orders[0]) == set(orders[1]) and orders[0] != orders[1]
+    assert (
+        len(dataset) == 18
+        and len(set(orders[0])) == 18
+        and set(orders[0]) == set(orders[1])
+        and orders[0] != orders[1]
+    )
 
 
 def test_batches_do_not_depend_on_mesh_or_workers(tars):
@@ -117,14 +138,18 @@ def test_batches_do_not_depend_on_mesh_or_workers(tars):
     reference = by_index(batches(dataset))
     assert {caption for _, caption, _ in reference.values()} > {""}
     for ranks, workers, micro_batch in ((1, 2, 3), (3, 0, 1), (2, 1, 3)):
-        assert same(by_index(batches(dataset, ranks=ranks, workers=workers, micro_batch=micro_batch)), reference)
+        assert same(
+            by_index(batches(dataset, ranks=ranks, workers=workers, micro_batch=micro_batch)),
+            reference,
+        )
     assert not same(by_index(batches(open_dataset(config, "train", 1))), reference)
 
 
 def test_slices_are_laid_out_as_documented(tars):
     dataset = open_dataset(config_for(tars), "train", 0)
     got = [
-        [batch["indices"].tolist() for batch in rank] for rank in batches(dataset, ranks=2, micro_batch=2, global_batch=8, stop=16)
+        [batch["indices"].tolist() for batch in rank]
+        for rank in batches(dataset, ranks=2, micro_batch=2, global_batch=8, stop=16)
     ]
     assert got == [[[0, 1], [4, 5], [8, 9], [12, 13]], [[2, 3], [6, 7], [10, 11], [14, 15]]]
     with pytest.raises(ValueError, match="global_batch=6 must be a multiple of 4"):
@@ -145,7 +170,9 @@ def test_resume_equals_uninterrupted_and_reads_nothing_consumed(tars):
 
 def test_loading_leaves_the_global_generator_alone(tars):
     before = torch.get_rng_state()
-    batches(open_dataset(config_for(tars, crop="random", caption_dropout=0.5), "train", 0), workers=1)
+    batches(
+        open_dataset(config_for(tars, crop="random", caption_dropout=0.5), "train", 0), workers=1
+    )
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -155,14 +182,27 @@ def test_windows_keep_shards_together(seed):
     numbers = [order.sample_at(i)[1] for i in range(16)]
     assert sorted(numbers) == list(range(16)) and numbers != list(range(16))
     owners = [number // 4 for number in numbers]
-    spread = [max(i for i, o in enumerate(owners) if o == shard) - owners.index(shard) for shard in range(4)]
+    spread = [
+        max(i for i, o in enumerate(owners) if o == shard) - owners.index(shard)
+        for shard in range(4)
+    ]
     assert max(spread) < 8
-    assert order.sample_at(35)[0] == 2 and list(order.following(14))[:3] == [numbers[14], numbers[15], numbers[0]]
+    assert order.sample_at(35)[0] == 2 and list(order.following(14))[:3] == [
+        numbers[14],
+        numbers[15],
+        numbers[0],
+    ]
 
 
 def test_no_shuffle_is_the_order_of_the_tars(tars):
     dataset = open_dataset(config_for(tars, shuffle=False), "train", 0)
-    assert [dataset[i]["keys"] for i in (0, 6, 7, 19, 20)] == ["0/000", "0/006", "1/007", "2/019", "0/000"]
+    assert [dataset[i]["keys"] for i in (0, 6, 7, 19, 20)] == [
+        "0/000",
+        "0/006",
+        "1/007",
+        "2/019",
+        "0/000",
+    ]
 
 
 def test_datasets_survive_pickling_with_open_files(tars, tmp_path):
@@ -171,7 +211,7 @@ def test_datasets_survive_pickling_with_open_files(tars, tmp_path):
     assert pickle.loads(pickle.dumps(dataset))[3]["keys"] == item["keys"]
 
 
-# --- validation -----------------------------------------------------------------------------------------------------------------
+# --- validation -----------------------------------------------------------------------------------
 
 
 def test_validation_is_held_out_and_fixed(tars, caplog):
@@ -179,8 +219,16 @@ def test_validation_is_held_out_and_fixed(tars, caplog):
     with caplog.at_level(logging.INFO, "fluxlite"):
         training, validation = (open_dataset(config, split, 0) for split in ("train", "val"))
     assert "last 4 of 21" in caplog.text
-    assert [validation[i]["keys"] for i in range(5)] == ["2/017", "2/018", "2/019", "2/020", "2/017"]
-    assert {training[i]["keys"] for i in range(len(training))}.isdisjoint({validation[i]["keys"] for i in range(4)})
+    assert [validation[i]["keys"] for i in range(5)] == [
+        "2/017",
+        "2/018",
+        "2/019",
+        "2/020",
+        "2/017",
+    ]
+    assert {training[i]["keys"] for i in range(len(training))}.isdisjoint(
+        {validation[i]["keys"] for i in range(4)}
+    )
     assert len(training) == 17 and validation[0]["captions"] == "picture 17"
     with pytest.raises(ValueError, match="data.val_count"):
         open_dataset(config_for(tars, val_count=21), "train", 0)
@@ -199,7 +247,9 @@ def test_validation_of_its_own_leaves_training_whole(tars, tmp_path):
 def test_energon_split_is_honoured(tars):
     (tars / ".nv-meta").mkdir()
     split = tars / ".nv-meta" / "split.yaml"
-    split.write_text("exclude: [1.tar]\nsplit_parts:\n  train: ['{0..1}.tar']\n  val: [2.tar]\n  test: []\n")
+    split.write_text(
+        "exclude: [1.tar]\nsplit_parts:\n  train: ['{0..1}.tar']\n  val: [2.tar]\n  test: []\n"
+    )
     config = config_for(tars, val_count=8)
     assert len(open_dataset(config, "train", 0)) == 7 and len(open_dataset(config, "val", 0)) == 8
     split.write_text("split_parts:\n  train: ['{0..3}.tar']\n")
@@ -210,7 +260,7 @@ def test_energon_split_is_honoured(tars):
         open_dataset(config, "train", 0)
 
 
-# --- bad samples ----------------------------------------------------------------------------------------------------------------
+# --- bad samples ----------------------------------------------------------------------------------
 
 
 def test_bad_samples_are_skipped_counted_and_logged(tmp_path, caplog):
@@ -255,15 +305,32 @@ def test_too_many_bad_samples_stop_the_run(tmp_path):
         open_dataset(config_for(tmp_path), "train", 0)[0]
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
-COLOURS = {"L": 200, "CMYK": (0, 255, 255, 0), "RGBA": (255, 0, 0, 0), "LA": (9, 255), "I;16": 51400}
-SEEN = {"L": (200,) * 3, "P": (1, 200, 3), "CMYK": (255, 0, 0), "RGBA": (255,) * 3, "LA": (9,) * 3, "I;16": (200,) * 3}
+COLOURS = {
+    "L": 200,
+    "CMYK": (0, 255, 255, 0),
+    "RGBA": (255, 0, 0, 0),
+    "LA": (9, 255),
+    "I;16": 51400,
+}
+SEEN = {
+    "L": (200,) * 3,
+    "P": (1, 200, 3),
+    "CMYK": (255, 0, 0),
+    "RGBA": (255,) * 3,
+    "LA": (9,) * 3,
+    "I;16": (200,) * 3,
+}
 
 
 @pytest.mark.parametrize("mode", SEEN)
 def test_every_kind_of_picture_becomes_rgb(mode):
-    image = Image.new("RGB", (8, 8), (1, 200, 3)).quantize(4) if mode == "P" else Image.new(mode, (8, 8), COLOURS[mode])
+    image = (
+        Image.new("RGB", (8, 8), (1, 200, 3)).quantize(4)
+        if mode == "P"
+        else Image.new(mode, (8, 8), COLOURS[mode])
+    )
     stream = io.BytesIO()
     image.save(stream, "jpeg" if mode == "CMYK" else "png")
     got = decode(stream.getvalue())
@@ -287,7 +354,15 @@ def test_exif_rotation_is_applied():
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no picture", picture(3)[:-200], picture(3)[:100], picture(3, "png")[:-200], picture(3, "webp")[:-99]]
+    "data",
+    [
+        b"",
+        b"no picture",
+        picture(3)[:-200],
+        picture(3)[:100],
+        picture(3, "png")[:-200],
+        picture(3, "webp")[:-99],
+    ],
 )
 def test_broken_pictures_are_refused(data):
     with pytest.raises(BadSample):
@@ -301,7 +376,9 @@ def test_a_picture_that_fits_is_not_resampled():
     assert torch.equal(resize_crop(Image.fromarray(pixels), 16, 16), expected[:, :, 2:18])
 
 
-@pytest.mark.parametrize("size,scale", [((128, 32), 2), ((32, 64), 2), ((16, 8), 0.5), ((17, 400), 17 / 16)])
+@pytest.mark.parametrize(
+    "size,scale", [((128, 32), 2), ((32, 64), 2), ((16, 8), 0.5), ((17, 400), 17 / 16)]
+)
 def test_resizing_covers_and_keeps_proportions(size, scale):
     x = np.broadcast_to(np.arange(size[0]) / size[0] * 255, size[::-1])
     image = Image.fromarray(np.repeat(x[..., None], 3, axis=2).astype(np.uint8))
@@ -313,26 +390,45 @@ def test_resizing_covers_and_keeps_proportions(size, scale):
 def test_random_crops_and_flips_are_keyed():
     x = np.broadcast_to(np.arange(64)[None, :, None] * 4, (16, 64, 3)).astype(np.uint8)
     crops = [
-        resize_crop(Image.fromarray(x), 16, 16, crop="random", flip=True, generator=rng.generator(0, i, "crop"))
+        resize_crop(
+            Image.fromarray(x),
+            16,
+            16,
+            crop="random",
+            flip=True,
+            generator=rng.generator(0, i, "crop"),
+        )
         for i in range(64)
     ]
     starts = {int(round((crop.min().item() + 1) * 127.5 / 4)) for crop in crops}
     assert min(starts) < 8 and max(starts) > 40 and starts <= set(range(49))
     assert 10 < sum(bool(crop[0, 0, 0] > crop[0, 0, 1]) for crop in crops) < 54
-    again = resize_crop(Image.fromarray(x), 16, 16, crop="random", flip=True, generator=rng.generator(0, 5, "crop"))
+    again = resize_crop(
+        Image.fromarray(x), 16, 16, crop="random", flip=True, generator=rng.generator(0, 5, "crop")
+    )
     assert torch.equal(again, crops[5])
 
 
-# --- places ---------------------------------------------------------------------------------------------------------------------
+# --- places ---------------------------------------------------------------------------------------
 
 
 def test_captions_come_from_json_before_txt(tmp_path):
     content = {}
     for i in range(3):
-        content |= {f"a/{i}.webp": picture(i, "webp"), f"a/{i}.json": json.dumps({"text": f"t{i}"}).encode()}
-    content |= {"a/1.txt": b"not this", "a/3.PNG": picture(3, "png"), "a/3.json": b"[]", "a/3.txt": b"txt"}
+        content |= {
+            f"a/{i}.webp": picture(i, "webp"),
+            f"a/{i}.json": json.dumps({"text": f"t{i}"}).encode(),
+        }
+    content |= {
+        "a/1.txt": b"not this",
+        "a/3.PNG": picture(3, "png"),
+        "a/3.json": b"[]",
+        "a/3.txt": b"txt",
+    }
     write_tar(tmp_path / "0.tar", content)
-    dataset = open_dataset(config_for(tmp_path, caption_field="text", val_path=str(tmp_path)), "train", 0)
+    dataset = open_dataset(
+        config_for(tmp_path, caption_field="text", val_path=str(tmp_path)), "train", 0
+    )
     assert {dataset[i]["keys"]: dataset[i]["captions"] for i in range(4)} == {
         "0/a/0": "t0",
         "0/a/1": "t1",
@@ -352,7 +448,10 @@ def test_the_control_is_not_the_picture_and_hidden_files_are_none(tmp_path):
     }
     write_tar(tmp_path / "0.tar", content)
     dataset = open_dataset(config_for(tmp_path, val_path=str(tmp_path)), "train", 0)
-    assert torch.equal(dataset[0]["images"], resize_crop(decode(picture(2)), 32, 32)) and len(dataset) == 1
+    assert (
+        torch.equal(dataset[0]["images"], resize_crop(decode(picture(2)), 32, 32))
+        and len(dataset) == 1
+    )
 
 
 def test_globs_braces_lists_and_urls(tars, tmp_path):
@@ -369,12 +468,29 @@ def test_globs_braces_lists_and_urls(tars, tmp_path):
     assert len(open_dataset(config, "train", 0)) == 11  # fetched once
     for command in ("cat /nowhere", "head -c 3000"):
         with pytest.raises(ValueError, match="data.path.*cannot be fetched"):
-            open_dataset(config_for(f"pipe:{command} {tars}/1.tar", download=str(tmp_path / "fetched")), "train", 0)
-    assert len(list((tmp_path / "fetched").glob("[!.]*"))) == 2 and not list((tmp_path / "fetched").glob(".fetching*"))
+            open_dataset(
+                config_for(f"pipe:{command} {tars}/1.tar", download=str(tmp_path / "fetched")),
+                "train",
+                0,
+            )
+    assert len(list((tmp_path / "fetched").glob("[!.]*"))) == 2 and not list(
+        (tmp_path / "fetched").glob(".fetching*")
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["nothing", "empty", "void.tar", "cut.tar", "damaged.tar", "text.tar", "packed.tar", "*.nothing", "{a"]
+    "name",
+    [
+        "nothing",
+        "empty",
+        "void.tar",
+        "cut.tar",
+        "damaged.tar",
+        "text.tar",
+        "packed.tar",
+        "*.nothing",
+        "{a",
+    ],
 )
 def test_what_is_no_data_is_named(tmp_path, tars, name):
     whole = (tars / "0.tar").read_bytes()
@@ -407,7 +523,10 @@ def test_what_is_no_data_is_named(tmp_path, tars, name):
         (dict(kind="fill50k", path="s3://bucket"), "webdataset"),
         (dict(control="sketch"), "data.control=sketch: choose jpg, jpeg, webp, png.*canny"),
         (dict(control=""), "data.control="),
-        (dict(control="png", control_mode="colour"), "data.control_mode=colour: choose json, one of canny, tile"),
+        (
+            dict(control="png", control_mode="colour"),
+            "data.control_mode=colour: choose json, one of canny, tile",
+        ),
         (dict(control_mode="canny"), "set data.control="),
     ],
 )
@@ -416,7 +535,7 @@ def test_nonsense_is_refused(changes, named):
         config_for(**({"path": "x"} | changes))
 
 
-# --- cache ----------------------------------------------------------------------------------------------------------------------
+# --- cache ----------------------------------------------------------------------------------------
 
 
 def encode_images(images):
@@ -425,31 +544,56 @@ def encode_images(images):
 
 
 def encode_texts(texts):
-    rows = torch.stack([torch.randn(4, 6, generator=rng.generator(0, text, "test")) for text in texts])
+    rows = torch.stack(
+        [torch.randn(4, 6, generator=rng.generator(0, text, "test")) for text in texts]
+    )
     return rows, rows.mean(1)
 
 
 def make_cache(dataset, directory, digest="d", **options):
-    return build_cache(dataset, directory, encode_images=encode_images, encode_texts=encode_texts, digest=digest, **options)
+    return build_cache(
+        dataset,
+        directory,
+        encode_images=encode_images,
+        encode_texts=encode_texts,
+        digest=digest,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("split,workers", [("train", 2), ("val", 0)])
 def test_cache_equals_no_cache(tars, tmp_path, monkeypatch, split, workers):
     monkeypatch.setattr(cache_module, "ROWS", 4)  # several files for a tar
-    bad = {"a.jpg": picture(1)[:100], "a.txt": b"broken", "b.jpg": picture(2), "b.txt": b"picture 0", "c.jpg": b"", "c.txt": b"c"}
+    bad = {
+        "a.jpg": picture(1)[:100],
+        "a.txt": b"broken",
+        "b.jpg": picture(2),
+        "b.txt": b"picture 0",
+        "c.jpg": b"",
+        "c.txt": b"c",
+    }
     write_tar(tars / "1.tar", bad)
     write_tar(tars / "3.tar", {"d.jpg": b"", "d.txt": b"all of it broken"})
     write_tar(tars / "4.tar", members(range(40, 52)) | {"042.txt": b"picture 40", "043.jpg": b""})
-    dataset = open_dataset(config_for(tars, caption_dropout=0.4, workers=workers, val_count=13), split, 0)
-    folders = {make_cache(dataset, tmp_path / "cache", rank=rank, world_size=2) for rank in range(2)}
-    (plain,), (cached,) = (batches(d, stop=72, workers=workers) for d in (dataset, CachedSamples(dataset, *folders)))
+    dataset = open_dataset(
+        config_for(tars, caption_dropout=0.4, workers=workers, val_count=13), split, 0
+    )
+    folders = {
+        make_cache(dataset, tmp_path / "cache", rank=rank, world_size=2) for rank in range(2)
+    }
+    (plain,), (cached,) = (
+        batches(d, stop=72, workers=workers) for d in (dataset, CachedSamples(dataset, *folders))
+    )
     dropped, passed_over = 0, 0
     for a, b in zip(plain, cached, strict=True):
         assert a["indices"].tolist() == b["indices"].tolist() and a["keys"] == b["keys"]
         mean, logvar = encode_images(a["images"])
         txt, pooled = encode_texts(a["captions"])
         dropped += a["captions"].count("")
-        assert all(torch.equal(b[k], v) for k, v in dict(mean=mean, logvar=logvar, txt=txt, pooled=pooled).items())
+        assert all(
+            torch.equal(b[k], v)
+            for k, v in dict(mean=mean, logvar=logvar, txt=txt, pooled=pooled).items()
+        )
     for i in range(len(dataset)):
         assert dataset[i]["bad"] == CachedSamples(dataset, *folders)[i]["bad"]
         passed_over += len(dataset[i]["bad"])
@@ -467,19 +611,29 @@ def test_a_stale_cache_is_refused_and_a_finished_one_reused(tars, tmp_path):
         CachedSamples(dataset, folder)
     assert make_cache(dataset, tmp_path / "cache") == folder and files[1].exists()
     assert before == {file: file.stat().st_mtime_ns for file in before}
-    with pytest.raises(ValueError, match=r"stale: other encoders \(d there, other now\); remove it"):
+    with pytest.raises(
+        ValueError, match=r"stale: other encoders \(d there, other now\); remove it"
+    ):
         make_cache(dataset, tmp_path / "cache", digest="other")
     with pytest.raises(ValueError, match=r"stale: other data .*size \(32x32 there, 16x16 now\)"):
-        make_cache(open_dataset(config_for(tars / "0.tar", height=16, width=16), "train", 0), tmp_path / "cache")
+        make_cache(
+            open_dataset(config_for(tars / "0.tar", height=16, width=16), "train", 0),
+            tmp_path / "cache",
+        )
     with pytest.raises(ValueError, match="stale: other data"):
-        make_cache(open_dataset(config_for(tars, caption_field="text"), "train", 0), tmp_path / "cache")
+        make_cache(
+            open_dataset(config_for(tars, caption_field="text"), "train", 0), tmp_path / "cache"
+        )
 
 
 def test_a_cache_of_too_many_bad_samples_is_refused(tars, tmp_path):
     write_tar(tars / "1.tar", {"a.jpg": picture(1)[:100], "a.txt": b"broken"})
     for _ in range(2):  # the second time from the finished files
         with pytest.raises(ValueError, match="1 of 16 samples.*1/a: unreadable picture"):
-            make_cache(open_dataset(config_for(tars, max_bad_fraction=0.05), "train", 0), tmp_path / "cache")
+            make_cache(
+                open_dataset(config_for(tars, max_bad_fraction=0.05), "train", 0),
+                tmp_path / "cache",
+            )
 
 
 def test_a_cache_is_read_fast(tmp_path):
@@ -494,11 +648,16 @@ def test_a_cache_is_read_fast(tmp_path):
     assert min(times) < 0.05
 
 
-# --- fill50k --------------------------------------------------------------------------------------------------------------------
+# --- fill50k --------------------------------------------------------------------------------------
 
 
 def fill50k_config(path, **changes):
-    return DataConfig(**(dict(path=str(path), count=40, generate_size=32, height=32, width=32, val_count=10) | changes))
+    return DataConfig(
+        **(
+            dict(path=str(path), count=40, generate_size=32, height=32, width=32, val_count=10)
+            | changes
+        )
+    )
 
 
 def test_generated_samples_are_deterministic_and_hold_pairs_out(tmp_path):
@@ -508,10 +667,15 @@ def test_generated_samples_are_deterministic_and_hold_pairs_out(tmp_path):
         prepare(config, split, 1)
         dataset = open_dataset(config, split, 0)
         for text in {dataset[i]["captions"] for i in range(count)} - {""}:
-            assert fill50k.is_held_out(*text.removesuffix(" background").split(" circle with ")) == (split == "val")
+            assert fill50k.is_held_out(
+                *text.removesuffix(" background").split(" circle with ")
+            ) == (split == "val")
     first = (tmp_path / "data" / "train" / "000000.tar").read_bytes()
     for workers in (0, 2):
-        fill50k.write_shards(fill50k.generated_samples(40, size=32, seed=0, workers=workers), tmp_path / f"again{workers}")
+        fill50k.write_shards(
+            fill50k.generated_samples(40, size=32, seed=0, workers=workers),
+            tmp_path / f"again{workers}",
+        )
         assert (tmp_path / f"again{workers}" / "000000.tar").read_bytes() == first
     with tarfile.open(tmp_path / "again0" / "000000.tar") as tar:
         assert sorted(tar.getnames())[:3] == ["000000.jpg", "000000.png", "000000.txt"]
@@ -533,7 +697,11 @@ def test_other_generated_shards_are_refused(tmp_path):
 
 
 def test_the_generators_own_tars_in_the_path_itself_are_the_training_set(tmp_path):
-    fill50k.write_shards(fill50k.generated_samples(5, size=32, seed=0), tmp_path / "made", about={"count": 5, "size": 32})
+    fill50k.write_shards(
+        fill50k.generated_samples(5, size=32, seed=0),
+        tmp_path / "made",
+        about={"count": 5, "size": 32},
+    )
     config = fill50k_config(tmp_path / "made", count=5)
     for split in ("train", "val"):
         prepare(config, split)
@@ -541,7 +709,9 @@ def test_the_generators_own_tars_in_the_path_itself_are_the_training_set(tmp_pat
     assert not (tmp_path / "made" / "train").exists()
 
 
-@pytest.mark.parametrize("names", [("0.tar",), ("holiday.jpg",), ("train/0.tar",), ("a/b/0.tar", "c.txt")])
+@pytest.mark.parametrize(
+    "names", [("0.tar",), ("holiday.jpg",), ("train/0.tar",), ("a/b/0.tar", "c.txt")]
+)
 def test_nothing_is_written_into_a_folder_of_the_users(tmp_path, names):
     for name in names:
         write_tar(tmp_path / "mine" / name, members(range(5)))
@@ -588,11 +758,15 @@ def test_the_original_layout_is_imported(tmp_path):
     circle, background = next(pair for pair in fill50k.pairs(held_out=True) if pair[0] == "cyan")
     held_out = fill50k.caption(circle, background), fill50k.caption("aqua", background)
     lines = []
-    for i, text in enumerate(["red circle with blue background", *held_out, "a caption of another kind"]):
+    for i, text in enumerate(
+        ["red circle with blue background", *held_out, "a caption of another kind"]
+    ):
         for folder in ("source", "target"):
             (source / folder).mkdir(parents=True, exist_ok=True)
             (source / folder / f"{i}.png").write_bytes(picture(i * 9, "png"))
-        lines.append(json.dumps({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": text}))
+        lines.append(
+            json.dumps({"source": f"source/{i}.png", "target": f"target/{i}.png", "prompt": text})
+        )
     (source / "prompt.json").write_text("\n".join(lines))
     fill50k.write_shards(fill50k.imported_samples(source), tmp_path / "tars")
     dataset = open_dataset(config_for(tmp_path / "tars"), "train", 0)
@@ -601,7 +775,7 @@ def test_the_original_layout_is_imported(tmp_path):
         list(fill50k.imported_samples(tmp_path))
 
 
-# --- control --------------------------------------------------------------------------------------------------------------------
+# --- control --------------------------------------------------------------------------------------
 
 
 def encoded(image, kind="png"):
@@ -611,16 +785,23 @@ def encoded(image, kind="png"):
 
 
 def smooth(number, size):
-    """A picture that survives being made smaller: a few large, soft patches, different for each number."""
+    """A picture that survives being made smaller: a few large, soft patches, different for each
+    number.
+    """
     patches = np.random.default_rng(number).integers(0, 256, (3, 4, 3), np.uint8)
     return Image.fromarray(patches).resize(size, Image.Resampling.BICUBIC)
 
 
 def controlled(numbers, **fields):
-    """Samples of a webp target and the same picture as a png control; `fields` for the json, by number."""
+    """Samples of a webp target and the same picture as a png control; `fields` for the json, by
+    number.
+    """
     found = {}
     for i in numbers:
-        found |= {f"{i:03d}.webp": picture(i, "webp", (48, 40)), f"{i:03d}.txt": f"picture {i}".encode()}
+        found |= {
+            f"{i:03d}.webp": picture(i, "webp", (48, 40)),
+            f"{i:03d}.txt": f"picture {i}".encode(),
+        }
         found[f"{i:03d}.png"] = encoded(decode(found[f"{i:03d}.webp"]))
         if f"_{i}" in fields:
             found[f"{i:03d}.json"] = json.dumps(fields[f"_{i}"]).encode()
@@ -628,7 +809,10 @@ def controlled(numbers, **fields):
 
 
 def differing_controls(path, **changes):
-    write_tar(path / "0.tar", members(range(9)) | {f"{i:03d}.png": picture(i + 50, "png") for i in range(9)})
+    write_tar(
+        path / "0.tar",
+        members(range(9)) | {f"{i:03d}.png": picture(i + 50, "png") for i in range(9)},
+    )
     return config_for(path, control="png", shuffle=False, **changes)
 
 
@@ -638,10 +822,15 @@ def test_the_control_is_cropped_and_flipped_as_its_target(tmp_path):
         options = dict(height=size[0], width=size[1], crop="random", flip=True)
         dataset = open_dataset(config_for(tmp_path, control="png", **options), "train", 0)
         plain = open_dataset(config_for(tmp_path, **options), "train", 0)
-        flat = open_dataset(config_for(tmp_path, control="png", height=size[0], width=size[1]), "train", 0)
+        flat = open_dataset(
+            config_for(tmp_path, control="png", height=size[0], width=size[1]), "train", 0
+        )
         moved = 0
         for i in range(24):
-            assert torch.equal(dataset[i]["controls"], dataset[i]["images"]) and dataset[i]["controls"].dtype == torch.float32
+            assert (
+                torch.equal(dataset[i]["controls"], dataset[i]["images"])
+                and dataset[i]["controls"].dtype == torch.float32
+            )
             assert torch.equal(dataset[i]["images"], plain[i]["images"])  # a control draws nothing
             moved += not torch.equal(dataset[i]["controls"], flat[i]["controls"])
         assert moved > 8
@@ -652,10 +841,16 @@ def test_a_control_of_another_size_shows_the_same_part(tmp_path, scale):
     content = {}
     for i in range(8):
         small, large = (200, 150), (round(200 * scale), round(150 * scale))
-        content |= {f"{i}.jpg": encoded(smooth(i, small), "png"), f"{i}.png": encoded(smooth(i, large)), f"{i}.txt": b"a"}
+        content |= {
+            f"{i}.jpg": encoded(smooth(i, small), "png"),
+            f"{i}.png": encoded(smooth(i, large)),
+            f"{i}.txt": b"a",
+        }
     write_tar(tmp_path / "0.tar", content)
     for side in (48, 150):
-        config = config_for(tmp_path, control="png", crop="random", flip=True, height=side, width=side)
+        config = config_for(
+            tmp_path, control="png", crop="random", flip=True, height=side, width=side
+        )
         dataset = open_dataset(config, "train", 0)
         for i in range(12):
             assert (dataset[i]["images"] - dataset[i]["controls"]).abs().mean() < 0.03
@@ -679,19 +874,37 @@ def test_missing_and_unfitting_controls_are_counted_with_the_reason(tmp_path, ca
     config = config_for(tmp_path, control="png", shuffle=False)
     with caplog.at_level(logging.WARNING, "fluxlite"):
         dataset = open_dataset(config, "train", 0)
-    assert len(dataset) == 9 and [dataset[i]["keys"] for i in (2, 3, 4, 5)] == ["0/002", "0/007", "0/007", "0/007"]
-    assert "skipped 0/003: no control (png)" in caplog.text and "skipped 0/004: no picture (jpg, jpeg, webp)" in caplog.text
+    assert len(dataset) == 9 and [dataset[i]["keys"] for i in (2, 3, 4, 5)] == [
+        "0/002",
+        "0/007",
+        "0/007",
+        "0/007",
+    ]
+    assert (
+        "skipped 0/003: no control (png)" in caplog.text
+        and "skipped 0/004: no picture (jpg, jpeg, webp)" in caplog.text
+    )
     wrong_shape, broken = dataset[3]["bad"]
-    assert "its control (png)" in wrong_shape and "48x48 pixels beside 48x40" in wrong_shape and "unreadable" in broken
+    assert (
+        "its control (png)" in wrong_shape
+        and "48x48 pixels beside 48x40" in wrong_shape
+        and "unreadable" in broken
+    )
     with pytest.raises(ValueError, match="2 of 12 samples.*0/003: no control .png."):
         open_dataset(config_for(tmp_path, control="png", max_bad_fraction=0.1), "train", 0)
-    assert len(open_dataset(config_for(tmp_path), "train", 0)) == 11  # as it was; the index of one is not the other's
+    assert (
+        len(open_dataset(config_for(tmp_path), "train", 0)) == 11
+    )  # as it was; the index of one is not the other's
 
 
 def test_controls_with_endings_of_their_own_leave_other_pngs_alone(tmp_path):
     content = {}
     for i in range(2):
-        content |= {f"{i}.png": picture(i, "png"), f"{i}.txt": b"a", f"{i}.depth.png": picture(i + 5, "png")}
+        content |= {
+            f"{i}.png": picture(i, "png"),
+            f"{i}.txt": b"a",
+            f"{i}.depth.png": picture(i + 5, "png"),
+        }
     write_tar(tmp_path / "0.tar", content)
     sample = open_dataset(config_for(tmp_path, control="depth.png", shuffle=False), "train", 0)[0]
     assert torch.equal(sample["images"], resize_crop(decode(picture(0, "png")), 32, 32))
@@ -701,7 +914,11 @@ def test_controls_with_endings_of_their_own_leave_other_pngs_alone(tmp_path):
 def test_canny_draws_the_outline_of_a_square(tmp_path):
     square = np.zeros((64, 64, 3), np.uint8)
     square[16:48, 20:44] = (255, 0, 0)
-    content = {f"{i}.{e}": d for i in range(4) for e, d in (("png", encoded(Image.fromarray(square))), ("txt", b"a square"))}
+    content = {
+        f"{i}.{e}": d
+        for i in range(4)
+        for e, d in (("png", encoded(Image.fromarray(square))), ("txt", b"a square"))
+    }
     write_tar(tmp_path / "0.tar", content)
     options = dict(control="canny", height=64, width=64, val_path=str(tmp_path))
     sample = open_dataset(config_for(tmp_path, **options), "train", 0)[0]
@@ -712,14 +929,22 @@ def test_canny_draws_the_outline_of_a_square(tmp_path):
     outside = torch.ones(64, 64, dtype=torch.bool)
     outside[14:50, 18:46] = False
     assert (controls[:, inside | outside] == -1).all() and 90 < (controls[0] == 1).sum() < 130
-    flipped = open_dataset(config_for(tmp_path, **(options | dict(height=32, width=16, crop="random", flip=True))), "train", 0)
+    flipped = open_dataset(
+        config_for(tmp_path, **(options | dict(height=32, width=16, crop="random", flip=True))),
+        "train",
+        0,
+    )
     for i in range(8):
         assert torch.equal(flipped[i]["controls"], pixels(edges(to_picture(flipped[i]["images"]))))
     assert same(by_index(batches(flipped, workers=2)), by_index(batches(flipped)))
 
 
 def test_canny_sees_edges_by_two_thresholds():
-    def outlined(*steps):  # columns in which an edge is seen between black and these steps below it; its gradient is 4 · step
+    def outlined(
+        *steps,
+        # columns in which an edge is seen between black and these steps below it; its gradient is 4 ·
+        # step
+    ):
         image = np.zeros((32, 16 * len(steps), 3), np.uint8)
         for i, step in enumerate(steps):
             image[16:, 16 * i : 16 * i + 16] = step
@@ -741,22 +966,39 @@ def test_canny_without_opencv_says_what_to_install(monkeypatch):
 
 
 def test_validation_has_controls_of_the_centre(tmp_path):
-    config = differing_controls(tmp_path, val_count=3, crop="random", flip=True, height=16, width=24)
+    config = differing_controls(
+        tmp_path, val_count=3, crop="random", flip=True, height=16, width=24
+    )
     dataset = open_dataset(config, "val", 0)
     for i in range(3):
-        assert torch.equal(dataset[i]["controls"], resize_crop(decode(picture(56 + i, "png")), 16, 24))
+        assert torch.equal(
+            dataset[i]["controls"], resize_crop(decode(picture(56 + i, "png")), 16, 24)
+        )
 
 
 def test_modes_are_given_by_name_by_number_and_by_default(tmp_path):
-    content = controlled(range(6), _0={"mode": "depth"}, _1={"mode": 4}, _2={"mode": "5"}, _3={"mode": "colour"}, _4={"a": 1})
+    content = controlled(
+        range(6),
+        _0={"mode": "depth"},
+        _1={"mode": 4},
+        _2={"mode": "5"},
+        _3={"mode": "colour"},
+        _4={"a": 1},
+    )
     write_tar(tmp_path / "0.tar", content)
     options = dict(control="png", shuffle=False, val_path=str(tmp_path))
-    (rank,) = batches(open_dataset(config_for(tmp_path, control_mode="canny", **options), "train", 0), stop=6)
-    assert [batch["modes"].tolist() for batch in rank] == [[2, 4], [5, 0], [0, 0]] and rank[0]["modes"].dtype == torch.int64
+    (rank,) = batches(
+        open_dataset(config_for(tmp_path, control_mode="canny", **options), "train", 0), stop=6
+    )
+    assert [batch["modes"].tolist() for batch in rank] == [[2, 4], [5, 0], [0, 0]] and rank[0][
+        "modes"
+    ].dtype == torch.int64
     dataset = open_dataset(config_for(tmp_path, control_mode="9", **options), "train", 0)
     assert dataset[4]["modes"] == 9 and "mode 'colour'" in dataset[3]["bad"][0]
     dataset = open_dataset(config_for(tmp_path, control_mode="json", **options), "train", 0)
-    assert dataset[3]["modes"] == 2 and ["no mode in its json" in why for why in dataset[3]["bad"]] == [False, True, True]
+    assert dataset[3]["modes"] == 2 and [
+        "no mode in its json" in why for why in dataset[3]["bad"]
+    ] == [False, True, True]
     assert "modes" not in open_dataset(config_for(tmp_path, **options), "train", 0)[0]
 
 
@@ -769,16 +1011,30 @@ def test_a_set_without_modes_has_none(tmp_path):
 @pytest.mark.parametrize("control", ["png", "canny"])
 def test_cached_controls_equal_uncached_ones(tmp_path, control):
     content = controlled(range(11), **{f"_{i}": {"mode": i % 7} for i in range(11) if i != 5})
-    content |= {f"{i:03d}.png": picture(i + 50, "png", (48, 40)) for i in range(11)} | {"003.png": b"", "004.webp": b""}
+    content |= {f"{i:03d}.png": picture(i + 50, "png", (48, 40)) for i in range(11)} | {
+        "003.png": b"",
+        "004.webp": b"",
+    }
     write_tar(tmp_path / "tars" / "0.tar", content)
-    dataset = open_dataset(config_for(tmp_path / "tars", control=control, control_mode="json", caption_dropout=0.4), "train", 0)
+    dataset = open_dataset(
+        config_for(tmp_path / "tars", control=control, control_mode="json", caption_dropout=0.4),
+        "train",
+        0,
+    )
     cached = CachedSamples(dataset, make_cache(dataset, tmp_path / "cache"))
     skipped = set()
     for i in range(20):
         a, b = dataset[i], cached[i]
-        for name, posterior in (("images", ("mean", "logvar")), ("controls", ("control_mean", "control_logvar"))):
-            assert all(torch.equal(b[k], v[0]) for k, v in zip(posterior, encode_images(a[name][None])))
-        assert torch.equal(a["modes"], b["modes"]) and a["keys"] == b["keys"] and a["bad"] == b["bad"]
+        for name, posterior in (
+            ("images", ("mean", "logvar")),
+            ("controls", ("control_mean", "control_logvar")),
+        ):
+            assert all(
+                torch.equal(b[k], v[0]) for k, v in zip(posterior, encode_images(a[name][None]))
+            )
+        assert (
+            torch.equal(a["modes"], b["modes"]) and a["keys"] == b["keys"] and a["bad"] == b["bad"]
+        )
         assert torch.equal(b["txt"], encode_texts([a["captions"]])[0][0])
         skipped |= {entry[:5] for entry in a["bad"]}
     assert skipped == ({"0/003", "0/004", "0/005"} if control == "png" else {"0/004", "0/005"})
@@ -787,12 +1043,21 @@ def test_cached_controls_equal_uncached_ones(tmp_path, control):
 
 def collated_shapes(dataset):
     (rank,) = batches(dataset, stop=6)
-    return {name: tuple(value.shape) for name, value in rank[0].items() if isinstance(value, torch.Tensor)}
+    return {
+        name: tuple(value.shape)
+        for name, value in rank[0].items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 def test_caches_of_other_controls_are_stale(tmp_path):
     write_tar(tmp_path / "tars" / "0.tar", controlled(range(5)))
-    settings = ({}, dict(control="png"), dict(control="png", control_mode="canny"), dict(control="png", control_mode="1"))
+    settings = (
+        {},
+        dict(control="png"),
+        dict(control="png", control_mode="canny"),
+        dict(control="png", control_mode="1"),
+    )
     for changes in (*settings, dict(control="canny")):
         dataset = open_dataset(config_for(tmp_path / "tars", **changes), "train", 0)
         make_cache(dataset, tmp_path / "-".join(map(str, changes.values())))
@@ -811,25 +1076,45 @@ def test_generated_circles_have_their_outlines_as_controls(tmp_path):
         sample = open_dataset(config, split, 0)[0]
         number = int(sample["keys"].split("/")[1])
         _, outline, text = fill50k.draw_sample(number, size=32, seed=seed, held_out=split == "val")
-        assert sample["captions"] == text and torch.equal(sample["controls"], pixels(Image.fromarray(outline)))
+        assert sample["captions"] == text and torch.equal(
+            sample["controls"], pixels(Image.fromarray(outline))
+        )
 
 
 def test_mock_controls_are_seeded_and_leave_the_rest_as_it_is():
     config = DataConfig(kind="mock", count=10, height=32, width=32)
     steered = replace(config, control="png", control_mode="depth")
     shapes = dict(latent_shape=(4, 4, 4), text_shape=(3, 5), pooled_width=7)
-    plain, a, b = (MockSamples(c, split="train", seed=seed, **shapes) for c, seed in ((config, 0), (steered, 0), (steered, 1)))
-    assert torch.equal(a[3]["control_mean"], a[13]["control_mean"]) and a[3]["control_logvar"].shape == (4, 4, 4)
+    plain, a, b = (
+        MockSamples(c, split="train", seed=seed, **shapes)
+        for c, seed in ((config, 0), (steered, 0), (steered, 1))
+    )
+    assert torch.equal(a[3]["control_mean"], a[13]["control_mean"]) and a[3][
+        "control_logvar"
+    ].shape == (4, 4, 4)
     others = (a[4]["control_mean"], b[3]["control_mean"], a[3]["mean"])
     assert not any(torch.equal(a[3]["control_mean"], other) for other in others)
-    assert set(a[3]) - set(plain[3]) == {"control_mean", "control_logvar", "modes"} and collated_shapes(a)["modes"] == (2,)
-    assert torch.equal(a[3]["mean"], plain[3]["mean"]) and torch.equal(a[3]["txt"], plain[3]["txt"]) and a[3]["modes"] == 2
+    assert set(a[3]) - set(plain[3]) == {
+        "control_mean",
+        "control_logvar",
+        "modes",
+    } and collated_shapes(a)["modes"] == (2,)
+    assert (
+        torch.equal(a[3]["mean"], plain[3]["mean"])
+        and torch.equal(a[3]["txt"], plain[3]["txt"])
+        and a[3]["modes"] == 2
+    )
     pictures, without = (open_dataset(c, "train", 0) for c in (steered, config))
-    assert set(pictures[2]) - set(without[2]) == {"controls", "modes"} and pictures[2]["controls"].shape == (3, 32, 32)
-    assert torch.equal(pictures[2]["images"], without[2]["images"]) and pictures[2]["captions"] == without[2]["captions"]
+    assert set(pictures[2]) - set(without[2]) == {"controls", "modes"} and pictures[2][
+        "controls"
+    ].shape == (3, 32, 32)
+    assert (
+        torch.equal(pictures[2]["images"], without[2]["images"])
+        and pictures[2]["captions"] == without[2]["captions"]
+    )
 
 
-# --- mock -----------------------------------------------------------------------------------------------------------------------
+# --- mock -----------------------------------------------------------------------------------------
 
 
 def test_mock_is_seeded_by_index():
@@ -842,5 +1127,7 @@ def test_mock_is_seeded_by_index():
     assert {k: tuple(v.shape) for k, v in rank[0].items() if isinstance(v, torch.Tensor)} == {
         "mean": (2, 4, 4, 4), "logvar": (2, 4, 4, 4), "txt": (2, 3, 5), "pooled": (2, 7), "indices": (2,)}  # fmt: skip
     pictures = open_dataset(config, "train", 0)
-    assert isinstance(pictures, MockPictures) and same(by_index(batches(pictures)), by_index(batches(pictures, ranks=3, workers=1)))
+    assert isinstance(pictures, MockPictures) and same(
+        by_index(batches(pictures)), by_index(batches(pictures, ranks=3, workers=1))
+    )
     assert pictures[2]["images"].shape == (3, 32, 32) and len(pictures[2]["captions"].split()) == 8

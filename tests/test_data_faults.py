@@ -51,7 +51,9 @@ def colour(name, kind="png"):
 
 
 def write_members(path, files):
-    """A tar of (name, bytes) pairs, names repeated or not; bytes that are a str link to that name."""
+    """A tar of (name, bytes) pairs, names repeated or not; bytes that are a str link to that
+    name.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in files:
@@ -232,7 +234,9 @@ def energon(
     split="split_parts:\n  train: [s.tar]\n",
     json_text='{"caption": "alt", "long": {"en": ["no", "red"]}}',
 ):
-    """An Energon dataset of one tar whose samples are red by png and black by jpg, and the caption red in several places."""
+    """An Energon dataset of one tar whose samples are red by png and black by jpg, and the caption
+    red in several places.
+    """
     sample = {
         "png": colour("red"),
         "jpg": colour("black", "jpeg"),

@@ -31,7 +31,9 @@ def test_euler_step_matches_diffusers():
     scheduler.set_timesteps(5)
     x, v = torch.randn(2, 8, 4), torch.randn(2, 8, 4)
     theirs = scheduler.step(v, scheduler.timesteps[0], x, return_dict=False)[0]
-    assert torch.allclose(flow.euler_step(x, v, scheduler.sigmas[0], scheduler.sigmas[1]), theirs, atol=1e-6)
+    assert torch.allclose(
+        flow.euler_step(x, v, scheduler.sigmas[0], scheduler.sigmas[1]), theirs, atol=1e-6
+    )
 
 
 def test_loss_is_the_written_out_formula():
@@ -40,13 +42,22 @@ def test_loss_is_the_written_out_formula():
     noisy = flow.add_noise(x0, noise, t)
     for b in range(3):
         assert torch.allclose(noisy[b], (1 - t[b]) * x0[b] + t[b] * noise[b])
-        expected = sum((v[b, i, j] - (noise[b, i, j] - x0[b, i, j])) ** 2 for i in range(5) for j in range(4)) / 20
+        expected = (
+            sum(
+                (v[b, i, j] - (noise[b, i, j] - x0[b, i, j])) ** 2
+                for i in range(5)
+                for j in range(4)
+            )
+            / 20
+        )
         assert torch.allclose(flow.velocity_loss(v, x0, noise)[b], expected)
 
 
 def test_densities_have_their_shape():
     def draw(density, shift="none", **options):
-        return flow.sample_t(FlowConfig(density=density, shift=shift, **options), 256, seed=0, indices=INDICES)
+        return flow.sample_t(
+            FlowConfig(density=density, shift=shift, **options), 256, seed=0, indices=INDICES
+        )
 
     assert abs(draw("uniform").mean() - 0.5) < 0.02 and abs(draw("uniform").std() - 12**-0.5) < 0.01
     logits = torch.logit(draw("logit_normal", logit_mean=0.5, logit_std=0.7))
@@ -57,7 +68,9 @@ def test_densities_have_their_shape():
     assert ((draw("mode") >= 0) & (draw("mode") <= 1)).all()
     t = draw("uniform")
     mu = flow.time_shift_mu(256)
-    assert torch.allclose(draw("uniform", shift="resolution"), math.exp(mu) * t / (1 + (math.exp(mu) - 1) * t))
+    assert torch.allclose(
+        draw("uniform", shift="resolution"), math.exp(mu) * t / (1 + (math.exp(mu) - 1) * t)
+    )
     assert torch.allclose(draw("uniform", shift="3"), 3 * t / (1 + 2 * t))
 
 
@@ -73,4 +86,6 @@ def test_draws_depend_on_the_sample_alone():
 
 def test_sigma_form_and_t_form_of_the_shift_agree():
     t, mu = torch.linspace(0.01, 1, 50, dtype=torch.float64), 1.15
-    assert torch.allclose(flow.shift_time(t, math.exp(mu)), math.exp(mu) / (math.exp(mu) + 1 / t - 1))
+    assert torch.allclose(
+        flow.shift_time(t, math.exp(mu)), math.exp(mu) / (math.exp(mu) + 1 / t - 1)
+    )

@@ -2,7 +2,13 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from fluxlite.nets.latents import check_size, num_image_tokens, pack_latents, position_ids, unpack_latents
+from fluxlite.nets.latents import (
+    check_size,
+    num_image_tokens,
+    pack_latents,
+    position_ids,
+    unpack_latents,
+)
 
 
 def test_unpack_inverts_pack():

@@ -35,7 +35,9 @@ def test_significance_is_that_of_paired_differences():
     values = torch.tensor([0.02, 0.01, 0.03, 0.02])
     sums = [len(values), values.sum().item(), values.square().sum().item()]
     gain, z = meter.significance(sums, [0.4, 0.6])
-    assert gain == pytest.approx(0.04) and z == pytest.approx((values.mean() / values.std()).item() * 2, rel=1e-4)
+    assert gain == pytest.approx(0.04) and z == pytest.approx(
+        (values.mean() / values.std()).item() * 2, rel=1e-4
+    )
     assert meter.significance([4, 0.0, 0.0], [0.5]) == (0.0, 0.0)
 
 
@@ -58,15 +60,22 @@ def test_before_training_the_base_is_as_it_was_and_by_the_third_step_all_has_a_g
         run = built(data)
         texts, rest, hint = batch_of(run)
         before = {name: p.clone() for name, p in run.base.named_parameters()}
-        alone, steered = (loop.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint}))
+        alone, steered = (
+            loop.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint})
+        )
         assert torch.equal(alone, steered)
         for step in range(3):
             loop.flow_loss(run, *texts, **rest, hint=hint).mean().backward()
             seen = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
             loop.update(run, step)
         assert all(gradient is not None and gradient.norm() > 0 for gradient in seen.values())
-        assert all(torch.equal(p, before[name]) and p.grad is None for name, p in run.base.named_parameters())
-        assert not torch.equal(*(loop.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint})))
+        assert all(
+            torch.equal(p, before[name]) and p.grad is None
+            for name, p in run.base.named_parameters()
+        )
+        assert not torch.equal(
+            *(loop.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint}))
+        )
     finally:
         parallel.stop()
 
@@ -91,19 +100,37 @@ def test_what_no_gradient_reaches_stays_as_it_is_under_weight_decay(data):
 def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "fluxlite"):
         folder = train(*TINY, data, f"output={tmp_path}/run", "steps=4", "optim.ema_decay=0.5")
-    for name in ("control.png", "losses.png", "images/grid-000004.png", "checkpoints/last/meta.json"):
+    for name in (
+        "control.png",
+        "losses.png",
+        "images/grid-000004.png",
+        "checkpoints/last/meta.json",
+    ):
         assert (folder / name).is_file(), name
     text = (folder / "metrics.jsonl").read_text()
     rows = [row for row in map(json.loads, text.splitlines()) if "control/gain" in row]
-    assert len({row["control/none"] for row in rows}) == 1 < len({row["control/right"] for row in rows})
-    assert text.count('"control/gain"') == 3 and '"control/residual_double_1"' in text and '"control/none_t0.875"' in text
-    assert "double_blocks.0.txt.mlp.linear_out.weight" in caplog.text and "step 4, control: " in caplog.text
+    assert (
+        len({row["control/none"] for row in rows})
+        == 1
+        < len({row["control/right"] for row in rows})
+    )
+    assert (
+        text.count('"control/gain"') == 3
+        and '"control/residual_double_1"' in text
+        and '"control/none_t0.875"' in text
+    )
+    assert (
+        "double_blocks.0.txt.mlp.linear_out.weight" in caplog.text
+        and "step 4, control: " in caplog.text
+    )
     net = sources.load_controlnet(folder)
     base = sources.load_transformer(ASSETS / "flux-tiny")
     assert net.config.num_double_blocks == 1 and net.double_out[0].weight.norm() > 0
     assert net.num_parameters() < base.num_parameters()
     size = sum(f.stat().st_size for f in (folder / "checkpoints/last").iterdir())
-    assert size < 4.5 * 4 * net.num_parameters()  # weights, average and two moments: nothing of the base
+    assert (
+        size < 4.5 * 4 * net.num_parameters()
+    )  # weights, average and two moments: nothing of the base
     parts = [*TINY, data, f"output={tmp_path}/parts", "optim.ema_decay=0.5", "checkpoint.every=2"]
     train(*parts, "steps=2")
     a, b = losses(folder), losses(train(*parts, "steps=4", "resume=auto"))
@@ -111,15 +138,23 @@ def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path
 
 
 @pytest.mark.parametrize("blank", [False, True], ids=["right", "blank"])
-def test_blank_controls_are_not_learnt_and_that_is_said_loudly(tmp_path, caplog, monkeypatch, blank):
-    """The shipped net, which follows its controls, and the same net shown the same empty control for each picture."""
+def test_blank_controls_are_not_learnt_and_that_is_said_loudly(
+    tmp_path, caplog, monkeypatch, blank
+):
+    """The shipped net, which follows its controls, and the same net shown the same empty control
+    for each picture.
+    """
     real = loop.encode_control
     if blank:
-        monkeypatch.setattr(loop, "encode_control", lambda *a: {k: torch.zeros_like(v) for k, v in real(*a).items()})
+        monkeypatch.setattr(
+            loop, "encode_control", lambda *a: {k: torch.zeros_like(v) for k, v in real(*a).items()}
+        )
     with caplog.at_level(logging.INFO, "fluxlite"):
         train(*TINY, f"data.path={tmp_path}/data", f"output={tmp_path}/run", "steps=2", "data.val_count=24",
               "controlnet.checkpoint=flux-tiny", "optim.lr=1e-6", "controlnet.patience=2", "controlnet.meter_every=1")  # fmt: skip
-    for step, verdict in ((1, "not yet"), (2, "not learning")) if blank else ((1, "learning"), (2, "learning")):
+    for step, verdict in (
+        ((1, "not yet"), (2, "not learning")) if blank else ((1, "learning"), (2, "learning"))
+    ):
         assert f"step {step}, control: {verdict};" in caplog.text
     assert ("THE CONTROL HAS NO EFFECT" in caplog.text) is blank
 
@@ -129,11 +164,18 @@ def test_a_control_is_compared_with_another_samples_where_padding_repeats_some()
     held_out = [(None, None, None, {}, indices, None) for indices in rows]
     numbers = torch.cat(rows)
     partners = meter.Meter(None, held_out, None).partners()
-    assert all(numbers[partner] != own for partner, own in zip(partners, numbers)) and partners[2] == 1
+    assert (
+        all(numbers[partner] != own for partner, own in zip(partners, numbers)) and partners[2] == 1
+    )
 
 
 def test_wasteful_depths_name_the_nearest_that_wastes_none(caplog):
-    config = configure(*TINY, "controlnet.num_single_blocks=3", "model.checkpoint=null", "controlnet.init_from_base=false")
+    config = configure(
+        *TINY,
+        "controlnet.num_single_blocks=3",
+        "model.checkpoint=null",
+        "controlnet.init_from_base=false",
+    )
     shape = config.controlnet.shape(config.model.shape())
     unused = loop.unused_parameters(loop.ControlNet(shape), config.model.shape())
     loop.report_unused(shape, config.model.shape(), unused)
@@ -147,7 +189,10 @@ def test_a_random_base_gets_an_output_layer_and_says_so(tmp_path, caplog):
     folder = train(*SMALL, "data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "data.count=20",
                    "controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=1", "steps=3",
                    f"output={tmp_path}/run", "flow.guidance=1.0", "optim.lr=1e-2", "data.val_count=8")  # fmt: skip
-    assert "model.checkpoint is null: the frozen transformer is random, its output layer too" in caplog.text
+    assert (
+        "model.checkpoint is null: the frozen transformer is random, its output layer too"
+        in caplog.text
+    )
     assert sources.load_controlnet(folder).double_out[0].weight.norm() > 0
 
 

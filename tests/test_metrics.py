@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from fluxlite.train import metrics
-from fluxlite.train.metrics import Metrics, MetricsConfig, Throughput, contact_sheet, peak_tflops, plot_losses, read_metrics
+from fluxlite.train.metrics import (
+    Metrics,
+    MetricsConfig,
+    Throughput,
+    contact_sheet,
+    peak_tflops,
+    plot_losses,
+    read_metrics,
+)
 
 QUIET = MetricsConfig(tensorboard=False, progress=False)
 
@@ -36,7 +44,9 @@ def test_resume_reads_as_an_uninterrupted_run(tmp_path):
         file.write('{"step": 8, "lo')  # the process died while it wrote
     log_steps(tmp_path, range(5, 11), start=4)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["loss"]) for row in rows] == [(step, 1 / step) for step in range(1, 11)]
+    assert [(row["step"], row["loss"]) for row in rows] == [
+        (step, 1 / step) for step in range(1, 11)
+    ]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -57,14 +67,20 @@ def test_tensorboard_gets_scalars_and_pictures_and_forgets_a_killed_run(tmp_path
 
     config = MetricsConfig(progress=False)
     for start, steps in ((0, (1, 2, 3)), (1, (2, 3))):
-        run = Metrics(config, tmp_path, total_steps=3, start_step=start, run_config={"optim": {"lr": 1e-3}})
+        run = Metrics(
+            config, tmp_path, total_steps=3, start_step=start, run_config={"optim": {"lr": 1e-3}}
+        )
         for step in steps:
             run.log(step, {"loss": step + start / 2})
         path = run.image(3, "samples", Image.new("RGB", (8, 8), "red"))
         run.close()
         run.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1), (2, 2.5), (3, 3.5)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        (1, 1),
+        (2, 2.5),
+        (3, 3.5),
+    ]
     assert "samples" in events.Tags()["images"]
     assert path == tmp_path / "images" / "samples-000003.png" and Image.open(path).size == (8, 8)
 
@@ -73,18 +89,30 @@ def test_missing_package_is_an_error_on_every_rank(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
     for enabled in (True, False):
         with pytest.raises(ValueError, match="pip install wandb"):
-            Metrics(MetricsConfig(tensorboard=False, wandb=True), tmp_path, total_steps=1, enabled=enabled)
+            Metrics(
+                MetricsConfig(tensorboard=False, wandb=True),
+                tmp_path,
+                total_steps=1,
+                enabled=enabled,
+            )
 
 
 def test_wandb_goes_on_under_its_id(tmp_path, monkeypatch):
     ids, logged = [], []
-    run = types.SimpleNamespace(define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: None)
-    fake = types.SimpleNamespace(init=lambda **options: ids.append(options["id"]) or run, Image=lambda picture: picture.size)
+    run = types.SimpleNamespace(
+        define_metric=lambda *a, **k: None, log=logged.append, finish=lambda: None
+    )
+    fake = types.SimpleNamespace(
+        init=lambda **options: ids.append(options["id"]) or run, Image=lambda picture: picture.size
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr(metrics, "require_package", lambda *a: None)
     for start in (0, 5, 0):
         run_metrics = Metrics(
-            MetricsConfig(tensorboard=False, wandb=True, progress=False), tmp_path, total_steps=9, start_step=start
+            MetricsConfig(tensorboard=False, wandb=True, progress=False),
+            tmp_path,
+            total_steps=9,
+            start_step=start,
         )
         run_metrics.log(6, {"loss": 0.5})
         run_metrics.image(6, "samples", Image.new("RGB", (4, 4)))
@@ -105,12 +133,23 @@ def test_other_ranks_write_nothing(tmp_path, capsys):
 def test_without_a_terminal_progress_is_plain_lines(tmp_path, capsys):
     run = Metrics(MetricsConfig(log_every=10, tensorboard=False), tmp_path, total_steps=25)
     for step in range(1, 26):
-        values = {"loss": 0.5, "samples_per_s": 123.4, "tflops": 2.0, "mfu": 0.41, "memory_gb": 3.0} if step % 10 == 0 else None
+        values = (
+            {"loss": 0.5, "samples_per_s": 123.4, "tflops": 2.0, "mfu": 0.41, "memory_gb": 3.0}
+            if step % 10 == 0
+            else None
+        )
         run.progress(step, values)
     run.close()
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == ["step 10/25", "step 20/25", "step 25/25"]
-    for part in ("loss 0.5000", "123.4 samples/s", "2 TFLOP/s", "MFU 41.0%", "3.00 GB", "00:00 left"):
+    for part in (
+        "loss 0.5000",
+        "123.4 samples/s",
+        "2 TFLOP/s",
+        "MFU 41.0%",
+        "3.00 GB",
+        "00:00 left",
+    ):
         assert part in lines[-1]
 
 
@@ -173,11 +212,15 @@ def test_plot_shows_whatever_was_logged(tmp_path, evaluations):
     for step in range(1, 101) if evaluations else ():
         run.log(step, {"loss": math.nan if step == 50 else 1 / step})
     for step in range(evaluations):
-        run.log(step, {"val/loss": 0.5, **{f"val/loss_t{t / 8:.3f}": 0.1 * t + step for t in range(8)}})
+        run.log(
+            step, {"val/loss": 0.5, **{f"val/loss_t{t / 8:.3f}": 0.1 * t + step for t in range(8)}}
+        )
     run.close()
     picture = Image.open(plot_losses(tmp_path))
     assert picture.size == (1650, 630)
-    has_curve = (np.abs(np.int64(picture.convert("RGB")) - (0x1F, 0x5A, 0xA8)).sum(-1) < 9)[:, 1000:].any()
+    has_curve = (np.abs(np.int64(picture.convert("RGB")) - (0x1F, 0x5A, 0xA8)).sum(-1) < 9)[
+        :, 1000:
+    ].any()
     assert has_curve == (evaluations > 0)
 
 
@@ -185,12 +228,16 @@ def test_contact_sheet_enlarges_small_pictures_by_a_whole_factor():
     picture = Image.effect_noise((48, 64), 90).convert("RGB")
     sheet = contact_sheet([picture] * 5, columns=3)
     assert sheet.size == (8 + 3 * (144 + 8), 8 + 2 * (192 + 8))
-    assert np.array_equal(np.asarray(sheet)[8 : 8 + 192, 8 : 8 + 144], np.asarray(picture).repeat(3, 0).repeat(3, 1))
+    assert np.array_equal(
+        np.asarray(sheet)[8 : 8 + 192, 8 : 8 + 144], np.asarray(picture).repeat(3, 0).repeat(3, 1)
+    )
 
 
 def test_contact_sheet_makes_room_for_captions_and_shortens_them():
     pictures = [Image.new("L", (256, 256))] * 4
-    plain, short, long = (contact_sheet(pictures, captions=text) for text in (None, ["a"] * 4, ["word " * 500] * 4))
+    plain, short, long = (
+        contact_sheet(pictures, captions=text) for text in (None, ["a"] * 4, ["word " * 500] * 4)
+    )
     assert plain.width == short.width == long.width == 8 + 2 * (256 + 8)
     assert plain.height < short.height < long.height < 2 * plain.height
     below = np.asarray(short)[8 + 256 + 2 : short.height // 2, 8:264]

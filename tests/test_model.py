@@ -64,11 +64,15 @@ def test_forward_and_gradients_match_diffusers(guidance, doubles, singles):
     (expected * weights).sum().backward()
     (got * weights).sum().backward()
     reference = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    if singles:  # behind the last double block alone, the text stream's tail gets no gradient in either
+    if (
+        singles
+    ):  # behind the last double block alone, the text stream's tail gets no gradient in either
         assert len(reference) == len(list(theirs.parameters()))
     gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     if not singles:
-        gradients |= {name: torch.zeros_like(p) for name, p in ours.named_parameters() if p.grad is None}
+        gradients |= {
+            name: torch.zeros_like(p) for name, p in ours.named_parameters() if p.grad is None
+        }
     converted = layouts.from_fluxlite(gradients, ours.config, "diffusers")
     for name, gradient in reference.items():
         if name.endswith(("to_k.bias", "add_k_proj.bias")) or gradient.norm() > 0:
@@ -84,7 +88,9 @@ def test_dev_and_schnell_have_the_keys_shapes_and_size_of_diffusers(guidance, co
         assert ours.num_parameters() == count == sum(p.numel() for p in theirs.parameters())
         state = ours.state_dict()
         converted = layouts.from_fluxlite(state, ours.config, "diffusers")
-    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in converted.items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("backend", ["flash", "math"])
@@ -103,7 +109,10 @@ def test_times_keep_float32_beside_bfloat16_weights():
     assert (a - b).abs().max() > 0.1
     model = ours_from(diffusers_flux()).to(torch.bfloat16)
     img, txt, pooled, _, guidance, ids = inputs(model.config, dtype=torch.bfloat16)
-    outputs = [run_ours(model, img, txt, pooled, torch.full((3,), t), guidance, ids) for t in (0.7502, 0.75)]
+    outputs = [
+        run_ours(model, img, txt, pooled, torch.full((3,), t), guidance, ids)
+        for t in (0.7502, 0.75)
+    ]
     assert not torch.equal(*outputs)
 
 
@@ -139,7 +148,9 @@ def adapted(linear):
 BESIDE = {
     "subclass": adapted,
     "hook": lambda linear: linear.register_forward_hook(lambda _module, _args, out: out + 1),
-    "forward": lambda linear: setattr(linear, "forward", lambda x: F.linear(x, linear.weight, linear.bias) + 1),
+    "forward": lambda linear: setattr(
+        linear, "forward", lambda x: F.linear(x, linear.weight, linear.bias) + 1
+    ),
 }
 
 
@@ -188,10 +199,16 @@ def test_residuals_are_added_after_each_block():
 
 
 def test_initialisation_predicts_zero_and_learns_the_rest():
-    model = Flux(FluxConfig(1, 1, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6))).initialise(torch.Generator().manual_seed(0))
+    model = Flux(FluxConfig(1, 1, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6))).initialise(
+        torch.Generator().manual_seed(0)
+    )
     values = inputs(model.config)
     assert run_ours(model, *values).abs().max() == 0
-    assert all(p.std() > 0 for n, p in model.named_parameters() if p.ndim > 1 and not n.startswith(("modulation", "out")))
+    assert all(
+        p.std() > 0
+        for n, p in model.named_parameters()
+        if p.ndim > 1 and not n.startswith(("modulation", "out"))
+    )
 
 
 def test_flops_match_a_count_of_the_operators():

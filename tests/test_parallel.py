@@ -1,6 +1,8 @@
-"""Every mesh computes the same run: losses, each parameter's gradient, and weights and averages after ten clipped steps.
+"""Every mesh computes the same run: losses, each parameter's gradient, and weights and averages
+after ten clipped steps.
 
-The meshes run under torchrun (`meshes.py`); the reference is one process. All parameters are random, so that no gradient is zero.
+The meshes run under torchrun (`meshes.py`); the reference is one process. All parameters are
+random, so that no gradient is zero.
 """
 
 import copy
@@ -29,7 +31,8 @@ from fluxlite.preflight import prediction
 from fluxlite.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
-# ‖Δ‖/‖reference‖: of the loss, of each gradient, of each parameter after ten steps. bfloat16 and Muon's iteration round.
+# ‖Δ‖/‖reference‖: of the loss, of each gradient, of each parameter after ten steps. bfloat16 and
+# Muon's iteration round.
 BOUNDS = {
     "float32": (1e-6, 1e-5, 2e-5),
     "bfloat16": (2e-3, 5e-2, 1e-2),
@@ -49,8 +52,21 @@ def reference(tmp_path_factory):
 
 def run_meshes(ranks, folder, *names):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "tests/meshes.py"]
-    result = subprocess.run([*launch, f"{folder}/{ranks}.pt", *names], cwd=ROOT, capture_output=True, text=True, env=environment)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(ranks),
+        "tests/meshes.py",
+    ]
+    result = subprocess.run(
+        [*launch, f"{folder}/{ranks}.pt", *names],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
     assert result.returncode == 0, result.stderr
     return torch.load(folder / f"{ranks}.pt")
 
@@ -59,7 +75,9 @@ def assert_same(figures, reference):
     for name, trained in figures.items():
         kinds = (*reversed(BOUNDS), "controlnet", "double blocks alone", "frozen")
         kind = next((k for k in kinds if k in name), "float32")
-        expected = reference[f"one, {kind}" if kind != "float32" else "one, accumulation 1, shard_modulation true"]
+        expected = reference[
+            f"one, {kind}" if kind != "float32" else "one, accumulation 1, shard_modulation true"
+        ]
         loss, gradient, weight = BOUNDS[kind if kind in BOUNDS else "float32"]
         assert trained["trained"] == expected["trained"], name
         assert trained["loss"] == pytest.approx(expected["loss"], rel=loss), name
@@ -142,7 +160,9 @@ def test_modulation_spread_unevenly_is_the_whole_one_by_one_gather_and_one_all_t
     generator = torch.Generator().manual_seed(0)
     whole = randomise(Modulation(FluxConfig(2, 3, 50, 5, 4, 12, 12, 20, 14, True, (2, 4, 4))))
     vecs = torch.randn(ranks, 2, 50, generator=generator)
-    gradients = torch.randn(ranks, 2, sum(linear.out_features for linear in whole.linears()), generator=generator)
+    gradients = torch.randn(
+        ranks, 2, sum(linear.out_features for linear in whole.linears()), generator=generator
+    )
 
     def modulate(rank):
         part, vec = copy.deepcopy(whole), vecs[rank].clone().requires_grad_()
@@ -150,7 +170,12 @@ def test_modulation_spread_unevenly_is_the_whole_one_by_one_gather_and_one_all_t
         with Collectives() as counted:
             out = part(vec)
             out.backward(gradients[rank])
-        return out.detach(), vec.grad, {n: p.grad.full_tensor() for n, p in part.named_parameters()}, counted.calls
+        return (
+            out.detach(),
+            vec.grad,
+            {n: p.grad.full_tensor() for n, p in part.named_parameters()},
+            counted.calls,
+        )
 
     found = run_on_threads(ranks, modulate)
     vec = vecs.flatten(0, 1).requires_grad_()
@@ -160,29 +185,47 @@ def test_modulation_spread_unevenly_is_the_whole_one_by_one_gather_and_one_all_t
         rows = slice(2 * rank, 2 * rank + 2)
         assert relative(got, out[rows]) < 1e-6 and relative(vec_gradient, vec.grad[rows]) < 1e-5
         assert found[rank][2].keys() == dict(whole.named_parameters()).keys()
-        assert +calls == {"all_gather_into_tensor": 1, "all_to_all_single": 2, "reduce_scatter_tensor": 1}
+        assert +calls == {
+            "all_gather_into_tensor": 1,
+            "all_to_all_single": 2,
+            "reduce_scatter_tensor": 1,
+        }
     for name, p in whole.named_parameters():  # averaged over the ranks, as FSDP2 does
         assert relative(found[0][2][name], p.grad / ranks) < 1e-6, name
 
 
 def test_a_run_goes_on_from_mesh_to_mesh_as_if_uninterrupted(tmp_path):
-    """Four ranks by FSDP2, then two by two with tensor parallelism, then one process; every number within Muon's bound, 2e-3."""
+    """Four ranks by FSDP2, then two by two with tensor parallelism, then one process; every number
+    within Muon's bound, 2e-3.
+    """
     common = [*MOCK, "dtype=float32", "data.micro_batch=1", "checkpoint.every=3", "optim.kind=muon"]
     whole = losses(train(*common, "steps=9", f"output={tmp_path}/whole"))
     first = run(*common, "steps=3", f"output={tmp_path}/run", ranks=4)
-    second = run(*common, "steps=6", f"output={tmp_path}/run", "resume=auto", "parallel.tp=2", ranks=4)
+    second = run(
+        *common, "steps=6", f"output={tmp_path}/run", "resume=auto", "parallel.tp=2", ranks=4
+    )
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert "resuming after step 3 with sample 12" in second.stderr and "parallel.tp" in second.stderr
+    assert (
+        "resuming after step 3 with sample 12" in second.stderr and "parallel.tp" in second.stderr
+    )
     parts = losses(train(*common, "steps=9", f"output={tmp_path}/run", "resume=auto"))
     assert all(parts[k] == pytest.approx(v, rel=BOUNDS["muon"][2]) for k, v in whole.items())
     assert (9, "val/loss") in whole and parts.keys() >= whole.keys()
 
 
 def test_resumed_on_the_same_mesh_is_bit_identical(tmp_path):
-    common = [*MOCK, "data.micro_batch=1", "parallel.tp=2", "parallel.sequence_parallel=true", "model.max_sequence_length=16"]
+    common = [
+        *MOCK,
+        "data.micro_batch=1",
+        "parallel.tp=2",
+        "parallel.sequence_parallel=true",
+        "model.max_sequence_length=16",
+    ]
     commands = [("steps=4", "whole"), ("steps=2", "run"), ("steps=4", "run", "resume=auto")]
     for steps, name, *resume in commands:
-        result = run(*common, steps, *resume, f"output={tmp_path}/{name}", "checkpoint.every=2", ranks=4)
+        result = run(
+            *common, steps, *resume, f"output={tmp_path}/{name}", "checkpoint.every=2", ranks=4
+        )
         assert result.returncode == 0, result.stderr
     a, b = (losses(tmp_path / name) for name in ("whole", "run"))
     assert all(b[k] == v for k, v in a.items())
@@ -195,7 +238,9 @@ def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
         command(*MOCK, "data.micro_batch=1", "steps=100000", f"output={tmp_path}/run", ranks=2), cwd=ROOT, text=True,
         stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     wait_for_steps(tmp_path / "run", process)
-    victim = [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()][-1]
+    victim = [
+        int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()
+    ][-1]
     os.kill(victim, signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0 and "another rank died" in errors and "resume=auto" in errors
@@ -205,10 +250,19 @@ def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
     "given, said",
     [
         (["parallel.tp=3"], "tp=3 does not divide the 8 processes.*1, 2, 4, 8"),
-        (["parallel.tp=4", "model.num_heads=2", "model.hidden_size=256"], "does not divide model.num_heads=2: .* one of 1, 2"),
-        (["parallel.dp_shard=3"], "dp_shard=3 is not the number of processes, 8: set parallel.dp_shard=8 or -1"),
+        (
+            ["parallel.tp=4", "model.num_heads=2", "model.hidden_size=256"],
+            "does not divide model.num_heads=2: .* one of 1, 2",
+        ),
+        (
+            ["parallel.dp_shard=3"],
+            "dp_shard=3 is not the number of processes, 8: set parallel.dp_shard=8 or -1",
+        ),
         (["parallel.cp=0"], "parallel.cp=0 must be at least 1"),
-        (["parallel.cp=2", "model.max_sequence_length=15"], "15 model.max_sequence_length do not divide .* multiple of 2"),
+        (
+            ["parallel.cp=2", "model.max_sequence_length=15"],
+            "15 model.max_sequence_length do not divide .* multiple of 2",
+        ),
         (["parallel.sequence_parallel=true"], "needs parallel.tp above 1"),
         (["parallel.tp=2", "compile=true"], "compile=true does not work with parallel.tp"),
         (["parallel.activation_checkpointing=true"], "choose none, full, selective or a number"),
@@ -216,18 +270,27 @@ def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
         (["parallel.shard_encoders=true"], "model.t5 is null"),
         (["parallel.activation_checkpointing=some"], "choose none, full, selective or a number"),
         (["parallel.cpu_offload=true"], "device is the CPU"),
-        (["data.micro_batch=2", "data.global_batch=8"], "8 x 2 = 16: set data.global_batch=16, or data.micro_batch=1"),
+        (
+            ["data.micro_batch=2", "data.global_batch=8"],
+            "8 x 2 = 16: set data.global_batch=16, or data.micro_batch=1",
+        ),
         (["parallel.tensor=2"], "parallel.tensor"),
     ],
 )
 def test_impossible_meshes_are_refused_with_what_is_possible(monkeypatch, given, said):
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(ValueError, match=said):
-        load_config(TrainConfig, "train", last_of_each(["data=mock", "model=flux_dev", "data.global_batch=8", *given]))
+        load_config(
+            TrainConfig,
+            "train",
+            last_of_each(["data=mock", "model=flux_dev", "data.global_batch=8", *given]),
+        )
 
 
 def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
-    """By hand: bf16 gathers before forward and backward and a float32 reduce-scatter, each 7/8 of the linear's parameters."""
+    """By hand: bf16 gathers before forward and backward and a float32 reduce-scatter, each 7/8 of
+    the linear's parameters.
+    """
     small = [
         "model=flux_dev",
         "data=mock",
@@ -237,7 +300,11 @@ def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
         "model.num_single_blocks=1",
     ]
     plain, spread = (
-        sum(prediction.predict([*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8)["sent"].values())
+        sum(
+            prediction.predict(
+                [*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8
+            )["sent"].values()
+        )
         for flag in ("false", "true")
     )
     features = 17 * 3072
@@ -254,17 +321,41 @@ def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
         "data.height=64",
         "data.width=64",
     ]
-    net = ["controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=0", "data.global_batch=8"]
-    found, plain = (prediction.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"]))
-    assert found["memory"]["frozen transformer"] == pytest.approx(plain["memory"]["weights"] / 2, rel=1e-3)  # bfloat16 for float32
-    assert found["memory"]["gradients"] < found["memory"]["weights"]  # what no gradient reaches is frozen
+    net = [
+        "controlnet=default",
+        "controlnet.num_double_blocks=1",
+        "controlnet.num_single_blocks=0",
+        "data.global_batch=8",
+    ]
+    found, plain = (
+        prediction.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"])
+    )
+    assert found["memory"]["frozen transformer"] == pytest.approx(
+        plain["memory"]["weights"] / 2, rel=1e-3
+    )  # bfloat16 for float32
+    assert (
+        found["memory"]["gradients"] < found["memory"]["weights"]
+    )  # what no gradient reaches is frozen
     assert found["calls"]["all_gather", "fsdp"] > plain["calls"]["all_gather", "fsdp"]
 
 
 def test_no_rank_holds_more_than_its_shard_and_a_block_while_building():
     """FLUX's width, as rank 0 of 8 ranks of which the others are pretended."""
-    command = [sys.executable, "benchmarks/build.py", "--ranks", "8", "--set", "model.num_double_blocks=2", "--set"]
-    result = subprocess.run([*command, "model.num_single_blocks=4"], cwd=ROOT, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "benchmarks/build.py",
+        "--ranks",
+        "8",
+        "--set",
+        "model.num_double_blocks=2",
+        "--set",
+    ]
+    result = subprocess.run(
+        [*command, "model.num_single_blocks=4"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
-    assert found["parameters"] > 1e9 and found["shard"] < found["peak"] <= found["shard"] + found["largest block"]
+    assert (
+        found["parameters"] > 1e9
+        and found["shard"] < found["peak"] <= found["shard"] + found["largest block"]
+    )

@@ -42,11 +42,13 @@ def group_of(pid):
     return [int(row[0]) for row in rows if str(pid) in row[1:3] and not row[3].startswith("Z")]
 
 
-# --- bad steps ----------------------------------------------------------------------------------------------------------------
+# --- bad steps ------------------------------------------------------------------------------------
 
 
 def test_a_gradient_that_is_not_finite_changes_no_bit_on_one_process():
-    """Weights, moments, momentum and average; NaN, infinity and overflow, and a loss alone; AdamW and Muon."""
+    """Weights, moments, momentum and average; NaN, infinity and overflow, and a loss alone; AdamW
+    and Muon.
+    """
     try:
         poison.main()
     finally:
@@ -54,7 +56,9 @@ def test_a_gradient_that_is_not_finite_changes_no_bit_on_one_process():
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_bit_on_any():
-    """FSDP2 and tensor parallelism on two ranks, with and without accumulation; the samples named are that rank's."""
+    """FSDP2 and tensor parallelism on two ranks, with and without accumulation; the samples named
+    are that rank's.
+    """
     launch = [
         sys.executable,
         "-m",
@@ -84,7 +88,7 @@ def test_a_bad_step_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_path,
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
 
 
-# --- signals ------------------------------------------------------------------------------------------------------------------
+# --- signals --------------------------------------------------------------------------------------
 
 
 def test_deferred_signals_are_acted_on_after_the_block():
@@ -226,7 +230,7 @@ def test_a_rank_whose_torchrun_is_gone_says_so_and_does_not_wait(monkeypatch):
         parallel.start(parallel.ParallelConfig(), "cpu")
 
 
-# --- every phase ----------------------------------------------------------------------------------------------------------------
+# --- every phase ----------------------------------------------------------------------------------
 
 
 BEFORE = (
@@ -283,7 +287,9 @@ def check_stopped(found, phase, name, folder):
 
 
 def hidden_files(folder):
-    """What is half written has a hidden name; locks stay, and a checkpoint's description is torch's."""
+    """What is half written has a hidden name; locks stay, and a checkpoint's description is
+    torch's.
+    """
     return [p for p in folder.rglob(".*") if not p.name.endswith((".lock", ".metadata"))]
 
 
@@ -301,7 +307,9 @@ def check_phases(folder, cases):
 
 
 def test_a_signal_in_any_phase_ends_a_run_in_one_line_with_nothing_left(tmp_path):
-    """Also the group's loader processes get it. Two phases stand for those before the first step."""
+    """Also the group's loader processes get it. Two phases stand for those before the first
+    step.
+    """
     check_phases(
         tmp_path,
         [
@@ -346,7 +354,7 @@ def imports(pid):
     )
 
 
-# --- torchrun -----------------------------------------------------------------------------------------------------------------
+# --- torchrun -------------------------------------------------------------------------------------
 
 
 def torchrun(folder, *arguments):
@@ -416,7 +424,7 @@ def test_a_signal_to_torchrun_in_each_phase_leaves_nothing(tmp_path, phase, name
     assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout
 
 
-# --- Slurm --------------------------------------------------------------------------------------------------------------------
+# --- Slurm ----------------------------------------------------------------------------------------
 
 
 SHIMS = {

@@ -58,7 +58,9 @@ def test_a_program_of_one_process_is_refused_under_torchrun(script):
         [sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "error on rank 0: this program is one process: start it without torchrun\n"
+    assert (
+        result.stderr == "error on rank 0: this program is one process: start it without torchrun\n"
+    )
 
 
 def test_an_output_that_nobody_can_take_is_one_line():
@@ -108,7 +110,9 @@ def test_pictures_are_handed_over_as_soon_as_their_batch_is_drawn():
 
 
 def test_one_picture_of_many_can_be_drawn_again_alone():
-    options = dict(seed=5, dtype=torch.float32, **QUICK)  # bfloat16 rounds otherwise in other batches
+    options = dict(
+        seed=5, dtype=torch.float32, **QUICK
+    )  # bfloat16 rounds otherwise in other batches
     many = fluxlite.generate(["a", "b", "c"], images_per_prompt=2, **options)
     many = [np.asarray(picture, np.int16) for picture in many]
     [again] = fluxlite.generate("c", prompt_number=2, picture_number=1, **options)

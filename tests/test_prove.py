@@ -30,7 +30,9 @@ def draw_disc(size, *, centre, radius):
 def paint(coverage, circle, background):
     """A picture of `circle` where `coverage` (H, W) is 1 and of `background` where it is 0."""
     coverage = np.asarray(coverage, np.float64)[..., None]
-    return Image.fromarray(np.rint(coverage * rgb(circle) + (1 - coverage) * rgb(background)).astype(np.uint8))
+    return Image.fromarray(
+        np.rint(coverage * rgb(circle) + (1 - coverage) * rgb(background)).astype(np.uint8)
+    )
 
 
 def names(prompt):
@@ -48,8 +50,13 @@ def as_jpeg(picture):
 
 
 def perfect(prompts, controls=None):
-    """What a perfect model draws: the generator's pictures, the same place for the same position."""
-    return [Image.fromarray(draw_sample(i, size=64, seed=7, choices=[tuple(names(p))])[0]) for i, p in enumerate(prompts)]
+    """What a perfect model draws: the generator's pictures, the same place for the same
+    position.
+    """
+    return [
+        Image.fromarray(draw_sample(i, size=64, seed=7, choices=[tuple(names(p))])[0])
+        for i, p in enumerate(prompts)
+    ]
 
 
 def square(side, *, corner=(15, 20)):
@@ -62,7 +69,9 @@ def square(side, *, corner=(15, 20)):
 def test_generated_pictures_are_right(script, through):
     chosen = script["choose_pairs"](200, 3)
     prompts = [script["caption"](*pair) for pair in chosen]
-    results = [circles.measure(through(picture), *pair) for picture, pair in zip(perfect(prompts), chosen)]
+    results = [
+        circles.measure(through(picture), *pair) for picture, pair in zip(perfect(prompts), chosen)
+    ]
     assert np.mean([result["right"] for result in results]) > 0.98
     assert min(result["iou"] for result in results) > 0.9
 
@@ -78,9 +87,13 @@ def test_circle_is_found_where_it_was_drawn():
         assert np.hypot(*(found - centre)) < 0.5 and abs(found_radius - radius) < 0.5 and iou > 0.9
 
 
-@pytest.mark.parametrize(("circle", "background"), [("light yellow", "magenta"), ("snow", "cyan"), ("blue", "black")])
+@pytest.mark.parametrize(
+    ("circle", "background"), [("light yellow", "magenta"), ("snow", "cyan"), ("blue", "black")]
+)
 def test_a_soft_rim_leaves_the_figure_its_size(circle, background):
-    """By ΔE these pairs' blends are nearer to one of the two: the figure would seem a pixel smaller or larger."""
+    """By ΔE these pairs' blends are nearer to one of the two: the figure would seem a pixel smaller
+    or larger.
+    """
     sharp = draw_disc(64, centre=(30, 33), radius=11)
     blurred = figure(paint(gaussian_filter(sharp, 2.0), circle, background), circle, background)
     assert (blurred & (sharp > 0.5)).sum() / (blurred | (sharp > 0.5)).sum() > 0.95
@@ -105,17 +118,24 @@ def test_two_discs_are_no_circle():
 
 
 def test_disc_cut_by_the_border_is_no_circle():
-    result = circles.measure(paint(draw_disc(64, centre=(2, 32), radius=16), "red", "blue"), "red", "blue")
+    result = circles.measure(
+        paint(draw_disc(64, centre=(2, 32), radius=16), "red", "blue"), "red", "blue"
+    )
     assert result["colours"] and not result["shape"]
 
 
 @pytest.mark.parametrize("radius", [4, 26])
 def test_disc_of_a_wrong_size_is_refused(radius):
-    result = circles.measure(paint(draw_disc(64, centre=(32, 32), radius=radius), "red", "blue"), "red", "blue")
+    result = circles.measure(
+        paint(draw_disc(64, centre=(32, 32), radius=radius), "red", "blue"), "red", "blue"
+    )
     assert result["iou"] > 0.9 and not result["shape"]
 
 
-@pytest.mark.parametrize(("circle", "background"), [("green", "blue"), ("red", "white"), ("blue", "red"), ("salmon", "blue")])
+@pytest.mark.parametrize(
+    ("circle", "background"),
+    [("green", "blue"), ("red", "white"), ("blue", "red"), ("salmon", "blue")],
+)
 def test_wrong_colours_are_refused(circle, background):
     picture = paint(draw_disc(64, centre=(30, 30), radius=12), "red", "blue")
     assert circles.measure(picture, "red", "blue")["right"]
@@ -157,7 +177,9 @@ def test_position_is_right_where_the_control_has_the_circle_and_nowhere_else(scr
 def test_pairs_depend_on_the_seed_alone_and_are_held_out(script):
     chosen = script["choose_pairs"](NUM, 5)
     assert chosen == script["choose_pairs"](NUM, 5) != script["choose_pairs"](NUM, 6)
-    assert len(set(chosen)) == NUM and all(pair in script["pairs"](held_out=True) for pair in chosen)
+    assert len(set(chosen)) == NUM and all(
+        pair in script["pairs"](held_out=True) for pair in chosen
+    )
     assert all(circles.colour_difference(rgb(a), rgb(b)) > 25 for a, b in chosen)
     with pytest.raises(ValueError, match="num=100000"):
         script["choose_pairs"](100_000, 5)
@@ -165,13 +187,33 @@ def test_pairs_depend_on_the_seed_alone_and_are_held_out(script):
 
 def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch, capsys):
     asked = []
-    monkeypatch.setitem(vars(fluxlite), "generate", lambda prompts, progress, **how: asked.append(how) or perfect(prompts))
+    monkeypatch.setitem(
+        vars(fluxlite),
+        "generate",
+        lambda prompts, progress, **how: asked.append(how) or perfect(prompts),
+    )
     monkeypatch.setattr(
-        sys, "argv", ["prove.py", "--num", "6", "--swaps", "2", "--steps", "3", "--output", str(tmp_path / "proof")]
+        sys,
+        "argv",
+        [
+            "prove.py",
+            "--num",
+            "6",
+            "--swaps",
+            "2",
+            "--steps",
+            "3",
+            "--output",
+            str(tmp_path / "proof"),
+        ],
     )
     runpy.run_path(str(PROVE), run_name="__main__")
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     saved = json.loads((tmp_path / "proof" / "proof.json").read_text())
-    assert line["right"] == saved["right"] == 1 and line["num_swaps"] == 2 and len(saved["pictures"]) == 6
+    assert (
+        line["right"] == saved["right"] == 1
+        and line["num_swaps"] == 2
+        and len(saved["pictures"]) == 6
+    )
     assert Image.open(tmp_path / "proof" / "grid.png").width == 8 + 6 * (128 + 8)
     assert asked == [{"controls": [], "seed": 0, "steps": 3, "batch": 50}] * 2

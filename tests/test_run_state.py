@@ -834,7 +834,10 @@ def write_tar(path, colour, count):
 
 def test_another_validation_set_alone_is_said_too():
     before = run_folder.DataRecord("a", 5, ["x"], "v")
-    assert run_state.changed_data(before, run_folder.DataRecord("a", 5, ["x"], "w")) == "another validation set"
+    assert (
+        run_state.changed_data(before, run_folder.DataRecord("a", 5, ["x"], "w"))
+        == "another validation set"
+    )
     assert run_state.changed_data(before, before) == ""
 
 
@@ -849,6 +852,9 @@ def test_a_run_that_goes_on_with_other_data_says_so(tmp_path, caplog):
     assert "other data" not in caplog.text
     write_tar(tmp_path / "data" / "b.tar", "blue", 6)
     train(*arguments, "steps=3")
-    assert "other data: the samples have changed (5 samples then, 11 now, with b, another validation set)" in caplog.text
+    assert (
+        "other data: the samples have changed (5 samples then, 11 now, with b, another validation "
+        "set)" in caplog.text
+    )
     meta = run_folder.read_meta(run_folder.last_checkpoint(tmp_path / "run"))
     assert meta.data.samples == 11 and meta.data.names == ["a", "b"] and meta.data.digest

@@ -25,7 +25,14 @@ SMALL = ["model.num_double_blocks=1", "model.num_single_blocks=1", "data.height=
          "model.num_heads=2", "model.rope_axes=[8,12,12]", "metrics.log_every=1", "metrics.tensorboard=false", "data.workers=0",
          "data.micro_batch=2", "data.global_batch=4", "data.val_count=3", "optim.warmup=3", "optim.lr=1e-3", "optim.ema_decay=0.9",
          "sample.count=2", "sample.steps=2"]  # fmt: skip
-MOCK = [*SMALL, "data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "data.count=20"]
+MOCK = [
+    *SMALL,
+    "data=mock",
+    "model.t5=null",
+    "model.clip=null",
+    "model.autoencoder=null",
+    "data.count=20",
+]
 
 
 def configure(*arguments):
@@ -47,7 +54,9 @@ def command(*arguments, ranks=None):
 
 def run(*arguments, ranks=None):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command(*arguments, ranks=ranks), cwd=ROOT, capture_output=True, text=True, env=environment)
+    return subprocess.run(
+        command(*arguments, ranks=ranks), cwd=ROOT, capture_output=True, text=True, env=environment
+    )
 
 
 def wait_for_steps(folder, process, count=3):
@@ -61,7 +70,12 @@ def wait_for_steps(folder, process, count=3):
 def losses(folder):
     """{(step, name): value} of everything that a run's mathematics determines."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return {(row["step"], k): v for row in rows for k, v in row.items() if k.startswith(("loss", "val/", "grad_norm", "lr"))}
+    return {
+        (row["step"], k): v
+        for row in rows
+        for k, v in row.items()
+        if k.startswith(("loss", "val/", "grad_norm", "lr"))
+    }
 
 
 def weights(folder, **options):
@@ -72,16 +86,31 @@ def weights(folder, **options):
 def pictures(tmp_path_factory):
     """Arguments for a small fill50k in a folder of its own."""
     folder = tmp_path_factory.mktemp("data")
-    return ["data=fill50k", f"data.path={folder}/fill50k", "data.count=40", "data.generate_size=32", *SMALL]
+    return [
+        "data=fill50k",
+        f"data.path={folder}/fill50k",
+        "data.count=40",
+        "data.generate_size=32",
+        *SMALL,
+    ]
 
 
 def test_a_short_run_lowers_the_loss_and_leaves_everything(pictures, tmp_path):
     folder = train(*pictures, f"output={tmp_path}/run", "steps=40", "validate_every=20", "sample.every=20", "checkpoint.every=20",
                    f"data.cache={tmp_path}/cache", "optim.lr=3e-3", "data.global_batch=8")  # fmt: skip
     values = losses(folder)
-    assert values[40, "val/loss"] < 0.85 * values[1, "loss"] and values[40, "val/loss"] < values[20, "val/loss"]
+    assert (
+        values[40, "val/loss"] < 0.85 * values[1, "loss"]
+        and values[40, "val/loss"] < values[20, "val/loss"]
+    )
     assert sum(k.startswith("val/loss_t") for _, k in values) == 16
-    for name in ("losses.png", "config.json", "images/grid-000020.png", "images/grid-000040.png", "checkpoints/last/meta.json"):
+    for name in (
+        "losses.png",
+        "config.json",
+        "images/grid-000020.png",
+        "images/grid-000040.png",
+        "checkpoints/last/meta.json",
+    ):
         assert (folder / name).is_file(), name
 
 
@@ -95,30 +124,51 @@ def test_cache_equals_no_cache(pictures, tmp_path):
 
 
 def test_a_run_depends_on_its_seed_alone(tmp_path):
-    a, b, c = (losses(train(*MOCK, f"output={tmp_path}/{i}", "steps=3", f"seed={s}")) for i, s in enumerate((0, 0, 1)))
+    a, b, c = (
+        losses(train(*MOCK, f"output={tmp_path}/{i}", "steps=3", f"seed={s}"))
+        for i, s in enumerate((0, 0, 1))
+    )
     assert a == b != c
 
 
 def test_validation_and_pictures_leave_training_untouched(pictures, tmp_path):
     often, never = (
-        train(*pictures, f"output={tmp_path}/{n}", "steps=4", f"validate_every={n}", f"sample.every={n}") for n in (1, 0)
+        train(
+            *pictures,
+            f"output={tmp_path}/{n}",
+            "steps=4",
+            f"validate_every={n}",
+            f"sample.every={n}",
+        )
+        for n in (1, 0)
     )
     a, b = losses(often), losses(never)
     assert all(a[k] == v for k, v in b.items()) and len(a) > len(b)
 
 
 def test_round_robin_validation_measures_each_sample_at_one_t(tmp_path):
-    """Of 8 samples, loss k is sample k's at t = k/8: the mean over samples of those losses that `all` measures too."""
+    """Of 8 samples, loss k is sample k's at t = k/8: the mean over samples of those losses that
+    `all` measures too.
+    """
     common = [*MOCK, "steps=1", "data.val_count=8", "dtype=float32"]
-    every, some = (losses(train(*common, f"validation={v}", f"output={tmp_path}/{v}")) for v in ("all", "round_robin"))
+    every, some = (
+        losses(train(*common, f"validation={v}", f"output={tmp_path}/{v}"))
+        for v in ("all", "round_robin")
+    )
     assert every.keys() == some.keys() and every[1, "loss"] == some[1, "loss"]
-    assert all(0.5 < some[k] / v < 2 and some[k] != v for k, v in every.items() if k[1].startswith("val/loss_t"))
+    assert all(
+        0.5 < some[k] / v < 2 and some[k] != v
+        for k, v in every.items()
+        if k[1].startswith("val/loss_t")
+    )
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     common = [*MOCK, "optim.kind=muon", "steps=40", "checkpoint.every=5", "validate_every=10"]
     whole = train(*common, f"output={tmp_path}/whole")
-    process = subprocess.Popen(command(*common, f"output={tmp_path}/killed"), cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*common, f"output={tmp_path}/killed"), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     while not (tmp_path / "killed/checkpoints/step-000010").exists():
         assert process.poll() is None
         time.sleep(0.02)
@@ -133,7 +183,12 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
 
 
 def test_two_processes_equal_one_and_resume_each_other(tmp_path):
-    common = [*MOCK, "dtype=float32", "checkpoint.every=3", "optim.kind=muon"]  # with AdamW for what is no matrix
+    common = [
+        *MOCK,
+        "dtype=float32",
+        "checkpoint.every=3",
+        "optim.kind=muon",
+    ]  # with AdamW for what is no matrix
     whole = losses(train(*common, "steps=6", f"output={tmp_path}/one"))
     result = run(*common, "steps=3", f"output={tmp_path}/two", ranks=2)
     assert result.returncode == 0, result.stderr
@@ -151,7 +206,11 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     time.sleep(0.05)
     os.killpg(process.pid, signal.SIGTERM)  # as from a scheduler and from torchrun
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped by SIGTERM after step" in errors and "worker" not in errors
+    assert (
+        process.returncode == 0
+        and "stopped by SIGTERM after step" in errors
+        and "worker" not in errors
+    )
     assert not subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True).stdout
     assert run_folder.read_meta(tmp_path / "run/checkpoints/last").step >= 3
 
@@ -166,7 +225,9 @@ def test_resume_refuses_what_changes_the_run_and_says_what_it_accepts(tmp_path, 
 
 
 def test_saving_is_atomic_and_keeps_the_last_k(tmp_path, monkeypatch):
-    folder = train(*MOCK, "steps=4", "checkpoint.every=1", "checkpoint.keep=2", f"output={tmp_path}/run")
+    folder = train(
+        *MOCK, "steps=4", "checkpoint.every=1", "checkpoint.keep=2", f"output={tmp_path}/run"
+    )
     kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert kept == ["last", "step-000003", "step-000004"]
     before = weights(folder)
@@ -178,7 +239,13 @@ def test_saving_is_atomic_and_keeps_the_last_k(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"fluxlite.train.run_state.{victim}", die)
             with pytest.raises(BaseException):  # noqa: B017, torch wraps the interrupt when it comes inside its own rename
-                train(*MOCK, "steps=5", f"output={tmp_path}/run", "resume=auto", "metrics.progress=false")
+                train(
+                    *MOCK,
+                    "steps=5",
+                    f"output={tmp_path}/run",
+                    "resume=auto",
+                    "metrics.progress=false",
+                )
         assert all(torch.equal(v, before[k]) for k, v in weights(folder).items()), victim
     train(*MOCK, "steps=5", f"output={tmp_path}/run", "resume=auto")
     assert run_folder.read_meta(folder / "checkpoints/last").step == 5
@@ -214,20 +281,32 @@ def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):
         assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
         assert any(not torch.equal(v, expected[k]) for k, v in weights(first, ema=False).items())
         with pytest.raises(ValueError, match="num_single_blocks"):
-            loop.build_flux(configure(*MOCK, f"model.checkpoint={first}", "model.num_single_blocks=2"), device, mesh)
+            loop.build_flux(
+                configure(*MOCK, f"model.checkpoint={first}", "model.num_single_blocks=2"),
+                device,
+                mesh,
+            )
     finally:
         parallel.stop()
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):
-    one, two = (losses(train(*MOCK, "dtype=float32", "steps=3", f"data.micro_batch={m}", f"output={tmp_path}/{m}")) for m in (4, 1))
+    one, two = (
+        losses(
+            train(
+                *MOCK, "dtype=float32", "steps=3", f"data.micro_batch={m}", f"output={tmp_path}/{m}"
+            )
+        )
+        for m in (4, 1)
+    )
     assert all(two[k] == pytest.approx(v, rel=2e-5) for k, v in one.items())
 
 
 @pytest.mark.slow
 def test_compiled_training_equals_eager(tmp_path):
     eager, compiled = (
-        losses(train(*MOCK, "dtype=float32", "steps=3", f"compile={c}", f"output={tmp_path}/{c}")) for c in ("false", "true")
+        losses(train(*MOCK, "dtype=float32", "steps=3", f"compile={c}", f"output={tmp_path}/{c}"))
+        for c in ("false", "true")
     )
     assert all(compiled[k] == pytest.approx(v, rel=1e-4) for k, v in eager.items())
 
@@ -236,11 +315,35 @@ def test_compiled_training_equals_eager(tmp_path):
 def test_training_starts_from_any_layout_at_full_width(tmp_path):
     """A random folder at full width, one block of each kind, as BFL's file."""
     for command in (
-        ["scripts/make_random.py", "--dst", f"{tmp_path}/random", "--doubles", "1", "--singles", "1"],
-        ["convert_hf.py", "--src", f"{tmp_path}/random", "--dst", f"{tmp_path}/flux1.safetensors", "--to", "bfl", "--verify"],
+        [
+            "scripts/make_random.py",
+            "--dst",
+            f"{tmp_path}/random",
+            "--doubles",
+            "1",
+            "--singles",
+            "1",
+        ],
+        [
+            "convert_hf.py",
+            "--src",
+            f"{tmp_path}/random",
+            "--dst",
+            f"{tmp_path}/flux1.safetensors",
+            "--to",
+            "bfl",
+            "--verify",
+        ],
     ):
         assert subprocess.run([sys.executable, *command], cwd=ROOT).returncode == 0
-    common = ["model=flux_debug", "data=mock", "steps=1", "data.val_count=1", "data.global_batch=1", "model.max_sequence_length=16"]
+    common = [
+        "model=flux_debug",
+        "data=mock",
+        "steps=1",
+        "data.val_count=1",
+        "data.global_batch=1",
+        "model.max_sequence_length=16",
+    ]
     common += ["data.height=64", "data.width=64", "metrics.tensorboard=false"]
     a = train(*common, f"model.checkpoint={tmp_path}/random", f"output={tmp_path}/a")
     b = train(*common, f"model.checkpoint={tmp_path}/flux1.safetensors", f"model.save_converted={tmp_path}/kept.safetensors",
@@ -250,9 +353,15 @@ def test_training_starts_from_any_layout_at_full_width(tmp_path):
 
 def test_frozen_parameters_stay_and_patterns_must_match():
     model = Flux(FluxConfig(1, 1, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)))
-    optim.freeze(model, optim.OptimConfig(trainable=["double_blocks.*", "out.*"], freeze=["*.bias"]))
+    optim.freeze(
+        model, optim.OptimConfig(trainable=["double_blocks.*", "out.*"], freeze=["*.bias"])
+    )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert "double_blocks.0.img.proj.weight" in trained and "out.bias" not in trained and "img_in.weight" not in trained
+    assert (
+        "double_blocks.0.img.proj.weight" in trained
+        and "out.bias" not in trained
+        and "img_in.weight" not in trained
+    )
     with pytest.raises(ValueError, match="no parameter matches bloks"):
         optim.freeze(model, optim.OptimConfig(trainable=["bloks.*"]))
 
@@ -266,17 +375,22 @@ def test_muon_orthogonalises_and_matches_torch():
     ours = torch.randn(48, 16, generator=g).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
     a = optim.Muon([ours], lr=0.1, momentum=0.9, weight_decay=0.1)
-    b = torch.optim.Muon([theirs], lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    b = torch.optim.Muon(
+        [theirs], lr=0.1, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(3):
         ours.grad = torch.randn(48, 16, generator=g)
         theirs.grad = ours.grad.clone()
         a.step()
         b.step()
-    assert torch.allclose(ours, theirs, atol=2e-3) and not torch.allclose(ours, torch.zeros_like(ours), atol=0.5)
+    assert torch.allclose(ours, theirs, atol=2e-3) and not torch.allclose(
+        ours, torch.zeros_like(ours), atol=0.5
+    )
 
 
 def test_meshes_differ_with_muon_by_the_iterations_bfloat16_alone():
-    """Meshes add a gradient up in other orders, and float32 rounds. That flips roundings to bfloat16.
+    """Meshes add a gradient up in other orders, and float32 rounds. That flips roundings to
+    bfloat16.
 
     The iteration amplifies them.
     """
@@ -285,7 +399,9 @@ def test_meshes_differ_with_muon_by_the_iterations_bfloat16_alone():
     summed_otherwise = gradient * (1 + 1e-7 * torch.randn(64, 192, generator=g))
 
     def difference(dtype):
-        one, other = (optim.orthogonalise(m.double(), dtype=dtype) for m in (gradient, summed_otherwise))
+        one, other = (
+            optim.orthogonalise(m.double(), dtype=dtype) for m in (gradient, summed_otherwise)
+        )
         return ((one - other).norm() / one.norm()).item()
 
     assert 1e-4 < difference(torch.bfloat16) < 2e-2 and difference(torch.float64) < 1e-6
@@ -293,9 +409,13 @@ def test_meshes_differ_with_muon_by_the_iterations_bfloat16_alone():
 
 def test_learning_rate_schedules():
     def lr(schedule, step):
-        return optim.learning_rate(optim.OptimConfig(lr=2.0, warmup=10, schedule=schedule, min_lr_ratio=0.1), step, 110)
+        return optim.learning_rate(
+            optim.OptimConfig(lr=2.0, warmup=10, schedule=schedule, min_lr_ratio=0.1), step, 110
+        )
 
-    assert [lr("constant", s) for s in (0, 4, 9, 10, 109)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
+    assert [lr("constant", s) for s in (0, 4, 9, 10, 109)] == pytest.approx(
+        [0.2, 1.0, 2.0, 2.0, 2.0]
+    )
     assert [lr("linear", s) for s in (10, 60, 110)] == pytest.approx([2.0, 1.1, 0.2])
     assert [lr("cosine", s) for s in (10, 60, 110)] == pytest.approx([2.0, 1.1, 0.2])
     assert lr("cosine", 35) > lr("linear", 35)

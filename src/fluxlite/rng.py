@@ -1,7 +1,8 @@
-"""Random draws keyed by (seed, global sample index, stream): the same on any mesh, with any workers, after any resume.
+"""Random draws keyed by (seed, global sample index, stream): the same on any mesh, with any
+workers, after any resume.
 
-Nothing in a run draws from a global generator. A stream is a word, one for each purpose ("noise", "crop", …), so that a new
-kind of draw never shifts the others.
+Nothing in a run draws from a global generator. A stream is a word, one for each purpose ("noise",
+"crop", …), so that a new kind of draw never shifts the others.
 """
 
 import hashlib

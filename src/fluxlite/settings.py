@@ -1,4 +1,6 @@
-"""The settings of `train.py` and `infer.py`, composed of the dataclasses beside the code that uses them."""
+"""The settings of `train.py` and `infer.py`, composed of the dataclasses beside the code that uses
+them.
+"""
 
 import dataclasses
 import math
@@ -87,9 +89,12 @@ def _unset(f):
     return f.name, f.type | None, unset_option(ModelConfig, f.name, help)
 
 
-# What `infer.py` takes under model.: parts, and with model=flux_schnell and its like a shape that the checkpoint must have.
+# What `infer.py` takes under model.: parts, and with model=flux_schnell and its like a shape that
+# the checkpoint must have.
 ExpectedConfig = dataclasses.make_dataclass(
-    "ExpectedConfig", [_unset(f) for f in dataclasses.fields(ModelConfig) if f.name not in PARTS_FIELDS], bases=(PartsConfig,)
+    "ExpectedConfig",
+    [_unset(f) for f in dataclasses.fields(ModelConfig) if f.name not in PARTS_FIELDS],
+    bases=(PartsConfig,),
 )
 
 
@@ -112,7 +117,9 @@ class MachineConfig:
 
 @dataclass
 class ControlNetTrainConfig:
-    """The ControlNet that is trained beside a frozen transformer; none without `controlnet=default` or a recipe that has one."""
+    """The ControlNet that is trained beside a frozen transformer; none without `controlnet=default`
+    or a recipe that has one.
+    """
 
     train: bool = option(False, "train a ControlNet; set by controlnet=default", group="controlnet")
     checkpoint: str | None = option(
@@ -149,7 +156,11 @@ class ControlNetTrainConfig:
     def shape(self, base):
         """The `ControlNetConfig` beside a transformer of configuration `base`."""
         return ControlNetConfig.beside(
-            base, **{name: getattr(self, name) for name in ("num_double_blocks", "num_single_blocks", "hint", "num_modes")}
+            base,
+            **{
+                name: getattr(self, name)
+                for name in ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
+            },
         )
 
     def check(self, config):
@@ -157,33 +168,53 @@ class ControlNetTrainConfig:
         shape = self.shape(config.model.shape())
         shape.validate()
         if not config.data.control:
-            raise ValueError("a ControlNet needs control pictures: set data.control=png (beside the target in the tar) or canny")
+            raise ValueError(
+                "a ControlNet needs control pictures: set data.control=png (beside the target in "
+                "the tar) or canny"
+            )
         replicate, shard, _, _ = config.parallel.sizes()
         least = max(8, 2 * replicate * shard)
         if self.meter_every and config.data.val_count < least:
             raise ValueError(
-                "the meter compares a control with another's, which takes eight held-out samples, and two on each data-parallel "
-                f"rank: set data.val_count={least} or more, not {config.data.val_count}, or controlnet.meter_every=0"
+                "the meter compares a control with another's, which takes eight held-out samples, "
+                "and two on each data-parallel "
+                f"rank: set data.val_count={least} or more, not {config.data.val_count}, or "
+                "controlnet.meter_every=0"
             )
         mode = config.data.control_mode
         if (mode is None) == (self.num_modes > 0):
-            raise ValueError(f"controlnet.num_modes={self.num_modes} and data.control_mode={mode}: only a union net has both")
+            raise ValueError(
+                f"controlnet.num_modes={self.num_modes} and data.control_mode={mode}: only a union "
+                "net has both"
+            )
         if mode == "json" and config.data.kind != "webdataset":
-            raise ValueError(f"data.control_mode=json: data={config.data.kind} has no modes, name a kind")
+            raise ValueError(
+                f"data.control_mode=json: data={config.data.kind} has no modes, name a kind"
+            )
         if mode not in (None, "json") and not mode_number(mode) < self.num_modes:
-            raise ValueError(f"data.control_mode={mode} is kind {mode_number(mode)}: set controlnet.num_modes above that")
+            raise ValueError(
+                f"data.control_mode={mode} is kind {mode_number(mode)}: set controlnet.num_modes "
+                "above that"
+            )
         if self.init_from_base and not self.checkpoint:
             check_starts(shape, config.model.shape())
         shared = config.parallel.cp > 1 or config.parallel.sequence_parallel
         if shared and (self.hint == "pixel" or self.num_modes):
             raise ValueError(
-                "parallel.cp and parallel.sequence_parallel share tokens, which a ControlNet with controlnet.hint=pixel or "
+                "parallel.cp and parallel.sequence_parallel share tokens, which a ControlNet with "
+                "controlnet.hint=pixel or "
                 "controlnet.num_modes makes itself: leave them out"
             )
         if self.hint == "pixel" and config.data.cache:
-            raise ValueError("controlnet.hint=pixel needs pictures, and data.cache holds latents: set data.cache=null")
+            raise ValueError(
+                "controlnet.hint=pixel needs pictures, and data.cache holds latents: set "
+                "data.cache=null"
+            )
         if self.hint == "pixel" and config.data.kind == "mock":
-            raise ValueError("controlnet.hint=pixel needs pictures, and data=mock makes up latents: choose other data")
+            raise ValueError(
+                "controlnet.hint=pixel needs pictures, and data=mock makes up latents: choose "
+                "other data"
+            )
 
 
 @dataclass
@@ -261,36 +292,65 @@ class TrainConfig(MachineConfig):
         dp, micro, batch = replicate * shard, self.data.micro_batch, self.data.global_batch
         if batch % (dp * micro):
             above = -(-batch // (dp * micro)) * dp * micro
-            smaller = f", or data.micro_batch={math.gcd(batch // dp, micro)}" if batch % dp == 0 else ""
+            smaller = (
+                f", or data.micro_batch={math.gcd(batch // dp, micro)}" if batch % dp == 0 else ""
+            )
             raise ValueError(
-                f"data.global_batch={batch} must be a multiple of data-parallel ranks x data.micro_batch = "
+                f"data.global_batch={batch} must be a multiple of data-parallel ranks x "
+                "data.micro_batch = "
                 f"{dp} x {micro} = {dp * micro}: set data.global_batch={above}{smaller}"
             )
         tokens = num_image_tokens(self.data.height // 8, self.data.width // 8)
         self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
         if self.compile and self.parallel.tp > 1:
-            raise ValueError("compile=true does not work with parallel.tp above 1 yet: leave one of them out")
+            raise ValueError(
+                "compile=true does not work with parallel.tp above 1 yet: leave one of them out"
+            )
         if self.parallel.shard_encoders and not self.model.t5:
-            raise ValueError("parallel.shard_encoders=true shards T5, and model.t5 is null: leave it out")
+            raise ValueError(
+                "parallel.shard_encoders=true shards T5, and model.t5 is null: leave it out"
+            )
         if self.parallel.shard_encoders and self.data.cache:
-            raise ValueError("parallel.shard_encoders=true gathers T5 on all ranks together, and data.cache encodes on each alone")
+            raise ValueError(
+                "parallel.shard_encoders=true gathers T5 on all ranks together, and data.cache "
+                "encodes on each alone"
+            )
         if self.parallel.cpu_offload and not self.device.startswith("cuda"):
-            raise ValueError("parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it out")
+            raise ValueError(
+                "parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it "
+                "out"
+            )
         if self.parallel.cpu_offload and self.optim.kind == "muon":
-            raise ValueError("parallel.cpu_offload=true does not work with optim.kind=muon, which gathers matrices on the GPU")
+            raise ValueError(
+                "parallel.cpu_offload=true does not work with optim.kind=muon, which gathers "
+                "matrices on the GPU"
+            )
         if self.controlnet.train:
             self.controlnet.check(self)
         elif self.controlnet != ControlNetTrainConfig() or self.data.control:
             raise ValueError(
-                "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, or leave them out"
+                "controlnet.* and data.control= are for training a ControlNet: set "
+                "controlnet=default too, or leave them out"
             )
-        missing = [f"model.{part}=" for part in ("t5", "clip", "autoencoder") if not getattr(self.model, part)]
+        missing = [
+            f"model.{part}="
+            for part in ("t5", "clip", "autoencoder")
+            if not getattr(self.model, part)
+        ]
         if missing and (self.data.kind != "mock" or len(missing) < 3):
-            raise ValueError(f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for each")
+            raise ValueError(
+                f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for "
+                "each"
+            )
         if self.model.save_converted and not self.model.checkpoint:
-            raise ValueError("model.save_converted= keeps model.checkpoint= in our layout: name that too, or neither")
+            raise ValueError(
+                "model.save_converted= keeps model.checkpoint= in our layout: name that too, or "
+                "neither"
+            )
         if self.validation == "round_robin" and self.data.val_count < 8:
-            raise ValueError(f"validation=round_robin needs data.val_count={self.data.val_count} to be at least 8")
+            raise ValueError(
+                f"validation=round_robin needs data.val_count={self.data.val_count} to be at least 8"
+            )
 
 
 def each_option(name, help):
@@ -300,7 +360,9 @@ def each_option(name, help):
 
 @dataclass
 class ControlConfig:
-    """The ControlNets that `infer.py` draws with: `checkpoint` once for each, the other keys once for all or once for each."""
+    """The ControlNets that `infer.py` draws with: `checkpoint` once for each, the other keys once
+    for all or once for each.
+    """
 
     checkpoint: list[str] = option(
         [], "a ControlNet, a file or folder of any layout or a hub id; once for each net", path=True
@@ -324,16 +386,22 @@ class ControlConfig:
     )
 
     def controls(self, pictures):
-        """A `Control` for each net and its picture, checked; raises `ValueError` where there are not as many."""
+        """A `Control` for each net and its picture, checked; raises `ValueError` where there are
+        not as many.
+        """
         count, columns = len(self.checkpoint), {}
         if len(pictures) != count:
             raise ValueError(
-                f"controlnet.checkpoint= is given {count} times and control_image= {len(pictures)} times: give one picture a net"
+                f"controlnet.checkpoint= is given {count} times and control_image= {len(pictures)} "
+                "times: give one picture a net"
             )
         for name in ("scale", "start", "end", "mode", "save_converted"):
             values = getattr(self, name)
             if values and (not count or len(values) not in (1, count)):
-                raise ValueError(f"controlnet.{name}= is given {len(values)} times, and controlnet.checkpoint= {count} times")
+                raise ValueError(
+                    f"controlnet.{name}= is given {len(values)} times, and controlnet.checkpoint= "
+                    f"{count} times"
+                )
             if values:
                 columns[name] = values * count if len(values) == 1 else values
         found = [
@@ -388,7 +456,10 @@ class InferConfig(DrawConfig, MachineConfig):
         check_options(self)
         check_machine(self)
         if not self.prompt and not self.prompt_file:
-            raise ValueError('prompt= is missing: name what to draw, as in prompt="red circle with blue background"')
+            raise ValueError(
+                'prompt= is missing: name what to draw, as in prompt="red circle with blue '
+                'background"'
+            )
         if self.prompt_file and not Path(self.prompt_file).is_file():
             raise ValueError(f"prompt_file={self.prompt_file} is not a file")
         if self.negative_prompt and not self.true_cfg > 1:
@@ -397,7 +468,10 @@ class InferConfig(DrawConfig, MachineConfig):
             self.controlnet.checkpoint = [TINY]
         self.controlnet.controls(self.control_image)
         if not self.model.checkpoint:
-            raise ValueError("model.checkpoint= is missing: name the folder of a pipeline, a transformer or a run")
+            raise ValueError(
+                "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "
+                "run"
+            )
 
 
 def check_output(folder, key="output="):
@@ -411,7 +485,9 @@ def check_output(folder, key="output="):
 
 
 def check_machine(config):
-    """Fill `device` and `dtype` with what the machine has; refuse what it has not, and an output that cannot be a folder."""
+    """Fill `device` and `dtype` with what the machine has; refuse what it has not, and an output
+    that cannot be a folder.
+    """
     check_output(config.output)
     config.device = config.device or parallel.default_device()
     known = re.fullmatch(r"cpu|cuda(:\d{1,4})?", config.device)
@@ -424,4 +500,7 @@ def check_machine(config):
         parallel.check_compiler(config.device)
     attention = config.model.attention
     if config.device == "cpu" and attention in ("cudnn", "efficient"):
-        raise ValueError(f"model.attention={attention} needs a CUDA device: choose auto, flash or math on the CPU")
+        raise ValueError(
+            f"model.attention={attention} needs a CUDA device: choose auto, flash or math on the "
+            "CPU"
+        )

@@ -1,7 +1,7 @@
 """What the fuzzers share: seeded cases, a time limit for each, and a verdict.
 
-A fuzzer's test runs `SHORT` cases in the suite and `LONG` under `-m slow`; a failure prints the seed
-that makes it again.
+A fuzzer's test runs `SHORT` cases in the suite and `LONG` under `-m slow`; a failure prints the
+seed that makes it again.
 """
 
 import random

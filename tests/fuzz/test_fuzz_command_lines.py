@@ -1,4 +1,6 @@
-"""Command lines of every program: what is accepted lies within its bounds and says the same again."""
+"""Command lines of every program: what is accepted lies within its bounds and says the same
+again.
+"""
 
 import dataclasses
 import runpy
@@ -18,13 +20,76 @@ ROOT = Path(__file__).parents[2]
 ConvertConfig = runpy.run_path(str(ROOT / "convert_hf.py"))["ConvertConfig"]
 RandomConfig = runpy.run_path(str(ROOT / "scripts" / "make_random.py"))["RandomConfig"]
 
-NUMBERS = ["0", "1", "2", "16", "64", "-1", "-0.0", "0.5", "1e9", "1000000000", "9" * 400, "9" * 5000]
+NUMBERS = [
+    "0",
+    "1",
+    "2",
+    "16",
+    "64",
+    "-1",
+    "-0.0",
+    "0.5",
+    "1e9",
+    "1000000000",
+    "9" * 400,
+    "9" * 5000,
+]
 NUMBERS += ["nan", "NaN", "inf", "-inf", ".inf", "1e400", "-1e400", "1e-400", "0x10", "1_000", "٣"]
-TEXTS = ["", " ", "null", "none", "true", "no", "abc", "auto", "=", "==x", "a=b", "~", "~/x", "../..", "/"]
-TEXTS += ["caf\udce9", "\ud83d", "🦊", "\n", "\x1b[2J", "\0", "a" * 20_000, "'", '"', "#", "@", "%", "\\"]
-GRAMMAR = ["[", "]", "{", "[" * 3000, "{a:" * 500, "[1,2]", "[a,b]", "[[8],[28]]", "{a: 1}", "1,2", "a,b"]
+TEXTS = [
+    "",
+    " ",
+    "null",
+    "none",
+    "true",
+    "no",
+    "abc",
+    "auto",
+    "=",
+    "==x",
+    "a=b",
+    "~",
+    "~/x",
+    "../..",
+    "/",
+]
+TEXTS += [
+    "caf\udce9",
+    "\ud83d",
+    "🦊",
+    "\n",
+    "\x1b[2J",
+    "\0",
+    "a" * 20_000,
+    "'",
+    '"',
+    "#",
+    "@",
+    "%",
+    "\\",
+]
+GRAMMAR = [
+    "[",
+    "]",
+    "{",
+    "[" * 3000,
+    "{a:" * 500,
+    "[1,2]",
+    "[a,b]",
+    "[[8],[28]]",
+    "{a: 1}",
+    "1,2",
+    "a,b",
+]
 GRAMMAR += ["${seed}", "${oc.env:HOME}", "${a", "${nothing.here}", "???", "int(3.7)", "range(1,9)"]
-GRAMMAR += ["glob(*)", "choice(1,2)", "sort(2,1)", "!!python/object:os.system", "&a *a", "1:2:3", "[nan]"]
+GRAMMAR += [
+    "glob(*)",
+    "choice(1,2)",
+    "sort(2,1)",
+    "!!python/object:os.system",
+    "&a *a",
+    "1:2:3",
+    "[nan]",
+]
 NASTY = NUMBERS + TEXTS + GRAMMAR
 
 
@@ -33,7 +98,9 @@ def random_value(rng, f=None):
     if choices and rng.random() < 0.3:
         return rng.choice(choices)
     if rng.random() < 0.2:
-        return str(rng.choice([rng.randint(-10, 100), rng.randint(-(10**12), 10**12), rng.random()]))
+        return str(
+            rng.choice([rng.randint(-10, 100), rng.randint(-(10**12), 10**12), rng.random()])
+        )
     return rng.choice(NASTY)
 
 

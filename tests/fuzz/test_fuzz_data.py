@@ -243,7 +243,10 @@ def test_no_caption_does_more_than_be_skipped(tmp_path, count):
 SPLIT = (
     "exclude: []\nsplit_parts:\n  train:\n  - a.tar\n  - '{b..c}.tar'\n  val: [d.tar]\n  test: []\n"
 )
-FIELDS = "__module__: megatron.energon\n__class__: CaptioningWebdataset\nfield_map:\n  image: png\n  caption: json[caption]\n"
+FIELDS = (
+    "__module__: megatron.energon\n__class__: CaptioningWebdataset\nfield_map:\n  image: "
+    "png\n  caption: json[caption]\n"
+)
 PIECES = [
     "{",
     "}",

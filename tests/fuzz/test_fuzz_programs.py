@@ -1,4 +1,6 @@
-"""Programs as processes: stopped at any moment, and on disks that are full, they end with one line."""
+"""Programs as processes: stopped at any moment, and on disks that are full, they end with one
+line.
+"""
 
 import os
 import random
@@ -17,11 +19,51 @@ TINY = ROOT / "assets" / "flux-tiny"
 SMALL = ["height=64", "width=64", "steps=8", "batch=2", "images_per_prompt=9"]
 PREFLIGHT = ["model=flux_tiny", "data=mock", "data.global_batch=4", "data.val_count=4"]
 PROGRAMS = {
-    "infer": lambda out: ["infer.py", "prompt=red circle with blue background", *SMALL, f"output={out}"],
-    "prove": lambda out: ["prove.py", "--num", "8", "--swaps", "4", "--batch", "2", "--output", out],
-    "convert": lambda out: ["convert_hf.py", "--src", str(TINY), "--dst", out, "--to", "diffusers", "--verify"],
-    "preflight": lambda out: ["-m", "fluxlite.preflight", "--ranks", "4", *PREFLIGHT, f"output={out}"],
-    "generator": lambda out: ["-m", "fluxlite.data.fill50k", "--dst", out, "--count", "4000", "--size", "64"],
+    "infer": lambda out: [
+        "infer.py",
+        "prompt=red circle with blue background",
+        *SMALL,
+        f"output={out}",
+    ],
+    "prove": lambda out: [
+        "prove.py",
+        "--num",
+        "8",
+        "--swaps",
+        "4",
+        "--batch",
+        "2",
+        "--output",
+        out,
+    ],
+    "convert": lambda out: [
+        "convert_hf.py",
+        "--src",
+        str(TINY),
+        "--dst",
+        out,
+        "--to",
+        "diffusers",
+        "--verify",
+    ],
+    "preflight": lambda out: [
+        "-m",
+        "fluxlite.preflight",
+        "--ranks",
+        "4",
+        *PREFLIGHT,
+        f"output={out}",
+    ],
+    "generator": lambda out: [
+        "-m",
+        "fluxlite.data.fill50k",
+        "--dst",
+        out,
+        "--count",
+        "4000",
+        "--size",
+        "64",
+    ],
 }
 
 

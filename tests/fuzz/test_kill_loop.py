@@ -171,7 +171,8 @@ def test_a_run_killed_again_and_again_ends_with_an_undisturbed_ones_weights(tmp_
             torn += inside
             check_last(folder)
             print(
-                f"kill {number}: {name}, exit code {code}, at step {saved_steps(folder)}{', in a write' * inside}",
+                f"kill {number}: {name}, exit code {code}, at step "
+                f"{saved_steps(folder)}{', in a write' * inside}",
                 flush=True,
             )
     assert start_run(folder, ranks, "resume=auto", "checkpoint.every=50").wait() == 0, (

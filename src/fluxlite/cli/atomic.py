@@ -1,4 +1,5 @@
-"""Files and folders that appear whole under their name or not at all, written by one process at a time.
+"""Files and folders that appear whole under their name or not at all, written by one process at a
+time.
 
 What is being written lies aside as `.NAME.part`. A killed process leaves that; the next one to
 write NAME takes it over. Locks are `flock`'s: they end with the process that holds them.
@@ -132,7 +133,9 @@ def atomic_folder(path, *, replace=False):
 
 
 def _clear_leftovers(path, aside, old):
-    """Remove what a writer left, perhaps one that was killed; what it had moved away is back first."""
+    """Remove what a writer left, perhaps one that was killed; what it had moved away is back
+    first.
+    """
     if old.exists() and not path.exists():
         os.rename(old, path)
     for folder in (aside, old):

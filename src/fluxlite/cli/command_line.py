@@ -25,7 +25,9 @@ from fluxlite.cli.options import (
 )
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-LONGEST_VALUE = 10_000  # characters of a value in Hydra's grammar, whose parser is slow and recursive
+LONGEST_VALUE = (
+    10_000  # characters of a value in Hydra's grammar, whose parser is slow and recursive
+)
 
 
 def group_choices(name):
@@ -77,12 +79,15 @@ def _composed(name, overrides):
 
 
 def check_text(argument):
-    """Raise `ValueError` for an argument whose bytes are no UTF-8, which Python passes on as halves."""
+    """Raise `ValueError` for an argument whose bytes are no UTF-8, which Python passes on as
+    halves.
+    """
     try:
         argument.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{ascii(argument)[1:80]}: no text in UTF-8; set the terminal to it, or use a file in UTF-8"
+            f"{ascii(argument)[1:80]}: no text in UTF-8; set the terminal to it, or use a file in "
+            "UTF-8"
         ) from None
 
 
@@ -93,7 +98,9 @@ def _split_arguments(cls, name, argv):
         check_text(argument)
         key, equals, value = argument.partition("=")
         if not equals:
-            raise ValueError(f"{argument}: arguments have the form key=value; --help lists the keys")
+            raise ValueError(
+                f"{argument}: arguments have the form key=value; --help lists the keys"
+            )
     _refuse_twice(cls, argv)
     for argument in argv:
         key, _, value = argument.partition("=")
@@ -123,7 +130,9 @@ def _refuse_twice(cls, argv):
     """Raise `ValueError` for a key with two values that does not take several."""
     seen = {}
     fields = option_fields(cls)
-    several = {key for key, f in fields.items() if typing.get_origin(f.type) is list and _verbatim(f)}
+    several = {
+        key for key, f in fields.items() if typing.get_origin(f.type) is list and _verbatim(f)
+    }
     for key, _, value in (argument.partition("=") for argument in argv):
         if key in seen and key not in several:
             both = f"{shortened(seen[key])} and {shortened(value)}"
@@ -162,7 +171,9 @@ def _help_line(name, f, width=42):
     if default is not dataclasses.MISSING and not (f.type is bool and name.startswith("--")):
         name += "null" if default is None else json.dumps(default)
     allowed = ", ".join(map(str, f.metadata.get("choices", ()))) or bounds_of(f.metadata)
-    return f"  {name}".ljust(width) + f"  {f.metadata['help']}" + (f" ({allowed})" if allowed else "")
+    return (
+        f"  {name}".ljust(width) + f"  {f.metadata['help']}" + (f" ({allowed})" if allowed else "")
+    )
 
 
 # --- flags --------------------------------------------------------------------------------------
@@ -206,7 +217,9 @@ def _flag_parser(cls):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=suppress)
     parser.error = refuse
     for f in dataclasses.fields(cls):
-        store = {"action": "append_const", "const": True} if f.type is bool else {"action": "append"}
+        store = (
+            {"action": "append_const", "const": True} if f.type is bool else {"action": "append"}
+        )
         parser.add_argument(flag_of(f), dest=f.name, **store)
     return parser
 

@@ -1,6 +1,8 @@
-"""Descriptions from a disk (JSON, YAML), read in one place: what they say is checked before anyone uses it.
+"""Descriptions from a disk (JSON, YAML), read in one place: what they say is checked before anyone
+uses it.
 
-about = read_description(folder / "meta.json", CheckpointDescription)      # or ValueError that names the file
+about = read_description(folder / "meta.json", CheckpointDescription)      # or ValueError that
+names the file
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ DAMAGED = "it is damaged: fetch or write it again"
 
 
 def check_regular(path):
-    """Raise `ValueError` unless `path` is a file: opening a pipe or a device would wait for ever."""
+    """Raise `ValueError` unless `path` is a file: opening a pipe or a device would wait for
+    ever.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError(f"{path} is not a file: name one")
 
@@ -32,7 +36,9 @@ def inside_folder(folder, name, where):
     """
     path = Path(folder) / name
     if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{where} names {name!r}, which is not in its folder: name what lies in it")
+        raise ValueError(
+            f"{where} names {name!r}, which is not in its folder: name what lies in it"
+        )
     place, inside = (Path(os.path.realpath(p)) for p in (path, folder))
     snapshots = next((p for p in inside.parents if p.name == "snapshots"), None)
     roots = [inside] + ([snapshots.parent / "blobs"] if snapshots else [])
@@ -56,7 +62,8 @@ def read_text(path, *, limit=MAX_BYTES):
 
 
 def parse_json(text, where, kind=dict):
-    """JSON text as Python values of type `kind`; `where` names it in the `ValueError` for anything else.
+    """JSON text as Python values of type `kind`; `where` names it in the `ValueError` for anything
+    else.
 
     NaN, infinities, a name given twice and nesting deeper than Python's stack are refused: others
     would read something else.
@@ -65,9 +72,13 @@ def parse_json(text, where, kind=dict):
         values = json.loads(
             text, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_once
         )
-        json.dumps(values, ensure_ascii=False).encode()  # half an emoji's escape is JSON and no text
+        json.dumps(
+            values, ensure_ascii=False
+        ).encode()  # half an emoji's escape is JSON and no text
     except (ValueError, TypeError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
+        reason = (
+            "nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
+        )
         raise ValueError(f"{where} is no JSON ({reason[:120]}): {DAMAGED}") from None
     if not isinstance(values, kind):
         names = {dict: "an object", list: "a list"}
@@ -144,7 +155,8 @@ def _check_plain(node, seen):
 
 
 def read_description(path, cls, values=None, *, foreign=False):
-    """The dataclass `cls` that the JSON object of a file describes (or `values`, read from it before).
+    """The dataclass `cls` that the JSON object of a file describes (or `values`, read from it
+    before).
 
     Of a `foreign` file, another program's, unknown keys are left out, and null is a default.
     Raises `ValueError` that names the file and the key.

@@ -1,4 +1,5 @@
-"""Settings and descriptions as dataclasses, each field with its help, range and choices declared once.
+"""Settings and descriptions as dataclasses, each field with its help, range and choices declared
+once.
 
 @dataclass
 class OptimConfig:
@@ -28,13 +29,15 @@ RANGES = {  # name of the bound: what holds, and how an error says it
 
 
 def option(default, help, **about):
-    """A dataclass field with its `help` and, of the value or of a list's values, `choices` or bounds.
+    """A dataclass field with its `help` and, of the value or of a list's values, `choices` or
+    bounds.
 
-    The bounds are `at_least`, `above`, `at_most` and `below`. `verbatim`: the command line's text is
-    taken as it stands. `path`: so is this, `~` is the home folder, and empty is refused.
+    The bounds are `at_least`, `above`, `at_most` and `below`. `verbatim`: the command line's text
+    is taken as it stands. `path`: so is this, `~` is the home folder, and empty is refused.
     `only_given`: a word, as `pipe:`, with which a value does something and is therefore taken from
-    the command line alone. `resume`: a run that goes on may change it. `group`: the Hydra group that
-    sets it. A default that is a list or a class is made anew for each instance; `MISSING` is none.
+    the command line alone. `resume`: a run that goes on may change it. `group`: the Hydra group
+    that sets it. A default that is a list or a class is made anew for each instance; `MISSING` is
+    none.
     """
     metadata = {"help": help, **about}
     if isinstance(default, type):
@@ -56,7 +59,9 @@ def option_fields(cls, prefix=""):
 
 
 def resumable_keys(cls, prefix="", everything=False):
-    """The dotted keys that a resumed run may change: fields marked `resume`, and all below such a one."""
+    """The dotted keys that a resumed run may change: fields marked `resume`, and all below such a
+    one.
+    """
     hints, found = typing.get_type_hints(cls), set()
     for f in dataclasses.fields(cls):
         marked = everything or f.metadata.get("resume", False)
@@ -68,7 +73,9 @@ def resumable_keys(cls, prefix="", everything=False):
 
 
 def same_option(cls, name, **changes):
-    """A field declared as the field `name` of `cls` is, with another `default`, `help` or metadata."""
+    """A field declared as the field `name` of `cls` is, with another `default`, `help` or
+    metadata.
+    """
     f = next(f for f in dataclasses.fields(cls) if f.name == name)
     default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     return option(**{"default": default, **f.metadata, **changes})
@@ -97,12 +104,15 @@ def typed_options(cls, values, prefix=""):
     """
     hints, fields = typing.get_type_hints(cls), {f.name: f for f in dataclasses.fields(cls)}
     if not isinstance(values, dict):
-        raise ValueError(f"{prefix.rstrip('.') or cls.__name__} must be an object with named values")
+        raise ValueError(
+            f"{prefix.rstrip('.') or cls.__name__} must be an object with named values"
+        )
     arguments = {}
     for key, value in values.items():
         if key not in fields:
             raise ValueError(
-                f"{prefix}{key} is not a key{nearest_key(f'{prefix}{key}', [prefix + k for k in fields])}"
+                f"{prefix}{key} is not a "
+                f"key{nearest_key(f'{prefix}{key}', [prefix + k for k in fields])}"
             )
         if dataclasses.is_dataclass(hints[key]):
             arguments[key] = typed_options(
@@ -130,7 +140,9 @@ def checked_value(value, hint, metadata, key):
 
 
 def expand_path(text, key):
-    """A path with `~` for the home folder, as a shell gives it; raises `ValueError` where it is empty."""
+    """A path with `~` for the home folder, as a shell gives it; raises `ValueError` where it is
+    empty.
+    """
     parts = os.fsencode(text or "").split(b"/")
     if text is not None and (not text.strip() or "\0" in text or len(max(parts, key=len)) > 255):
         shown = shortened(text)
@@ -147,7 +159,9 @@ def expand_home(path, key):
 
 
 def check_sources(cls, values, where, prefix=""):
-    """Raise `ValueError` where nested dictionaries read from `where` hold what must be given by hand."""
+    """Raise `ValueError` where nested dictionaries read from `where` hold what must be given by
+    hand.
+    """
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         value, word = values.get(f.name), f.metadata.get("only_given")
@@ -155,7 +169,8 @@ def check_sources(cls, values, where, prefix=""):
             check_sources(hints[f.name], value, where, f"{prefix}{f.name}.")
         elif word and isinstance(value, str) and word in value.lower():
             raise ValueError(
-                f"{prefix}{f.name}={shortened(value)} in {where}: {word} runs a command, and is taken "
+                f"{prefix}{f.name}={shortened(value)} in {where}: {word} runs a command, and is "
+                "taken "
                 "from the command line alone: give it there"
             )
 
@@ -207,18 +222,24 @@ def check_bounds(value, metadata, key):
         if choices and one not in choices:
             shown = one if isinstance(one, str) else shortened(one)
             raise ValueError(f"{key}={shown}: choose one of {', '.join(map(str, choices))}")
-        wrong = [n for n, (holds, _) in RANGES.items() if n in metadata and not holds(one, metadata[n])]
+        wrong = [
+            n for n, (holds, _) in RANGES.items() if n in metadata and not holds(one, metadata[n])
+        ]
         if wrong:
             raise ValueError(f"{key}={shortened(one)} must be {bounds_of(metadata)}")
 
 
 def bounds_of(metadata):
     """`at least 0 and below 1`, from a field's metadata."""
-    return " and ".join(f"{words} {metadata[n]}" for n, (_, words) in RANGES.items() if n in metadata)
+    return " and ".join(
+        f"{words} {metadata[n]}" for n, (_, words) in RANGES.items() if n in metadata
+    )
 
 
 def check_options(config, prefix="", only=None):
-    """`check_bounds` of every field of a dataclass instance, or `only` some, and of those below it."""
+    """`check_bounds` of every field of a dataclass instance, or `only` some, and of those below
+    it.
+    """
     for f in dataclasses.fields(config):
         if only and f.name not in only:
             continue

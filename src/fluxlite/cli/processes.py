@@ -62,7 +62,9 @@ def die_with_parent(parent):
 
 
 def serve_parent(parent):
-    """Make this a process that its parent alone ends: what stops a program stops its children so."""
+    """Make this a process that its parent alone ends: what stops a program stops its children
+    so.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent(parent)

@@ -108,7 +108,9 @@ def _said_once(line):
 
 def on_rank():
     """What an error adds to say which rank it comes from; nothing where there is one."""
-    return f" on rank {os.environ.get('RANK', 0)}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    return (
+        f" on rank {os.environ.get('RANK', 0)}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    )
 
 
 def one_line(error):

@@ -1,8 +1,9 @@
-"""Data: shards of pictures and captions to batches that are a pure function of (config, seed, global sample index).
+"""Data: shards of pictures and captions to batches that are a pure function of (config, seed,
+global sample index).
 
-prepare(config, "train", seed)                       # on every rank; generates fill50k where it is missing
-dataset = open_dataset(config, "train", seed)
-for batch in make_loader(dataset, global_batch=8, micro_batch=2, dp_rank=0, dp_size=2, start_index=0, workers=2): …
+prepare(config, "train", seed)                       # on every rank; generates fill50k where it is
+missing dataset = open_dataset(config, "train", seed) for batch in make_loader(dataset,
+global_batch=8, micro_batch=2, dp_rank=0, dp_size=2, start_index=0, workers=2): …
 """
 
 import importlib.util
@@ -58,7 +59,8 @@ class DataConfig:
     path: str | None = option(
         None,
         "tars: a folder, a glob, a brace pattern, a URL, or from the command line alone "
-        "pipe:COMMAND, a shell command that prints a tar; several with :: between them; fill50k: the "
+        "pipe:COMMAND, a shell command that prints a tar; several with :: between them; fill50k: "
+        "the "
         "folder where they are or will be",
         verbatim=True,
         only_given="pipe:",
@@ -139,7 +141,8 @@ class DataConfig:
     )
     val_path: str | None = option(
         None,
-        "tars of the validation set, as data.path; null: an Energon split, fill50k's held-out pairs, "
+        "tars of the validation set, as data.path; null: an Energon split, fill50k's held-out "
+        "pairs, "
         "or the last samples",
         verbatim=True,
         only_given="pipe:",
@@ -163,32 +166,54 @@ class DataConfig:
             if getattr(self, name) is not None and not getattr(self, name).strip():
                 raise ValueError(f"data.{name}= is empty: name tars, or leave it out")
         if self.kind == "webdataset" and not self.path:
-            raise ValueError("data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a URL")
-        if self.kind == "fill50k" and re.match(r"[A-Za-z][\w+.-]*:", self.path or ""):
-            raise ValueError(f"data.path={self.path} must be a folder for data=fill50k; data=webdataset reads URLs")
-        if self.control_ending is not None and not re.fullmatch(rf"([a-z0-9_-]+\.)*({'|'.join(IMAGES)})", self.control_ending):
             raise ValueError(
-                f"data.control={self.control}: choose {', '.join(IMAGES)}, an ending such as depth.png, canny, or null"
+                "data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a "
+                "URL"
+            )
+        if self.kind == "fill50k" and re.match(r"[A-Za-z][\w+.-]*:", self.path or ""):
+            raise ValueError(
+                f"data.path={self.path} must be a folder for data=fill50k; data=webdataset reads "
+                "URLs"
+            )
+        if self.control_ending is not None and not re.fullmatch(
+            rf"([a-z0-9_-]+\.)*({'|'.join(IMAGES)})", self.control_ending
+        ):
+            raise ValueError(
+                f"data.control={self.control}: choose {', '.join(IMAGES)}, an ending such as "
+                "depth.png, canny, or null"
             )
         if self.control == "canny" and not importlib.util.find_spec("cv2"):
-            raise ValueError("data.control=canny needs OpenCV: pip install opencv-python-headless, or -e '.[control]'")
+            raise ValueError(
+                "data.control=canny needs OpenCV: pip install opencv-python-headless, or -e "
+                "'.[control]'"
+            )
         if self.control_mode is not None and not self.control:
-            raise ValueError(f"data.control_mode={self.control_mode} says of which kind a control is: set data.control= too")
+            raise ValueError(
+                f"data.control_mode={self.control_mode} says of which kind a control is: set "
+                "data.control= too"
+            )
         if self.control_mode not in (None, "json") and mode_number(self.control_mode) is None:
-            raise ValueError(f"data.control_mode={self.control_mode}: choose json, one of {', '.join(MODES)}, or a number")
+            raise ValueError(
+                f"data.control_mode={self.control_mode}: choose json, one of {', '.join(MODES)}, "
+                "or a number"
+            )
         if self.cache and (self.crop == "random" or self.flip):
-            raise ValueError("data.cache encodes each picture once: set data.crop=center and data.flip=false, or data.cache=null")
+            raise ValueError(
+                "data.cache encodes each picture once: set data.crop=center and data.flip=false, "
+                "or data.cache=null"
+            )
         if self.cache and self.kind == "mock":
             raise ValueError("data=mock makes its samples as they are read: set data.cache=null")
         if self.kind == "mock" and (self.path or self.val_path):
             name = "path" if self.path else "val_path"
             raise ValueError(
-                f"data.{name}={getattr(self, name)} is not read with data=mock: set data=webdataset, "
+                f"data.{name}={getattr(self, name)} is not read with data=mock: set "
+                "data=webdataset, "
                 "or leave it out"
             )
 
 
-# --- opening --------------------------------------------------------------------------------------------------------------------
+# --- opening --------------------------------------------------------------------------------------
 
 
 def fill50k_folder(config, split):
@@ -207,10 +232,12 @@ def fill50k_root(config):
 
 
 def prepare(config, split, seed=0):
-    """Generate fill50k's tars of a split where there are none; every rank calls it: one works, the others wait.
+    """Generate fill50k's tars of a split where there are none; every rank calls it: one works, the
+    others wait.
 
-    The pictures are the same whatever the `seed` of a run, so that runs share them. Raises `ValueError` where pictures of another
-    count or size were generated before, and for a folder with files of the user's: nothing is written into that.
+    The pictures are the same whatever the `seed` of a run, so that runs share them. Raises
+    `ValueError` where pictures of another count or size were generated before, and for a folder
+    with files of the user's: nothing is written into that.
     """
     from fluxlite.data import fill50k
 
@@ -222,9 +249,13 @@ def prepare(config, split, seed=0):
     if not any(folder.glob("*.tar")):
         folder.parent.mkdir(parents=True, exist_ok=True)
         workers = min(os.cpu_count() or 1, count // 500)
-        options = dict(size=config.generate_size, seed=int(held_out), held_out=held_out, workers=workers)
+        options = dict(
+            size=config.generate_size, seed=int(held_out), held_out=held_out, workers=workers
+        )
         samples = fill50k.generated_samples(count, **options)
-        fill50k.write_shards(samples, folder, count=count, about={"count": count, "size": config.generate_size})
+        fill50k.write_shards(
+            samples, folder, count=count, about={"count": count, "size": config.generate_size}
+        )
     _check_generated(config, folder, count, at_least=held_out)
 
 
@@ -238,13 +269,16 @@ def _check_ours(root):
     foreign = [n for n in names if n[0] != "." and not (root / n / NOTE).is_file()]
     if foreign:
         raise ValueError(
-            f"data.path={root} holds {foreign[0]}, which is not data=fill50k's: set data=webdataset to train on tars of "
+            f"data.path={root} holds {foreign[0]}, which is not data=fill50k's: set "
+            "data=webdataset to train on tars of "
             "your own, or name a new folder to generate circles in"
         )
 
 
 def _check_generated(config, folder, count, *, at_least):
-    """Compare the note that generated tars have with what is asked for; a larger validation set will do."""
+    """Compare the note that generated tars have with what is asked for; a larger validation set
+    will do.
+    """
     from fluxlite.data.fill50k import NOTE, GeneratedDescription
 
     old, size = read_description(folder / NOTE, GeneratedDescription), config.generate_size
@@ -253,18 +287,23 @@ def _check_generated(config, folder, count, *, at_least):
     if old.size != size or (old.count < count if at_least else old.count != count):
         setting = "data.val_count" if at_least else "data.count"
         raise ValueError(
-            f"{folder} holds {old.count} pictures of {old.size} pixels, but {setting}={count} and data.generate_size={size}: "
+            f"{folder} holds {old.count} pictures of {old.size} pixels, but {setting}={count} and "
+            f"data.generate_size={size}: "
             "remove that folder, or set another data.path="
         )
 
 
 def find_shards(config, split):
-    """The shards of a split. Without a validation set of its own, the last `val_count` samples are validation's."""
+    """The shards of a split. Without a validation set of its own, the last `val_count` samples are
+    validation's.
+    """
     limit, parts = dict(max_bad_fraction=config.max_bad_fraction), config_parts(config)
     options = dict(setting="data.path", download=config.download, parts=parts)
     if split == "val" and config.val_path:
         options["setting"] = "data.val_path"
-        places = expand_places(config.val_path, "val", **options) or expand_places(config.val_path, "train", **options)
+        places = expand_places(config.val_path, "val", **options) or expand_places(
+            config.val_path, "train", **options
+        )
         _warn_of_overlap(config, places)
         return open_shards(places, setting=f"data.val_path={config.val_path}", **limit)
     if config.kind == "fill50k":
@@ -274,13 +313,18 @@ def find_shards(config, split):
     held_out = [] if config.val_path else expand_places(config.path, "val", **options)
     if split == "val" and held_out:
         return open_shards(held_out, setting=f"data.path={config.path}", **limit)
-    shards = open_shards(expand_places(config.path, "train", **options), setting=f"data.path={config.path}", **limit)
+    shards = open_shards(
+        expand_places(config.path, "train", **options), setting=f"data.path={config.path}", **limit
+    )
     if config.val_path or held_out:
         return shards
     total = sum(len(shard.keys) for shard in shards)
     start = total - config.val_count
     if start < 1:
-        raise ValueError(f"data.path={config.path} holds {total} samples: set data.val_count below that, or data.val_path=")
+        raise ValueError(
+            f"data.path={config.path} holds {total} samples: set data.val_count below that, or "
+            "data.val_path="
+        )
     if split == "train":
         log.info("the last %d of %d samples are kept for validation", config.val_count, total)
     return cut_shards(shards, 0, start) if split == "train" else cut_shards(shards, start, total)
@@ -292,7 +336,8 @@ def _warn_of_overlap(config, places):
     shared = [path for path, _ in places if os.path.realpath(path) in trained]
     if shared:
         log.warning(
-            "%d of %d tars of data.val_path are trained on too, %s first: validation will look better than it is",
+            "%d of %d tars of data.val_path are trained on too, %s first: validation will look "
+            "better than it is",
             *(len(shared), len(places), shared[0]),
         )
 
@@ -306,7 +351,9 @@ def training_paths(config):
 
 
 def open_dataset(config, split, seed):
-    """The samples of "train" or "val" by global index; `prepare` comes first. Raises `ValueError` where there are too few."""
+    """The samples of "train" or "val" by global index; `prepare` comes first. Raises `ValueError`
+    where there are too few.
+    """
     if config.kind == "mock":
         return MockPictures(config, split=split, seed=seed)
     shards = find_shards(config, split)
@@ -314,20 +361,26 @@ def open_dataset(config, split, seed):
         return Samples(config, shards, seed=seed, training=True)
     total = sum(len(shard.keys) for shard in shards)
     if total < config.val_count:
-        raise ValueError(f"the validation set holds {total} samples: set data.val_count={total} or less")
+        raise ValueError(
+            f"the validation set holds {total} samples: set data.val_count={total} or less"
+        )
     return Samples(config, cut_shards(shards, 0, config.val_count), seed=seed, training=False)
 
 
-# --- batching -------------------------------------------------------------------------------------------------------------------
+# --- batching -------------------------------------------------------------------------------------
 
 
-def make_loader(dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_index, stop_index=None, workers=0):
-    """An iterator over one rank's micro-batches from `start_index`, a multiple of `global_batch`, to `stop_index` or for ever.
+def make_loader(
+    dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_index, stop_index=None, workers=0
+):
+    """An iterator over one rank's micro-batches from `start_index`, a multiple of `global_batch`,
+    to `stop_index` or for ever.
 
-    Step s, slice a, rank r takes `micro_batch` indices from s·global_batch + (a·dp_size + r)·micro_batch on. Batches are
-    dictionaries: images (B, 3, H, W) and captions, or mean, logvar, txt and pooled, stacked; indices (B,) and keys; with
-    `data.control` also controls (B, 3, H, W), or control_mean and control_logvar, and perhaps modes (B,) int64. Raises `ValueError`
-    where more than `max_bad_fraction` of 100 samples or more, or of an epoch, are bad.
+    Step s, slice a, rank r takes `micro_batch` indices from s·global_batch + (a·dp_size +
+    r)·micro_batch on. Batches are dictionaries: images (B, 3, H, W) and captions, or mean, logvar,
+    txt and pooled, stacked; indices (B,) and keys; with `data.control` also controls (B, 3, H, W),
+    or control_mean and control_logvar, and perhaps modes (B,) int64. Raises `ValueError` where more
+    than `max_bad_fraction` of 100 samples or more, or of an epoch, are bad.
     """
     for name, value, multiple in (
         ("global_batch", global_batch, micro_batch * dp_size),
@@ -339,16 +392,25 @@ def make_loader(dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_i
     batches = load_batches(
         dataset,
         workers=workers,
-        batch_sampler=_Slices(start_index + dp_rank * micro_batch, stop_index, dp_size * micro_batch, micro_batch),
+        batch_sampler=_Slices(
+            start_index + dp_rank * micro_batch, stop_index, dp_size * micro_batch, micro_batch
+        ),
         prefetch_factor=4 if workers else None,
         collate_fn=collate,
     )
-    return _counted(batches, dataset.config.max_bad_fraction, size=len(dataset), share=-(-len(dataset) // dp_size))
+    return _counted(
+        batches,
+        dataset.config.max_bad_fraction,
+        size=len(dataset),
+        share=-(-len(dataset) // dp_size),
+    )
 
 
 @dataclass
 class _Slices:
-    """Lists of `size` successive indices, every `stride`-th of them: a DataLoader's batch sampler."""
+    """Lists of `size` successive indices, every `stride`-th of them: a DataLoader's batch
+    sampler.
+    """
 
     start: int
     stop: int | None
@@ -373,16 +435,23 @@ def collate(items):
 
 
 def _counted(batches, max_bad_fraction, *, size, share):
-    """The batches of one rank's `share` of `size` samples an epoch; what they skipped is logged and counted, once by key."""
+    """The batches of one rank's `share` of `size` samples an epoch; what they skipped is logged and
+    counted, once by key.
+    """
     seen, bad, logged = 0, set(), set()
     for batch in batches:
         skipped = batch.pop("bad")
         seen += len(skipped)
-        bad |= {entries[0] for entries in skipped if entries}  # what a substitute passed over as well has a place of its own
+        bad |= {
+            entries[0] for entries in skipped if entries
+        }  # what a substitute passed over as well has a place of its own
         for entry in (entry for entries in skipped for entry in entries if entry not in logged):
             logged.add(entry)
             log.warning("skipped %s", entry)
         if seen >= min(100, share) and len(bad) > max_bad_fraction * min(seen, size):
             shown, limit = "; ".join(sorted(bad)[:3]), f"data.max_bad_fraction={max_bad_fraction}"
-            raise ValueError(f"{len(bad)} of {min(seen, size)} samples cannot be used, more than {limit}: {shown}")
+            raise ValueError(
+                f"{len(bad)} of {min(seen, size)} samples cannot be used, more than {limit}: "
+                f"{shown}"
+            )
         yield batch

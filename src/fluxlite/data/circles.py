@@ -1,6 +1,8 @@
-"""Measure pictures of fill50k: is there one circle, where, and are its colour and the background's those of the caption?
+"""Measure pictures of fill50k: is there one circle, where, and are its colour and the background's
+those of the caption?
 
-Colours are compared by CIEDE2000 (ΔE): 1 is barely visible, two of the names differ by 42 on average. Needs scikit-image and scipy.
+Colours are compared by CIEDE2000 (ΔE): 1 is barely visible, two of the names differ by 42 on
+average. Needs scikit-image and scipy.
 """
 
 import numpy as np
@@ -10,8 +12,11 @@ from skimage.color import deltaE_ciede2000, rgb2lab
 from fluxlite.data.fill50k import RADIUS, rgb
 
 MAX_COLOUR_ERROR = 12.0  # ΔE
-MIN_IOU = 0.85  # at 64x64 the generator's discs reach 0.95 or more; a square 0.85 at 20 pixels a side (0.88 at 14)
-SPECK = 0.003  # of the picture: a smaller piece (12 pixels of 64x64) does not count as a second figure, though it lowers the IoU
+# at 64x64 the generator's discs reach 0.95 or more; a square 0.85 at 20 pixels a side (0.88 at 14)
+MIN_IOU = 0.85
+# of the picture: a smaller piece (12 pixels of 64x64) does not count as a second figure, though it
+# lowers the IoU
+SPECK = 0.003
 
 
 def colour_difference(a, b):
@@ -21,18 +26,24 @@ def colour_difference(a, b):
 
 
 def figure_mask(picture, circle, background):
-    """Where an RGB picture is nearer to the colour named `circle` than to `background`: (H, W, 3) → (H, W) bool.
+    """Where an RGB picture is nearer to the colour named `circle` than to `background`: (H, W, 3) →
+    (H, W) bool.
 
-    Nearer in RGB, in which the generator blends the two by how much of a pixel its disc covers: so the rim is where it covers half.
+    Nearer in RGB, in which the generator blends the two by how much of a pixel its disc covers: so
+    the rim is where it covers half.
     """
     towards = rgb(circle) - rgb(background)
     return (picture - rgb(background)) @ towards > towards @ towards / 2
 
 
 def inner_colour(picture, mask):
-    """Median per channel over `mask` without its rim of one pixel; over all of a thinner mask, over the picture if it is empty."""
+    """Median per channel over `mask` without its rim of one pixel; over all of a thinner mask, over
+    the picture if it is empty.
+    """
     inner = binary_erosion(mask, border_value=1)
-    return np.median(picture[inner if inner.any() else mask if mask.any() else np.ones_like(mask)], axis=0)
+    return np.median(
+        picture[inner if inner.any() else mask if mask.any() else np.ones_like(mask)], axis=0
+    )
 
 
 def components(mask):
@@ -43,23 +54,29 @@ def components(mask):
 
 
 def fit_circle(mask):
-    """The circle that overlaps `mask` best: (centre (x, y), radius, IoU), in pixels, or None where the mask has only specks.
+    """The circle that overlaps `mask` best: (centre (x, y), radius, IoU), in pixels, or None where
+    the mask has only specks.
 
-    A search over centres, down to a quarter of a pixel, that starts at the centroid of the largest piece; for each centre the
-    best radius comes from counting pixels by distance. What of the circle lies outside the picture counts against it.
+    A search over centres, down to a quarter of a pixel, that starts at the centroid of the largest
+    piece; for each centre the best radius comes from counting pixels by distance. What of the
+    circle lies outside the picture counts against it.
     """
     pieces = components(mask)
     if not pieces:
         return None
     pad = int(np.ceil(np.sqrt(pieces[0].sum() / np.pi))) + 2
     rows, columns = (np.flatnonzero(pieces[0].any(axis=i)) for i in (1, 0))
-    near = np.pad(mask, pad)[rows[0] : rows[-1] + 1 + 2 * pad, columns[0] : columns[-1] + 1 + 2 * pad]
+    near = np.pad(mask, pad)[
+        rows[0] : rows[-1] + 1 + 2 * pad, columns[0] : columns[-1] + 1 + 2 * pad
+    ]
     y, x = np.mgrid[: near.shape[0], : near.shape[1]] + 0.5 - pad
     x, y = x + columns[0], y + rows[0]
     area = mask.sum()
 
     def best_radius(centre):
-        ring = np.int64(np.hypot(x - centre[0], y - centre[1]) * 4).reshape(-1)  # rings a quarter of a pixel wide
+        ring = np.int64(np.hypot(x - centre[0], y - centre[1]) * 4).reshape(
+            -1
+        )  # rings a quarter of a pixel wide
         inside = np.cumsum(np.bincount(ring))
         overlap = np.cumsum(np.bincount(ring, weights=near.reshape(-1)))
         iou = overlap / (area + inside - overlap)
@@ -68,7 +85,10 @@ def fit_circle(mask):
     centre = tuple(np.argwhere(pieces[0]).mean(axis=0)[::-1] + 0.5)
     (iou, radius), step = best_radius(centre), max(mask.shape) / 64
     while step >= 0.25:
-        around = [(centre[0] + i * step, centre[1] + j * step) for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1))]
+        around = [
+            (centre[0] + i * step, centre[1] + j * step)
+            for i, j in ((-1, 0), (1, 0), (0, -1), (0, 1))
+        ]
         (best, best_r), place = max((best_radius(c), c) for c in around)
         if best > iou:
             iou, radius, centre = best, best_r, place
@@ -80,13 +100,16 @@ def fit_circle(mask):
 def surrounds(mask):
     """Whether `mask` has most of the picture's rim, as the background of every circle has.
 
-    Without this, two right colours in each other's place (a red disc on blue for a blue circle on red) would count as right.
+    Without this, two right colours in each other's place (a red disc on blue for a blue circle on
+    red) would count as right.
     """
     return bool(np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean() > 0.5)
 
 
 def has_circle_size(mask):
-    """Whether the area of `mask` is that of a circle which the generator draws, give or take a pixel of radius for its soft rim."""
+    """Whether the area of `mask` is that of a circle which the generator draws, give or take a
+    pixel of radius for its soft rim.
+    """
     radius = np.sqrt(mask.sum() / np.pi)
     return bool(RADIUS[0] * mask.shape[0] - 1 <= radius <= RADIUS[1] * mask.shape[0] + 1)
 
@@ -94,16 +117,18 @@ def has_circle_size(mask):
 def measure(picture, circle, background):
     """Measure a PIL picture against the two colours that its caption names; a dictionary.
 
-    `colours`: both are there, each in its place, and right; `shape`: the figure is one circle of the generator's size; `right`:
-    both are true.
-    `circle_error`, `background_error`: ΔE; `centre`, `radius`: pixels, None without a figure, as `iou` is 0.
+    `colours`: both are there, each in its place, and right; `shape`: the figure is one circle of
+    the generator's size; `right`: both are true. `circle_error`, `background_error`: ΔE; `centre`,
+    `radius`: pixels, None without a figure, as `iou` is 0.
     """
     picture = np.asarray(picture.convert("RGB"))
     mask = figure_mask(picture, circle, background)
     circle_error = float(colour_difference(inner_colour(picture, mask), rgb(circle)))
     background_error = float(colour_difference(inner_colour(picture, ~mask), rgb(background)))
     centre, radius, iou = fit_circle(mask) or (None, None, 0.0)
-    colours = bool(centre and surrounds(~mask) and max(circle_error, background_error) <= MAX_COLOUR_ERROR)
+    colours = bool(
+        centre and surrounds(~mask) and max(circle_error, background_error) <= MAX_COLOUR_ERROR
+    )
     shape = len(components(mask)) == 1 and has_circle_size(mask) and iou >= MIN_IOU
     return {
         "colours": colours,

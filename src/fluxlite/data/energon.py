@@ -1,8 +1,8 @@
 """What an Energon dataset's `.nv-meta` says: the tars of each split, and which files are used.
 
-`split.yaml` (or `split.json`) has `split_parts` and `exclude`; `dataset.yaml` may have a `field_map`,
-as that of `CaptioningSample`: {image: jpg, caption: json[long]}. Nothing of it is ever run.
-Source: megatron-energon 7.4, flavors/webdataset/metadata.py and field_access.py.
+`split.yaml` (or `split.json`) has `split_parts` and `exclude`; `dataset.yaml` may have a
+`field_map`, as that of `CaptioningSample`: {image: jpg, caption: json[long]}. Nothing of it is ever
+run. Source: megatron-energon 7.4, flavors/webdataset/metadata.py and field_access.py.
 """
 
 import logging
@@ -88,7 +88,8 @@ def energon_parts(folder, parts):
     captions = _field_options(file, "caption", fields["caption"])
     if any(keys for _, keys in images) or parts.control in [ending for ending, _ in images]:
         raise ValueError(
-            f"{file}: field_map.image={fields['image']} must be an ending that is not data.control's"
+            f"{file}: field_map.image={fields['image']} must be an ending that is not "
+            "data.control's"
         )
     return _mapped(file, parts, tuple(ending for ending, _ in images), captions)
 
@@ -98,7 +99,8 @@ def _mapped(file, parts, images, captions):
     jsons = {ending for ending, keys in captions if keys}
     if len(texts) > 1 or len(jsons) > 1 or any(e.split(".")[-1] != "json" for e in jsons):
         raise ValueError(
-            f"{file}: field_map.caption may name one text and one json with its keys, as in json[long]"
+            f"{file}: field_map.caption may name one text and one json with its keys, as in "
+            "json[long]"
         )
     if texts & {"json"}:
         raise ValueError(

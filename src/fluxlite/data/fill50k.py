@@ -1,7 +1,9 @@
-"""The fill50k set of the ControlNet paper (arXiv 2302.05543), generated: circles of one named colour on another.
+"""The fill50k set of the ControlNet paper (arXiv 2302.05543), generated: circles of one named
+colour on another.
 
-Each sample is a target `.jpg`, a control `.png` (the circle's white outline on black) and a caption `.txt`, in WebDataset tars.
-A sample depends on (seed, index, size) alone. Ordered colour pairs that `is_held_out` are never written.
+Each sample is a target `.jpg`, a control `.png` (the circle's white outline on black) and a caption
+`.txt`, in WebDataset tars. A sample depends on (seed, index, size) alone. Ordered colour pairs that
+`is_held_out` are never written.
 
     python -m fluxlite.data.fill50k --dst fill50k_tarfiles --count 50000 --size 512
     python -m fluxlite.data.fill50k --dst fill50k_tarfiles --source training/fill50k     # the original download
@@ -79,7 +81,9 @@ def caption(circle, background):
 
 
 def is_held_out(circle, background):
-    """Whether this pair of colours, in either order, is kept out of every training in this project (about 5 % are)."""
+    """Whether this pair of colours, in either order, is kept out of every training in this project
+    (about 5 % are).
+    """
     return zlib.crc32("|".join(sorted((circle, background))).encode()) < HELD_OUT_FRACTION * 2**32
 
 
@@ -109,8 +113,14 @@ def draw_sample(index, *, size, seed, held_out=False, choices=None):
     inside = disc(distance, radius)
     target = rgb(background) + inside * (rgb(circle) - rgb(background))
     half = max(1.0, size / 256) / 2
-    outline = np.repeat(255 * (disc(distance, radius + half) - disc(distance, radius - half)), 3, axis=2)
-    return np.rint(target).astype(np.uint8), np.rint(outline).astype(np.uint8), caption(circle, background)
+    outline = np.repeat(
+        255 * (disc(distance, radius + half) - disc(distance, radius - half)), 3, axis=2
+    )
+    return (
+        np.rint(target).astype(np.uint8),
+        np.rint(outline).astype(np.uint8),
+        caption(circle, background),
+    )
 
 
 def _encode(array, kind):
@@ -131,11 +141,18 @@ class _Drawn:
 
     def __getitem__(self, index):
         target, control, text = draw_sample(index, **self.options)
-        return {"__key__": f"{index:06d}", "jpg": _encode(target, "jpeg"), "png": _encode(control, "png"), "txt": text.encode()}
+        return {
+            "__key__": f"{index:06d}",
+            "jpg": _encode(target, "jpeg"),
+            "png": _encode(control, "png"),
+            "txt": text.encode(),
+        }
 
 
 def generated_samples(count, *, size, seed, held_out=False, workers=0):
-    """`count` samples as WebDataset dictionaries, drawn by `workers` processes beside this one, or by this one."""
+    """`count` samples as WebDataset dictionaries, drawn by `workers` processes beside this one, or
+    by this one.
+    """
     drawn = _Drawn(count, size=size, seed=seed, held_out=held_out)
     yield from load_batches(drawn, workers=workers, batch_size=None, collate_fn=_unchanged)
 
@@ -155,26 +172,34 @@ class PromptDescription:
 
 @dataclass
 class GeneratedDescription:
-    """What `fill50k.json` says of the tars beside it; nothing of those made from the original download."""
+    """What `fill50k.json` says of the tars beside it; nothing of those made from the original
+    download.
+    """
 
     count: int | None = option(None, "pictures", at_least=1)
     size: int | None = option(None, "their side in pixels", at_least=1)
 
 
 def imported_samples(source):
-    """The original download (`prompt.json`, `source/`, `target/`) as WebDataset dictionaries, held-out pairs left out.
+    """The original download (`prompt.json`, `source/`, `target/`) as WebDataset dictionaries,
+    held-out pairs left out.
 
     Raises `ValueError`, with the line, for what is missing, damaged or outside of `source`.
     """
     source = Path(os.path.expanduser(source))
     prompts = source / "prompt.json"
     if not prompts.is_file():
-        raise ValueError(f"{source} has no prompt.json: name the folder that holds prompt.json, source/ and target/")
+        raise ValueError(
+            f"{source} has no prompt.json: name the folder that holds prompt.json, source/ and "
+            "target/"
+        )
     for index, line in enumerate(read_text(prompts).splitlines()):
         where = f"{prompts} line {index + 1}"
         row = read_description(where, PromptDescription, parse_json(line, where))
         names = row.prompt.removesuffix(" background").split(" circle with ")
-        if len(names) == 2 and is_held_out(*(SYNONYMS.get(name, name).replace("grey", "gray") for name in names)):
+        if len(names) == 2 and is_held_out(
+            *(SYNONYMS.get(name, name).replace("grey", "gray") for name in names)
+        ):
             continue
         target, control = (inside_folder(source, name, where) for name in (row.target, row.source))
         check_regular(control)
@@ -195,10 +220,12 @@ def _decoded(path):
 
 
 def write_shards(samples, dst, *, count=None, per_shard=1000, about=None):
-    """Write WebDataset dictionaries as `dst/000000.tar` …, and `about` as `dst/fill50k.json`; returns `dst`.
+    """Write WebDataset dictionaries as `dst/000000.tar` …, and `about` as `dst/fill50k.json`;
+    returns `dst`.
 
-    The folder is written aside and renamed, so a killed run leaves nothing that looks whole, and of several processes that
-    meet here one writes and the others wait for its result: the bytes are the same.
+    The folder is written aside and renamed, so a killed run leaves nothing that looks whole, and of
+    several processes that meet here one writes and the others wait for its result: the bytes are
+    the same.
     """
     dst = Path(dst)
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -218,7 +245,9 @@ def _write_tars(samples, folder, per_shard):
             if written % per_shard == 0:
                 if writer:
                     writer.close()
-                writer = TarWriter(str(folder / f"{written // per_shard:06d}.tar"), mtime=0, user="", group="")
+                writer = TarWriter(
+                    str(folder / f"{written // per_shard:06d}.tar"), mtime=0, user="", group=""
+                )
             writer.write(sample)
             written += 1
     finally:

@@ -70,19 +70,24 @@ class Frame:
     def of(self, image):
         """The frame's RGB image, of the picture or of another that shows the same in another size.
 
-        One of other proportions, but for a side's rounding, raises `BadSample`. Whole pixels of the right size stay as they are.
+        One of other proportions, but for a side's rounding, raises `BadSample`. Whole pixels of the
+        right size stay as they are.
         """
         scales = image.width / self.size[0], image.height / self.size[1]
         if abs(image.width * self.size[1] - image.height * self.size[0]) > max(self.size):
             theirs = "{}x{} pixels beside {}x{}".format(*image.size, *self.size)
             raise BadSample(f"a picture of other proportions than the target's ({theirs})")
-        box = tuple(min(edge * scale, side) for edge, scale, side in zip(self.box, scales * 2, image.size * 2))
+        box = tuple(
+            min(edge * scale, side)
+            for edge, scale, side in zip(self.box, scales * 2, image.size * 2)
+        )
         image = image.resize((self.width, self.height), Image.Resampling.LANCZOS, box=box)
         return ImageOps.mirror(image) if self.mirrored else image
 
 
 def frame(size, height, width, *, crop="center", flip=False, generator=None):
-    """The `Frame` of height x width for a picture of `size`: its short side is resized to cover, the rest is cropped.
+    """The `Frame` of height x width for a picture of `size`: its short side is resized to cover,
+    the rest is cropped.
 
     A crop of "random" and a `flip`, every other time, are drawn from `generator`.
     """
@@ -104,12 +109,16 @@ def pixels(image):
 
 
 def resize_crop(image, height, width, **options):
-    """An RGB image as (3, height, width) float32 in [-1, 1], framed as `frame` does with `options`."""
+    """An RGB image as (3, height, width) float32 in [-1, 1], framed as `frame` does with
+    `options`.
+    """
     return pixels(frame(image.size, height, width, **options).of(image))
 
 
 def edges(image):
-    """The edges of an RGB image, white on black, as OpenCV's Canny finds them with the thresholds 100 and 200."""
+    """The edges of an RGB image, white on black, as OpenCV's Canny finds them with the thresholds
+    100 and 200.
+    """
     import cv2
 
     cv2.setNumThreads(0)  # else each loader process would start as many as there are cores

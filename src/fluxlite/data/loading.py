@@ -1,6 +1,7 @@
 """Samples read by worker processes that end with the process they work for, and not before it.
 
-Ctrl-C and schedulers signal a whole process group. A worker that died of it would take the run's last steps along.
+Ctrl-C and schedulers signal a whole process group. A worker that died of it would take the run's
+last steps along.
 """
 
 import os
@@ -15,7 +16,8 @@ from fluxlite.cli.processes import deferred_signals, end_children_at_exit, serve
 
 
 def load_batches(dataset, *, workers, collate_fn, **options):
-    """The batches of a DataLoader with so many worker processes, each with one thread; 0 reads in this process.
+    """The batches of a DataLoader with so many worker processes, each with one thread; 0 reads in
+    this process.
 
     The workers are forked: a start takes milliseconds, and the data set is shared and not copied.
     Their `ValueError` and `OSError` are raised here as they are, without a worker's traceback, and

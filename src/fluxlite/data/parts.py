@@ -1,7 +1,7 @@
 """Which of a sample's files are its picture, caption and control: the one table of endings.
 
-A sample is the files of one key, and a key ends at the first dot of a file's name, as WebDataset and
-Energon have it: `a/frame.depth.png` is the `depth.png` of `a/frame`.
+A sample is the files of one key, and a key ends at the first dot of a file's name, as WebDataset
+and Energon have it: `a/frame.depth.png` is the `depth.png` of `a/frame`.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,8 @@ def split_name(name):
 
 
 def choose_parts(files, parts):
-    """What of a key's files is used: ([place of each column, or None], or None) and the samples lost.
+    """What of a key's files is used: ([place of each column, or None], or None) and the samples
+    lost.
 
     `files` are (ending, place, run): runs of one key that others interrupt have different numbers.
     The lost are reasons, one for each sample. What could pair one sample's picture with another's
@@ -122,7 +123,8 @@ def _lacking(columns, found, parts):
 
 
 def _dotted(found, parts):
-    """A reason for each picture whose name seems to go on behind its key's dot, as in `frame.001.jpg`.
+    """A reason for each picture whose name seems to go on behind its key's dot, as in
+    `frame.001.jpg`.
 
     Those are pictures with a caption of the same name, and several that are no known part.
     """

@@ -88,7 +88,8 @@ def _local_tars(name, split, setting):
         found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
         if not found:
             raise ValueError(
-                f"{setting}={name} holds no .tar: name the folder of the tars itself, a glob or a URL"
+                f"{setting}={name} holds no .tar: name the folder of the tars itself, a glob or a "
+                "URL"
             )
     elif os.path.exists(name):
         check_regular(name)
@@ -214,7 +215,8 @@ def _copied(url, file, target, setting):
                 raise  # the disk's fault
             if attempt + 1 == ATTEMPTS or not _is_passing(error):
                 raise ValueError(
-                    f"{setting}: {url} cannot be fetched ({' '.join(str(error).split())}); check it, "
+                    f"{setting}: {url} cannot be fetched ({' '.join(str(error).split())}); check "
+                    "it, "
                     "or give pipe:COMMAND that prints the tar"
                 ) from error
             time.sleep(2**attempt)

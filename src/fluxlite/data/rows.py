@@ -1,8 +1,8 @@
 """Safetensors files of rows, each with a checksum that is compared when the row is read.
 
 The header's metadata hold `rows`, a JSON object of the writer's with the checksums of all rows, and
-`checksum`, that of the header itself. Rows are read by position and never mapped: a file that is cut
-while it is read is an error and no SIGBUS.
+`checksum`, that of the header itself. Rows are read by position and never mapped: a file that is
+cut while it is read is an error and no SIGBUS.
 """
 
 import json

@@ -23,7 +23,9 @@ MAX_PART_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24
 
 
 class Kept:
-    """A dictionary of the last `limit` values that were made; in another process it starts empty."""
+    """A dictionary of the last `limit` values that were made; in another process it starts
+    empty.
+    """
 
     def __init__(self, limit):
         self.limit, self.values = limit, {}
@@ -40,7 +42,9 @@ class Kept:
 
 
 def stated_mode(data):
-    """What the json of a sample, as bytes or None, says of its kind of control; None where it says nothing."""
+    """What the json of a sample, as bytes or None, says of its kind of control; None where it says
+    nothing.
+    """
     try:
         fields = json.loads(data or b"{}")
     except (ValueError, RecursionError):  # then there is no caption either, which is reported
@@ -48,13 +52,15 @@ def stated_mode(data):
     return fields.get("mode") if isinstance(fields, dict) else None
 
 
-# --- in which order -------------------------------------------------------------------------------------------------------------
+# --- in which order -------------------------------------------------------------------------------
 
 
 class Order:
-    """Which sample a global index is: each epoch permutes the shards, then the samples within windows of `window` shards.
+    """Which sample a global index is: each epoch permutes the shards, then the samples within
+    windows of `window` shards.
 
-    Samples are numbered through the shards, whose sizes are `counts`. Only the windows in use are permuted.
+    Samples are numbered through the shards, whose sizes are `counts`. Only the windows in use are
+    permuted.
     """
 
     def __init__(self, counts, *, seed, shuffle, window):
@@ -71,7 +77,9 @@ class Order:
         return epoch, self._number(epoch, position)
 
     def following(self, index):
-        """The numbers of all samples of an epoch, from that of a global index on, the epoch's first after its last."""
+        """The numbers of all samples of an epoch, from that of a global index on, the epoch's first
+        after its last.
+        """
         epoch, position = divmod(int(index), len(self))
         return (self._number(epoch, (position + i) % len(self)) for i in range(len(self)))
 
@@ -89,7 +97,9 @@ class Order:
     def _permuted_shards(self, epoch):
         """The epoch's shards in their order, and the position at which each window of them ends."""
         shards = self._rng(epoch, "shards").permutation(len(self.starts) - 1)
-        sizes = np.add.reduceat(np.diff(self.starts)[shards], np.arange(0, len(shards), self.window))
+        sizes = np.add.reduceat(
+            np.diff(self.starts)[shards], np.arange(0, len(shards), self.window)
+        )
         return shards, np.cumsum(sizes)
 
     def _permuted_window(self, epoch, i, shards):
@@ -98,13 +108,15 @@ class Order:
         return self._rng(epoch, f"window {i}").permutation(numbers)
 
 
-# --- samples --------------------------------------------------------------------------------------------------------------------
+# --- samples --------------------------------------------------------------------------------------
 
 
 def first_good(samples, index, load):
-    """The sample of a global index, or else the next good one of its epoch: (number, what `load(number)` gives, the bad before).
+    """The sample of a global index, or else the next good one of its epoch: (number, what
+    `load(number)` gives, the bad before).
 
-    `load` raises `BadSample`; the bad are "shard/key: reason". Raises `ValueError` where too many in a row are bad.
+    `load` raises `BadSample`; the bad are "shard/key: reason". Raises `ValueError` where too many
+    in a row are bad.
     """
     bad = []
     for number in samples.order.following(index):
@@ -118,18 +130,22 @@ def first_good(samples, index, load):
 
 
 class Samples:
-    """Pictures and captions by global index, as dictionaries named as batches are: images (3, H, W), captions, …
+    """Pictures and captions by global index, as dictionaries named as batches are: images (3, H,
+    W), captions, …
 
-    With `data.control` also controls (3, H, W), in the same frame as the image, and, where `data.control_mode` or the json of any
-    sample says of which kind they are, modes, an int64. A bad sample's place is taken by the epoch's next good one, and `bad`
-    lists what was passed over. In training the crop, the flip and the dropping of the caption are keyed by (seed, index); otherwise
-    the crop is the centre's and captions stay.
+    With `data.control` also controls (3, H, W), in the same frame as the image, and, where
+    `data.control_mode` or the json of any sample says of which kind they are, modes, an int64. A
+    bad sample's place is taken by the epoch's next good one, and `bad` lists what was passed over.
+    In training the crop, the flip and the dropping of the caption are keyed by (seed, index);
+    otherwise the crop is the centre's and captions stay.
     """
 
     def __init__(self, config, shards, *, seed, training):
         self.config, self.shards, self.seed, self.training = config, shards, seed, training
         counts = [len(shard.keys) for shard in shards]
-        self.order = Order(counts, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window)
+        self.order = Order(
+            counts, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window
+        )
         self.files = Kept(256)
 
     def __len__(self):
@@ -152,13 +168,17 @@ class Samples:
         return f"{self.shards[shard].name}/{printable_name(self.shards[shard].keys[row])}"
 
     def read(self, number, index):
-        """Sample `number` as a global index has it: images and captions, and controls and modes; raises `BadSample`."""
+        """Sample `number` as a global index has it: images and captions, and controls and modes;
+        raises `BadSample`.
+        """
         caption, image = self._caption(number), decode(self._bytes(number, IMAGE))
         framed = self._frame(image.size, index)
         target = framed.of(image)
         sample = {"images": pixels(target), "captions": caption}
         if self.config.control:
-            sample["controls"] = pixels(self._control(number, framed) if self.config.control_ending else edges(target))
+            sample["controls"] = pixels(
+                self._control(number, framed) if self.config.control_ending else edges(target)
+            )
         if self.config.control_mode is not None:
             sample["modes"] = torch.tensor(self._mode(number))
         return sample
@@ -174,7 +194,14 @@ class Samples:
         if not self.training or (config.crop == "center" and not config.flip):
             return frame(size, config.height, config.width)
         generator = rng.generator(self.seed, index, "crop")
-        return frame(size, config.height, config.width, crop=config.crop, flip=config.flip, generator=generator)
+        return frame(
+            size,
+            config.height,
+            config.width,
+            crop=config.crop,
+            flip=config.flip,
+            generator=generator,
+        )
 
     def _control(self, number, framed):
         try:
@@ -183,13 +210,20 @@ class Samples:
             raise BadSample(f"its control ({self.config.control}): {error}") from None
 
     def _mode(self, number):
-        """The number of a sample's kind of control: what its json says, else `data.control_mode`."""
+        """The number of a sample's kind of control: what its json says, else
+        `data.control_mode`.
+        """
         stated = stated_mode(self._bytes(number, JSON))
         mode = self.config.control_mode if stated is None else stated
         if mode == "json":
-            raise BadSample("no mode in its json: name one with data.control_mode= for those without")
+            raise BadSample(
+                "no mode in its json: name one with data.control_mode= for those without"
+            )
         if mode_number(mode) is None:
-            raise BadSample(f"mode {shortened(mode)} in its json is neither a number nor one of {', '.join(MODES)}")
+            raise BadSample(
+                f"mode {shortened(mode)} in its json is neither a number nor one of "
+                f"{', '.join(MODES)}"
+            )
         return mode_number(mode)
 
     def _bytes(self, number, column):

@@ -52,7 +52,9 @@ class Shard:
 
 
 def index_tar(path, parts=Parts()):  # noqa: B008 (frozen)
-    """The `Shard` of a tar; raises `ValueError` for one that is damaged, cut short or compressed."""
+    """The `Shard` of a tar; raises `ValueError` for one that is damaged, cut short or
+    compressed.
+    """
     check_regular(path)
     about = os.stat(path)
     return _indexed(str(path), about.st_size, about.st_mtime_ns, parts)

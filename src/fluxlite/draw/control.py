@@ -2,7 +2,8 @@
 
     pictures = fluxlite.generate("a fox", controls=[fluxlite.Control("FLUX.1-dev-Controlnet-Canny", "edges.png", scale=0.7)])
 
-`open_control` checks all that can be seen without loading a net, `residuals` is what its samples are at each step.
+`open_control` checks all that can be seen without loading a net, `residuals` is what its samples
+are at each step.
 
 B pictures, L tokens, H hidden width.
 """
@@ -29,9 +30,16 @@ from fluxlite.weights import sources
 class Control:
     """A ControlNet to draw with; several of them add up."""
 
-    checkpoint: object = field(metadata={"help": "a file or folder of any layout, a hub repository, or a loaded ControlNet"})
+    checkpoint: object = field(
+        metadata={
+            "help": "a file or folder of any layout, a hub repository, or a loaded ControlNet"
+        }
+    )
     image: object = field(
-        metadata={"help": "the picture to follow, a path or a PIL image, resized and cropped as in training; a list: one a prompt"}
+        metadata={
+            "help": "the picture to follow, a path or a PIL image, resized and cropped as in "
+            "training; a list: one a prompt"
+        }
     )
     scale: float = option(1.0, "strength; 0 for no effect", at_least=-100, at_most=100)
     start: float = option(
@@ -44,17 +52,25 @@ class Control:
     def validate(self):
         check_options(self, "controlnet.")
         if not self.start < self.end:
-            raise ValueError(f"controlnet.start={self.start} must be less than controlnet.end={self.end}, both from 0 to 1")
+            raise ValueError(
+                f"controlnet.start={self.start} must be less than controlnet.end={self.end}, both "
+                "from 0 to 1"
+            )
 
     def active(self, step, num_steps):
-        """Whether the net takes part in a step: where all of it lies between start and end, as in diffusers."""
+        """Whether the net takes part in a step: where all of it lies between start and end, as in
+        diffusers.
+        """
         return not (step / num_steps < self.start or (step + 1) / num_steps > self.end)
 
     def settings(self):
         """What a picture's metadata say of it."""
         path = isinstance(self.checkpoint, (str, Path))
         named = isinstance(self.image, (str, Path))
-        own = {"checkpoint": str(self.checkpoint) if path else None, "image": str(self.image) if named else None}
+        own = {
+            "checkpoint": str(self.checkpoint) if path else None,
+            "image": str(self.image) if named else None,
+        }
         return own | {name: getattr(self, name) for name in ("scale", "start", "end", "mode")}
 
 
@@ -62,7 +78,7 @@ def is_picture(image):
     return isinstance(image, Image.Image)
 
 
-# --- before anything is loaded --------------------------------------------------------------------------------------------------
+# --- before anything is loaded --------------------------------------------------------------------
 
 
 @dataclass
@@ -88,19 +104,35 @@ class OpenControl:
 
 
 def open_control(control, base, height, width, num_prompts=1):
-    """The `OpenControl` for pictures of height x width by a transformer of configuration `base`; raises `ValueError`."""
+    """The `OpenControl` for pictures of height x width by a transformer of configuration `base`;
+    raises `ValueError`.
+    """
     control.validate()
     pictures = control.image if isinstance(control.image, (list, tuple)) else [control.image]
     if len(pictures) not in (1, num_prompts):
-        raise ValueError(f"{len(pictures)} control images for {num_prompts} prompts: give one for all, or one for each")
+        raise ValueError(
+            f"{len(pictures)} control images for {num_prompts} prompts: give one for all, or one "
+            "for each"
+        )
     pixels = torch.stack([read_picture(picture, height, width) for picture in pictures])
     if isinstance(control.checkpoint, ControlNet):
         source, where = control.checkpoint, "the ControlNet"
     else:
         where = f"controlnet.checkpoint={control.checkpoint}"
-        source = sources.converted(sources.resolve(control.checkpoint), control.save_converted, group="controlnet", part="controlnet")
+        source = sources.converted(
+            sources.resolve(control.checkpoint),
+            control.save_converted,
+            group="controlnet",
+            part="controlnet",
+        )
     check_fits(source.config, base, where)
-    return OpenControl(control, source, source.config, union_mode(control.mode, source.config.num_modes, where), pixels)
+    return OpenControl(
+        control,
+        source,
+        source.config,
+        union_mode(control.mode, source.config.num_modes, where),
+        pixels,
+    )
 
 
 def union_mode(mode, num_modes, where):
@@ -108,18 +140,28 @@ def union_mode(mode, num_modes, where):
     if mode in (None, "none", "null"):
         if num_modes:
             names = ", ".join(f"{name} {number}" for name, number in MODES.items())
-            raise ValueError(f"{where} is a union net: choose controlnet.mode= ({names}), or a number below {num_modes}")
+            raise ValueError(
+                f"{where} is a union net: choose controlnet.mode= ({names}), or a number below "
+                f"{num_modes}"
+            )
         return None
     if not num_modes:
-        raise ValueError(f"controlnet.mode={mode}, but {where} is no union net: leave it out, or say none for this net")
+        raise ValueError(
+            f"controlnet.mode={mode}, but {where} is no union net: leave it out, or say none for "
+            "this net"
+        )
     number = mode_number(mode)
     if number is None or number >= num_modes:
-        raise ValueError(f"controlnet.mode={mode}: choose one of {', '.join(MODES)}, or a number from 0 to {num_modes - 1}")
+        raise ValueError(
+            f"controlnet.mode={mode}: choose one of {', '.join(MODES)}, or a number from 0 to "
+            f"{num_modes - 1}"
+        )
     return number
 
 
 def read_picture(image, height, width):
-    """A picture, a path or a PIL image of any mode, as pixels (3, height, width) in [-1, 1], like a training picture.
+    """A picture, a path or a PIL image of any mode, as pixels (3, height, width) in [-1, 1], like a
+    training picture.
 
     Raises `ValueError`.
     """
@@ -139,14 +181,16 @@ def _bytes_of(path, name):
     return path.read_bytes()
 
 
-# --- at each step ---------------------------------------------------------------------------------------------------------------
+# --- at each step ---------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def hint_of(opened, number, autoencoder, device):
-    """What gives the hint of net `number` to pictures: a function of their prompts and seeds, for `ControlNet.embed_hint`.
+    """What gives the hint of net `number` to pictures: a function of their prompts and seeds, for
+    `ControlNet.embed_hint`.
 
-    Latents are a sample of the posterior, as diffusers' pipeline takes it, drawn for each picture from its seed alone.
+    Latents are a sample of the posterior, as diffusers' pipeline takes it, drawn for each picture
+    from its seed alone.
     """
     pixels = opened.pixels.to(device)
 
@@ -166,9 +210,16 @@ def hint_of(opened, number, autoencoder, device):
 
 
 def condition(net, mode, txt, pooled, *, times, guidance):
-    """`sampling.condition` of a ControlNet: of a union net the text begins with the token of `mode`."""
+    """`sampling.condition` of a ControlNet: of a union net the text begins with the token of
+    `mode`.
+    """
     found = sampling.condition(net, txt, pooled, times, guidance)
-    return replace(found, txt=net.with_mode(found.txt, None if mode is None else torch.full((len(txt),), mode, device=txt.device)))
+    return replace(
+        found,
+        txt=net.with_mode(
+            found.txt, None if mode is None else torch.full((len(txt),), mode, device=txt.device)
+        ),
+    )
 
 
 @dataclass
@@ -182,15 +233,21 @@ class Steering:
 
     def residuals(self, x, step, rope, base):
         conditions = self.conditions
-        samples = self.net.samples(x, conditions.txt, rope, conditions.modulation[step], self.hint, self.control.scale)
+        samples = self.net.samples(
+            x, conditions.txt, rope, conditions.modulation[step], self.hint, self.control.scale
+        )
         return spread(samples, self.net.config, base)
 
 
 def residuals(steerings, num_steps, base) -> Callable:
-    """What `sampling.sample` asks at each step: (x, step, rope) → the sum of all active nets' residuals, None where all are off."""
+    """What `sampling.sample` asks at each step: (x, step, rope) → the sum of all active nets'
+    residuals, None where all are off.
+    """
 
     def at(x, step, rope):
-        parts = [s.residuals(x, step, rope, base) for s in steerings if s.control.active(step, num_steps)]
+        parts = [
+            s.residuals(x, step, rope, base) for s in steerings if s.control.active(step, num_steps)
+        ]
         return combine(parts) if parts else None
 
     return at

@@ -1,7 +1,9 @@
-"""A transformer larger than the accelerator: its blocks stay in host memory and pass through two buffers on the device.
+"""A transformer larger than the accelerator: its blocks stay in host memory and pass through two
+buffers on the device.
 
-While one block computes, the next one's weights are copied on a stream of their own. On the CPU there is nothing to stream: weights
-are mapped from the disk, and the system drops pages that it needs for something else.
+While one block computes, the next one's weights are copied on a stream of their own. On the CPU
+there is nothing to stream: weights are mapped from the disk, and the system drops pages that it
+needs for something else.
 """
 
 import torch
@@ -10,7 +12,9 @@ OFFLOAD = ("none", "text", "all")
 
 
 def stream_blocks(model, device):
-    """Move all but the blocks of `model` to `device`, and make each block fetch its weights there just before it runs."""
+    """Move all but the blocks of `model` to `device`, and make each block fetch its weights there
+    just before it runs.
+    """
     device = torch.device(device)
     for name, child in model.named_children():
         if name not in ("double_blocks", "single_blocks"):
@@ -24,7 +28,9 @@ def stream_blocks(model, device):
 
 
 class Feed:
-    """Two flat buffers on the device, each large enough for any block: that of the running one, and that of the next."""
+    """Two flat buffers on the device, each large enough for any block: that of the running one, and
+    that of the next.
+    """
 
     def __init__(self, blocks, device):
         self.blocks, self.cuda = blocks, device.type == "cuda"
@@ -33,14 +39,23 @@ class Feed:
         self.buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
         self.side = torch.cuda.Stream(device) if self.cuda else None
         if self.cuda:
-            self.side.wait_stream(torch.cuda.current_stream(device))  # whoever had the buffers' memory before must be done
-        self.copied, self.used = [None, None], [None, None]  # for each buffer: its copy, its block's last use
+            self.side.wait_stream(
+                torch.cuda.current_stream(device)
+            )  # whoever had the buffers' memory before must be done
+        self.copied, self.used = (
+            [None, None],
+            [None, None],
+        )  # for each buffer: its copy, its block's last use
         self.holds = [None, None]
 
     def _home(self, block):
-        """A block's weights in one flat piece of host memory, page-locked for a GPU; its parameters become views of it."""
+        """A block's weights in one flat piece of host memory, page-locked for a GPU; its parameters
+        become views of it.
+        """
         parameters = list(block.parameters())
-        home = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype, pin_memory=self.cuda)
+        home = torch.empty(
+            sum(p.numel() for p in parameters), dtype=parameters[0].dtype, pin_memory=self.cuda
+        )
         self._point(block, home, fill=True)
         return home
 
@@ -55,7 +70,9 @@ class Feed:
             start += p.numel()
 
     def _fetch(self, number):
-        """Start to copy a block's weights into its buffer, unless they are there or on their way."""
+        """Start to copy a block's weights into its buffer, unless they are there or on their
+        way.
+        """
         slot = number % 2
         if self.holds[slot] == number:
             return

@@ -1,8 +1,9 @@
 """The parts of a FLUX pipeline, loaded from folders, files or runs; `generate` draws with them.
 
 import fluxlite
-pictures = fluxlite.generate("red circle with blue background", seed=1)      # PIL images, from the shipped tiny pipeline
-pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev", height=512, width=512)
+pictures = fluxlite.generate("red circle with blue background", seed=1)      # PIL images, from the
+shipped tiny pipeline pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev",
+height=512, width=512)
 """
 
 import logging
@@ -69,10 +70,12 @@ class Pipeline:
     settings: dict
 
     def load_controlnet(self, opened, device=None):
-        return opened.load(attention="auto", dtype=self.model.img_in.weight.dtype, device=device or self.device)
+        return opened.load(
+            attention="auto", dtype=self.model.img_in.weight.dtype, device=device or self.device
+        )
 
 
-# --- finding --------------------------------------------------------------------------------------------------------------------
+# --- finding --------------------------------------------------------------------------------------
 
 
 def root_of(path):
@@ -81,7 +84,9 @@ def root_of(path):
 
 
 def beside(checkpoint):
-    """Where the other parts of a transformer's pipeline lie: {part: path} for those that are found."""
+    """Where the other parts of a transformer's pipeline lie: {part: path} for those that are
+    found.
+    """
     path = Path(resolve(checkpoint)).expanduser()
     if sources.is_run(path):
         return {part: resolve(name) for part, name in run_folder.saved_parts(path).items()}
@@ -94,7 +99,9 @@ def beside(checkpoint):
 
 @dataclass
 class Found:
-    """A pipeline's parts on disk, checked to fit together as far as that can be seen without loading them."""
+    """A pipeline's parts on disk, checked to fit together as far as that can be seen without
+    loading them.
+    """
 
     transformer: sources.Source
     autoencoder: sources.Source
@@ -112,7 +119,9 @@ class Found:
 
     def load_transformer(self, device=None):
         where = device or self.device
-        model = sources.load_transformer(self.transformer, attention=self.attention, dtype=self.dtype, device=where)
+        model = sources.load_transformer(
+            self.transformer, attention=self.attention, dtype=self.dtype, device=where
+        )
         return parallel.compile_blocks(model) if self.compile else model
 
     def load_controlnet(self, opened, device=None):
@@ -137,9 +146,11 @@ def find_pipeline(
     dtype=None,
     expected=(),
 ):
-    """The `Found` parts of a pipeline folder, a transformer or a run; parts not named are looked for beside it.
+    """The `Found` parts of a pipeline folder, a transformer or a run; parts not named are looked
+    for beside it.
 
-    `expected` is {field of FluxConfig: value} that the transformer must have. Raises `ValueError` that names the missing key.
+    `expected` is {field of FluxConfig: value} that the transformer must have. Raises `ValueError`
+    that names the missing key.
     """
     device = torch.device(device or parallel.default_device())
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
@@ -151,24 +162,34 @@ def find_pipeline(
     for name, value in given.items():
         value = tuple(value) if isinstance(value, list) else value
         if getattr(transformer.config, name) != value:
-            raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}")
+            raise ValueError(
+                f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}"
+            )
     named = {"t5": t5, "clip": clip, "autoencoder": autoencoder}
     parts = beside(checkpoint) | {k: resolve(v) for k, v in named.items() if v}
     missing = [f"model.{part}=" for part in PARTS if part not in parts]
     if missing:
-        raise ValueError(f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for each")
+        raise ValueError(
+            f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for "
+            "each"
+        )
     vae = sources.open_source(parts.pop("autoencoder"), setting="model.autoencoder", part="vae")
     sources.check_part(vae, "autoencoder", "model.autoencoder")
     check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
     if save_converted:
         transformer = sources.converted(checkpoint, save_converted, ema=ema, given=given)
-    return Found(transformer, vae, **parts, attention=attention, compile=compile, device=device, dtype=dtype)
+    return Found(
+        transformer, vae, **parts, attention=attention, compile=compile, device=device, dtype=dtype
+    )
 
 
 def check_width(part, theirs, key, config):
     """Raise `ValueError` where a part's width does not fit the transformer's."""
     if theirs != getattr(config, key):
-        raise ValueError(f"model.{part} gives {theirs} channels, but the transformer has model.{key}={getattr(config, key)}")
+        raise ValueError(
+            f"model.{part} gives {theirs} channels, but the transformer has "
+            f"model.{key}={getattr(config, key)}"
+        )
 
 
 def check_widths(config, autoencoder, encoders):
@@ -183,14 +204,24 @@ def check_encoders(config, encoders):
 
 
 def load_pipeline(checkpoint=TINY, **options):
-    """A whole `Pipeline` in memory, to draw with again and again; the arguments are those of `find_pipeline`."""
+    """A whole `Pipeline` in memory, to draw with again and again; the arguments are those of
+    `find_pipeline`.
+    """
     found = find_pipeline(checkpoint, **options)
     settings = default_settings(found.transformer)
-    return Pipeline(found.load_transformer(), found.load_autoencoder(), found.load_encoders(), found.device, settings)
+    return Pipeline(
+        found.load_transformer(),
+        found.load_autoencoder(),
+        found.load_encoders(),
+        found.device,
+        settings,
+    )
 
 
 def default_settings(transformer):
-    """Settings that suit a transformer's `Source` where the user names none: {field of SampleConfig: value}."""
+    """Settings that suit a transformer's `Source` where the user names none: {field of
+    SampleConfig: value}.
+    """
     config, settings = transformer.config, transformer.settings
     if config.guidance_embed or not is_schnell(config.scheduler or SCHNELL_SCHEDULER):
         return settings
@@ -204,17 +235,22 @@ def default_settings(transformer):
     return settings
 
 
-# --- drawing --------------------------------------------------------------------------------------------------------------------
+# --- drawing --------------------------------------------------------------------------------------
 
 
 def settle(checkpoint, options, controls, num_prompts):
-    """From the options of `generate`: the `Pipeline` or the `Found` parts on disk, a checked `SampleConfig` and `OpenControl`s."""
+    """From the options of `generate`: the `Pipeline` or the `Found` parts on disk, a checked
+    `SampleConfig` and `OpenControl`s.
+    """
     names = {f.name for f in fields(SampleConfig)}
     settings = {k: v for k, v in options.items() if k in names}
     rest = {k: v for k, v in options.items() if k not in names}
     if isinstance(checkpoint, Pipeline):
         if rest:
-            raise ValueError(f"{', '.join(rest)}: these are settled once a pipeline is loaded; pass them to load_pipeline")
+            raise ValueError(
+                f"{', '.join(rest)}: these are settled once a pipeline is loaded; pass them to "
+                "load_pipeline"
+            )
         parts, model_config, defaults = checkpoint, checkpoint.model.config, checkpoint.settings
     else:
         parts = find_pipeline(checkpoint, **rest)
@@ -223,8 +259,14 @@ def settle(checkpoint, options, controls, num_prompts):
     config = typed_options(SampleConfig, defaults | settings)
     config.validate(parts.autoencoder.config.downsampling)
     if "guidance" in settings and not model_config.guidance_embed:
-        raise ValueError("guidance: this model (as schnell) has no guidance input; leave the setting out")
-    return parts, config, [open_control(c, model_config, config.height, config.width, num_prompts) for c in controls]
+        raise ValueError(
+            "guidance: this model (as schnell) has no guidance input; leave the setting out"
+        )
+    return (
+        parts,
+        config,
+        [open_control(c, model_config, config.height, config.width, num_prompts) for c in controls],
+    )
 
 
 def generate(
@@ -246,24 +288,33 @@ def generate(
 ):
     """Draw pictures: a list of PIL images, those of the first prompt first.
 
-    `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone, whatever the batch.
-    They count from `prompt_number` and `picture_number`, so that one picture can be drawn again without those before it.
-    `done(number, picture)` is called with each picture as soon as its batch is drawn; numbers count from 0.
-    `checkpoint` is a pipeline folder, a run, a transformer or a loaded `Pipeline`; `controls` are `Control`s, whose nets add up.
-    Options are the fields of `SampleConfig` (height, width, steps, guidance, true_cfg, shift, max_sequence_length) and the
-    arguments of `find_pipeline`. Unless a `Pipeline` is given, each part is loaded when its turn comes: with `offload="text"` the
-    text encoders are freed before the transformer is loaded, and the modulation's weights once all steps are modulated; `"all"`
-    also streams the blocks through an accelerator (on the CPU they are mapped from the disk in any case); `"none"` frees nothing.
-    `stage(name)` is a context around each part of the work. Each picture's `info["sampling"]` are the settings it was drawn with.
-    Raises `ValueError`.
+    `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone,
+    whatever the batch. They count from `prompt_number` and `picture_number`, so that one picture
+    can be drawn again without those before it. `done(number, picture)` is called with each picture
+    as soon as its batch is drawn; numbers count from 0. `checkpoint` is a pipeline folder, a run, a
+    transformer or a loaded `Pipeline`; `controls` are `Control`s, whose nets add up. Options are
+    the fields of `SampleConfig` (height, width, steps, guidance, true_cfg, shift,
+    max_sequence_length) and the arguments of `find_pipeline`. Unless a `Pipeline` is given, each
+    part is loaded when its turn comes: with `offload="text"` the text encoders are freed before the
+    transformer is loaded, and the modulation's weights once all steps are modulated; `"all"` also
+    streams the blocks through an accelerator (on the CPU they are mapped from the disk in any
+    case); `"none"` frees nothing. `stage(name)` is a context around each part of the work. Each
+    picture's `info["sampling"]` are the settings it was drawn with. Raises `ValueError`.
     """
-    check_options(DrawConfig(images_per_prompt, seed, prompt_number, picture_number, batch, offload))
+    check_options(
+        DrawConfig(images_per_prompt, seed, prompt_number, picture_number, batch, offload)
+    )
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     parts, config, controls = settle(checkpoint, options, controls, len(prompts))
     jobs = list(jobs_of(len(prompts), images_per_prompt, seed, prompt_number, picture_number))
     with stage("text encoders"):
         encoders = parts.encoders if isinstance(parts, Pipeline) else parts.load_encoders()
-        texts = encode(encoders, [*prompts, negative_prompt] if config.true_cfg > 1 else prompts, config.max_sequence_length, batch)
+        texts = encode(
+            encoders,
+            [*prompts, negative_prompt] if config.true_cfg > 1 else prompts,
+            config.max_sequence_length,
+            batch,
+        )
         if offload != "none":
             del encoders
     with stage("transformer and modulation"):
@@ -310,7 +361,9 @@ def load_autoencoder(parts):
 
 @dataclass
 class Ready:
-    """A net on its device, and what it needs to know of all prompts, or where that is large a way to make it batch by batch."""
+    """A net on its device, and what it needs to know of all prompts, or where that is large a way
+    to make it batch by batch.
+    """
 
     net: object
     condition: Callable  # (txt, pooled) of some prompts → their `Conditions`
@@ -318,7 +371,11 @@ class Ready:
 
     def rows(self, texts, numbers):
         """The `Conditions` of some of the encoded prompts, by number."""
-        return self.conditions.rows(numbers) if self.conditions else self.condition(*(part[numbers] for part in texts))
+        return (
+            self.conditions.rows(numbers)
+            if self.conditions
+            else self.condition(*(part[numbers] for part in texts))
+        )
 
 
 @dataclass
@@ -335,15 +392,27 @@ class Drawing:
 
 
 def prepare(parts, texts, config, controls, offload):
-    """The `Drawing` of encoded prompts: transformer and nets of `controls` loaded, all steps' modulation computed."""
+    """The `Drawing` of encoded prompts: transformer and nets of `controls` loaded, all steps'
+    modulation computed.
+    """
     pipeline, latents = isinstance(parts, Pipeline), parts.autoencoder.config
     model = parts.model if pipeline else place(parts.load_transformer, parts.device, offload)
     times = schedule.times_for(config, model.config, num_image_tokens(*cells_of(config, latents)))
     given = dict(times=times, guidance=config.guidance)
-    ready = get_ready(model, partial(sampling.condition, model, **given), texts, config.steps, keep=pipeline or offload == "none")
+    ready = get_ready(
+        model,
+        partial(sampling.condition, model, **given),
+        texts,
+        config.steps,
+        keep=pipeline or offload == "none",
+    )
     autoencoder, steered = load_autoencoder(parts) if controls else None, []
     for number, opened in enumerate(controls):
-        net = place(partial(parts.load_controlnet, opened), parts.device, "none" if opened.given else offload)
+        net = place(
+            partial(parts.load_controlnet, opened),
+            parts.device,
+            "none" if opened.given else offload,
+        )
         check_alike(net, model)
         condition = partial(control.condition, net, opened.mode, **given)
         net = get_ready(net, condition, texts, config.steps, keep=opened.given or offload == "none")
@@ -352,23 +421,30 @@ def prepare(parts, texts, config, controls, offload):
 
 
 def check_alike(net, model):
-    """Raise `ValueError` where a ControlNet that was given loaded computes in another type or place than the transformer."""
+    """Raise `ValueError` where a ControlNet that was given loaded computes in another type or place
+    than the transformer.
+    """
     a, b = net.img_in.weight, model.img_in.weight
     if (a.dtype, a.device) != (b.dtype, b.device):
         raise ValueError(
-            f"the ControlNet is in {a.dtype} on {a.device}, the transformer in {b.dtype} on {b.device}: load them alike"
+            f"the ControlNet is in {a.dtype} on {a.device}, the transformer in {b.dtype} on "
+            f"{b.device}: load them alike"
         )
 
 
 def place(load, device, offload):
-    """A net on its device, or with offload="all" on the CPU, streamed block by block to an accelerator."""
+    """A net on its device, or with offload="all" on the CPU, streamed block by block to an
+    accelerator.
+    """
     if offload != "all" or device.type == "cpu":
         return load()
     return stream_blocks(load(device="cpu"), device)
 
 
 def get_ready(net, condition, texts, steps, *, keep):
-    """The `Ready` net; unless it is to `keep` them, without the weights that are not needed any more."""
+    """The `Ready` net; unless it is to `keep` them, without the weights that are not needed any
+    more.
+    """
     conditions = None
     if fits(net, len(texts[0]), steps):
         conditions = condition(*texts)
@@ -378,7 +454,9 @@ def get_ready(net, condition, texts, steps, *, keep):
 
 
 def fits(model, num_prompts, steps):
-    """Whether the modulation of all prompts at all steps takes no more memory than the weights that it comes from."""
+    """Whether the modulation of all prompts at all steps takes no more memory than the weights that
+    it comes from.
+    """
     weights = [linear.weight for linear in model.modulation.linears()]
     taken = sampling.Conditions.num_bytes(model.config, num_prompts, steps, weights[0].dtype)
     return taken <= sum(weight.nbytes for weight in weights)
@@ -394,14 +472,25 @@ def draw_latents(drawing, jobs, progress):
     """Packed latents (B, L, C) of jobs (prompt number, seed)."""
     numbers, seeds = map(list, zip(*jobs))
     model, texts, config, latents = drawing.model, drawing.texts, drawing.config, drawing.latents
-    noise = initial_noise((latents.latent_channels, *cells_of(config, latents)), seeds).to(texts[0].device)
+    noise = initial_noise((latents.latent_channels, *cells_of(config, latents)), seeds).to(
+        texts[0].device
+    )
     against = None
     if config.true_cfg > 1:
-        against = model.rows(texts, [len(texts[0]) - 1]).rows([0] * len(jobs))  # the negative prompt is the last
+        against = model.rows(texts, [len(texts[0]) - 1]).rows(
+            [0] * len(jobs)
+        )  # the negative prompt is the last
     steerings = [
-        Steering(opened.control, ready.net, ready.rows(texts, numbers), ready.net.embed_hint(hint(numbers, seeds)))
+        Steering(
+            opened.control,
+            ready.net,
+            ready.rows(texts, numbers),
+            ready.net.embed_hint(hint(numbers, seeds)),
+        )
         for opened, ready, hint in drawing.controls
     ]
     residuals = control.residuals(steerings, config.steps, model.net.config)
     options = dict(against=against, residuals=residuals, progress=progress)
-    return sampling.sample(model.net, model.rows(texts, numbers), noise, drawing.times, config, **options)
+    return sampling.sample(
+        model.net, model.rows(texts, numbers), noise, drawing.times, config, **options
+    )

@@ -16,7 +16,9 @@ from fluxlite.data.fill50k import caption, draw_sample, pairs, rgb
 from fluxlite.draw.pipeline import DrawConfig
 from fluxlite.nets.schedule import SampleConfig
 
-MIN_DIFFERENCE = 25.0  # ΔE between the two colours of a pair: more than twice MAX_COLOUR_ERROR, so that no colour can pass for both
+# ΔE between the two colours of a pair: more than twice MAX_COLOUR_ERROR, so that no colour can pass
+# for both
+MIN_DIFFERENCE = 25.0
 
 
 @dataclass
@@ -24,7 +26,9 @@ class ProofConfig:
     """What `prove.py` takes."""
 
     checkpoint: str | None = option(
-        None, "a run, a pipeline folder or a transformer; null: the shipped tiny pipeline", path=True
+        None,
+        "a run, a pipeline folder or a transformer; null: the shipped tiny pipeline",
+        path=True,
     )
     controlnet: str | None = option(
         None,
@@ -49,15 +53,26 @@ class ProofConfig:
 
 
 def choose_pairs(num, seed):
-    """`num` different held-out (circle, background) pairs of clearly different colours, the same for the same seed."""
-    candidates = [(a, b) for a, b in pairs(held_out=True) if colour_difference(rgb(a), rgb(b)) > MIN_DIFFERENCE]
+    """`num` different held-out (circle, background) pairs of clearly different colours, the same
+    for the same seed.
+    """
+    candidates = [
+        (a, b)
+        for a, b in pairs(held_out=True)
+        if colour_difference(rgb(a), rgb(b)) > MIN_DIFFERENCE
+    ]
     if not 2 <= num <= len(candidates):
-        raise ValueError(f"num={num} must be between 2 and {len(candidates)}, the held-out pairs of clearly different colours")
+        raise ValueError(
+            f"num={num} must be between 2 and {len(candidates)}, the held-out pairs of clearly "
+            "different colours"
+        )
     return [candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))[:num]]
 
 
 def draw_controls(chosen, size, seed):
-    """For each pair a control picture of the generator's, a PIL image, and the disc (size, size) bool that it outlines."""
+    """For each pair a control picture of the generator's, a PIL image, and the disc (size, size)
+    bool that it outlines.
+    """
     found = []
     for number, pair in enumerate(chosen):
         target, control, _ = draw_sample(number, size=size, seed=seed + 1_000_003, choices=[pair])
@@ -73,9 +88,17 @@ def overlap(picture, pair, disc):
 
 def prove_position(pictures, chosen, controls):
     """How many figures lie where their control has them, and where another's has them."""
-    own = [overlap(picture, pair, disc) for picture, pair, (_, disc) in zip(pictures, chosen, controls)]
-    other = [overlap(picture, pair, disc) for picture, pair, (_, disc) in zip(pictures, chosen, controls[1:] + controls[:1])]
-    shares = {key: float(np.mean(np.array(ious) >= MIN_IOU)) for key, ious in (("position", own), ("shuffled_position", other))}
+    own = [
+        overlap(picture, pair, disc) for picture, pair, (_, disc) in zip(pictures, chosen, controls)
+    ]
+    other = [
+        overlap(picture, pair, disc)
+        for picture, pair, (_, disc) in zip(pictures, chosen, controls[1:] + controls[:1])
+    ]
+    shares = {
+        key: float(np.mean(np.array(ious) >= MIN_IOU))
+        for key, ious in (("position", own), ("shuffled_position", other))
+    }
     return shares | {"median_position_iou": float(np.median(own))}
 
 
@@ -84,10 +107,12 @@ def share(results, key):
 
 
 def prove(draw, *, num, num_swaps, seed, control_size=None):
-    """The report of a model that `draw(prompts, controls)` → PIL pictures stands for, the pictures, and one measurement for each.
+    """The report of a model that `draw(prompts, controls)` → PIL pictures stands for, the pictures,
+    and one measurement for each.
 
-    `draw` must give the picture at a position the same noise in every call, so that a swapped pair shares its noise. Its controls
-    are None, or with `control_size` square pictures of so many pixels, one a prompt.
+    `draw` must give the picture at a position the same noise in every call, so that a swapped pair
+    shares its noise. Its controls are None, or with `control_size` square pictures of so many
+    pixels, one a prompt.
     """
     chosen = choose_pairs(num, seed)
     num_swaps = min(num_swaps, num)
@@ -96,17 +121,30 @@ def prove(draw, *, num, num_swaps, seed, control_size=None):
     began = time.perf_counter()
     pictures = draw([caption(*pair) for pair in chosen], images)
     seconds = time.perf_counter() - began
-    results = [{"prompt": caption(*pair), **measure(picture, *pair)} for picture, pair in zip(pictures, chosen, strict=True)]
-    shuffled = [measure(picture, *pair) for picture, pair in zip(pictures, chosen[1:] + chosen[:1])]  # everyone gets a neighbour's
+    results = [
+        {"prompt": caption(*pair), **measure(picture, *pair)}
+        for picture, pair in zip(pictures, chosen, strict=True)
+    ]
+    shuffled = [
+        measure(picture, *pair) for picture, pair in zip(pictures, chosen[1:] + chosen[:1])
+    ]  # everyone gets a neighbour's
     swapped = [pair[::-1] for pair in chosen[:num_swaps]]
-    swapped_pictures = draw([caption(*pair) for pair in swapped], images and images[:num_swaps]) if swapped else []
-    swaps = [measure(picture, *pair) for picture, pair in zip(swapped_pictures, swapped, strict=True)]
+    swapped_pictures = (
+        draw([caption(*pair) for pair in swapped], images and images[:num_swaps]) if swapped else []
+    )
+    swaps = [
+        measure(picture, *pair) for picture, pair in zip(swapped_pictures, swapped, strict=True)
+    ]
     report = {
         **{key: share(results, key) for key in ("right", "colours", "shape")},
         **{f"shuffled_{key}": share(shuffled, key) for key in ("right", "colours", "shape")},
-        "swap": sum(a["colours"] and b["colours"] for a, b in zip(results, swaps)) / num_swaps if num_swaps else None,
+        "swap": sum(a["colours"] and b["colours"] for a, b in zip(results, swaps)) / num_swaps
+        if num_swaps
+        else None,
         "median_circle_error": float(np.median([result["circle_error"] for result in results])),
-        "median_background_error": float(np.median([result["background_error"] for result in results])),
+        "median_background_error": float(
+            np.median([result["background_error"] for result in results])
+        ),
         "median_iou": float(np.median([result["iou"] for result in results])),
         "num": num,
         "num_swaps": num_swaps,
@@ -131,12 +169,22 @@ def format_table(report):
             )
             if key in report
         ),
-        *([("both colours right, also swapped", f"{report['swap']:.1%}", "")] if report["num_swaps"] else []),
-        ("median ΔE2000: circle, background", f"{report['median_circle_error']:.1f}, {report['median_background_error']:.1f}", ""),
+        *(
+            [("both colours right, also swapped", f"{report['swap']:.1%}", "")]
+            if report["num_swaps"]
+            else []
+        ),
+        (
+            "median ΔE2000: circle, background",
+            f"{report['median_circle_error']:.1f}, {report['median_background_error']:.1f}",
+            "",
+        ),
         ("median IoU with the best circle", f"{report['median_iou']:.3f}", ""),
         ("seconds per picture, with loading", f"{report['seconds_per_picture']:.2f}", ""),
     ]
-    return "\n".join(f"{label:<36}{own:>12}{shuffled:>12}".rstrip() for label, own, shuffled in rows)
+    return "\n".join(
+        f"{label:<36}{own:>12}{shuffled:>12}".rstrip() for label, own, shuffled in rows
+    )
 
 
 def verdict(result):

@@ -1,6 +1,8 @@
-"""From noise to pictures: `denoise` over any velocity function, and `sample`, which gives it a Flux.
+"""From noise to pictures: `denoise` over any velocity function, and `sample`, which gives it a
+Flux.
 
-What depends on the step alone is computed for all steps before the first (`condition`); then its weights are not needed any more.
+What depends on the step alone is computed for all steps before the first (`condition`); then its
+weights are not needed any more.
 
 B pictures, L tokens, C channels.
 """
@@ -19,20 +21,25 @@ from fluxlite.nets.schedule import times_for
 
 
 def denoise(velocity, x, times, progress=lambda steps: steps):
-    """Euler from times[0] to times[-1]: x (B, L, C) float32; `velocity(x, i)` is the velocity at times[i]."""
+    """Euler from times[0] to times[-1]: x (B, L, C) float32; `velocity(x, i)` is the velocity at
+    times[i].
+    """
     for i in progress(range(len(times) - 1)):
         x = flow.euler_step(x, velocity(x, i), times[i], times[i + 1])
     return x
 
 
 def initial_noise(shape, seeds):
-    """Packed noise (B, L, C) for latents of `shape` (C, h, w), a picture for each seed: the same in any batch."""
+    """Packed noise (B, L, C) for latents of `shape` (C, h, w), a picture for each seed: the same in
+    any batch.
+    """
     return pack_latents(rng.normal(shape, seed=0, indices=seeds, stream="sampling"))
 
 
 @dataclass
 class Conditions:
-    """All that the transformer needs to know of P prompts at every step: what depends on neither pictures nor noise.
+    """All that the transformer needs to know of P prompts at every step: what depends on neither
+    pictures nor noise.
 
     txt (P, L_txt, H) projected text; modulation (steps, chunks, P, 1, H).
     """
@@ -46,7 +53,9 @@ class Conditions:
 
     @staticmethod
     def num_bytes(config, num_prompts, steps, dtype):
-        """What the modulation of so many prompts and steps takes; at 28 steps FLUX.1-dev's weights are worth 110 prompts."""
+        """What the modulation of so many prompts and steps takes; at 28 steps FLUX.1-dev's weights
+        are worth 110 prompts.
+        """
         features = sum(config.modulation_chunks) * config.hidden_size
         return num_prompts * steps * features * dtype.itemsize
 
@@ -58,7 +67,8 @@ def guidance_rows(model_config, guidance, count, device):
 
 @torch.inference_mode()
 def condition(model, txt, pooled, times, guidance):
-    """The `Conditions` of encoded prompts txt (P, L_txt, D), pooled (P, W) at times (steps + 1,): one GEMM of P x steps rows.
+    """The `Conditions` of encoded prompts txt (P, L_txt, D), pooled (P, W) at times (steps + 1,):
+    one GEMM of P x steps rows.
 
     Afterwards the model's `drop_conditioning` may free a quarter of its weights.
     """
@@ -66,20 +76,36 @@ def condition(model, txt, pooled, times, guidance):
     t = times[:-1].to(txt.device).repeat_interleave(prompts)
     rows = model.cast(pooled).repeat(steps, 1)
     modulation = model.modulate(t, rows, guidance_rows(model.config, guidance, len(t), txt.device))
-    return Conditions(model.txt_in(model.cast(txt)), rearrange(modulation, "m (s p) 1 h -> s m p 1 h", s=steps))
+    return Conditions(
+        model.txt_in(model.cast(txt)), rearrange(modulation, "m (s p) 1 h -> s m p 1 h", s=steps)
+    )
 
 
 def rope_for(model_config, noise, config, num_text):
     """The rotations of pictures of config.height x config.width after `num_text` text tokens."""
-    return rope_table(position_ids(config.height // 8, config.width // 8, num_text).to(noise.device), model_config)
+    return rope_table(
+        position_ids(config.height // 8, config.width // 8, num_text).to(noise.device), model_config
+    )
 
 
 @torch.inference_mode()
-def sample(model, conditions, noise, times, config, *, against=None, residuals=lambda *_: None, progress=lambda steps: steps):
-    """Denoised packed latents (B, L, C) float32 from packed `noise` (B, L, C), a picture for each row of `conditions`.
+def sample(
+    model,
+    conditions,
+    noise,
+    times,
+    config,
+    *,
+    against=None,
+    residuals=lambda *_: None,
+    progress=lambda steps: steps,
+):
+    """Denoised packed latents (B, L, C) float32 from packed `noise` (B, L, C), a picture for each
+    row of `conditions`.
 
-    `against` are the conditions of the negative prompts, for config.true_cfg > 1; `residuals(x, i, rope)` those of ControlNets at
-    step i, or None. As in diffusers, those for the prompt serve the negative prompt too.
+    `against` are the conditions of the negative prompts, for config.true_cfg > 1; `residuals(x, i,
+    rope)` those of ControlNets at step i, or None. As in diffusers, those for the prompt serve the
+    negative prompt too.
     """
     rope, finite = rope_for(model.config, noise, config, conditions.txt.shape[1]), []
 
@@ -115,7 +141,8 @@ def check_drawn(model, conditions, finite):
 
 @torch.inference_mode()
 def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype):
-    """`sample` by whole forwards, as sharded models in training need, whose weights are gathered inside `forward` alone.
+    """`sample` by whole forwards, as sharded models in training need, whose weights are gathered
+    inside `forward` alone.
 
     `forward(img, txt, rope, t=, pooled=, guidance=)` is a velocity.
     """
@@ -124,7 +151,14 @@ def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype):
     guidance = guidance_rows(model_config, config.guidance, len(noise), noise.device)
 
     def velocity(x, i):
-        return forward(x.to(dtype), txt, rope, t=times[i].expand(len(x)).to(x.device), pooled=pooled, guidance=guidance)
+        return forward(
+            x.to(dtype),
+            txt,
+            rope,
+            t=times[i].expand(len(x)).to(x.device),
+            pooled=pooled,
+            guidance=guidance,
+        )
 
     return denoise(velocity, noise, times)
 
@@ -143,5 +177,10 @@ def decode(autoencoder, tokens, height, width):
 
 def pictures_of(pixels):
     """Pixels (B, 3, H, W) in [-1, 1] as PIL pictures."""
-    rounded = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to("cpu", torch.uint8)
+    rounded = (
+        ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255)
+        .round()
+        .permute(0, 2, 3, 1)
+        .to("cpu", torch.uint8)
+    )
     return [Image.fromarray(p.numpy()) for p in rounded]

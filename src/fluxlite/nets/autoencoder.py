@@ -1,6 +1,7 @@
 """The KL autoencoder of FLUX: pixels in [-1, 1] to latents of an eighth of the side and back.
 
-Names and shapes of the weights are those of diffusers' AutoencoderKL; `convert` maps `ae.safetensors` onto them.
+Names and shapes of the weights are those of diffusers' AutoencoderKL; `convert` maps
+`ae.safetensors` onto them.
 
 Shapes: B batch, C channels, H and W in pixels or latent cells.
 """
@@ -67,7 +68,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        out = F.scaled_dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        out = F.scaled_dot_product_attention(
+            self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        )
         return x + rearrange(self.to_out[0](out), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -87,7 +90,9 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as the weights were trained
+        return self.conv(
+            F.pad(x, (0, 1, 0, 1))
+        )  # right and bottom only, as the weights were trained
 
 
 class Upsample(nn.Module):
@@ -123,7 +128,13 @@ class Encoder(nn.Module):
         widths, groups = list(config.block_out_channels), config.norm_num_groups
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(a, b, num_resnets=config.layers_per_block, groups=groups, resample=Downsample if i < len(widths) - 1 else None)
+            Level(
+                a,
+                b,
+                num_resnets=config.layers_per_block,
+                groups=groups,
+                resample=Downsample if i < len(widths) - 1 else None,
+            )
             for i, (a, b) in enumerate(zip(widths[:1] + widths, widths))
         )
         self.mid_block = MidBlock(widths[-1], groups)
@@ -144,7 +155,13 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], groups)
         self.up_blocks = nn.ModuleList(
-            Level(a, b, num_resnets=config.layers_per_block + 1, groups=groups, resample=Upsample if i < len(widths) - 1 else None)
+            Level(
+                a,
+                b,
+                num_resnets=config.layers_per_block + 1,
+                groups=groups,
+                resample=Upsample if i < len(widths) - 1 else None,
+            )
             for i, (a, b) in enumerate(zip(widths[:1] + widths, widths))
         )
         self.conv_norm_out = group_norm(widths[-1], groups)
@@ -158,7 +175,9 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """FLUX's autoencoder. Latents are scaled to about unit variance: `z = scaling_factor · (sample − shift_factor)`."""
+    """FLUX's autoencoder. Latents are scaled to about unit variance: `z = scaling_factor · (sample
+    − shift_factor)`.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -167,8 +186,12 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(config)
 
     def posterior(self, images):
-        """Mean and log-variance of the unscaled posterior: images (B, 3, H, W) in [-1, 1] to two (B, C, H/8, W/8)."""
-        mean, logvar = self.encoder(images.to(self.encoder.conv_in.weight.dtype)).float().chunk(2, dim=1)
+        """Mean and log-variance of the unscaled posterior: images (B, 3, H, W) in [-1, 1] to two
+        (B, C, H/8, W/8).
+        """
+        mean, logvar = (
+            self.encoder(images.to(self.encoder.conv_in.weight.dtype)).float().chunk(2, dim=1)
+        )
         return mean, logvar.clamp(-30, 20)
 
     def scale(self, sample):
@@ -176,7 +199,9 @@ class Autoencoder(nn.Module):
         return self.config.scaling_factor * (sample - self.config.shift_factor)
 
     def encode(self, images, noise=None):
-        """Scaled latents (B, C, H/8, W/8) in float32: the posterior's mode, or with `noise` of that shape a sample of it."""
+        """Scaled latents (B, C, H/8, W/8) in float32: the posterior's mode, or with `noise` of that
+        shape a sample of it.
+        """
         return self.scale(sample_posterior(*self.posterior(images), noise))
 
     def decode(self, latents):

@@ -12,6 +12,8 @@ MODES = {  # of the published Union nets
 
 
 def mode_number(mode):
-    """The number of a kind of control, from a name of `MODES` or a number as it is or as text; None for anything else."""
+    """The number of a kind of control, from a name of `MODES` or a number as it is or as text; None
+    for anything else.
+    """
     text = str(mode) if isinstance(mode, (str, int)) else ""
     return MODES.get(text, int(text) if len(text) < 10 and text.isdecimal() else None)

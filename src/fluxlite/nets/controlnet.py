@@ -1,10 +1,12 @@
-"""ControlNets for FLUX.1: a shallow copy of the transformer that sees a picture to follow, and adds to the base's image tokens.
+"""ControlNets for FLUX.1: a shallow copy of the transformer that sees a picture to follow, and adds
+to the base's image tokens.
 
     samples = controlnet(img, txt, rope, t=t, pooled=pooled, guidance=guidance, hint=hint)        # one for each of its blocks
     velocity = flux(img, txt, rope, t=t, …, residuals=spread(samples, controlnet.config, flux.config))  # one for each of the base's
 
-`Trunk`, embedders and blocks, is Flux's own. The hint is the latents of the control picture (InstantX, Shakker, Union) or its
-pixels (XLabs). All that a net adds starts at zero: before training the base is as it was, bit for bit.
+`Trunk`, embedders and blocks, is Flux's own. The hint is the latents of the control picture
+(InstantX, Shakker, Union) or its pixels (XLabs). All that a net adds starts at zero: before
+training the base is as it was, bit for bit.
 
 B batch, L tokens (text first, then image), H hidden width.
 """
@@ -55,11 +57,13 @@ class ControlNetConfig(FluxConfig):
         check_options(self, "controlnet.", only=own)
         if self.hint == "pixel" and self.in_channels % 4:
             raise ValueError(
-                f"controlnet.hint=pixel needs model.in_channels={self.in_channels} to be a multiple of 4"
+                f"controlnet.hint=pixel needs model.in_channels={self.in_channels} to be a "
+                "multiple of 4"
             )
         if not self.num_double_blocks + self.num_single_blocks:
             raise ValueError(
-                "controlnet.num_double_blocks=0 and controlnet.num_single_blocks=0 leave nothing: set one of them"
+                "controlnet.num_double_blocks=0 and controlnet.num_single_blocks=0 leave nothing: "
+                "set one of them"
             )
         super().validate()
 
@@ -70,7 +74,9 @@ class ControlNetConfig(FluxConfig):
 
     @classmethod
     def beside(cls, base, **changes):
-        """A configuration with the widths of `base`, a `FluxConfig`, and the depth, hint and modes of `changes`."""
+        """A configuration with the widths of `base`, a `FluxConfig`, and the depth, hint and modes
+        of `changes`.
+        """
         own = {"num_double_blocks", "num_single_blocks", "hint", "num_modes"}
         return cls(
             **{f.name: getattr(base, f.name) for f in fields(cls) if f.name not in own} | changes
@@ -96,18 +102,22 @@ class ControlNet(Trunk):
         )
 
     def forward(self, img, txt, rope, *, t, pooled, guidance=None, hint, mode=None, scale=1.0):
-        """Samples to add to the base's image tokens: a list for its double, one for its single blocks, of (B, L_img, H).
+        """Samples to add to the base's image tokens: a list for its double, one for its single
+        blocks, of (B, L_img, H).
 
-        img, txt, rope, t, pooled and guidance are those of `Flux.forward`. hint is (B or 1, L_img, in_channels) packed latents of
-        the control picture, or (B or 1, 3, height, width) pixels in [-1, 1] where config.hint is "pixel"; mode (B,) int64 the kind
-        of control, for a union net and no other. Matches diffusers' FluxControlNetModel. Raises `ValueError`.
+        img, txt, rope, t, pooled and guidance are those of `Flux.forward`. hint is (B or 1, L_img,
+        in_channels) packed latents of the control picture, or (B or 1, 3, height, width) pixels in
+        [-1, 1] where config.hint is "pixel"; mode (B,) int64 the kind of control, for a union net
+        and no other. Matches diffusers' FluxControlNetModel. Raises `ValueError`.
         """
         modulation = self.modulate(t, pooled, guidance)
         txt = self.with_mode(self.txt_in(self.cast(txt)), mode)
         return self.samples(img, txt, rope, modulation, self.embed_hint(hint), scale)
 
     def with_mode(self, txt, mode=None):
-        """Projected text (B, L_txt, H) behind a union net's token for `mode` (B,): (B, L_txt + 1, H); of other nets as it is."""
+        """Projected text (B, L_txt, H) behind a union net's token for `mode` (B,): (B, L_txt + 1,
+        H); of other nets as it is.
+        """
         if (mode is None) != (self.config.num_modes == 0):
             raise ValueError("mode must be given to a union ControlNet, and to no other")
         return txt if mode is None else torch.cat([self.mode_in(mode)[:, None], txt], dim=1)
@@ -120,7 +130,8 @@ class ControlNet(Trunk):
         return self.hint_in(pack_latents(hint) if self.hint_convs else hint)
 
     def samples(self, img, txt, rope, modulation, hint, scale=1.0):
-        """`forward` from what depends on the step alone: txt of `with_mode`, modulation of `modulate`, hint of `embed_hint`.
+        """`forward` from what depends on the step alone: txt of `with_mode`, modulation of
+        `modulate`, hint of `embed_hint`.
 
         rope is the base's; a union net's mode token has the position of the first text token.
         """
@@ -149,7 +160,9 @@ class ControlNet(Trunk):
         return super().forward_flops(num_text_tokens, num_image_tokens) + own
 
     def drop_conditioning(self):
-        """Free the weights that `embed_hint` and `samples` do not use; `forward` and `modulate` then raise `ValueError`."""
+        """Free the weights that `embed_hint` and `samples` do not use; `forward` and `modulate`
+        then raise `ValueError`.
+        """
         super().drop_conditioning()
         self.mode_in = None
 
@@ -170,14 +183,15 @@ def convolutions(channels_out):
     return [conv(a, b, stride=stride) for a, b, stride in zip(widths, widths[1:], HINT_STRIDES)]
 
 
-# --- starting -------------------------------------------------------------------------------------------------------------------
+# --- starting -------------------------------------------------------------------------------------
 
 
 def initial_value(config, name, shape, device, generator=None):
-    """A parameter's values by Flux's initialisation, with zeros where the net is to start without effect.
+    """A parameter's values by Flux's initialisation, with zeros where the net is to start without
+    effect.
 
-    That is in its outputs, and in the hint's linear or, of pixels, in the last convolution before it: two zeros in a row would
-    never learn.
+    That is in its outputs, and in the hint's linear or, of pixels, in the last convolution before
+    it: two zeros in a row would never learn.
     """
     hint = "hint_in." if config.hint == "latent" else f"hint_convs.{len(HINT_STRIDES) - 1}."
     if name.startswith(("double_out.", "single_out.", hint)):
@@ -215,19 +229,24 @@ def init_from_base(controlnet, base, generator=None):
 
 
 def check_starts(config, base):
-    """Raise `ValueError` unless a ControlNet of `config` can start from a transformer of configuration `base`."""
+    """Raise `ValueError` unless a ControlNet of `config` can start from a transformer of
+    configuration `base`.
+    """
     check_fits(config, base, "the ControlNet")
     _check_equal(config, base, "the ControlNet", ("mlp_ratio", "guidance_embed"))
     for name in ("num_double_blocks", "num_single_blocks"):
         if getattr(config, name) > getattr(base, name):
             raise ValueError(
-                f"controlnet.{name}={getattr(config, name)}: the transformer to start from has {getattr(base, name)}; "
+                f"controlnet.{name}={getattr(config, name)}: the transformer to start from has "
+                f"{getattr(base, name)}; "
                 "take as many at most, or set controlnet.init_from_base=false"
             )
 
 
 def check_fits(config, base, where):
-    """Raise `ValueError`, naming `where`, unless a ControlNet's `config` has the widths and positions of `base`."""
+    """Raise `ValueError`, naming `where`, unless a ControlNet's `config` has the widths and
+    positions of `base`.
+    """
     _check_equal(
         config,
         base,
@@ -241,15 +260,18 @@ def _check_equal(config, base, where, names):
     for name in names:
         if getattr(config, name) != getattr(base, name):
             raise ValueError(
-                f"{where} has {name}={getattr(config, name)}, but the transformer has {getattr(base, name)}"
+                f"{where} has {name}={getattr(config, name)}, but the transformer has "
+                f"{getattr(base, name)}"
             )
 
 
-# --- which block of the base gets which sample ----------------------------------------------------------------------------------
+# --- which block of the base gets which sample ----------------------------------------------------
 
 
 def placement(num_base, num_control, *, cyclic=False):
-    """For each of `num_base` blocks the number of the control block whose sample it gets: stretched, or repeated in turn."""
+    """For each of `num_base` blocks the number of the control block whose sample it gets:
+    stretched, or repeated in turn.
+    """
     if not num_control:
         return []
     stretch = -(-num_base // num_control)
@@ -257,7 +279,9 @@ def placement(num_base, num_control, *, cyclic=False):
 
 
 def placements(config, base):
-    """`placement` of the double and of the single blocks; a net that sees pixels repeats its double blocks, as x-flux does."""
+    """`placement` of the double and of the single blocks; a net that sees pixels repeats its double
+    blocks, as x-flux does.
+    """
     double = placement(
         base.num_double_blocks, config.num_double_blocks, cyclic=config.hint == "pixel"
     )
@@ -265,14 +289,17 @@ def placements(config, base):
 
 
 def spread(samples, config, base):
-    """A net's samples as `residuals` of `Flux.forward`: two lists over the blocks of the base; nothing is copied."""
+    """A net's samples as `residuals` of `Flux.forward`: two lists over the blocks of the base;
+    nothing is copied.
+    """
     return tuple(
         [of_kind[i] for i in places] for of_kind, places in zip(samples, placements(config, base))
     )
 
 
 def combine(residuals):
-    """The sum of several nets' `residuals`, each a pair of lists that are as long as the base or empty.
+    """The sum of several nets' `residuals`, each a pair of lists that are as long as the base or
+    empty.
 
     Blocks that get the same tensors share their sum.
     """
@@ -290,12 +317,16 @@ def combine(residuals):
 
 
 def used(num_base, num_control, *, cyclic=False):
-    """How many of `num_control` blocks have a sample that a base of `num_base` blocks gets: the first so many."""
+    """How many of `num_control` blocks have a sample that a base of `num_base` blocks gets: the
+    first so many.
+    """
     return 1 + max(placement(num_base, num_control, cyclic=cyclic), default=-1)
 
 
 def nearest_depth(num_base, num_control):
-    """The number of control blocks nearest to `num_control` of which stretching wastes none; of two the smaller."""
+    """The number of control blocks nearest to `num_control` of which stretching wastes none; of two
+    the smaller.
+    """
     lossless = [n for n in range(num_base + 1) if used(num_base, n) == n]
     return min(lossless, key=lambda n: (abs(n - num_control), n))
 

@@ -1,6 +1,8 @@
-"""The rectified flow: x_t = (1 − t)·x0 + t·noise, whose velocity noise − x0 the transformer predicts; t = 1 is noise.
+"""The rectified flow: x_t = (1 − t)·x0 + t·noise, whose velocity noise − x0 the transformer
+predicts; t = 1 is noise.
 
-One file for training, validation and sampling. Everything here is float32, whatever the transformer computes in.
+One file for training, validation and sampling. Everything here is float32, whatever the transformer
+computes in.
 
 B batch, L image tokens, C channels of a token.
 """
@@ -21,12 +23,8 @@ VALIDATION_T = tuple(i / 8 for i in range(8))
 class FlowConfig:
     """How t and guidance are drawn in training."""
 
-    density: str = option(
-        "logit_normal", "density of t (arXiv 2403.03206)", choices=DENSITIES
-    )
-    logit_mean: float = option(
-        0.0, "mean of logit(t) for logit_normal", at_least=-20, at_most=20
-    )
+    density: str = option("logit_normal", "density of t (arXiv 2403.03206)", choices=DENSITIES)
+    logit_mean: float = option(0.0, "mean of logit(t) for logit_normal", at_least=-20, at_most=20)
     logit_std: float = option(
         1.0, "standard deviation of logit(t) for logit_normal", above=0, at_most=20
     )
@@ -46,7 +44,9 @@ class FlowConfig:
 
 
 def time_shift_mu(num_image_tokens, shifts=(0.5, 1.15), lengths=(256, 4096)):
-    """FLUX's mu: linear in the packed length, 0.5 at 256 tokens and 1.15 at 4096 (BFL's sampler)."""
+    """FLUX's mu: linear in the packed length, 0.5 at 256 tokens and 1.15 at 4096 (BFL's
+    sampler).
+    """
     (low, high), (start, end) = shifts, lengths
     return low + (num_image_tokens - start) * (high - low) / (end - start)
 

@@ -1,4 +1,5 @@
-"""FLUX.1's transformer: velocities for image tokens, given text tokens, pooled text, t and guidance.
+"""FLUX.1's transformer: velocities for image tokens, given text tokens, pooled text, t and
+guidance.
 
 `Flux.forward` is the paper's figure. What depends on the step alone (`modulate`) is apart from what
 depends on the latents (`velocity`). Training calls `forward`; sampling computes the modulation of
@@ -65,9 +66,7 @@ class FluxConfig:
     text_width: int = option(
         4096, "width of the T5 encoder's output", at_least=1, at_most=MAX_WIDTH
     )
-    pooled_width: int = option(
-        768, "width of CLIP's pooled output", at_least=1, at_most=MAX_WIDTH
-    )
+    pooled_width: int = option(768, "width of CLIP's pooled output", at_least=1, at_most=MAX_WIDTH)
     guidance_embed: bool = option(True, "whether guidance is an input (dev) or not (schnell)")
     rope_axes: tuple[int, ...] = option(
         (16, 56, 56),
@@ -75,9 +74,7 @@ class FluxConfig:
         at_least=0,
         at_most=MAX_WIDTH,
     )
-    rope_theta: float = option(
-        10_000, "base of the rotation frequencies", at_least=1, at_most=1e12
-    )
+    rope_theta: float = option(10_000, "base of the rotation frequencies", at_least=1, at_most=1e12)
     scheduler: ClassVar[object] = None  # a checkpoint's `SchedulerConfig`, if any; it is no shape
 
     def validate(self):
@@ -85,12 +82,14 @@ class FluxConfig:
         check_options(self, "model.")
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"model.hidden_size={self.hidden_size} must be a multiple of model.num_heads={self.num_heads}"
+                f"model.hidden_size={self.hidden_size} must be a multiple of "
+                f"model.num_heads={self.num_heads}"
             )
         head = self.hidden_size // self.num_heads
         if sum(self.rope_axes) != head or any(a % 2 or a < 0 for a in self.rope_axes):
             raise ValueError(
-                f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head width, {head}"
+                f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head "
+                f"width, {head}"
             )
 
     @property
@@ -113,12 +112,15 @@ def check_channels(config, where):
         name = CHANNEL_NAMES.get(config.in_channels, "a model that sees more than noise")
         raise ValueError(
             f"{where} takes {config.in_channels} channels and gives {config.out_channels}, "
-            f"as {name}: it can be converted, but drawing with it and training it are not supported yet"
+            f"as {name}: it can be converted, but drawing with it and training it are not "
+            "supported yet"
         )
 
 
 def sinusoid(x):
-    """Embed x (B,) as (B, 256) in float32: cos, then sin of 1000·x at frequencies from 1 to 1/10,000."""
+    """Embed x (B,) as (B, 256) in float32: cos, then sin of 1000·x at frequencies from 1 to
+    1/10,000.
+    """
     half = SINUSOID // 2
     exponents = torch.arange(half, dtype=torch.float32, device=x.device)
     frequencies = torch.exp(-math.log(10_000) * exponents / half)
@@ -127,7 +129,9 @@ def sinusoid(x):
 
 
 def rope_table(ids, config):
-    """Rotations for positions ids (L, axes): cos and sin, each (L, D/2), float32 from float64 angles."""
+    """Rotations for positions ids (L, axes): cos and sin, each (L, D/2), float32 from float64
+    angles.
+    """
     angles = []
     for axis, width in enumerate(config.rope_axes):
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
@@ -341,6 +345,7 @@ class Trunk(nn.Module):
     """What Flux and its ControlNets are alike in: embedders, modulation, blocks."""
 
     joins_tokens = False  # whether ranks that share tokens join those of its output
+
     def __init__(self, config, attention="auto"):
         super().__init__()
         config.validate()

@@ -17,12 +17,23 @@ def pack_latents(latents):
 
 def unpack_latents(tokens, height, width):
     """The inverse of `pack_latents`; `height` and `width` are the latents' own, in cells."""
-    return rearrange(tokens, "b (h w) (c ph pw) -> b c (h ph) (w pw)", h=height // PATCH, w=width // PATCH, ph=PATCH, pw=PATCH)
+    return rearrange(
+        tokens,
+        "b (h w) (c ph pw) -> b c (h ph) (w pw)",
+        h=height // PATCH,
+        w=width // PATCH,
+        ph=PATCH,
+        pw=PATCH,
+    )
 
 
 def position_ids(height, width, num_text_tokens):
-    """Positions (L_txt + L_img, 3): zeros for text, (0, row, column) for image tokens; latent `height` and `width` in cells."""
-    rows, columns = torch.meshgrid(torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij")
+    """Positions (L_txt + L_img, 3): zeros for text, (0, row, column) for image tokens; latent
+    `height` and `width` in cells.
+    """
+    rows, columns = torch.meshgrid(
+        torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij"
+    )
     image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
     return torch.cat([torch.zeros(num_text_tokens, 3, dtype=image.dtype), image])
 
@@ -33,9 +44,14 @@ def num_image_tokens(height, width):
 
 
 def check_size(height, width, downsampling=8):
-    """Raise `ValueError`, naming the nearest valid sizes, unless both sides in pixels divide into tokens."""
+    """Raise `ValueError`, naming the nearest valid sizes, unless both sides in pixels divide into
+    tokens.
+    """
     multiple = downsampling * PATCH
     for name, value in (("height", height), ("width", width)):
         if value <= 0 or value % multiple:
             below = max(multiple, value // multiple * multiple)
-            raise ValueError(f"{name}={value} must be a multiple of {multiple}: {below} and {below + multiple} are the nearest")
+            raise ValueError(
+                f"{name}={value} must be a multiple of {multiple}: {below} and {below + multiple} "
+                "are the nearest"
+            )

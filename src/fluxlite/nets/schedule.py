@@ -115,7 +115,8 @@ class SampleConfig:
     )
     shift: str = option(
         "auto",
-        "shift of t: auto (the checkpoint's scheduler_config.json, else resolution, or none without "
+        "shift of t: auto (the checkpoint's scheduler_config.json, else resolution, or none "
+        "without "
         "guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)",
     )
     max_sequence_length: int = option(
@@ -127,7 +128,6 @@ class SampleConfig:
         check_size(self.height, self.width, downsampling)
         if self.shift != "auto":
             flow.shift_factor(self.shift, 256, "shift")
-
 
 
 def read_settings(where, values):
@@ -149,18 +149,17 @@ def read_settings(where, values):
     return {name: getattr(config, name) for name in given}
 
 
-
 def shift_as_factor(shift, version):
     """A numeric shift that a version of fluxlite wrote, as the factor that it is today."""
     if not version:
         raise ValueError(
-            f'shift={shift} and no "version": to fluxlite 0.1 that was a factor of e^{shift}; write '
+            f'shift={shift} and no "version": to fluxlite 0.1 that was a factor of e^{shift}; '
+            "write "
             f'"version": "{__version__}" beside the factor that is meant'
         )
     if not str(version).startswith("0.1."):
         return shift
     return str(math.exp(min(float(shift), 100)))
-
 
 
 def times_for(config, model_config, num_image_tokens):
@@ -173,4 +172,3 @@ def times_for(config, model_config, num_image_tokens):
         return flow.schedule(config.steps, factor)
     assumed = DEV_SCHEDULER if model_config.guidance_embed else SCHNELL_SCHEDULER
     return scheduled_times(model_config.scheduler or assumed, config.steps, num_image_tokens)
-

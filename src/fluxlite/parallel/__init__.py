@@ -1,13 +1,18 @@
-"""Parallelism, applied to a model from outside; `parallelize` has the wrap order, and one process is a mesh of one.
+"""Parallelism, applied to a model from outside; `parallelize` has the wrap order, and one process
+is a mesh of one.
 
 A run's ranks form a mesh of dp_replicate x dp_shard x cp x tp, tp innermost:
-* FSDP2 over dp_shard x cp, and over dp_replicate the all-reduce of HSDP: a block is a unit; float32 masters and reduction.
+* FSDP2 over dp_shard x cp, and over dp_replicate the all-reduce of HSDP: a block is a unit; float32
+  masters and reduction.
 * Tensor parallelism: `tensor_plan`. Weights keep their names and full shapes, as DTensors.
-* Context parallelism (Ulysses, arXiv 2309.14509): ranks hold parts of the tokens, and in attention all tokens of some heads.
-* The modulation, 27 % of FLUX's parameters, is spread over all ranks by output features and never gathered.
+* Context parallelism (Ulysses, arXiv 2309.14509): ranks hold parts of the tokens, and in attention
+  all tokens of some heads.
+* The modulation, 27 % of FLUX's parameters, is spread over all ranks by output features and never
+  gathered.
 
-Gradients: every rank's loss is its samples' mean, so the ranks' gradients are averaged over dp and cp. The tp and cp ranks of a
-sample compute the same loss; where they hold different tokens, what they find for shared weights is summed.
+Gradients: every rank's loss is its samples' mean, so the ranks' gradients are averaged over dp and
+cp. The tp and cp ranks of a sample compute the same loss; where they hold different tokens, what
+they find for shared weights is summed.
 
 B batch, L tokens, H hidden width, N heads, D head width.
 """
@@ -31,7 +36,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -41,7 +52,11 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from fluxlite.cli.options import option
 
@@ -113,52 +128,81 @@ class ParallelConfig:
     def validate(self):
         self.sizes()
         if self.sequence_parallel and self.tp == 1:
-            raise ValueError("parallel.sequence_parallel=true needs parallel.tp above 1, whose ranks share the tokens")
-        if not (self.activation_checkpointing in ("none", "full", "selective") or _every(self.activation_checkpointing)):
             raise ValueError(
-                f"parallel.activation_checkpointing={self.activation_checkpointing}: choose none, full, selective or a number "
+                "parallel.sequence_parallel=true needs parallel.tp above 1, whose ranks share the "
+                "tokens"
+            )
+        if not (
+            self.activation_checkpointing in ("none", "full", "selective")
+            or _every(self.activation_checkpointing)
+        ):
+            raise ValueError(
+                f"parallel.activation_checkpointing={self.activation_checkpointing}: choose none, "
+                "full, selective or a number "
                 "k of 1 or more, for each k-th block"
             )
 
     def sizes(self):
-        """(dp_replicate, dp_shard, cp, tp), with -1 filled in; raises `ValueError` unless their product is the number of ranks."""
-        ranks, fixed = world_size(), {name: getattr(self, name) for name in ("dp_replicate", "cp", "tp")}
+        """(dp_replicate, dp_shard, cp, tp), with -1 filled in; raises `ValueError` unless their
+        product is the number of ranks.
+        """
+        ranks, fixed = (
+            world_size(),
+            {name: getattr(self, name) for name in ("dp_replicate", "cp", "tp")},
+        )
         product = self.dp_replicate * self.cp * self.tp
         shown = " x ".join(f"{name}={value}" for name, value in fixed.items() if value > 1)
         if ranks == 1 and product > 1:
             raise ValueError(
-                f"parallel.{shown} needs {product} processes or a multiple: torchrun --nproc_per_node {product} train.py …"
+                f"parallel.{shown} needs {product} processes or a multiple: torchrun "
+                f"--nproc_per_node {product} train.py …"
             )
         if ranks % product:
-            raise ValueError(f"parallel.{shown} does not divide the {ranks} processes: {_choices(ranks)}")
+            raise ValueError(
+                f"parallel.{shown} does not divide the {ranks} processes: {_choices(ranks)}"
+            )
         dp_shard = ranks // product if self.dp_shard == -1 else self.dp_shard
         if dp_shard * product != ranks:
             raise ValueError(
-                f"parallel.dp_shard={self.dp_shard}{f' x {shown}' if shown else ''} is not the number of processes, {ranks}: "
+                f"parallel.dp_shard={self.dp_shard}{f' x {shown}' if shown else ''} is not the "
+                f"number of processes, {ranks}: "
                 f"set parallel.dp_shard={ranks // product} or -1"
             )
         return self.dp_replicate, dp_shard, self.cp, self.tp
 
     def check_model(self, shape, num_text_tokens, num_image_tokens):
-        """Raise `ValueError` where heads, widths or tokens of a model of `shape` do not divide among the ranks."""
+        """Raise `ValueError` where heads, widths or tokens of a model of `shape` do not divide
+        among the ranks.
+        """
         heads = shape.num_heads
         if heads % (self.tp * self.cp):
             fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
             raise ValueError(
-                f"parallel.tp={self.tp} x parallel.cp={self.cp} does not divide model.num_heads={heads}: "
+                f"parallel.tp={self.tp} x parallel.cp={self.cp} does not divide "
+                f"model.num_heads={heads}: "
                 f"their product must be one of {fitting}"
             )
         blocks = shape.num_double_blocks + shape.num_single_blocks
         if _every(self.activation_checkpointing) > max(blocks, 1):
-            raise ValueError(f"parallel.activation_checkpointing={self.activation_checkpointing}: there are {blocks} blocks")
+            raise ValueError(
+                f"parallel.activation_checkpointing={self.activation_checkpointing}: there are "
+                f"{blocks} blocks"
+            )
         parts = self.cp * (self.tp if self.sequence_parallel else 1)
         for name, count in (
             ("model.max_sequence_length", num_text_tokens),
             ("image tokens, height/16 x width/16,", num_image_tokens),
         ):
             if count % parts:
-                what = "parallel.cp x parallel.tp (sequence_parallel)" if self.sequence_parallel else "parallel.cp"
-                raise ValueError(f"{count} {name} do not divide among {what} = {parts} ranks: choose a multiple of {parts}")
+                what = (
+                    "parallel.cp x parallel.tp (sequence_parallel)"
+                    if self.sequence_parallel
+                    else "parallel.cp"
+                )
+                raise ValueError(
+                    f"{count} {name} do not divide among {what} = {parts} ranks: choose a multiple "
+                    f"of {parts}"
+                )
 
 
 def _choices(ranks):
@@ -171,7 +215,7 @@ def _every(text):
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 7 else 0
 
 
-# --- processes and devices ------------------------------------------------------------------------------------------------------
+# --- processes and devices ------------------------------------------------------------------------
 
 
 def world_size():
@@ -186,7 +230,9 @@ def rank():
 
 @contextmanager
 def watching_ranks(config):
-    """Turn the failure of a collective, which tells little, into a `ValueError` that says what has happened and what to do."""
+    """Turn the failure of a collective, which tells little, into a `ValueError` that says what has
+    happened and what to do.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -194,8 +240,10 @@ def watching_ranks(config):
         if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
             raise
         raise ValueError(
-            f"another rank died, or kept this one waiting for parallel.timeout_s={config.timeout_s} s. The rank that failed first "
-            f"says why, above or in torchrun's list; resume=auto goes on from the last checkpoint. ({text.split('. ')[0]})"
+            "another rank died, or kept this one waiting for "
+            f"parallel.timeout_s={config.timeout_s} s. The rank that failed first "
+            "says why, above or in torchrun's list; resume=auto goes on from the last checkpoint. "
+            f"({text.split('. ')[0]})"
         ) from error
 
 
@@ -205,14 +253,21 @@ def default_device():
 
 
 def check_compiler(device):
-    """Raise `ValueError` where torch.compile has nothing to compile with: a C++ compiler on the CPU, Triton on a GPU."""
+    """Raise `ValueError` where torch.compile has nothing to compile with: a C++ compiler on the
+    CPU, Triton on a GPU.
+    """
     if str(device).startswith("cuda"):
         if importlib.util.find_spec("triton") is None:
-            raise ValueError("compile=true needs Triton on a GPU: pip install triton, or leave compile=false")
+            raise ValueError(
+                "compile=true needs Triton on a GPU: pip install triton, or leave compile=false"
+            )
         return
     wanted = os.environ.get("CXX", "g++")
     if not any(shutil.which(name) for name in (wanted, "clang++")):
-        raise ValueError(f"compile=true needs a C++ compiler, and there is no {wanted}: install g++, or leave compile=false")
+        raise ValueError(
+            f"compile=true needs a C++ compiler, and there is no {wanted}: install g++, or leave "
+            "compile=false"
+        )
 
 
 def has_bf16(device):
@@ -236,18 +291,24 @@ class Mesh:
 
 
 def check_launcher():
-    """Raise `ValueError` where torchrun, in whose store its ranks meet, is gone: they would wait for it in vain."""
+    """Raise `ValueError` where torchrun, in whose store its ranks meet, is gone: they would wait
+    for it in vain.
+    """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         socket.create_connection(place, timeout=60).close()
     except OSError as error:
-        raise ValueError(f"torchrun is gone: {place[0]}:{place[1]} does not answer ({error}). Start it again") from None
+        raise ValueError(
+            f"torchrun is gone: {place[0]}:{place[1]} does not answer ({error}). Start it again"
+        ) from None
 
 
 def start(config, device):
-    """Join torchrun's process group, or make one of this process alone; returns this rank's device and the `Mesh`."""
+    """Join torchrun's process group, or make one of this process alone; returns this rank's device
+    and the `Mesh`.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -259,24 +320,42 @@ def start(config, device):
             check_launcher()
             dist.init_process_group(backend, timeout=timeout)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(
+                backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            )
     mesh = make_mesh(config, device)
     for part in (mesh.fsdp, mesh.cp, mesh.tp, mesh.world):
         for group in part.get_all_groups():
-            dist.distributed_c10d._set_pg_timeout(timeout, group)  # new groups have their backend's default
+            dist.distributed_c10d._set_pg_timeout(
+                timeout, group
+            )  # new groups have their backend's default
     return device, mesh
 
 
 def make_mesh(config, device):
     """The `Mesh` of a process group that exists."""
-    for name in ("_collective_utils", "_redistribute"):  # DTensor's remarks on gloo, and on its own use of two meshes
+    for name in (
+        "_collective_utils",
+        "_redistribute",
+    ):  # DTensor's remarks on gloo, and on its own use of two meshes
         logging.getLogger(f"torch.distributed.tensor.{name}").setLevel(logging.ERROR)
     replicate, shard, cp, tp = config.sizes()
-    by_tokens = init_device_mesh(device.type, (replicate * shard, cp, tp), mesh_dim_names=("dp", "cp", "tp"))
-    by_weights = init_device_mesh(device.type, (replicate, shard * cp, tp), mesh_dim_names=("dp_replicate", "fsdp", "tp"))
+    by_tokens = init_device_mesh(
+        device.type, (replicate * shard, cp, tp), mesh_dim_names=("dp", "cp", "tp")
+    )
+    by_weights = init_device_mesh(
+        device.type, (replicate, shard * cp, tp), mesh_dim_names=("dp_replicate", "fsdp", "tp")
+    )
     world = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
     fsdp = by_weights["dp_replicate", "fsdp"] if replicate > 1 else by_weights["fsdp"]
-    return Mesh(fsdp, by_tokens["cp"], by_weights["tp"], world, by_tokens.get_local_rank("dp"), replicate * shard)
+    return Mesh(
+        fsdp,
+        by_tokens["cp"],
+        by_weights["tp"],
+        world,
+        by_tokens.get_local_rank("dp"),
+        replicate * shard,
+    )
 
 
 def stop():
@@ -285,13 +364,15 @@ def stop():
         dist.destroy_process_group()
 
 
-# --- the wrap order -------------------------------------------------------------------------------------------------------------
+# --- the wrap order -------------------------------------------------------------------------------
 
 
 def parallelize(model, mesh, config, dtype, *, compile=False):
-    """Wrap a Flux or a ControlNet, on any device or meta, as `config` says: tp → cp → modulation → checkpointing → compile → FSDP2.
+    """Wrap a Flux or a ControlNet, on any device or meta, as `config` says: tp → cp → modulation →
+    checkpointing → compile → FSDP2.
 
-    Compute is in `dtype`; weights, gradients and their reduction stay float32. `fill` then gives a model on meta its weights.
+    Compute is in `dtype`; weights, gradients and their reduction stay float32. `fill` then gives a
+    model on meta its weights.
     """
     if mesh.tp.size() > 1:
         shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
@@ -306,18 +387,22 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
     if compile:
         compile_blocks(model)
     if config.sequence_parallel:
-        model.modulation.register_forward_hook(lambda _module, _args, out: SumGradient.apply(out, mesh.tp))
+        model.modulation.register_forward_hook(
+            lambda _module, _args, out: SumGradient.apply(out, mesh.tp)
+        )
     return model if alone else shard(model, mesh.fsdp, config, dtype, spread)
 
 
-# --- tensor parallelism ---------------------------------------------------------------------------------------------------------
+# --- tensor parallelism ---------------------------------------------------------------------------
 
 
 def tensor_plan(sequence):
-    """How the linears of double and single blocks and of the whole model are split: {name: style}, three tables.
+    """How the linears of double and single blocks and of the whole model are split: {name: style},
+    three tables.
 
-    Columns: each rank has the rows of W that make its heads' q, k, v or its part of the MLP. Rows: it has the columns of W that
-    read them, and the products are added up. Between them x (B, L, H) is whole on every rank, or with `sequence` a part of L.
+    Columns: each rank has the rows of W that make its heads' q, k, v or its part of the MLP. Rows:
+    it has the columns of W that read them, and the products are added up. Between them x (B, L, H)
+    is whole on every rank, or with `sequence` a part of L.
     """
     tokens = Shard(1) if sequence else Replicate()
     columns, rows = ColwiseParallel(input_layouts=tokens), RowwiseParallel(output_layouts=tokens)
@@ -333,36 +418,55 @@ def tensor_plan(sequence):
         "mlp.linear_out": rows,
     }
     double = {f"{name}.{key}": style for name in ("img", "txt") for key, style in stream.items()}
-    share = RowwiseParallel(output_layouts=Partial())  # attention's and the MLP's products are added up together
+    share = RowwiseParallel(
+        output_layouts=Partial()
+    )  # attention's and the MLP's products are added up together
     single = stream | {
-        "enter": PrepareModuleOutput(output_layouts=tokens, desired_output_layouts=Replicate(), use_local_output=False),
+        "enter": PrepareModuleOutput(
+            output_layouts=tokens, desired_output_layouts=Replicate(), use_local_output=False
+        ),
         "proj": share,
         "mlp.linear_in": ColwiseParallel(),
         "mlp.linear_out": share,
-        "leave": PrepareModuleInput(input_layouts=Partial(), desired_input_layouts=tokens, use_local_output=True),
+        "leave": PrepareModuleInput(
+            input_layouts=Partial(), desired_input_layouts=tokens, use_local_output=True
+        ),
     }
-    ends = {name: ColwiseParallel(output_layouts=Shard(1)) for name in ("img_in", "txt_in", "hint_in")}
+    ends = {
+        name: ColwiseParallel(output_layouts=Shard(1)) for name in ("img_in", "txt_in", "hint_in")
+    }
     ends |= {"out": RowwiseParallel(input_layouts=Shard(1))}
-    ends |= {f"{kind}_out.*": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(1)) for kind in ("double", "single")}
+    ends |= {
+        f"{kind}_out.*": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(1))
+        for kind in ("double", "single")
+    }
     return double, single, ends if sequence else {}
 
 
 def shard_heads(model, mesh, *, sequence):
     """Tensor parallelism: the blocks, and with `sequence` the two ends, by `tensor_plan`."""
     double, single, ends = tensor_plan(sequence)
-    trained = {name: p.requires_grad for name, p in model.named_parameters()}  # some styles make parameters anew, all trainable
+    trained = {
+        name: p.requires_grad for name, p in model.named_parameters()
+    }  # some styles make parameters anew, all trainable
     for block in model.double_blocks:
         parallelize_module(block, mesh, double)
     for block in model.single_blocks:
         parallelize_module(block, mesh, single)
-    names = [name for name, _ in model.named_modules()]  # out is Flux's, hint_in and the outputs are a ControlNet's
-    parallelize_module(model, mesh, {name: style for name, style in ends.items() if fnmatch.filter(names, name)})
+    names = [
+        name for name, _ in model.named_modules()
+    ]  # out is Flux's, hint_in and the outputs are a ControlNet's
+    parallelize_module(
+        model, mesh, {name: style for name, style in ends.items() if fnmatch.filter(names, name)}
+    )
     for name, p in model.named_parameters():
         p.requires_grad_(trained[name])
 
 
 class SumGradient(torch.autograd.Function):
-    """The same value on all ranks of a mesh, which use it for different tokens: its gradient is the sum of theirs."""
+    """The same value on all ranks of a mesh, which use it for different tokens: its gradient is the
+    sum of theirs.
+    """
 
     @staticmethod
     def forward(ctx, x, mesh):
@@ -371,17 +475,20 @@ class SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return collectives.wait_tensor(collectives.all_reduce(gradient.contiguous(), "sum", ctx.mesh)), None
+        return collectives.wait_tensor(
+            collectives.all_reduce(gradient.contiguous(), "sum", ctx.mesh)
+        ), None
 
 
-# --- tokens shared among ranks --------------------------------------------------------------------------------------------------
+# --- tokens shared among ranks --------------------------------------------------------------------
 
 
 def share_tokens(model, cp, tp):
-    """Give each rank of `cp`, and of `tp` unless it is None, its part of the text and of the image; join the parts of the output.
+    """Give each rank of `cp`, and of `tp` unless it is None, its part of the text and of the image;
+    join the parts of the output.
 
-    What is between, `residuals` included, has the rank's tokens alone. The joint sequence is then (text, image) of the first rank,
-    (text, image) of the second, …; so are the rotations.
+    What is between, `residuals` included, has the rank's tokens alone. The joint sequence is then
+    (text, image) of the first rank, (text, image) of the second, …; so are the rotations.
     """
     joint = {}
 
@@ -409,11 +516,16 @@ def share_tokens(model, cp, tp):
 
 
 def deal(rope, num_text_tokens, parts):
-    """Tables for (text | image), reordered to (text, image) of the first of so many parts, of the second, …"""
+    """Tables for (text | image), reordered to (text, image) of the first of so many parts, of the
+    second, …
+    """
     if parts == 1:
         return rope
     streams = [table.split([num_text_tokens, len(table) - num_text_tokens]) for table in rope]
-    return tuple(torch.cat([piece for pair in zip(*(s.chunk(parts) for s in pair)) for piece in pair]) for pair in streams)
+    return tuple(
+        torch.cat([piece for pair in zip(*(s.chunk(parts) for s in pair)) for piece in pair])
+        for pair in streams
+    )
 
 
 def exchange(x, mesh, received=None, sent=None):
@@ -430,7 +542,9 @@ def attend_by_heads(attend, mesh, q, k, v, rope):
     heads = rearrange(torch.stack([q, k, v]), "three b l (c n) d -> c three b l n d", c=ranks)
     q, k, v = rearrange(exchange(heads, mesh), "c three b l n d -> three b (c l) n d")
     out = attend(q, k, v, rope)
-    return rearrange(exchange(rearrange(out, "b (c l) h -> c b l h", c=ranks), mesh), "c b l h -> b l (c h)")
+    return rearrange(
+        exchange(rearrange(out, "b (c l) h -> c b l h", c=ranks), mesh), "c b l h -> b l (c h)"
+    )
 
 
 def newest_name(*names):
@@ -439,7 +553,9 @@ def newest_name(*names):
 
 
 class JoinTokens(torch.autograd.Function):
-    """The parts (B, L/cp, C) of all ranks as (B, L, C). They go on alike, and gradients will be averaged: hence the factor."""
+    """The parts (B, L/cp, C) of all ranks as (B, L, C). They go on alike, and gradients will be
+    averaged: hence the factor.
+    """
 
     @staticmethod
     def forward(ctx, x, mesh):
@@ -449,36 +565,49 @@ class JoinTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient.chunk(ctx.mesh.size(), dim=1)[ctx.mesh.get_local_rank()] * ctx.mesh.size(), None
+        return gradient.chunk(ctx.mesh.size(), dim=1)[
+            ctx.mesh.get_local_rank()
+        ] * ctx.mesh.size(), None
 
 
-# --- activation checkpointing and compilation -----------------------------------------------------------------------------------
+# --- activation checkpointing and compilation -----------------------------------------------------
 
-SAVED = {  # what selective checkpointing keeps: the linears' products and fused attention; the rest is recomputed
-    getattr(torch.ops.aten, name).default
-    for name in (
-        "mm",
-        "addmm",
-        "linear",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
-    )
-    if hasattr(torch.ops.aten, name)
-} | {torch.ops._c10d_functional.all_to_all_single.default}
+SAVED = (
+    # what selective checkpointing keeps: the linears' products and fused attention; the rest is
+    # recomputed
+    {
+        getattr(torch.ops.aten, name).default
+        for name in (
+            "mm",
+            "addmm",
+            "linear",
+            "_scaled_dot_product_flash_attention",
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_efficient_attention",
+            "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_fused_attention_overrideable",
+        )
+        if hasattr(torch.ops.aten, name)
+    }
+    | {torch.ops._c10d_functional.all_to_all_single.default}
+)
 
 
 def checkpoint_activations(model, kind):
-    """Make blocks recompute their forward in the backward: all with "full", each k-th with "k", in part with "selective"."""
+    """Make blocks recompute their forward in the backward: all with "full", each k-th with "k", in
+    part with "selective".
+    """
     if kind == "none":
         return
 
     def policy(_context, operator, *_args, **_kwargs):
-        return CheckpointPolicy.MUST_SAVE if operator in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+        return (
+            CheckpointPolicy.MUST_SAVE if operator in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+        )
 
-    options = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)  # an early stop may leave a collective unwaited
+    options = dict(
+        use_reentrant=False, preserve_rng_state=False, early_stop=False
+    )  # an early stop may leave a collective unwaited
     if kind == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     blocks = [*model.double_blocks, *model.single_blocks]
@@ -493,7 +622,7 @@ def compile_blocks(model):
     return model
 
 
-# --- modulation and FSDP2 -------------------------------------------------------------------------------------------------------
+# --- modulation and FSDP2 -------------------------------------------------------------------------
 
 
 class ScaleGradient(torch.autograd.Function):
@@ -510,7 +639,9 @@ class ScaleGradient(torch.autograd.Function):
 
 
 def gather_rows(vec, mesh):
-    """The rows (B, H) of all ranks, (ranks·B, H); the gradient of each rank's is the sum of theirs."""
+    """The rows (B, H) of all ranks, (ranks·B, H); the gradient of each rank's is the sum of
+    theirs.
+    """
     gather = newest_name("all_gather_single_autograd", "all_gather_tensor_autograd")
     return gather(vec.contiguous(), 0, mesh)
 
@@ -544,7 +675,8 @@ def feature_order(widths, ranks):
 
 
 def modulate_spread(modulation, mesh, counts, order, dtype, vec):
-    """`Modulation.forward` where each rank has some features of each linear, `counts` of them in all.
+    """`Modulation.forward` where each rank has some features of each linear, `counts` of them in
+    all.
 
     The vectors travel, not the weights: each rank's rows vec (B, H) go to all, are multiplied by
     each rank's features, and come back whole as (B, features). That is one all-gather and one
@@ -562,43 +694,63 @@ def modulate_spread(modulation, mesh, counts, order, dtype, vec):
 
 
 def shard(model, mesh, config, dtype, spread):
-    """FSDP2 over `mesh`: a unit for each block, for the modulation unless `spread`, for the two ends.
+    """FSDP2 over `mesh`: a unit for each block, for the modulation unless `spread`, for the two
+    ends.
 
     Inputs are not cast: t, guidance and RoPE tables stay float32.
     """
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing here writes to outputs in place
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view"
+    )  # nothing here writes to outputs in place
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     offload = CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy()
-    options = dict(mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=config.reshard_after_forward)
+    options = dict(
+        mesh=mesh,
+        mp_policy=policy,
+        offload_policy=offload,
+        reshard_after_forward=config.reshard_after_forward,
+    )
     blocks = [*model.double_blocks, *model.single_blocks]
     for block in blocks:
         fully_shard(block, **options)
     if not spread:
         fully_shard(model.modulation, **options)
-    fully_shard(model, ignored_params=set(model.modulation.parameters()) if spread else None, **options)
+    fully_shard(
+        model, ignored_params=set(model.modulation.parameters()) if spread else None, **options
+    )
     if config.prefetch:
-        for order, prefetch in ((blocks, "set_modules_to_forward_prefetch"), (blocks[::-1], "set_modules_to_backward_prefetch")):
+        for order, prefetch in (
+            (blocks, "set_modules_to_forward_prefetch"),
+            (blocks[::-1], "set_modules_to_backward_prefetch"),
+        ):
             for i, block in enumerate(order):
                 getattr(block, prefetch)(order[i + 1 : i + 1 + config.prefetch])
     return model
 
 
 def shard_frozen(model, blocks, mesh):
-    """FSDP2 over `mesh` of a model that is only used: a unit for each of `blocks`, gathered when it is needed and freed at once."""
+    """FSDP2 over `mesh` of a model that is only used: a unit for each of `blocks`, gathered when it
+    is needed and freed at once.
+    """
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 
 def compute_in(model, dtype, spread):
-    """Mixed precision where there is nothing to shard: blocks and ends see their weights in `dtype` while they run.
+    """Mixed precision where there is nothing to shard: blocks and ends see their weights in `dtype`
+    while they run.
 
-    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a CPU.
-    The modulation computes in the type of its weights: so few rows pass through it that to cast
-    them costs more than to use them. Where it is `spread` it does so already.
+    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a
+    CPU. The modulation computes in the type of its weights: so few rows pass through it that to
+    cast them costs more than to use them. Where it is `spread` it does so already.
     """
     blocks = [*model.double_blocks, *model.single_blocks]
-    inside = {p for block in blocks for p in block.parameters()} | set(model.modulation.parameters())
+    inside = {p for block in blocks for p in block.parameters()} | set(
+        model.modulation.parameters()
+    )
     if not spread:
         forward, stored = model.modulation.forward, next(model.modulation.parameters()).dtype
         model.modulation.forward = partial(_as_stored, forward, stored, dtype)
@@ -628,31 +780,42 @@ def _with_cast(forward, owners, dtype, *args, **kwargs):
 
 
 def reduce_gradients(model, flag):
-    """Whether the next backward reduces gradients over the ranks, or adds them up for a later one that does."""
+    """Whether the next backward reduces gradients over the ranks, or adds them up for a later one
+    that does.
+    """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(flag)
 
 
 def reshard(model):
-    """Free gathered weights, which FSDP2 keeps after a forward without a backward: needed after writing to the sharded ones."""
+    """Free gathered weights, which FSDP2 keeps after a forward without a backward: needed after
+    writing to the sharded ones.
+    """
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
-# --- weights and numbers --------------------------------------------------------------------------------------------------------
+# --- weights and numbers --------------------------------------------------------------------------
 
 
 def local_part(tensor):
-    """The slices of the whole that this rank's part of a DTensor is; of another tensor all of it."""
+    """The slices of the whole that this rank's part of a DTensor is; of another tensor all of
+    it.
+    """
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
     begin, size = [0] * tensor.ndim, list(tensor.shape)
     splits = [
-        s for s in zip(tensor.device_mesh.shape, tensor.device_mesh.get_coordinate(), tensor.placements) if hasattr(s[2], "dim")
+        s
+        for s in zip(
+            tensor.device_mesh.shape, tensor.device_mesh.get_coordinate(), tensor.placements
+        )
+        if hasattr(s[2], "dim")
     ]
     for ranks, number, placement in sorted(splits, key=lambda s: hasattr(s[2], "split_factor")):
-        # FSDP2 splits what tensor parallelism has split, though its mesh dimension comes first: that is what split_factor says
+        # FSDP2 splits what tensor parallelism has split, though its mesh dimension comes first:
+        # that is what split_factor says
         step = -(-size[placement.dim] // ranks)
         offset = min(number * step, size[placement.dim])
         begin[placement.dim] += offset
@@ -684,7 +847,9 @@ def mean_over_ranks(value):
 
 
 def wait_for_all():
-    """Wait for the other ranks for as long as it takes: set-up may be much slower on one node than on another."""
+    """Wait for the other ranks for as long as it takes: set-up may be much slower on one node than
+    on another.
+    """
     dist.barrier(group=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
 
 
@@ -695,7 +860,9 @@ def max_over_ranks(values):
 
 
 def gather_values(value):
-    """What each rank has as `value`, a small Python object, as a list in their order; collective."""
+    """What each rank has as `value`, a small Python object, as a list in their order;
+    collective.
+    """
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()

@@ -1,12 +1,14 @@
-"""What a run would take on ranks that one does not own: memory and traffic of rank 0, from the real step on fake tensors.
+"""What a run would take on ranks that one does not own: memory and traffic of rank 0, from the real
+step on fake tensors.
 
     python -m fluxlite.preflight --ranks 8 model=flux_dev data=mock data.global_batch=8 parallel.tp=2
 
-Takes the keys of `train.py`, a ControlNet's too. The model is wrapped, filled, trained and updated by the trainer's own functions;
-nothing is computed and nothing is sent. Text encoders and autoencoder are not in it: their outputs are made up, as with data=mock.
-The compute dtype is bfloat16 unless `dtype=` says otherwise; parallel.cpu_offload and what CUDA's allocator adds cannot be
-predicted. Where a process group holds all ranks of FSDP2, what travels among all ranks (the modulation's vectors, norms) is counted
-with it.
+Takes the keys of `train.py`, a ControlNet's too. The model is wrapped, filled, trained and updated
+by the trainer's own functions; nothing is computed and nothing is sent. Text encoders and
+autoencoder are not in it: their outputs are made up, as with data=mock. The compute dtype is
+bfloat16 unless `dtype=` says otherwise; parallel.cpu_offload and what CUDA's allocator adds cannot
+be predicted. Where a process group holds all ranks of FSDP2, what travels among all ranks (the
+modulation's vectors, norms) is counted with it.
 """
 
 import json
@@ -26,7 +28,10 @@ class PreflightConfig:
 
 def report(found):
     """Print a prediction as two tables."""
-    print(" x ".join(f"{name} {size}" for name, size in found["mesh"].items()), f"in {found['dtype']}\n")
+    print(
+        " x ".join(f"{name} {size}" for name, size in found["mesh"].items()),
+        f"in {found['dtype']}\n",
+    )
     print(f"{'memory of rank 0':<34}{'GB':>9}")
     for name, size in found["memory"].items():
         label = "at once at most, activations included" if name == "peak" else name
@@ -54,7 +59,11 @@ def body(arguments):
     report(found)
     sent = {" over ".join(key): size for key, size in found["sent"].items()}
     calls = {" over ".join(key): count for key, count in found["calls"].items()}
-    print(json.dumps({"ranks": config.ranks, "arguments": rest, **found, "sent": sent, "calls": calls}))
+    print(
+        json.dumps(
+            {"ranks": config.ranks, "arguments": rest, **found, "sent": sent, "calls": calls}
+        )
+    )
 
 
 if __name__ == "__main__":

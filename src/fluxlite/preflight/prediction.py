@@ -1,7 +1,8 @@
-"""What a run would take on ranks that one does not own: `predict`, from the real step on fake tensors.
+"""What a run would take on ranks that one does not own: `predict`, from the real step on fake
+tensors.
 
-The model is wrapped, filled, trained and updated by the trainer's own functions; nothing is computed
-and nothing is sent.
+The model is wrapped, filled, trained and updated by the trainer's own functions; nothing is
+computed and nothing is sent.
 """
 
 import os
@@ -21,7 +22,8 @@ from fluxlite.nets.latents import num_image_tokens
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop
 
-# Bytes that a rank sends for each byte of the larger of its input and output, in a ring of n or pairwise: times (n - 1) / n.
+# Bytes that a rank sends for each byte of the larger of its input and output, in a ring of n or
+# pairwise: times (n - 1) / n.
 COLLECTIVES = {"all_gather": 1, "reduce_scatter": 1, "all_to_all": 1, "all_reduce": 2}
 NAMES = {  # torch's operators, those of functional collectives first
     "all_gather_into_tensor": "all_gather",
@@ -36,11 +38,18 @@ NAMES = {  # torch's operators, those of functional collectives first
 
 
 aten = torch.ops.aten
-HEAVY = (aten.mm, aten.addmm, aten.bmm, aten._fused_adamw_, aten.gelu_backward)  # where memory is looked at
+HEAVY = (
+    aten.mm,
+    aten.addmm,
+    aten.bmm,
+    aten._fused_adamw_,
+    aten.gelu_backward,
+)  # where memory is looked at
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes that this rank sends, {(collective, mesh dimension): bytes}, and the most that its tensors take at once.
+    """Counts the bytes that this rank sends, {(collective, mesh dimension): bytes}, and the most
+    that its tensors take at once.
 
     `groups` is {name of a process group: mesh dimension}. CommDebugMode of torch counts calls only.
     """
@@ -62,7 +71,9 @@ class Traffic(TorchDispatchMode):
                 self.live[storage._cdata] = weakref.ref(storage)
                 weakref.finalize(storage, self.live.pop, storage._cdata, None)
         if func.overloadpacket in HEAVY:
-            self.peak = max(self.peak, self.now())  # FSDP2 resizes storages behind our back: look when it matters
+            self.peak = max(
+                self.peak, self.now()
+            )  # FSDP2 resizes storages behind our back: look when it matters
         return out
 
     def reset(self):
@@ -73,18 +84,30 @@ class Traffic(TorchDispatchMode):
 
     def now(self):
         """Bytes of all tensors alive."""
-        return sum(storage.nbytes() for storage in (ref() for ref in list(self.live.values())) if storage is not None)
+        return sum(
+            storage.nbytes()
+            for storage in (ref() for ref in list(self.live.values()))
+            if storage is not None
+        )
 
     def _count(self, func, args, out):
         name = NAMES.get(func.overloadpacket._qualified_op_name.split("::")[1])
         if name is None:
             return
         group = next(
-            a for a in args if isinstance(a, (str, dist.ProcessGroup, torch.ScriptObject)) and _group_name(a) in self.groups
+            a
+            for a in args
+            if isinstance(a, (str, dist.ProcessGroup, torch.ScriptObject))
+            and _group_name(a) in self.groups
         )
         dimension, ranks = self.groups[_group_name(group)]
-        size = max(sum(t.nbytes for t in tree_leaves(part) if isinstance(t, torch.Tensor)) for part in (args, out))
-        if name != "all_reduce" and func.namespace == "c10d":  # output and input are both among the arguments
+        size = max(
+            sum(t.nbytes for t in tree_leaves(part) if isinstance(t, torch.Tensor))
+            for part in (args, out)
+        )
+        if (
+            name != "all_reduce" and func.namespace == "c10d"
+        ):  # output and input are both among the arguments
             size = max(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
         self.calls[name, dimension] += 1
         self.sent[name, dimension] += size * COLLECTIVES[name] * (ranks - 1) // ranks
@@ -93,13 +116,20 @@ class Traffic(TorchDispatchMode):
 def _group_name(group):
     if isinstance(group, str):
         return group
-    return (dist.ProcessGroup.unbox(group) if isinstance(group, torch.ScriptObject) else group).group_name
+    return (
+        dist.ProcessGroup.unbox(group) if isinstance(group, torch.ScriptObject) else group
+    ).group_name
 
 
 def groups_of(mesh):
     """{name of a process group: (mesh dimension, ranks)} of a `parallel.Mesh`."""
     found = {}
-    for part in (mesh.world, mesh.cp, mesh.tp, mesh.fsdp):  # of meshes that share a group the last names it
+    for part in (
+        mesh.world,
+        mesh.cp,
+        mesh.tp,
+        mesh.fsdp,
+    ):  # of meshes that share a group the last names it
         for dimension in part.mesh_dim_names:
             group = part.get_group(dimension)
             found[group.group_name] = dimension, group.size()
@@ -107,14 +137,19 @@ def groups_of(mesh):
 
 
 def predict(arguments, ranks):
-    """{"memory": bytes of each kind, "sent": {(collective, dimension): bytes}, "calls"} of one step of `train.py arguments`."""
+    """{"memory": bytes of each kind, "sent": {(collective, dimension): bytes}, "calls"} of one step
+    of `train.py arguments`.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     environment = dict(os.environ)
     os.environ.update(RANK="0", WORLD_SIZE=str(ranks))
     try:
         config = load_config(TrainConfig, "train", on_fake_ranks(arguments))
-        about = {"mesh": dict(zip(("dp_replicate", "dp_shard", "cp", "tp"), config.parallel.sizes())), "dtype": config.dtype}
+        about = {
+            "mesh": dict(zip(("dp_replicate", "dp_shard", "cp", "tp"), config.parallel.sizes())),
+            "dtype": config.dtype,
+        }
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         device = torch.device("cpu")
         mesh = parallel.make_mesh(config.parallel, device)
@@ -127,7 +162,9 @@ def predict(arguments, ranks):
             parameters = list(run.model.parameters())
             for p in parameters:
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
-            loop.update(run, 0, torch.ones(()))  # makes the optimizer's state, which later steps find
+            loop.update(
+                run, 0, torch.ones(())
+            )  # makes the optimizer's state, which later steps find
             meter.reset()
             step(run, config)
             loop.update(run, 1, torch.ones(()))
@@ -135,7 +172,12 @@ def predict(arguments, ranks):
         parallel.stop()
         os.environ.clear()
         os.environ.update(environment)
-    states = [t for optimizer in run.optimizers for state in optimizer.state.values() for t in state.values()]
+    states = [
+        t
+        for optimizer in run.optimizers
+        for state in optimizer.state.values()
+        for t in state.values()
+    ]
     memory = {
         "weights": local_bytes(parameters),
         "frozen transformer": local_bytes(base.parameters()) if base else 0,
@@ -148,7 +190,9 @@ def predict(arguments, ranks):
 
 
 def on_fake_ranks(arguments):
-    """The arguments of `train.py` for ranks that compute nothing: device and resume do not matter."""
+    """The arguments of `train.py` for ranks that compute nothing: device and resume do not
+    matter.
+    """
     kept = [a for a in arguments if not a.startswith(("device=", "resume="))]
     typed = any(a.startswith("dtype=") for a in kept)
     return [*kept, "device=cpu"] if typed else [*kept, "device=cpu", "dtype=bfloat16"]
@@ -156,17 +200,44 @@ def on_fake_ranks(arguments):
 
 def step(run, config):
     """The forwards and backwards of a training step on made-up samples."""
-    data, model, control, size = config.data, config.model, config.controlnet, config.data.micro_batch
+    data, model, control, size = (
+        config.data,
+        config.model,
+        config.controlnet,
+        config.data.micro_batch,
+    )
     tokens = num_image_tokens(data.height // 8, data.width // 8)
     slices = data.global_batch // (size * run.mesh.dp_size)
     for i in range(slices):
         parallel.reduce_gradients(run.model, i == slices - 1)
-        x0, noise = torch.randn(size, tokens, model.in_channels), torch.randn(size, tokens, model.in_channels)
+        x0, noise = (
+            torch.randn(size, tokens, model.in_channels),
+            torch.randn(size, tokens, model.in_channels),
+        )
         txt = torch.randn(size, model.max_sequence_length, model.text_width)
         pooled = torch.randn(size, model.pooled_width)
-        steer = {"hint": torch.randn(size, 3, data.height, data.width) if control.hint == "pixel" else x0} if run.base else {}
-        steer |= {"mode": torch.zeros(size, dtype=torch.long)} if run.base and control.num_modes else {}
-        loss = loop.flow_loss(run, x0, txt, pooled, noise=noise, t=torch.rand(size), guidance=torch.ones(size), **steer)
+        steer = (
+            {
+                "hint": torch.randn(size, 3, data.height, data.width)
+                if control.hint == "pixel"
+                else x0
+            }
+            if run.base
+            else {}
+        )
+        steer |= (
+            {"mode": torch.zeros(size, dtype=torch.long)} if run.base and control.num_modes else {}
+        )
+        loss = loop.flow_loss(
+            run,
+            x0,
+            txt,
+            pooled,
+            noise=noise,
+            t=torch.rand(size),
+            guidance=torch.ones(size),
+            **steer,
+        )
         (loss.mean() / slices).backward()
 
 

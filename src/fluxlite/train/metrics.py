@@ -1,4 +1,5 @@
-"""What a person watching a run sees: a progress bar, `metrics.jsonl`, TensorBoard or wandb, sample pictures, plots of the losses.
+"""What a person watching a run sees: a progress bar, `metrics.jsonl`, TensorBoard or wandb, sample
+pictures, plots of the losses.
 
 A run's folder gets:
 
@@ -31,7 +32,8 @@ from fluxlite.cli.descriptions import check_regular, read_text
 from fluxlite.cli.options import check_options, option
 from fluxlite.weights.tensor_files import aside
 
-# Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"); the first name found in the device's wins.
+# Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"); the first name
+# found in the device's wins.
 PEAK_TFLOPS = (
     ("GB200", 2500),
     ("B200", 2250),
@@ -87,14 +89,21 @@ class MetricsConfig:
 
 
 def require_package(name, key):
-    """Raise `ValueError` with the remedy where package `name`, asked for by `key`, is not installed."""
+    """Raise `ValueError` with the remedy where package `name`, asked for by `key`, is not
+    installed.
+    """
     spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:  # without an origin it is a mere folder, such as the ./wandb that wandb itself makes
-        raise ValueError(f"{key}=true needs the package {name}: pip install {name}, or set {key}=false")
+    if (
+        spec is None or spec.origin is None
+    ):  # without an origin it is a mere folder, such as the ./wandb that wandb itself makes
+        raise ValueError(
+            f"{key}=true needs the package {name}: pip install {name}, or set {key}=false"
+        )
 
 
 def read_metrics(folder):
-    """The rows of `folder/metrics.jsonl`, in order; none where there is no file. A half-written last line is left out.
+    """The rows of `folder/metrics.jsonl`, in order; none where there is no file. A half-written
+    last line is left out.
 
     A value that was not finite is NaN. Raises `ValueError` that names the line.
     """
@@ -108,7 +117,9 @@ def read_metrics(folder):
             rows.append(parse_row(line))
         except (ValueError, RecursionError, OverflowError) as error:  # UnicodeDecodeError too
             if number < len(lines):
-                raise ValueError(f"line {number} of {path} is no row of metrics ({error}): remove that line") from None
+                raise ValueError(
+                    f"line {number} of {path} is no row of metrics ({error}): remove that line"
+                ) from None
     return rows
 
 
@@ -119,7 +130,10 @@ def parse_row(line):
         raise ValueError("it has no step")
     if not all(value is None or type(value) in (int, float) for value in row.values()):
         raise ValueError("it holds something other than numbers")
-    return {name: math.nan if value is None or math.isinf(value) else value for name, value in row.items()}
+    return {
+        name: math.nan if value is None or math.isinf(value) else value
+        for name, value in row.items()
+    }
 
 
 def format_row(row):
@@ -129,7 +143,9 @@ def format_row(row):
 
 
 def rewind_metrics(folder, step):
-    """Drop the rows later than `step`, which a killed run wrote after its last checkpoint; all of them where `step` is 0."""
+    """Drop the rows later than `step`, which a killed run wrote after its last checkpoint; all of
+    them where `step` is 0.
+    """
     path = Path(folder) / "metrics.jsonl"
     rows = [row for row in read_metrics(folder) if 0 < step >= row["step"]]
     with aside(path, overwrite=True) as part, open(part, "w") as file:
@@ -137,10 +153,12 @@ def rewind_metrics(folder, step):
 
 
 class Metrics:
-    """Everything that a run writes down, on rank 0; with `enabled=False` (the other ranks) every method does nothing.
+    """Everything that a run writes down, on rank 0; with `enabled=False` (the other ranks) every
+    method does nothing.
 
-    A run that resumes names the step of its checkpoint as `start_step`, and its files then read as an uninterrupted run's.
-    Raises `ValueError`, on every rank, where TensorBoard or wandb is asked for and not installed.
+    A run that resumes names the step of its checkpoint as `start_step`, and its files then read as
+    an uninterrupted run's. Raises `ValueError`, on every rank, where TensorBoard or wandb is asked
+    for and not installed.
     """
 
     def __init__(self, config, folder, *, total_steps, start_step=0, run_config=None, enabled=True):
@@ -161,13 +179,18 @@ class Metrics:
         if config.wandb:
             self.wandb = open_wandb(self.folder, start_step, run_config or {})
         if config.progress and sys.stderr.isatty():
-            self.bar = tqdm(total=total_steps, initial=start_step, unit=" steps", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=total_steps, initial=start_step, unit=" steps", dynamic_ncols=True
+            )
 
     def log(self, step, values):
         """Write `values` (name → number) of `step` to all logs; floats are exact in the file."""
         if not self.enabled:
             return
-        values = {name: value if isinstance(value, int) else float(value) for name, value in values.items()}
+        values = {
+            name: value if isinstance(value, int) else float(value)
+            for name, value in values.items()
+        }
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(format_row({"step": step, "time": round(time.time(), 3), **values}))
         if self.writer:
@@ -177,7 +200,9 @@ class Metrics:
             self.wandb.log({"step": step, **values})
 
     def image(self, step, name, picture):
-        """Save a PIL picture as `images/<name>-<step>.png` and show it in TensorBoard and wandb; returns its path."""
+        """Save a PIL picture as `images/<name>-<step>.png` and show it in TensorBoard and wandb;
+        returns its path.
+        """
         if not self.enabled:
             return None
         path = self.folder / "images" / f"{name}-{step:06d}.png"
@@ -190,16 +215,26 @@ class Metrics:
         return path
 
     def progress(self, step, values=None):
-        """Show that `step` is done; `values` (see `SHOWN`; all optional) stay on display until they are replaced."""
+        """Show that `step` is done; `values` (see `SHOWN`; all optional) stay on display until they
+        are replaced.
+        """
         if not (self.enabled and self.config.progress):
             return
         self.shown.update(values or {})
-        text = ", ".join(form.format(self.shown[name]) for name, form in SHOWN if self.shown.get(name) is not None)
+        text = ", ".join(
+            form.format(self.shown[name])
+            for name, form in SHOWN
+            if self.shown.get(name) is not None
+        )
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
         elif step % self.config.log_every == 0 or step == self.total_steps:
-            left = (time.perf_counter() - self.began) / max(1, step - self.start_step) * (self.total_steps - step)
+            left = (
+                (time.perf_counter() - self.began)
+                / max(1, step - self.start_step)
+                * (self.total_steps - step)
+            )
             parts = [f"step {step}/{self.total_steps}", text, f"{tqdm.format_interval(left)} left"]
             print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
@@ -215,19 +250,29 @@ class Metrics:
 
 
 def open_tensorboard(folder, start_step, run_config):
-    """A SummaryWriter that hides the events of steps later than `start_step`, with the run's configuration as a text."""
+    """A SummaryWriter that hides the events of steps later than `start_step`, with the run's
+    configuration as a text.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1 if start_step else 0, flush_secs=10)
+    writer = SummaryWriter(
+        folder / "tensorboard", purge_step=start_step + 1 if start_step else 0, flush_secs=10
+    )
     text = json.dumps(run_config, indent=2, default=str)
-    writer.add_text("config", "\n".join("    " + line for line in text.splitlines()), start_step + 1 if start_step else 0)
+    writer.add_text(
+        "config",
+        "\n".join("    " + line for line in text.splitlines()),
+        start_step + 1 if start_step else 0,
+    )
     return writer
 
 
 def open_wandb(folder, start_step, run_config):
-    """A wandb run that goes on under the id kept in `folder/wandb_id`; a run from step 0 gets a new one.
+    """A wandb run that goes on under the id kept in `folder/wandb_id`; a run from step 0 gets a new
+    one.
 
-    `step` is logged as a value and named as the axis: wandb's own counter refuses the steps that a resumed run repeats.
+    `step` is logged as a value and named as the axis: wandb's own counter refuses the steps that a
+    resumed run repeats.
     """
     import wandb
 
@@ -236,7 +281,12 @@ def open_wandb(folder, start_step, run_config):
         with aside(kept, overwrite=True) as part:
             part.write_text(uuid.uuid4().hex[:12])
     run = wandb.init(
-        project="fluxlite", name=folder.resolve().name, id=read_text(kept), resume="allow", dir=str(folder), config=run_config
+        project="fluxlite",
+        name=folder.resolve().name,
+        id=read_text(kept),
+        resume="allow",
+        dir=str(folder),
+        config=run_config,
     )
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
@@ -244,7 +294,8 @@ def open_wandb(folder, start_step, run_config):
 
 
 def peak_tflops(device):
-    """Dense bf16 TFLOP/s of a known NVIDIA GPU, else None; `device` is a torch device or a GPU's name.
+    """Dense bf16 TFLOP/s of a known NVIDIA GPU, else None; `device` is a torch device or a GPU's
+    name.
 
     A MIG slice or a laptop's GPU has less than its name says, so its peak counts as unknown.
     """
@@ -259,7 +310,9 @@ def peak_tflops(device):
 
 
 def memory_gb(device):
-    """Memory in use in 10^9 bytes: the peak of allocated memory on a GPU, else what of this process is resident."""
+    """Memory in use in 10^9 bytes: the peak of allocated memory on a GPU, else what of this process
+    is resident.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     if os.path.exists("/proc/self/statm"):
@@ -269,7 +322,9 @@ def memory_gb(device):
 
 
 def memory_of_process():
-    """(private, resident) memory of this process in bytes: anonymous pages, and those with the mapped files' pages that are in."""
+    """(private, resident) memory of this process in bytes: anonymous pages, and those with the
+    mapped files' pages that are in.
+    """
     try:
         with open("/proc/self/status") as file:
             fields = dict(line.split(":", 1) for line in file)
@@ -280,7 +335,9 @@ def memory_of_process():
 
 
 class Stages:
-    """Seconds and peak memory of each stage of a program: `with stages("denoising"): …`, then `table()`."""
+    """Seconds and peak memory of each stage of a program: `with stages("denoising"): …`, then
+    `table()`.
+    """
 
     def __init__(self, device="cpu", interval=0.02):
         self.device, self.interval, self.rows = torch.device(device), interval, []
@@ -307,16 +364,23 @@ class Stages:
         finally:
             done.set()
             watcher.join()
-            on_device = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+            on_device = (
+                torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+            )
             self.rows.append((name, time.perf_counter() - began, *peaks, on_device))
 
     def table(self):
         """A line for each stage: the seconds of all its times, and the most memory of any."""
-        lines = [f"{'stage':<28}{'seconds':>9}{'private GB':>12}{'resident GB':>13}" + "   GPU GB" * (self.device.type == "cuda")]
+        lines = [
+            f"{'stage':<28}{'seconds':>9}{'private GB':>12}{'resident GB':>13}"
+            + "   GPU GB" * (self.device.type == "cuda")
+        ]
         merged = {}
         for name, seconds, *peaks in self.rows:
             before = merged.get(name, (0, *peaks))
-            most = [peak if peak is None else max(peak, old) for peak, old in zip(peaks, before[1:])]
+            most = [
+                peak if peak is None else max(peak, old) for peak, old in zip(peaks, before[1:])
+            ]
             merged[name] = before[0] + seconds, *most
         for name, (seconds, private, resident, on_device) in merged.items():
             line = f"{name:<28}{seconds:>9.1f}{private / 1e9:>12.2f}{resident / 1e9:>13.2f}"
@@ -325,14 +389,29 @@ class Stages:
 
 
 class Throughput:
-    """Samples per second since the last reading, with the time of `paused` blocks (validation, sampling, saving) left out.
+    """Samples per second since the last reading, with the time of `paused` blocks (validation,
+    sampling, saving) left out.
 
-    `flops_per_sample` is the work of a whole training step per sample and `num_devices` how many share it: TFLOP/s and MFU
-    are those of one device. GPUs run behind the host, so read after something that waits for them, such as `loss.item()`.
+    `flops_per_sample` is the work of a whole training step per sample and `num_devices` how many
+    share it: TFLOP/s and MFU are those of one device. GPUs run behind the host, so read after
+    something that waits for them, such as `loss.item()`.
     """
 
-    def __init__(self, *, device="cpu", flops_per_sample=None, num_devices=1, peak=None, clock=time.perf_counter):
-        self.device, self.clock, self.flops_per_sample, self.num_devices = device, clock, flops_per_sample, num_devices
+    def __init__(
+        self,
+        *,
+        device="cpu",
+        flops_per_sample=None,
+        num_devices=1,
+        peak=None,
+        clock=time.perf_counter,
+    ):
+        self.device, self.clock, self.flops_per_sample, self.num_devices = (
+            device,
+            clock,
+            flops_per_sample,
+            num_devices,
+        )
         self.peak = peak if peak is not None else peak_tflops(device)
         self.samples, self.elapsed, self.since = 0, 0.0, clock()
 
@@ -353,7 +432,9 @@ class Throughput:
                 self.since = self.clock()
 
     def read(self):
-        """`samples_per_s`, `memory_gb` and, where they are known, `tflops` and `mfu`; starts the next interval."""
+        """`samples_per_s`, `memory_gb` and, where they are known, `tflops` and `mfu`; starts the
+        next interval.
+        """
         if self.since is not None:
             now = self.clock()
             self.elapsed, self.since = self.elapsed + now - self.since, now
@@ -374,7 +455,9 @@ def smooth(values, window):
 
 
 def plot_losses(folder):
-    """Draw `folder/losses.png` from `metrics.jsonl`: losses over steps, and the validation loss over t; returns its path."""
+    """Draw `folder/losses.png` from `metrics.jsonl`: losses over steps, and the validation loss
+    over t; returns its path.
+    """
     rows = read_metrics(folder)
     figure, (left, right) = two_axes()
     plot_loss_over_steps(left, rows)
@@ -408,16 +491,28 @@ def save_axes(figure, both, path):
 
 
 def plot_control(folder):
-    """Draw `folder/control.png` from `metrics.jsonl`: what `meter` saw, over steps, and last over t; returns its path."""
+    """Draw `folder/control.png` from `metrics.jsonl`: what `meter` saw, over steps, and last over
+    t; returns its path.
+    """
     rows = [row for row in read_metrics(folder) if "control/right" in row]
     figure, (left, right) = two_axes()
-    styles = {"right": ("#1f5aa8", "its own control"), "shuffled": ("#e0802f", "another's"), "none": ("0.5", "none")}
+    styles = {
+        "right": ("#1f5aa8", "its own control"),
+        "shuffled": ("#e0802f", "another's"),
+        "none": ("0.5", "none"),
+    }
     for kind, (colour, label) in styles.items():
         series = [(row["step"], row[f"control/{kind}"]) for row in rows]
         left.plot(*zip(*series), color=colour, linewidth=1.6, label=label)
-        last = {float(k.split("_t")[1]): v for k, v in rows[-1].items() if k.startswith(f"control/{kind}_t")}
+        last = {
+            float(k.split("_t")[1]): v
+            for k, v in rows[-1].items()
+            if k.startswith(f"control/{kind}_t")
+        }
         right.plot(*zip(*sorted(last.items())), "o-", color=colour, linewidth=1.6, label=label)
-    left.set(xlabel="step", ylabel="held-out loss", title=f"gain {100 * rows[-1]['control/gain']:.1f} %")
+    left.set(
+        xlabel="step", ylabel="held-out loss", title=f"gain {100 * rows[-1]['control/gain']:.1f} %"
+    )
     right.set(xlabel="t", title="at the last look")
     return save_axes(figure, (left, right), Path(folder) / "control.png")
 
@@ -425,7 +520,9 @@ def plot_control(folder):
 def plot_loss_over_steps(axes, rows):
     """Training loss, raw and smoothed, and the validation loss, which is a mean over t."""
     train, val = (
-        np.array([(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]).reshape(-1, 2)
+        np.array(
+            [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+        ).reshape(-1, 2)
         for key in ("loss", "val/loss")
     )
     highest = []
@@ -433,15 +530,30 @@ def plot_loss_over_steps(axes, rows):
         window = 1 + 2 * (len(train) // 40)  # odd: an even one would shift the curve by half a step
         smoothed = smooth(train[:, 1], window)
         axes.plot(*train.T, color="#3b76c4", alpha=0.22, linewidth=0.9)
-        axes.plot(train[:, 0], smoothed, color="#1f5aa8", linewidth=1.8, label=f"training, {smoothed[-1]:.3f} at the end")
+        axes.plot(
+            train[:, 0],
+            smoothed,
+            color="#1f5aa8",
+            linewidth=1.8,
+            label=f"training, {smoothed[-1]:.3f} at the end",
+        )
         highest += [np.quantile(train[:, 1], 0.99), smoothed[len(smoothed) // 20 :].max()]
     if len(val):
-        axes.plot(*val.T, "o-", color="#e0802f", linewidth=1.5, markersize=4.5, label=f"validation, {val[-1, 1]:.3f} at the end")
+        axes.plot(
+            *val.T,
+            "o-",
+            color="#e0802f",
+            linewidth=1.5,
+            markersize=4.5,
+            label=f"validation, {val[-1, 1]:.3f} at the end",
+        )
         highest += [val[:, 1].max()]
     if highest:
         lowest = min(series[:, 1].min() for series in (train, val) if len(series))
         margin = 0.08 * (max(highest) - lowest) or 0.1
-        axes.set_ylim(max(0, lowest - margin), max(highest) + margin)  # a spike at the start must not flatten the rest
+        axes.set_ylim(
+            max(0, lowest - margin), max(highest) + margin
+        )  # a spike at the start must not flatten the rest
     else:
         say_nothing_yet(axes, "no losses yet")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -455,13 +567,19 @@ def plot_loss_over_t(axes, rows):
     """Validation loss over t of the first, a middle and the last evaluation."""
     curves = []
     for row in rows:
-        points = sorted((float(key[len("val/loss_t") :]), value) for key, value in row.items() if key.startswith("val/loss_t"))
+        points = sorted(
+            (float(key[len("val/loss_t") :]), value)
+            for key, value in row.items()
+            if key.startswith("val/loss_t")
+        )
         if points:
             curves.append((row["step"], np.array(points)))
     chosen = sorted({0, len(curves) // 2, len(curves) - 1} & set(range(len(curves))))
     for index, color in zip(chosen, ("#b9c2cc", "#6f9bd1", "#1f5aa8")[-len(chosen) :]):
         step, points = curves[index]
-        axes.plot(*points.T, "o-", color=color, linewidth=1.8, markersize=4.5, label=f"step {step:,}")
+        axes.plot(
+            *points.T, "o-", color=color, linewidth=1.8, markersize=4.5, label=f"step {step:,}"
+        )
     if not curves:
         say_nothing_yet(axes, "no validation yet")
     axes.set_xlim(-0.03, 1.03)
@@ -477,7 +595,9 @@ def say_nothing_yet(axes, text):
 
 
 def wrap_caption(text, *, font, width, max_lines):
-    """`text` as at most `max_lines` lines of at most `width` pixels; what does not fit ends in an ellipsis."""
+    """`text` as at most `max_lines` lines of at most `width` pixels; what does not fit ends in an
+    ellipsis.
+    """
     lines = []
     for paragraph in text[:1000].split("\n"):  # a caption of a million letters would take for ever
         line = ""
@@ -501,32 +621,49 @@ def wrap_caption(text, *, font, width, max_lines):
 def contact_sheet(images, *, columns=None, captions=None):
     """A grid of PIL pictures with a caption of up to four lines under each, if any.
 
-    Pictures narrower than 128 pixels are enlarged by a whole factor, the same for all, without smoothing. Raises `ValueError`
-    where there are no pictures or not as many captions.
+    Pictures narrower than 128 pixels are enlarged by a whole factor, the same for all, without
+    smoothing. Raises `ValueError` where there are no pictures or not as many captions.
     """
     if not images:
         raise ValueError("a contact sheet needs at least one picture")
     if captions is not None and len(captions) != len(images):
-        raise ValueError(f"{len(captions)} captions for {len(images)} pictures: give one for each, '' for none")
+        raise ValueError(
+            f"{len(captions)} captions for {len(images)} pictures: give one for each, '' for none"
+        )
     factor = max(1, math.ceil(128 / max(image.width for image in images)))
     images = [
-        image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in images
+        image.convert("RGB").resize(
+            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
+        )
+        for image in images
     ]
     width, height = max(image.width for image in images), max(image.height for image in images)
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     font = ImageFont.load_default(size=max(12, width // 24))
-    wrapped = [wrap_caption(text or "", font=font, width=width, max_lines=4) for text in captions or [""] * len(images)]
+    wrapped = [
+        wrap_caption(text or "", font=font, width=width, max_lines=4)
+        for text in captions or [""] * len(images)
+    ]
     line_height = math.ceil(1.2 * sum(font.getmetrics()))
     has_captions = any(text for text in captions or ())
     below = 4 + line_height * max(len(lines) for lines in wrapped) if has_captions else 0
     margin = max(8, width // 32)
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new("RGB", (margin + columns * (width + margin), margin + rows * (height + below + margin)), "white")
+    sheet = Image.new(
+        "RGB",
+        (margin + columns * (width + margin), margin + rows * (height + below + margin)),
+        "white",
+    )
     draw = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, wrapped)):
-        x, y = margin + i % columns * (width + margin), margin + i // columns * (height + below + margin)
+        x, y = (
+            margin + i % columns * (width + margin),
+            margin + i // columns * (height + below + margin),
+        )
         left, top = x + (width - image.width) // 2, y + (height - image.height) // 2
-        draw.rectangle((left - 1, top - 1, left + image.width, top + image.height), outline=(205, 205, 205))
+        draw.rectangle(
+            (left - 1, top - 1, left + image.width, top + image.height), outline=(205, 205, 205)
+        )
         sheet.paste(image, (left, top))
         for j, line in enumerate(lines if has_captions else ()):
             draw.text((x, y + height + 4 + j * line_height), line, fill=(60, 60, 60), font=font)

@@ -36,9 +36,7 @@ class OptimConfig:
         at_most=100,
     )
     warmup: int = option(500, "steps of linear warm-up", at_least=0, at_most=10**9)
-    schedule: str = option(
-        "constant", "after the warm-up, down to min_lr_ratio", choices=SCHEDULES
-    )
+    schedule: str = option("constant", "after the warm-up, down to min_lr_ratio", choices=SCHEDULES)
     min_lr_ratio: float = option(
         0.0, "where cosine and linear end, as a share of lr", at_least=0, at_most=1
     )
@@ -56,44 +54,63 @@ class OptimConfig:
 
 
 def freeze(model, config):
-    """Set `requires_grad` by the name patterns; raises `ValueError` for a pattern that matches nothing or if none is left."""
+    """Set `requires_grad` by the name patterns; raises `ValueError` for a pattern that matches
+    nothing or if none is left.
+    """
     names = [name for name, _ in model.named_parameters()]
     for pattern in [*config.trainable, *config.freeze]:
         if not fnmatch.filter(names, pattern):
             raise ValueError(
-                f"optim.trainable / optim.freeze: no parameter matches {pattern}; names look like {names[len(names) // 2]}"
+                f"optim.trainable / optim.freeze: no parameter matches {pattern}; names look like "
+                f"{names[len(names) // 2]}"
             )
     for name, parameter in model.named_parameters():
         chosen = any(fnmatch.fnmatchcase(name, p) for p in config.trainable)
-        parameter.requires_grad_(chosen and not any(fnmatch.fnmatchcase(name, p) for p in config.freeze))
+        parameter.requires_grad_(
+            chosen and not any(fnmatch.fnmatchcase(name, p) for p in config.freeze)
+        )
     if not any(p.requires_grad for p in model.parameters()):
         raise ValueError("optim.trainable and optim.freeze leave nothing to train")
 
 
 def make_optimizers(model, config):
-    """The optimizers of the trainable parameters, a list: AdamW alone, or Muon for the blocks' matrices before it.
+    """The optimizers of the trainable parameters, a list: AdamW alone, or Muon for the blocks'
+    matrices before it.
 
     Weight decay is on matrices only. All follow one learning rate.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    in_muon = {name for name, p in named.items() if config.kind == "muon" and p.ndim == 2 and "_blocks." in name}
+    in_muon = {
+        name
+        for name, p in named.items()
+        if config.kind == "muon" and p.ndim == 2 and "_blocks." in name
+    }
     groups = {}
     for name, p in named.items():
         if name not in in_muon:  # a fused step takes tensors of one mesh and device
             key = p.ndim > 1, getattr(p, "device_mesh", None), p.device
-            groups.setdefault(key, {"params": [], "weight_decay": config.weight_decay * (p.ndim > 1)})["params"].append(p)
+            groups.setdefault(
+                key, {"params": [], "weight_decay": config.weight_decay * (p.ndim > 1)}
+            )["params"].append(p)
     options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
     optimizers = [torch.optim.AdamW(list(groups.values()), **options)] if groups else []
     if in_muon:
         matrices = [named[name] for name in named if name in in_muon]
-        optimizers.insert(0, Muon(matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
+        optimizers.insert(
+            0,
+            Muon(
+                matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            ),
+        )
     return optimizers
 
 
 def orthogonalise(matrix, steps=5, dtype=torch.bfloat16):
-    """The matrix (m, n) with all its singular values moved to about 1, by Newton-Schulz iteration in `dtype`.
+    """The matrix (m, n) with all its singular values moved to about 1, by Newton-Schulz iteration
+    in `dtype`.
 
-    The quintic's coefficients are those of Muon (Jordan et al., 2024), the steepest at zero that converge to within 0.3 of 1.
+    The quintic's coefficients are those of Muon (Jordan et al., 2024), the steepest at zero that
+    converge to within 0.3 of 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -106,9 +123,11 @@ def orthogonalise(matrix, steps=5, dtype=torch.bfloat16):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised, for matrices (Jordan et al., 2024), scaled to AdamW's usual size (arXiv 2502.16982).
+    """Momentum whose update is orthogonalised, for matrices (Jordan et al., 2024), scaled to
+    AdamW's usual size (arXiv 2502.16982).
 
-    A sharded matrix is gathered for its update, which every rank computes whole: exact on any mesh, at the price of an all-gather.
+    A sharded matrix is gathered for its update, which every rank computes whole: exact on any mesh,
+    at the price of an all-gather.
     """
 
     def __init__(self, parameters, *, lr, momentum, weight_decay):
@@ -116,7 +135,9 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; none where the tensor `found_inf`, if it is set, is 1, as torch.amp.GradScaler has it."""
+        """One step; none where the tensor `found_inf`, if it is set, is 1, as torch.amp.GradScaler
+        has it.
+        """
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
@@ -149,19 +170,26 @@ def learning_rate(config, step, total_steps):
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     progress = min(1.0, (step - config.warmup) / max(1, total_steps - config.warmup))
-    shape = {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[config.schedule]
+    shape = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[config.schedule]
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
 @torch.no_grad()
 def clip_gradients(model, config, loss=0.0):
-    """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor. Collective.
+    """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor.
+    Collective.
 
     Where the gradient or the `loss` of a single rank is not finite, the norm is not on any rank.
 
-    Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks hold in equal shares.
+    Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks
+    hold in equal shares.
     """
-    for p in model.parameters():  # where FSDP2 has nothing to reduce, what tensor parallelism left to be summed is not summed yet
+    # where FSDP2 has nothing to reduce, what tensor parallelism left to be summed is not summed yet
+    for p in model.parameters():
         if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -182,10 +210,16 @@ def clip_gradients(model, config, loss=0.0):
 
 
 def _share(tensor, ranks):
-    """This rank's share in its part of a tensor: one over the number of ranks that hold the same."""
+    """This rank's share in its part of a tensor: one over the number of ranks that hold the
+    same.
+    """
     if not isinstance(tensor, DTensor):
         return 1 / ranks
-    parts = [n for n, placement in zip(tensor.device_mesh.shape, tensor.placements) if not isinstance(placement, Replicate)]
+    parts = [
+        n
+        for n, placement in zip(tensor.device_mesh.shape, tensor.placements)
+        if not isinstance(placement, Replicate)
+    ]
     return math.prod(parts) / ranks
 
 
@@ -199,7 +233,8 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step, skipped):
-        """After optimizer step 0, 1, …: the decay rises as (1 + n) / (10 + n), so that the random start is forgotten.
+        """After optimizer step 0, 1, …: the decay rises as (1 + n) / (10 + n), so that the random
+        start is forgotten.
 
         Where the tensor `skipped` is 1, nothing changes.
         """

@@ -1,4 +1,6 @@
-"""Repositories of the Hugging Face hub: fetched or read from its cache, with errors that say what to do."""
+"""Repositories of the Hugging Face hub: fetched or read from its cache, with errors that say what
+to do.
+"""
 
 from pathlib import Path
 
@@ -6,13 +8,19 @@ from pathlib import Path
 def is_repository(where):
     """Whether `where` reads as `owner/name[/folder…]` of the hub rather than as a path."""
     owner, slash, rest = str(where).partition("/")
-    return bool(slash and owner and rest.strip("/")) and owner[0] not in ".~" and not Path(owner).is_dir()
+    return (
+        bool(slash and owner and rest.strip("/"))
+        and owner[0] not in ".~"
+        and not Path(owner).is_dir()
+    )
 
 
 def fetch(where, patterns, *, key):
-    """The local folder of the hub repository `owner/name[/folder…]` with the files in that folder that match `patterns`.
+    """The local folder of the hub repository `owner/name[/folder…]` with the files in that folder
+    that match `patterns`.
 
-    Raises `ValueError`, within seconds where the hub is out of reach; `key` is the setting that names the repository.
+    Raises `ValueError`, within seconds where the hub is out of reach; `key` is the setting that
+    names the repository.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
@@ -20,15 +28,26 @@ def fetch(where, patterns, *, key):
     try:
         owner, name, *inside = str(where).strip("/").split("/")
         patterns = ["/".join([*inside, pattern]) for pattern in patterns]
-        return Path(snapshot_download(f"{owner}/{name}", allow_patterns=patterns, etag_timeout=5)).joinpath(*inside)
+        return Path(
+            snapshot_download(f"{owner}/{name}", allow_patterns=patterns, etag_timeout=5)
+        ).joinpath(*inside)
     except GatedRepoError as error:
-        remedy = f"is gated: accept its licence at https://huggingface.co/{where}, then run `hf auth login` or set HF_TOKEN"
+        remedy = (
+            f"is gated: accept its licence at https://huggingface.co/{where}, then run `hf "
+            "auth login` or set HF_TOKEN"
+        )
         raise ValueError(f"{key}={where} {remedy}") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ValueError(f"{key}={where} is no folder and no public hub repository: check the name, or `hf auth login`") from error
+        raise ValueError(
+            f"{key}={where} is no folder and no public hub repository: check the name, or `hf auth "
+            "login`"
+        ) from error
     except OSError as error:
         remedy = "name a folder, such as assets/flux-tiny, or check the connection"
-        raise ValueError(f"{key}={where} is no folder, and the hub does not answer ({first_line(error)}): {remedy}") from error
+        raise ValueError(
+            f"{key}={where} is no folder, and the hub does not answer ({first_line(error)}): "
+            f"{remedy}"
+        ) from error
 
 
 def first_line(error):

@@ -8,8 +8,8 @@ checked on names and shapes before any tensor is read.
 Ours holds what diffusers' holds under other names, and the single block's last linear in two. So a
 checkpoint of diffusers' is mapped and nothing of it is copied; of BFL's the last modulation alone.
 
-H hidden width, N heads, D head width. The layouts: `fluxlite` (ours), `diffusers`, `bfl` (flux1-dev.safetensors, ComfyUI; of a
-ControlNet x-flux's), `nemo`.
+H hidden width, N heads, D head width. The layouts: `fluxlite` (ours), `diffusers`, `bfl`
+(flux1-dev.safetensors, ComfyUI; of a ControlNet x-flux's), `nemo`.
 """
 
 import re
@@ -33,7 +33,7 @@ Transform = namedtuple("Transform", "forward backward")
 Rule = namedtuple("Rule", "theirs ours transform optional", defaults=((),))
 
 
-# --- transforms -----------------------------------------------------------------------------------------------------------------
+# --- transforms -----------------------------------------------------------------------------------
 
 
 def join_heads(tensors, config):
@@ -77,7 +77,7 @@ TWICE = Transform(lambda t, c: [t[0]], lambda t, c: [t[0], t[0]])
 CONV_1X1 = Transform(lambda t, c: [t[0].flatten(1)], lambda t, c: [t[0][:, :, None, None]])
 
 
-# --- tables ---------------------------------------------------------------------------------------------------------------------
+# --- tables ---------------------------------------------------------------------------------------
 
 
 def same(pairs):
@@ -93,7 +93,9 @@ def embedder(theirs, ours):
 
 
 def qkv(ours, theirs, norms, transform=SAME):
-    """Rows of queries, keys, values and the norms of the first two; `theirs` and `norms` are names."""
+    """Rows of queries, keys, values and the norms of the first two; `theirs` and `norms` are
+    names.
+    """
     linears = [f"{name}.*" for name in theirs], [f"{ours}.qkv.{x}.*" for x in "qkv"], transform
     return [
         linears,
@@ -102,7 +104,9 @@ def qkv(ours, theirs, norms, transform=SAME):
 
 
 def stream(ours, *, qkv_rows, proj, mlp):
-    """Rows for one stream of a double block; `mlp` are two names, `qkv_rows` the arguments of `qkv`."""
+    """Rows for one stream of a double block; `mlp` are two names, `qkv_rows` the arguments of
+    `qkv`.
+    """
     linears = {proj: "proj", mlp[0]: "mlp.linear_in", mlp[1]: "mlp.linear_out"}
     return [
         *qkv(ours, *qkv_rows),
@@ -221,7 +225,9 @@ TABLES = {"diffusers": DIFFUSERS, "bfl": BFL, "nemo": NEMO}
 
 
 def control(hint, double, *convs):
-    """Rows for what a ControlNet has beside its blocks; `convs` are the names of its eight convolutions."""
+    """Rows for what a ControlNet has beside its blocks; `convs` are the names of its eight
+    convolutions.
+    """
     return [
         *same(
             {
@@ -252,7 +258,7 @@ FIRST_EDITION = (
 PREFIXES = ("", "model.diffusion_model.")  # the second: BFL's layout as ComfyUI saves it
 
 
-# --- tables spelled out for a model ---------------------------------------------------------------------------------------------
+# --- tables spelled out for a model ---------------------------------------------------------------
 
 
 def stage_of(row):
@@ -292,7 +298,8 @@ def spell_names(patterns, i, leaf):
     return [pattern.format(i=i).replace("*", leaf) for pattern in patterns]
 
 
-AUTOENCODER_NAMES = (  # diffusers' and our names → those of `ae.safetensors`, besides the order of the decoder's levels
+# diffusers' and our names → those of `ae.safetensors`, besides the order of the decoder's levels
+AUTOENCODER_NAMES = (
     ("mid_block.resnets.0", "mid.block_1"),
     ("mid_block.resnets.1", "mid.block_2"),
     ("mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
@@ -323,7 +330,9 @@ def autoencoder_rules(config):
 
 
 def rules(layout, config):
-    """The rules between `layout` and ours for the model that `config`, of one of `MODELS`, describes."""
+    """The rules between `layout` and ours for the model that `config`, of one of `MODELS`,
+    describes.
+    """
     of_autoencoder = isinstance(config, AutoencoderConfig)
     if layout == "fluxlite" or (of_autoencoder and layout == "diffusers"):
         return [Rule([name], [name], SAME) for name in our_shapes(config)]
@@ -342,7 +351,9 @@ def on_meta(config, *options):
 
 
 def shapes(layout, config):
-    """{name: shape} of a whole checkpoint in `layout`, in the order that `convert` yields tensors."""
+    """{name: shape} of a whole checkpoint in `layout`, in the order that `convert` yields
+    tensors.
+    """
     ours, found = our_shapes(config), {}
     for rule in rules(layout, config):
         parts = rule.transform.backward([ours[name] for name in rule.ours], config)
@@ -350,7 +361,7 @@ def shapes(layout, config):
     return found
 
 
-# --- recognising ----------------------------------------------------------------------------------------------------------------
+# --- recognising ----------------------------------------------------------------------------------
 
 
 def their_name(layout, linear):
@@ -362,7 +373,8 @@ def their_name(layout, linear):
 
 
 def recognise(keys):
-    """(what, layout, prefix) of a checkpoint from its keys: what is "transformer", "controlnet" or "autoencoder".
+    """(what, layout, prefix) of a checkpoint from its keys: what is "transformer", "controlnet" or
+    "autoencoder".
 
     Raises `ValueError` for keys that are none's, or several layouts'.
     """
@@ -388,7 +400,8 @@ def recognise(keys):
     if not found:
         shown = ", ".join(sorted(keys)[:3]) or "none"
         raise ValueError(
-            f"neither a FLUX transformer, a ControlNet nor an autoencoder: {len(keys)} keys such as {shown}"
+            f"neither a FLUX transformer, a ControlNet nor an autoencoder: {len(keys)} keys such "
+            f"as {shown}"
         )
     layout, prefix = found[0]
     if layout == "fluxlite" and "modulation.weight" in keys:
@@ -401,7 +414,9 @@ def recognise(keys):
 
 
 def depth(keys, pattern):
-    """How many blocks there are: one more than the largest number in the keys that start with `pattern`."""
+    """How many blocks there are: one more than the largest number in the keys that start with
+    `pattern`.
+    """
     numbers = [
         int(match[1])
         for key in keys
@@ -413,9 +428,11 @@ def depth(keys, pattern):
 
 
 def infer_config(layout, found):
-    """The `FluxConfig` or `ControlNetConfig` of {name: shape} of such a net, in `layout` and without its prefix.
+    """The `FluxConfig` or `ControlNetConfig` of {name: shape} of such a net, in `layout` and
+    without its prefix.
 
-    RoPE axes cannot be seen in the weights: they are FLUX's share of the head width, D/8, 7D/16, 7D/16.
+    RoPE axes cannot be seen in the weights: they are FLUX's share of the head width, D/8, 7D/16,
+    7D/16.
     """
     if layout == "fluxlite":
         at = {name: name for name in found}
@@ -479,7 +496,9 @@ def checked_shape(name, shape, rank):
 
 
 def infer_autoencoder_config(layout, found, values=None):
-    """The `AutoencoderConfig` of an autoencoder's {name: shape}; `values`, a vae/config.json, adds what shapes do not show."""
+    """The `AutoencoderConfig` of an autoencoder's {name: shape}; `values`, a vae/config.json, adds
+    what shapes do not show.
+    """
     levels = depth(found, "encoder.down.{i}" if layout == "bfl" else "encoder.down_blocks.{i}")
     level, resnet = (
         ("encoder.down.{i}", "block.{i}")
@@ -505,13 +524,16 @@ def infer_autoencoder_config(layout, found, values=None):
             setattr(inferred, name, values[name])
     if any(width % inferred.norm_num_groups for width in inferred.block_out_channels):
         raise ValueError(
-            "an autoencoder of other widths than FLUX's needs its config.json beside it, with norm_num_groups"
+            "an autoencoder of other widths than FLUX's needs its config.json beside it, with "
+            "norm_num_groups"
         )
     return inferred
 
 
 def check(layout, config, found):
-    """Raise `ValueError`, with a list, unless {name: shape} is exactly a checkpoint of `config` in `layout`."""
+    """Raise `ValueError`, with a list, unless {name: shape} is exactly a checkpoint of `config` in
+    `layout`.
+    """
     expected = shapes(layout, config)
     optional = {name for rule in rules(layout, config) for name in rule.optional}
     faults = {
@@ -535,11 +557,12 @@ def check(layout, config, found):
         )
 
 
-# --- carrying over --------------------------------------------------------------------------------------------------------------
+# --- carrying over --------------------------------------------------------------------------------
 
 
 def convert(read, source, target, config):
-    """Yield (name in `target`'s layout, tensor) of a whole model; `read(name)` reads one of `source`'s.
+    """Yield (name in `target`'s layout, tensor) of a whole model; `read(name)` reads one of
+    `source`'s.
 
     Every tensor of the source is read once and no more than a few linears are held; tensors whose
     bytes do not change are views of the source's.
@@ -592,7 +615,7 @@ def from_fluxlite(state, config, layout):
     return dict(convert(state.__getitem__, "fluxlite", layout, config))
 
 
-# --- configurations as diffusers writes them ------------------------------------------------------------------------------------
+# --- configurations as diffusers writes them ------------------------------------------------------
 
 
 def config_from_diffusers(values):
@@ -629,7 +652,8 @@ def config_to_diffusers(config):
     """The `config.json` of a `FluxConfig` or a `ControlNetConfig`."""
     if (config.rope_theta, config.mlp_ratio) != (10_000, 4):
         raise ValueError(
-            "diffusers fixes model.rope_theta=10000 and model.mlp_ratio=4: this model has no config.json there"
+            "diffusers fixes model.rope_theta=10000 and model.mlp_ratio=4: this model has no "
+            "config.json there"
         )
     shape = {
         "patch_size": 1,

@@ -1,4 +1,6 @@
-"""Checkpoints: transformers, ControlNets, autoencoders from and to files of any layout, and from runs (see `run_state`)."""
+"""Checkpoints: transformers, ControlNets, autoencoders from and to files of any layout, and from
+runs (see `run_state`).
+"""
 
 import hashlib
 import json
@@ -41,12 +43,14 @@ class CheckpointConfig:
     )
 
 
-# --- what a path holds ----------------------------------------------------------------------------------------------------------
+# --- what a path holds ----------------------------------------------------------------------------
 
 
 @dataclass
 class Source:
-    """A model on disk, described and checked; its tensors are mapped, and read when they are used."""
+    """A model on disk, described and checked; its tensors are mapped, and read when they are
+    used.
+    """
 
     where: str
     what: str  # transformer, controlnet or autoencoder
@@ -56,15 +60,20 @@ class Source:
     read: Callable  # (name, start=0, stop=None) → a tensor, or its rows from start to stop
     metadata: dict
     files: list
-    settings: dict  # for sampling, where the checkpoint has some of its own: {field of SampleConfig: value}
+    # for sampling, where the checkpoint has some of its own: {field of SampleConfig: value}
+    settings: dict
     averaged: bool = False  # whether it is the moving average of a run
-    check_whole: Callable = lambda: None  # raises `ValueError` where a run's files are not as they were written
+    check_whole: Callable = lambda: (
+        None
+    )  # raises `ValueError` where a run's files are not as they were written
 
     def num_bytes(self):
         return tensor_files.num_bytes(self.described)
 
     def fingerprint(self):
-        """A digest of the files' names, sizes and times of change, and of what is taken of them, without reading them."""
+        """A digest of the files' names, sizes and times of change, and of what is taken of them,
+        without reading them.
+        """
         lines = [f"{f.resolve()} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in self.files]
         return hashlib.sha256("\n".join([*lines, f"averaged {self.averaged}"]).encode()).hexdigest()
 
@@ -74,12 +83,17 @@ def resolve(path):
     if path != TINY:
         return path
     if not (ASSETS / TINY).is_dir():
-        raise ValueError(f"{ASSETS / TINY} is missing: work in a clone of the repository, or name a checkpoint of your own")
+        raise ValueError(
+            f"{ASSETS / TINY} is missing: work in a clone of the repository, or name a checkpoint "
+            "of your own"
+        )
     return str(ASSETS / TINY)
 
 
 def local(where, patterns, *, setting="model.checkpoint"):
-    """The path that `where` is or, of a hub repository, that its files matching `patterns` have been fetched to."""
+    """The path that `where` is or, of a hub repository, that its files matching `patterns` have
+    been fetched to.
+    """
     path = Path(expand_home(str(where), setting))
     if path.exists():
         return path
@@ -91,10 +105,10 @@ def local(where, patterns, *, setting="model.checkpoint"):
 def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer", given=None):
     """The `Source` that a path or hub repository holds, recognised by its keys and files.
 
-    A pipeline's folder stands for its `part` (transformer, controlnet or vae); of a run, `ema` chooses the moving average where it
-    has one. `given` are {field: value} of the rotations, for weights without a configuration.
-    Raises `ValueError`, naming `setting`, for what is not exactly a transformer, a ControlNet or an
-    autoencoder.
+    A pipeline's folder stands for its `part` (transformer, controlnet or vae); of a run, `ema`
+    chooses the moving average where it has one. `given` are {field: value} of the rotations, for
+    weights without a configuration. Raises `ValueError`, naming `setting`, for what is not exactly
+    a transformer, a ControlNet or an autoencoder.
     """
     loose = ["*.safetensors"] if part == "controlnet" else []  # as XLabs publishes
     files = [f"{part}/*", "config.json", "diffusion_pytorch_model*", f"scheduler/{SCHEDULER_FILE}"]
@@ -104,7 +118,11 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
     path = path / part if (path / part).is_dir() else path
     try:
         source = _open_run(path, ema) if is_run(path) else _open_tensors(path, given)
-        layouts.check(source.layout, source.config, {name: shape for name, (_, shape) in source.described.items()})
+        layouts.check(
+            source.layout,
+            source.config,
+            {name: shape for name, (_, shape) in source.described.items()},
+        )
     except ValueError as error:
         raise ValueError(f"{setting}={where}: {error}") from None
     return source
@@ -116,14 +134,18 @@ def _open_tensors(path, given=None):
     what, layout, prefix = layouts.recognise(tensors.keys())
     described = tensors.without(prefix).described()
     shapes = {name: shape for name, (_, shape) in described.items()}
-    about = tensors.metadata if "fluxlite_version" in tensors.metadata else {}  # others' metadata may use the same words
+    about = (
+        tensors.metadata if "fluxlite_version" in tensors.metadata else {}
+    )  # others' metadata may use the same words
     beside = (path if path.is_dir() else path.parent) / "config.json"
     told = dict(saved=about.get("config"), where=path, beside=beside, given=given)
     config, settings = net_configs.read_net_config(what, layout, shapes, **told), {}
     if what == "transformer":
         settings = sampling_settings(path, about)
         config.scheduler = scheduler_of(path, about)
-    return Source(str(path), what, layout, config, described, tensors.read, about, tensors.files, settings)
+    return Source(
+        str(path), what, layout, config, described, tensors.read, about, tensors.files, settings
+    )
 
 
 def sampling_settings(path, about):
@@ -155,9 +177,11 @@ SCHEDULER_FILE = "scheduler_config.json"
 
 
 def _open_run(path, ema):
-    """A run's last checkpoint, or one of its checkpoints: the moving average in place of the weights that have one.
+    """A run's last checkpoint, or one of its checkpoints: the moving average in place of the
+    weights that have one.
 
-    A tensor's checksum is checked when it is read; a small checkpoint's files at once, a large one's by `check_whole`.
+    A tensor's checksum is checked when it is read; a small checkpoint's files at once, a large
+    one's by `check_whole`.
     """
     folder = path if (Path(path) / "meta.json").is_file() else last_checkpoint(path)
     meta, tensors = run_folder.open_checkpoint(folder)
@@ -179,21 +203,41 @@ def _open_run(path, ema):
     settings = run_folder.run_settings(folder, meta)
     base = run_folder.saved_part(folder, meta, "model").get("checkpoint")
     config.scheduler = scheduler_beside(base, config)
-    source = Source(str(path), meta.what, "fluxlite", config, described, read, metadata, files, settings, bool(averaged))
+    source = Source(
+        str(path),
+        meta.what,
+        "fluxlite",
+        config,
+        described,
+        read,
+        metadata,
+        files,
+        settings,
+        bool(averaged),
+    )
     source.check_whole = check_whole
     return source
 
 
 def _run_config(folder, meta, tensors):
-    """The configuration of a run's model; raises `ValueError` for one that its tensors cannot have."""
+    """The configuration of a run's model; raises `ValueError` for one that its tensors cannot
+    have.
+    """
     file = folder / "meta.json"
-    config = read_description(file, ControlNetConfig if meta.what == "controlnet" else FluxConfig, meta.model)
+    config = read_description(
+        file, ControlNetConfig if meta.what == "controlnet" else FluxConfig, meta.model
+    )
     widest = max((size for tensor in tensors.tensors.values() for size in tensor.shape), default=0)
     for f in fields(config):  # 10⁹ blocks would be built before they are missed
-        value, limit = getattr(config, f.name), len(tensors.tensors) if f.name.endswith("_blocks") else widest
+        value, limit = (
+            getattr(config, f.name),
+            len(tensors.tensors) if f.name.endswith("_blocks") else widest,
+        )
         numbers = value if isinstance(value, tuple) else [value] if f.type is int else []
         if any(type(number) is not int or not 0 <= number <= limit for number in numbers):
-            raise ValueError(f"{file}: model.{f.name}={shortened(value)} does not fit the tensors beside it")
+            raise ValueError(
+                f"{file}: model.{f.name}={shortened(value)} does not fit the tensors beside it"
+            )
     try:
         config.validate()
     except ValueError as error:
@@ -215,11 +259,13 @@ def scheduler_beside(checkpoint, config):
         return None
 
 
-# --- loading --------------------------------------------------------------------------------------------------------------------
+# --- loading --------------------------------------------------------------------------------------
 
 
 def load_state(source):
-    """A state dict in our layout: views of the mapped files, and copies of what they hold otherwise."""
+    """A state dict in our layout: views of the mapped files, and copies of what they hold
+    otherwise.
+    """
     return dict(weights_of(source))
 
 
@@ -237,10 +283,16 @@ def _load(source, dtype, device, *options):
 def check_part(source, what, setting):
     """Raise `ValueError`, naming `setting`, where a `Source` is something other than `what`."""
     if source.what != what:
-        raise ValueError(f"{setting}={source.where} holds the wrong part, {source.what}: name {ARTICLED[what]}")
+        raise ValueError(
+            f"{setting}={source.where} holds the wrong part, {source.what}: name {ARTICLED[what]}"
+        )
 
 
-ARTICLED = {"transformer": "a transformer", "controlnet": "a ControlNet", "autoencoder": "an autoencoder"}
+ARTICLED = {
+    "transformer": "a transformer",
+    "controlnet": "a ControlNet",
+    "autoencoder": "an autoencoder",
+}
 
 
 def load_transformer(where, *, ema=True, attention="auto", dtype=None, device="cpu"):
@@ -252,23 +304,41 @@ def load_transformer(where, *, ema=True, attention="auto", dtype=None, device="c
 
 def load_controlnet(where, *, attention="auto", dtype=None, device="cpu"):
     """A ControlNet from what `open_source` takes, or from a `Source`; raises `ValueError`."""
-    source = where if isinstance(where, Source) else open_source(where, setting="controlnet.checkpoint", part="controlnet")
+    source = (
+        where
+        if isinstance(where, Source)
+        else open_source(where, setting="controlnet.checkpoint", part="controlnet")
+    )
     check_part(source, "controlnet", "controlnet.checkpoint")
     return _load(source, dtype, device, attention)
 
 
 def load_autoencoder(where, *, dtype=None, device="cpu"):
-    """An Autoencoder from a diffusers `vae/` folder (or the pipeline folder that holds it) or BFL's `ae.safetensors`."""
-    source = where if isinstance(where, Source) else open_source(where, setting="model.autoencoder", part="vae")
+    """An Autoencoder from a diffusers `vae/` folder (or the pipeline folder that holds it) or BFL's
+    `ae.safetensors`.
+    """
+    source = (
+        where
+        if isinstance(where, Source)
+        else open_source(where, setting="model.autoencoder", part="vae")
+    )
     check_part(source, "autoencoder", "model.autoencoder")
     return _load(source, dtype, device)
 
 
-# --- converting -----------------------------------------------------------------------------------------------------------------
+# --- converting -----------------------------------------------------------------------------------
 
 FILE_NAMES = {  # of a file in a folder, without .safetensors
-    "transformer": {"fluxlite": "fluxlite_transformer", "bfl": "flux1", "nemo": "nemo_flux_transformer"},
-    "controlnet": {"fluxlite": "fluxlite_controlnet", "bfl": "flux_controlnet", "nemo": "nemo_flux_controlnet_transformer"},
+    "transformer": {
+        "fluxlite": "fluxlite_transformer",
+        "bfl": "flux1",
+        "nemo": "nemo_flux_transformer",
+    },
+    "controlnet": {
+        "fluxlite": "fluxlite_controlnet",
+        "bfl": "flux_controlnet",
+        "nemo": "nemo_flux_controlnet_transformer",
+    },
     "autoencoder": {"fluxlite": "fluxlite_autoencoder", "bfl": "ae"},
 }
 DIFFUSERS_SHARD_BYTES = 10 * 10**9  # as diffusers splits
@@ -286,30 +356,43 @@ def write_converted(
     setting="--dst ",
     progress=None,
 ):
-    """Write `source` to `dst` in the layout `to`, a few linears at a time; returns the files and the digest of the source.
+    """Write `source` to `dst` in the layout `to`, a few linears at a time; returns the files and
+    the digest of the source.
 
-    `dst` is a file where it ends in .safetensors, else a folder; diffusers is always a folder. Nothing appears under that name
-    before it is whole. `progress` is called with the number of bytes of each write. Raises `ValueError`,
-    whose text begins with `setting` where `dst` will not do.
+    `dst` is a file where it ends in .safetensors, else a folder; diffusers is always a folder.
+    Nothing appears under that name before it is whole. `progress` is called with the number of
+    bytes of each write. Raises `ValueError`, whose text begins with `setting` where `dst` will not
+    do.
     """
     dst = Path(expand_home(str(dst), setting.rstrip(" =")))
     to_folder = dst.suffix != ".safetensors"
     check_destination(source, dst, to, to_folder, setting)
     shapes = layouts.shapes(to, source.config)
-    types = layouts.dtypes(source.layout, to, source.config, {name: of for name, (of, _) in source.described.items()})
+    types = layouts.dtypes(
+        source.layout, to, source.config, {name: of for name, (of, _) in source.described.items()}
+    )
     described = {name: (dtype or types[name], shape) for name, shape in shapes.items()}
-    shards = tensor_files.split_shards(described, max_shard_bytes or (DIFFUSERS_SHARD_BYTES if to == "diffusers" else None))
+    shards = tensor_files.split_shards(
+        described, max_shard_bytes or (DIFFUSERS_SHARD_BYTES if to == "diffusers" else None)
+    )
     if len(shards) > 1 and not to_folder:
-        raise ValueError(f"{setting}{dst}: {len(shards)} shards need a folder; name one, or raise --max-shard-size")
+        raise ValueError(
+            f"{setting}{dst}: {len(shards)} shards need a folder; name one, or raise "
+            "--max-shard-size"
+        )
     tensor_files.check_room(dst, tensor_files.num_bytes(described))
     digests = tensor_files.Digests()
     try:
         with tensor_files.aside(dst, overwrite=overwrite, folder=to_folder, remedy=remedy) as path:
             names = _file_names(source.what, to, len(shards))
             files = [path / name for name in names] if to_folder else [path]
-            rewrites = _write_shards(source, to, shards, files, digests, progress or (lambda count: None))
+            rewrites = _write_shards(
+                source, to, shards, files, digests, progress or (lambda count: None)
+            )
             source.check_whole()
-            for name in source.described.keys() - digests.found.keys():  # what no layout but the source's keeps: NeMo's second bias
+            for name in (
+                source.described.keys() - digests.found.keys()
+            ):  # what no layout but the source's keeps: NeMo's second bias
                 digests.add(name, source)
             total = digests.total()
             for rewrite in rewrites:
@@ -322,14 +405,22 @@ def write_converted(
 
 
 def check_destination(source, dst, to, to_folder, setting="--dst "):
-    """Raise `ValueError` where `to` cannot be written to `dst`, or where that would touch the source."""
+    """Raise `ValueError` where `to` cannot be written to `dst`, or where that would touch the
+    source.
+    """
     if source.what == "autoencoder" and to == "nemo":
-        raise ValueError("--to nemo: NeMo has no autoencoder layout of its own; it reads ae.safetensors (--to bfl)")
+        raise ValueError(
+            "--to nemo: NeMo has no autoencoder layout of its own; it reads ae.safetensors (--to "
+            "bfl)"
+        )
     _check_layout_holds(source, to)
     if to_folder and dst.suffix in (".ckpt", ".pt", ".pth", ".bin", ".sft", ".gguf"):
         raise ValueError(f"{setting}{dst}: a file must end in .safetensors")
     if to == "diffusers" and not to_folder:
-        raise ValueError(f"{setting}{dst}: diffusers' layout is a folder, with config.json beside the weights; name one")
+        raise ValueError(
+            f"{setting}{dst}: diffusers' layout is a folder, with config.json beside the weights; "
+            "name one"
+        )
     place, origin = dst.resolve(), Path(source.where).resolve()
     if (
         place == origin
@@ -338,9 +429,14 @@ def check_destination(source, dst, to, to_folder, setting="--dst "):
     ):
         raise ValueError(f"{setting}{dst} is the source or holds it: name another")
     if place.exists() and _holds_another_part(place, source.what):
-        raise ValueError(f"{setting}{dst} holds something other than a FLUX {source.what}: name another, or remove it first")
+        raise ValueError(
+            f"{setting}{dst} holds something other than a FLUX {source.what}: name another, or "
+            "remove it first"
+        )
     if origin.is_dir() and origin in place.parents:
-        raise ValueError(f"{setting}{dst} lies in the source's folder, which it would spoil: name another")
+        raise ValueError(
+            f"{setting}{dst} lies in the source's folder, which it would spoil: name another"
+        )
 
 
 def _check_layout_holds(source, to):
@@ -349,16 +445,23 @@ def _check_layout_holds(source, to):
         return
     config = source.config
     if to == "nemo" and config.num_modes:
-        raise ValueError(f"--to nemo: NeMo's ControlNet knows no modes, and this union net has {config.num_modes}")
+        raise ValueError(
+            "--to nemo: NeMo's ControlNet knows no modes, and this union net has "
+            f"{config.num_modes}"
+        )
     if to == "bfl" and (config.hint, config.num_single_blocks, config.num_modes) != ("pixel", 0, 0):
         raise ValueError(
-            "--to bfl: of a ControlNet that is x-flux's layout, of pixel hints, without single blocks and modes; this one has "
-            f"hint={config.hint}, {config.num_single_blocks} single blocks and {config.num_modes} modes: choose --to diffusers"
+            "--to bfl: of a ControlNet that is x-flux's layout, of pixel hints, without single "
+            "blocks and modes; this one has "
+            f"hint={config.hint}, {config.num_single_blocks} single blocks and {config.num_modes} "
+            "modes: choose --to diffusers"
         )
 
 
 def _holds_another_part(place, what):
-    """Whether whole safetensors files lie at `place` and are not a checkpoint of this kind, a text encoder's for instance."""
+    """Whether whole safetensors files lie at `place` and are not a checkpoint of this kind, a text
+    encoder's for instance.
+    """
     try:
         keys = tensor_files.Tensors(place).keys()
     except (ValueError, OSError):
@@ -370,7 +473,9 @@ def _holds_another_part(place, what):
 
 
 def _file_names(what, to, count):
-    return tensor_files.shard_names("diffusion_pytorch_model" if to == "diffusers" else FILE_NAMES[what][to], count)
+    return tensor_files.shard_names(
+        "diffusion_pytorch_model" if to == "diffusers" else FILE_NAMES[what][to], count
+    )
 
 
 def _write_shards(source, to, shards, files, digests, progress):
@@ -418,24 +523,30 @@ def _metadata(source, to):
 def _write_beside(folder, source, to, names, shards):
     """What a folder needs beside its weights: an index, and in diffusers' layout config.json."""
     if len(shards) > 1:
-        stem = "diffusion_pytorch_model" if to == "diffusers" else Path(names[0]).stem.rsplit("-00001-of-", 1)[0]
+        stem = (
+            "diffusion_pytorch_model"
+            if to == "diffusers"
+            else Path(names[0]).stem.rsplit("-00001-of-", 1)[0]
+        )
         tensor_files.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
     if to == "diffusers":
         of_net = source.what != "autoencoder"
-        values = (layouts.config_to_diffusers if of_net else layouts.autoencoder_config_to_diffusers)(source.config)
+        values = (
+            layouts.config_to_diffusers if of_net else layouts.autoencoder_config_to_diffusers
+        )(source.config)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         if getattr(source.config, "scheduler", None):
             about = json.dumps(asdict(source.config.scheduler), indent=2)
             (folder / SCHEDULER_FILE).write_text(about + "\n")
 
 
-def converted(
-    where, save_converted, *, ema=True, group="model", part="transformer", given=None
-):
-    """The `Source` of `model.checkpoint`; with `model.save_converted` that file, written first where it is not there yet.
+def converted(where, save_converted, *, ema=True, group="model", part="transformer", given=None):
+    """The `Source` of `model.checkpoint`; with `model.save_converted` that file, written first
+    where it is not there yet.
 
-    With group="controlnet" and that `part`, of `controlnet.checkpoint` and `controlnet.save_converted`. Ranks that share a disk may
-    call this together: one writes, the others wait. Raises `ValueError` where the file was made from something else.
+    With group="controlnet" and that `part`, of `controlnet.checkpoint` and
+    `controlnet.save_converted`. Ranks that share a disk may call this together: one writes, the
+    others wait. Raises `ValueError` where the file was made from something else.
     """
     setting = f"{group}.save_converted"
     options = dict(setting=f"{group}.checkpoint", ema=ema, part=part, given=given)
@@ -452,9 +563,14 @@ def converted(
     file.parent.mkdir(parents=True, exist_ok=True)
     with locked(file.with_name(f".{file.name}.lock")):
         if not file.exists():
-            with tqdm(total=source.num_bytes(), unit="B", unit_scale=True, desc=f"writing {file}") as bar:
+            with tqdm(
+                total=source.num_bytes(), unit="B", unit_scale=True, desc=f"writing {file}"
+            ) as bar:
                 write_converted(source, file, setting=f"{setting}=", progress=bar.update)
     kept = open_source(file, setting=setting)
     if kept.metadata.get("source_files") != source.fingerprint():
-        raise ValueError(f"{setting}={file} was not made from {group}.checkpoint={where}: remove it, or name another")
+        raise ValueError(
+            f"{setting}={file} was not made from {group}.checkpoint={where}: remove it, or name "
+            "another"
+        )
     return kept

@@ -1,7 +1,9 @@
-"""safetensors files of any size at constant memory: mapped and checked on reading, streamed, renamed when whole on writing.
+"""safetensors files of any size at constant memory: mapped and checked on reading, streamed,
+renamed when whole on writing.
 
-tensors = Tensors("FLUX.1-dev/transformer")          # a file, or a folder with its index; nothing is read yet
-with aside("out.safetensors") as path:               # a killed or failed writer leaves nothing under the final name
+tensors = Tensors("FLUX.1-dev/transformer")          # a file, or a folder with its index; nothing
+is read yet with aside("out.safetensors") as path:               # a killed or failed writer leaves
+nothing under the final name
     write(path, {"a": (torch.bfloat16, (2, 3))}, [("a", tensor)], {"layout": "fluxlite"})
 """
 
@@ -37,11 +39,13 @@ DIGEST_BYTES = 1 << 26  # read at a time
 SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 
-# --- reading --------------------------------------------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------
 
 
 def files_of(path):
-    """The safetensors files of a file or folder, those of its index where it has one; raises `ValueError`."""
+    """The safetensors files of a file or folder, those of its index where it has one; raises
+    `ValueError`.
+    """
     path = Path(path)
     if not path.is_dir():
         return [path]
@@ -56,7 +60,9 @@ def files_of(path):
             )
         return found
     if len(indices) > 1:
-        raise ValueError(f"{path} has {len(indices)} indices, {indices[0].name} first: move all but one away")
+        raise ValueError(
+            f"{path} has {len(indices)} indices, {indices[0].name} first: move all but one away"
+        )
     return indexed_files(indices[0])
 
 
@@ -105,7 +111,9 @@ def check_file(file):
 
 
 class Tensors:
-    """The tensors of one file or a folder's files, mapped and read one by one, named without their common `prefix`."""
+    """The tensors of one file or a folder's files, mapped and read one by one, named without their
+    common `prefix`.
+    """
 
     def __init__(self, path, files=None):
         self.files, self.handles, self.metadata, self.prefix = files or files_of(path), {}, {}, ""
@@ -115,13 +123,17 @@ class Tensors:
             try:
                 handle = safe_open(file, framework="pt")
             except SafetensorError as error:
-                raise ValueError(f"{file} is no whole safetensors file ({error}): fetch it again") from None
+                raise ValueError(
+                    f"{file} is no whole safetensors file ({error}): fetch it again"
+                ) from None
             except OSError as error:
                 raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
             self.metadata |= handle.metadata() or {}
             twice = self.handles.keys() & handle.keys()
             if twice:
-                raise ValueError(f"{file.parent} has {min(twice)} in several files: name one of them")
+                raise ValueError(
+                    f"{file.parent} has {min(twice)} in several files: name one of them"
+                )
             self.handles |= dict.fromkeys(handle.keys(), handle)
             self.places |= dict.fromkeys(handle.keys(), file)
 
@@ -136,7 +148,10 @@ class Tensors:
         """The same with names that lose `prefix`; raises `ValueError` where some do not have it."""
         odd = [name for name in self.handles if not name.startswith(prefix)]
         if odd:
-            raise ValueError(f"{self.files[0]} has {len(odd)} keys without the others' prefix {prefix}: {odd[0]} first")
+            raise ValueError(
+                f"{self.files[0]} has {len(odd)} keys without the others' prefix {prefix}: "
+                f"{odd[0]} first"
+            )
         self.prefix = prefix
         return self
 
@@ -168,7 +183,7 @@ class Tensors:
         return DTYPES[spelled], shape
 
 
-# --- digests --------------------------------------------------------------------------------------------------------------------
+# --- digests --------------------------------------------------------------------------------------
 
 
 def raw(tensor):
@@ -183,7 +198,9 @@ class Digests:
         self.pool, self.room, self.found = ThreadPoolExecutor(1), BoundedSemaphore(16), {}
 
     def add(self, name, source):
-        """Digest a tensor of a `Source` unless it has been seen; waits while too many wait, so as not to fall far behind."""
+        """Digest a tensor of a `Source` unless it has been seen; waits while too many wait, so as
+        not to fall far behind.
+        """
         if name not in self.found:
             self.room.acquire()
             self.found[name] = self.pool.submit(self._digest, name, source)
@@ -191,10 +208,15 @@ class Digests:
     def _digest(self, name, source):
         try:
             dtype, shape = source.described[name]
-            digest, step = hashlib.sha256(), max(1, DIGEST_BYTES * shape[0] // max(1, num_bytes({name: (dtype, shape)})))
+            digest, step = (
+                hashlib.sha256(),
+                max(1, DIGEST_BYTES * shape[0] // max(1, num_bytes({name: (dtype, shape)}))),
+            )
             for start in range(0, shape[0], step):
                 digest.update(raw(source.read(name, start, start + step)))
-            return hashlib.sha256(f"{SPELLED[dtype]}{list(shape)}".encode() + digest.digest()).hexdigest()
+            return hashlib.sha256(
+                f"{SPELLED[dtype]}{list(shape)}".encode() + digest.digest()
+            ).hexdigest()
         finally:
             self.room.release()
 
@@ -204,13 +226,15 @@ class Digests:
 
     def total(self):
         """One digest of all names and digests, in whatever order and files they came."""
-        return hashlib.sha256("".join(f"{k} {v}\n" for k, v in self.each().items()).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(f"{k} {v}\n" for k, v in self.each().items()).encode()
+        ).hexdigest()
 
     def close(self):
         self.pool.shutdown(cancel_futures=True)
 
 
-# --- writing --------------------------------------------------------------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------------
 
 
 def num_bytes(described):
@@ -219,10 +243,16 @@ def num_bytes(described):
 
 
 def split_shards(described, max_bytes):
-    """{name: (dtype, shape)} as a list of such, in order, each of at most `max_bytes` or of one tensor; None: all in one."""
+    """{name: (dtype, shape)} as a list of such, in order, each of at most `max_bytes` or of one
+    tensor; None: all in one.
+    """
     shards = [{}]
     for name, entry in described.items():
-        if max_bytes and shards[-1] and num_bytes(shards[-1]) + num_bytes({name: entry}) > max_bytes:
+        if (
+            max_bytes
+            and shards[-1]
+            and num_bytes(shards[-1]) + num_bytes({name: entry}) > max_bytes
+        ):
             shards.append({})
         shards[-1][name] = entry
     return shards
@@ -239,7 +269,11 @@ def _header(described, metadata):
     entries, offset = {"__metadata__": {k: str(v) for k, v in metadata.items()}}, 0
     for name, (dtype, shape) in described.items():
         end = offset + num_bytes({name: (dtype, shape)})
-        entries[name] = {"dtype": SPELLED[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        entries[name] = {
+            "dtype": SPELLED[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -253,7 +287,10 @@ def cast(name, tensor, dtype):
     result = tensor.to(dtype)
     narrows = tensor.is_floating_point() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max
     if narrows and not all_finite(result) and all_finite(tensor):
-        raise ValueError(f"{name} has values up to {tensor.abs().max().item():.3g}, too large for {dtype}: choose another --dtype")
+        raise ValueError(
+            f"{name} has values up to {tensor.abs().max().item():.3g}, too large for {dtype}: "
+            "choose another --dtype"
+        )
     return result
 
 
@@ -282,13 +319,17 @@ def wider(a, b):
     """The smallest type that holds values of both."""
     if a == b:
         return a
-    return torch.float32 if a.itemsize == b.itemsize else max(a, b, key=lambda dtype: dtype.itemsize)
+    return (
+        torch.float32 if a.itemsize == b.itemsize else max(a, b, key=lambda dtype: dtype.itemsize)
+    )
 
 
 def write(path, described, pieces, metadata, progress=lambda count: None):
-    """Write a safetensors file of {name: (dtype, shape)} from its (name, tensor) pieces, which come in the file's order.
+    """Write a safetensors file of {name: (dtype, shape)} from its (name, tensor) pieces, which come
+    in the file's order.
 
-    Returns what rewrites the metadata, for values of the same length that are known only now: a function of {key: text}.
+    Returns what rewrites the metadata, for values of the same length that are known only now: a
+    function of {key: text}.
     """
     header = _header(described, metadata)
     with open(path, "wb") as file:
@@ -298,7 +339,10 @@ def write(path, described, pieces, metadata, progress=lambda count: None):
             file.write(data)
             progress(data.nbytes)
         if file.tell() != len(header) + num_bytes(described):
-            raise RuntimeError(f"{path}: {file.tell() - len(header)} bytes were written, not {num_bytes(described)}")
+            raise RuntimeError(
+                f"{path}: {file.tell() - len(header)} bytes were written, not "
+                f"{num_bytes(described)}"
+            )
 
     def rewrite(changes):
         with open(path, "r+b") as file:
@@ -310,7 +354,9 @@ def write(path, described, pieces, metadata, progress=lambda count: None):
 
 
 def write_index(path, shards, names):
-    """The index of shards ({name: (dtype, shape)} each) in files `names`, as transformers and diffusers read it."""
+    """The index of shards ({name: (dtype, shape)} each) in files `names`, as transformers and
+    diffusers read it.
+    """
     index = {
         "metadata": {"total_size": sum(map(num_bytes, shards))},
         "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
@@ -320,11 +366,12 @@ def write_index(path, shards, names):
 
 @contextlib.contextmanager
 def aside(final, *, overwrite=False, folder=False, remedy="name another"):
-    """A path beside `final` to write a file or a `folder` to, renamed to it at the end and removed if that is not reached.
+    """A path beside `final` to write a file or a `folder` to, renamed to it at the end and removed
+    if that is not reached.
 
     A link to a file is replaced and not followed: a run's folder may come from somebody else.
-    Raises `ValueError` where `final` exists and `overwrite` is false, is of the other kind or holds what no checkpoint does, and
-    where it cannot be written: full disk, no permission.
+    Raises `ValueError` where `final` exists and `overwrite` is false, is of the other kind or holds
+    what no checkpoint does, and where it cannot be written: full disk, no permission.
     """
     final = Path(final).resolve() if folder else Path(final).parent.resolve() / Path(final).name
     free = partial(check_replaceable, final, overwrite=overwrite, folder=folder, remedy=remedy)
@@ -335,12 +382,19 @@ def aside(final, *, overwrite=False, folder=False, remedy="name another"):
             free()  # nobody has written it while we waited
             yield path
     except OSError as error:
-        reason = {errno.EFBIG: "file too large for this user's limit", errno.ENOSPC: "no space left on the disk; free some"}
-        raise ValueError(f"{final} cannot be written: {reason.get(error.errno) or error.strerror or error}") from error
+        reason = {
+            errno.EFBIG: "file too large for this user's limit",
+            errno.ENOSPC: "no space left on the disk; free some",
+        }
+        raise ValueError(
+            f"{final} cannot be written: {reason.get(error.errno) or error.strerror or error}"
+        ) from error
 
 
 def check_replaceable(final, *, overwrite, folder, remedy):
-    """Raise `ValueError` unless `final` is free or, with `overwrite`, a file or a folder of a checkpoint's files alone."""
+    """Raise `ValueError` unless `final` is free or, with `overwrite`, a file or a folder of a
+    checkpoint's files alone.
+    """
     if not final.exists():
         return
     if final.is_dir() != folder:
@@ -355,7 +409,8 @@ def check_replaceable(final, *, overwrite, folder, remedy):
     others = [p.name for p in inside if p.is_dir() or not p.name.endswith((*ours, *known))]
     if others:
         raise ValueError(
-            f"{final} holds more than a checkpoint's files, {sorted(others)[0]} first: it is not overwritten; name another"
+            f"{final} holds more than a checkpoint's files, {sorted(others)[0]} first: it is not "
+            "overwritten; name another"
         )
 
 
@@ -366,4 +421,7 @@ def check_room(final, count):
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < count:
-        raise ValueError(f"{final} needs {count / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room, or name another disk")
+        raise ValueError(
+            f"{final} needs {count / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room, or "
+            "name another disk"
+        )

@@ -1,7 +1,9 @@
-"""Prompts to what the transformer is conditioned on: T5's tokens and CLIP's pooled vector, as diffusers' FluxPipeline encodes them.
+"""Prompts to what the transformer is conditioned on: T5's tokens and CLIP's pooled vector, as
+diffusers' FluxPipeline encodes them.
 
-The only module that imports transformers, and only when encoders are loaded. Either encoder is named by a folder (a whole pipeline,
-or an encoder with its tokenizer inside it or beside it) or by a repository of the Hugging Face hub, `owner/name[/folder]`.
+The only module that imports transformers, and only when encoders are loaded. Either encoder is
+named by a folder (a whole pipeline, or an encoder with its tokenizer inside it or beside it) or by
+a repository of the Hugging Face hub, `owner/name[/folder]`.
 
     encoders = load_text_encoders("assets/flux-tiny", "assets/flux-tiny", device="cpu", dtype=torch.float32)
     txt, pooled = encoders.encode(["red circle with blue background"], max_sequence_length=16)
@@ -92,7 +94,13 @@ CLIP = Kind(
     tokenizer="tokenizer",
     tokenizer_files=("tokenizer.json", "vocab.json"),
     model_types=("clip_text_model", "clip"),
-    other_weights=("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "text_model.embeddings.position_ids"),
+    other_weights=(
+        "vision_model.",
+        "visual_projection.",
+        "text_projection.",
+        "logit_scale",
+        "text_model.embeddings.position_ids",
+    ),
     description=ClipDescription,
     prefix="text_model.",
     blocks=("num_hidden_layers", "encoder.layers.{i}"),
@@ -120,15 +128,19 @@ class TextEncoders:
 
     @torch.no_grad()  # not inference mode, whose tensors cannot take part in a training step
     def encode(self, prompts, max_sequence_length):
-        """T5's tokens (B, L, D) and CLIP's pooled vectors (B, P) of a list of prompts, with L = `max_sequence_length`.
+        """T5's tokens (B, L, D) and CLIP's pooled vectors (B, P) of a list of prompts, with L =
+        `max_sequence_length`.
 
-        T5 sees its padding unmasked; CLIP takes the first 77 tokens. Matches FluxPipeline.encode_prompt.
+        T5 sees its padding unmasked; CLIP takes the first 77 tokens. Matches
+        FluxPipeline.encode_prompt.
         """
         if not prompts or isinstance(prompts, str):
             raise ValueError(f"prompts={prompts!r} must be a list of at least one string")
         for prompt in prompts:
             check_encodable(prompt)
-        clip_length = min(self.clip_tokenizer.model_max_length, self.clip.config.max_position_embeddings)
+        clip_length = min(
+            self.clip_tokenizer.model_max_length, self.clip.config.max_position_embeddings
+        )
         seen = f"T5 still reads up to {max_sequence_length} tokens"
         clip_ids = self._tokenize("CLIP", self.clip_tokenizer, prompts, clip_length, seen)
         remedy = "raise the maximum sequence length or shorten the prompt"
@@ -144,19 +156,37 @@ class TextEncoders:
             longest = max(range(len(whole)), key=lambda i: len(whole[i]))
             if len(whole[longest]) > length:
                 self._reported.add(name)
-                text = prompts[longest] if len(prompts[longest]) <= 60 else prompts[longest][:57] + "..."
-                log.warning("%s reads %d of the %d tokens of %r: %s", name, length, len(whole[longest]), text, remark)
-        return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+                text = (
+                    prompts[longest]
+                    if len(prompts[longest]) <= 60
+                    else prompts[longest][:57] + "..."
+                )
+                log.warning(
+                    "%s reads %d of the %d tokens of %r: %s",
+                    name,
+                    length,
+                    len(whole[longest]),
+                    text,
+                    remark,
+                )
+        return tokenizer(
+            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).input_ids
 
     @cached_property
     def digest(self):
-        """Sixteen hexadecimal digits that name the weights, settings and tokenizers of both encoders, wherever they lie.
+        """Sixteen hexadecimal digits that name the weights, settings and tokenizers of both
+        encoders, wherever they lie.
 
         Reads every file once, some ten seconds for T5-XXL.
         """
         total = hashlib.sha256()
         for folder in self.folders:
-            for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".model", ".safetensors", ".txt")):
+            for path in sorted(
+                p
+                for p in folder.iterdir()
+                if p.suffix in (".json", ".model", ".safetensors", ".txt")
+            ):
                 total.update(f"{path.name} {path.stat().st_size}\n".encode())
                 with open(path, "rb") as file:
                     while block := file.read(1 << 22):
@@ -165,10 +195,12 @@ class TextEncoders:
 
 
 def load_text_encoders(t5, clip, *, device, dtype, t5_device=None):
-    """Load T5 from `t5` and CLIP from `clip`, each a folder or a hub repository, frozen, on `device` and in `dtype`.
+    """Load T5 from `t5` and CLIP from `clip`, each a folder or a hub repository, frozen, on
+    `device` and in `dtype`.
 
     T5, by far the larger, may go to a `t5_device` of its own.
-    Raises `ValueError` that names `model.t5` or `model.clip` where one cannot be found, fetched or loaded whole.
+    Raises `ValueError` that names `model.t5` or `model.clip` where one cannot be found, fetched or
+    loaded whole.
     """
     t5_folder, t5_tokenizer_folder = locate(t5, T5)
     clip_folder, clip_tokenizer_folder = locate(clip, CLIP)
@@ -285,79 +317,119 @@ def check_description(folder, kind):
 
 
 def load_model(cls, folder, kind, dtype):
-    """The transformers model `cls` in `folder`, every weight accounted for, in evaluation mode and without gradients."""
+    """The transformers model `cls` in `folder`, every weight accounted for, in evaluation mode and
+    without gradients.
+    """
     try:
         check_description(folder, kind)
     except ValueError as error:
         raise ValueError(f"{kind.key}: the weights do not load whole: {error}") from None
     with library_errors(kind, "encoder", folder):
         model, info = cls.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     faults = {
         "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(k for k in info["unexpected_keys"] if not k.startswith(kind.other_weights)),
+        "unexpected": sorted(
+            k for k in info["unexpected_keys"] if not k.startswith(kind.other_weights)
+        ),
         "of another shape": sorted(str(k[0]) for k in info["mismatched_keys"]),
     }
     for fault, names in faults.items():
         if names:
-            raise ValueError(f"{kind.key}: {folder} has {len(names)} weights {fault} for its config.json, {names[0]} among them")
+            raise ValueError(
+                f"{kind.key}: {folder} has {len(names)} weights {fault} for its config.json, "
+                f"{names[0]} among them"
+            )
     return model.eval().requires_grad_(False)
 
 
-# --- where the files are -----------------------------------------------------------------------------------------------------
+# --- where the files are --------------------------------------------------------------------------
 
 
 def locate(where, kind):
-    """The folder of the encoder and that of its tokenizer: inside the encoder's, else beside it, else in the pipeline's."""
+    """The folder of the encoder and that of its tokenizer: inside the encoder's, else beside it,
+    else in the pipeline's.
+    """
     if not where:
-        raise ValueError(f"{kind.key}={where} names no text encoder: set it to a pipeline's folder or hub repository")
+        raise ValueError(
+            f"{kind.key}={where} names no text encoder: set it to a pipeline's folder or hub "
+            "repository"
+        )
     folder = Path(expand_home(str(where), kind.key))
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"{kind.key}={where} is a file, and an encoder in one file is not supported yet: name "
-            f"a folder with config.json, the weights and a tokenizer, as {kind.encoder} of a pipeline"
+            f"a folder with config.json, the weights and a tokenizer, as {kind.encoder} of a "
+            "pipeline"
         )
     folder = folder if folder.is_dir() else download(str(where), kind)
     root = folder if (folder / kind.encoder).is_dir() else folder.parent
     encoder = folder / kind.encoder if root == folder else folder
     if not (encoder / "config.json").is_file():
         raise ValueError(
-            f"{kind.key}={where} has no {kind.encoder}/config.json nor config.json: name a pipeline's folder or an encoder's"
+            f"{kind.key}={where} has no {kind.encoder}/config.json nor config.json: name a "
+            "pipeline's folder or an encoder's"
         )
     try:
         model_type = read_json(encoder / "config.json").get("model_type")
     except ValueError as error:
         raise ValueError(f"{kind.key}={where}: {error}") from None
     if model_type not in kind.model_types:
-        raise ValueError(f"{kind.key}={where} holds a model of type {model_type}, not {kind.model_types[0]}: name another folder")
+        raise ValueError(
+            f"{kind.key}={where} holds a model of type {model_type}, not {kind.model_types[0]}: "
+            "name another folder"
+        )
     if not any(encoder.glob("*.safetensors")):
         raise ValueError(f"{kind.key}={where} has no weights: {encoder} needs .safetensors files")
     for tokenizer in (encoder, root / kind.tokenizer):
         if any((tokenizer / name).is_file() for name in kind.tokenizer_files):
             return encoder, tokenizer
     files = " or ".join(kind.tokenizer_files)
-    raise ValueError(f"{kind.key}={where} has no tokenizer: put {files} into {encoder} or into {root / kind.tokenizer}")
+    raise ValueError(
+        f"{kind.key}={where} has no tokenizer: put {files} into {encoder} or into "
+        f"{root / kind.tokenizer}"
+    )
 
 
 def download(where, kind):
-    """Fetch the encoder and the tokenizer of `owner/name[/folder]` from the hub or its cache; returns the folder."""
+    """Fetch the encoder and the tokenizer of `owner/name[/folder]` from the hub or its cache;
+    returns the folder.
+    """
     owner, name, *inside = [*where.split("/"), "", ""][: max(2, where.count("/") + 1)]
     if not hub.is_repository(where) or len(inside) > 1:
-        raise ValueError(f"{kind.key}={where} is no folder: name one, such as assets/flux-tiny, or a hub repository owner/name")
-    folder = inside[0] if inside else kind.encoder
-    patterns = [f"{folder}/*.{suffix}" for suffix in ("json", "model", "safetensors", "txt")] + [f"{kind.tokenizer}/*"]
-    if not inside:  # a repository of one encoder; never *.safetensors, which in a pipeline's root are other models
-        patterns += (
-            "config.json tokenizer.json tokenizer_config.json special_tokens_map.json spiece.model vocab.json merges.txt".split()
+        raise ValueError(
+            f"{kind.key}={where} is no folder: name one, such as assets/flux-tiny, or a hub "
+            "repository owner/name"
         )
-        patterns += ["model.safetensors", "model.safetensors.index.json", "model-0*-of-*.safetensors"]
+    folder = inside[0] if inside else kind.encoder
+    patterns = [f"{folder}/*.{suffix}" for suffix in ("json", "model", "safetensors", "txt")] + [
+        f"{kind.tokenizer}/*"
+    ]
+    # a repository of one encoder; never *.safetensors, which in a pipeline's root are other models
+    if not inside:
+        patterns += (
+            "config.json tokenizer.json tokenizer_config.json special_tokens_map.json "
+            "spiece.model vocab.json merges.txt"
+        ).split()
+        patterns += [
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "model-0*-of-*.safetensors",
+        ]
     return hub.fetch(f"{owner}/{name}", patterns, key=kind.key).joinpath(*inside)
 
 
 @contextlib.contextmanager
 def quiet_transformers():
-    """Without transformers' progress bars and warnings, which concern its own authors; what is wrong is raised here."""
+    """Without transformers' progress bars and warnings, which concern its own authors; what is
+    wrong is raised here.
+    """
     from transformers.utils import logging as their_log
 
     verbosity, bars = their_log.get_verbosity(), their_log.is_progress_bar_enabled()
@@ -376,4 +448,6 @@ def check_encodable(prompt):
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"prompt {prompt!a:.80} holds what is no character: write it in UTF-8") from None
+        raise ValueError(
+            f"prompt {prompt!a:.80} holds what is no character: write it in UTF-8"
+        ) from None

@@ -1,4 +1,6 @@
-"""Proof of a conversion: every byte read back through the inverse mapping, and one forward beside diffusers' model."""
+"""Proof of a conversion: every byte read back through the inverse mapping, and one forward beside
+diffusers' model.
+"""
 
 import importlib.util
 from dataclasses import replace
@@ -18,7 +20,9 @@ MAX_ERROR = 1e-4  # ‖ours − theirs‖ / ‖theirs‖ in float32; a wrong row
 
 
 def digests_of(source, progress=lambda count: None):
-    """SHA-256 of each tensor of a `Source` ({name: digest}), and of all: the same in whatever files and order they lie."""
+    """SHA-256 of each tensor of a `Source` ({name: digest}), and of all: the same in whatever files
+    and order they lie.
+    """
     digests = tensor_files.Digests()
     source.check_whole()
     try:
@@ -31,12 +35,15 @@ def digests_of(source, progress=lambda count: None):
 
 
 def verify(source, dst, progress=lambda count: None):
-    """Compare what lies at `dst` with the `Source` it was made from; lines that say what was proved, or `ValueError`.
+    """Compare what lies at `dst` with the `Source` it was made from; lines that say what was
+    proved, or `ValueError`.
 
     The forward takes about 3 GB at FLUX's width; the comparison of bytes a few linears.
     """
     back = open_source(dst, setting="--dst")
-    optional = {name for rule in layouts.rules(source.layout, source.config) for name in rule.optional}
+    optional = {
+        name for rule in layouts.rules(source.layout, source.config) for name in rule.optional
+    }
     wrong, rounded, count = [], set(), 0
     for name, tensor in layouts.convert(back.read, back.layout, source.layout, source.config):
         if name in optional:  # a bias that NeMo's layout may lack, and whose value nothing reads
@@ -44,7 +51,9 @@ def verify(source, dst, progress=lambda count: None):
         expected = source.read(name)
         if tensor.dtype != expected.dtype:
             rounded.add(str(tensor.dtype).removeprefix("torch."))
-        if not np.array_equal(tensor_files.raw(expected.to(tensor.dtype)), tensor_files.raw(tensor)):
+        if not np.array_equal(
+            tensor_files.raw(expected.to(tensor.dtype)), tensor_files.raw(tensor)
+        ):
             wrong.append(name)
         count += 1
         progress(expected.nbytes)
@@ -59,12 +68,19 @@ def verify(source, dst, progress=lambda count: None):
         return [*lines, "no forward was compared: diffusers is not installed"]
     error = forward_error(source, back)
     if not error <= MAX_ERROR:
-        raise ValueError(f"--verify: a forward of {dst} differs from diffusers' by {error:.1e}: do not use it")
-    return [*lines, f"verified: a forward of its first blocks equals diffusers' model to {error:.1e}"]
+        raise ValueError(
+            f"--verify: a forward of {dst} differs from diffusers' by {error:.1e}: do not use it"
+        )
+    return [
+        *lines,
+        f"verified: a forward of its first blocks equals diffusers' model to {error:.1e}",
+    ]
 
 
 def first_blocks(config):
-    """The configuration of the first double and single block alone, whose names the whole has too."""
+    """The configuration of the first double and single block alone, whose names the whole has
+    too.
+    """
     depths = ("num_double_blocks", "num_single_blocks")
     return replace(config, **{name: min(1, getattr(config, name)) for name in depths})
 
@@ -99,7 +115,9 @@ def make_inputs(config):
         guidance=torch.tensor([3.5]) if config.guidance_embed else None,
     )
     if isinstance(config, ControlNetConfig):
-        inputs["hint"] = draw(1, 3, 48, 64) if config.hint == "pixel" else draw(1, 12, config.in_channels)
+        inputs["hint"] = (
+            draw(1, 3, 48, 64) if config.hint == "pixel" else draw(1, 12, config.in_channels)
+        )
         inputs["mode"] = torch.tensor([0]) if config.num_modes else None
     return inputs
 
@@ -116,12 +134,23 @@ def diffusers_forward(config, state, inputs):
 
     values = layouts.config_to_diffusers(config)
     with torch.device("meta"):
-        model = getattr(diffusers, values["_class_name"])(**{k: v for k, v in values.items() if not k.startswith("_")})
+        model = getattr(diffusers, values["_class_name"])(
+            **{k: v for k, v in values.items() if not k.startswith("_")}
+        )
     model.load_state_dict(state, strict=True, assign=True)
-    names = {"img": "hidden_states", "txt": "encoder_hidden_states", "pooled": "pooled_projections", "t": "timestep"}
+    names = {
+        "img": "hidden_states",
+        "txt": "encoder_hidden_states",
+        "pooled": "pooled_projections",
+        "t": "timestep",
+    }
     names |= {"guidance": "guidance", "hint": "controlnet_cond", "mode": "controlnet_mode"}
     ids, given = position_ids(6, 8, 5).float(), {names[k]: v for k, v in inputs.items()}
     if given.get("controlnet_mode") is not None:
         given["controlnet_mode"] = given["controlnet_mode"][:, None]
     out = model(**given, img_ids=ids[5:], txt_ids=ids[:5], return_dict=False)
-    return torch.cat([*(out[0] or ()), *(out[1] or ())]) if isinstance(config, ControlNetConfig) else out[0]
+    return (
+        torch.cat([*(out[0] or ()), *(out[1] or ())])
+        if isinstance(config, ControlNetConfig)
+        else out[0]
+    )
