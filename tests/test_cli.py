@@ -136,6 +136,23 @@ def test_a_program_ends_with_one_line_or_a_bugs_traceback(body, code, text):
     assert code == 1 or err.count("\n") <= 1
 
 
+def test_a_program_ends_with_its_exit_functions_called_and_the_interpreter_whole():
+    """A thread of gloo that frees a tensor while the interpreter is taken apart aborts it."""
+    lines = [
+        "import atexit, __main__, threading",
+        "class Probe:",
+        "    def __del__(self):",
+        "        os.write(1, b'taken apart')",
+        "__main__.probe = Probe()",
+        "atexit.register(print, 'exit functions')",
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('threads'))).start()",
+    ]
+    for end, code in (([], 0), (["raise ValueError('x')"], 2), (["raise KeyError('x')"], 1)):
+        process = program([*lines, *end])
+        out, _ = process.communicate(timeout=30)
+        assert (process.returncode, out) == (code, "threads\nexit functions\n")
+
+
 def test_ctrl_c_ends_a_program_with_130():
     process = program(["print('ready', flush=True)", "time.sleep(30)"])
     process.stdout.readline()

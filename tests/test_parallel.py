@@ -106,6 +106,14 @@ def test_every_mesh_computes_the_same_run(reference, tmp_path, ranks):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_every_mesh_computes_the_same_run_with_more_combinations(reference, tmp_path, ranks):
+    figures = run_meshes(ranks, tmp_path, "more:")
+    assert len(figures) >= 2
+    assert_same(figures, reference)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_compute_the_same_run(reference, tmp_path):
     assert_same(run_meshes(2, tmp_path, "compiled:"), reference)

@@ -772,8 +772,8 @@ import torch
 sys.path.insert(0, "tests")
 from test_trainer import MOCK, configure
 from fluxlite import parallel
-from fluxlite.train import run_state
-from fluxlite.train import loop
+from fluxlite.cli.processes import leave
+from fluxlite.train import loop, run_state
 from fluxlite.cli.programs import one_line
 config = configure(*MOCK, f"output={sys.argv[1]}")
 device, mesh = parallel.start(config.parallel, "cpu")
@@ -799,7 +799,7 @@ if parallel.rank() == 0:
 torch.distributed.barrier()
 assert run_state.choose_checkpoint(config.output).name == "step-000001"
 parallel.stop()
-os._exit(0)  # torch's own threads sometimes abort a busy machine's exit; that is not asked here
+leave(0)
 """
 
 

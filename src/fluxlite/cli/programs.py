@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 
-from fluxlite.cli.processes import STOP_SIGNALS, deferred_signals, die_with_parent
+from fluxlite.cli.processes import STOP_SIGNALS, deferred_signals, die_with_parent, leave
 
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
@@ -19,7 +19,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def run_program(body, *, usage=None, ranks=True):
-    """Call `body(arguments)` with the command line's; never returns where it fails.
+    """Call `body(arguments)` with the command line's; never returns.
 
     Without `ranks` the program is one process: torchrun with several is refused.
 
@@ -42,6 +42,7 @@ def run_program(body, *, usage=None, ranks=True):
             body(arguments)
         sys.stdout.flush()
         _let_go()
+        leave(0)
     except Terminated:
         _end(143, _said_once("stopped by SIGTERM"))
     except KeyboardInterrupt:
@@ -51,7 +52,8 @@ def run_program(body, *, usage=None, ranks=True):
     except Exception as error:
         line = one_line(error)
         if line is None or os.environ.get(BUG):
-            raise
+            sys.excepthook(*sys.exc_info())
+            leave(1)
         if not _is_first():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 has spoken
             time.sleep(FIRST_SPEAKS)
@@ -94,7 +96,7 @@ def _end(code, line):
         sys.stdout.flush()
     except OSError:  # its reader is gone, or its disk full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
-    sys.exit(code)
+    leave(code)
 
 
 def _is_first():
