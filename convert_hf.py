@@ -1,13 +1,13 @@
 """Convert FLUX.1 checkpoints between layouts, at constant memory: diffusers, BFL (ComfyUI), NeMo
 and fluxlite.
 
-  python convert_hf.py --src FLUX.1-dev --dst flux1-dev-fluxlite.safetensors                  # diffusers folder → fluxlite
+  python convert_hf.py --src FLUX.1-dev --dst flux1-dev-fluxlite.safetensors  # to our own
   python convert_hf.py --src flux1-dev.safetensors --dst FLUX.1-dev/transformer --to diffusers
-  python convert_hf.py --src runs/finetune --dst finetuned.safetensors --to bfl --dtype bfloat16   # a run → ComfyUI
+  python convert_hf.py --src runs/finetune --dst finetuned.safetensors --to bfl # a run → ComfyUI
   python convert_hf.py --src nemo_flux_transformer.safetensors --dst flux.safetensors --verify
-  python convert_hf.py --src FLUX.1-dev/vae --dst ae.safetensors --to bfl                     # the autoencoder
-  python convert_hf.py --src FLUX.1-dev-Controlnet-Canny --dst canny.safetensors              # a ControlNet
-  python convert_hf.py --src FLUX.1-dev --digests                                             # SHA-256 of every tensor
+  python convert_hf.py --src FLUX.1-dev/vae --dst ae.safetensors --to bfl  # the autoencoder
+  python convert_hf.py --src FLUX.1-dev-Controlnet-Canny --dst canny.safetensors  # a ControlNet
+  python convert_hf.py --src FLUX.1-dev --digests  # SHA-256 of every tensor
 
 The source's layout is recognised by its keys. Every key and shape is checked before a byte is
 written; the result appears under its name only when it is whole. Errors are one line, with exit

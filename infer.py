@@ -15,14 +15,14 @@ from fluxlite.cli.programs import run_program
 USAGE = """
 Draw pictures with a FLUX pipeline.
 
-  python infer.py prompt="red circle with blue background"           the tiny pipeline that is shipped
+  python infer.py prompt="red circle with blue background"  the tiny pipeline that is shipped
   python infer.py prompt="a fox" prompt="an owl" images_per_prompt=4
   python infer.py prompt_file=prompts.txt model.checkpoint=runs/laptop output=pictures
   python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev height=512 width=512
-  python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev controlnet.checkpoint=FLUX.1-dev-Controlnet-Canny \\
-      control_image=edges.png controlnet.scale=0.7 controlnet.end=0.8
+  python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev control_image=edges.png \\
+      controlnet.checkpoint=FLUX.1-dev-Controlnet-Canny controlnet.scale=0.7 controlnet.end=0.8
 
-  python infer.py prompt="an owl" prompt_number=1 picture_number=3     one of many drawn again, from what its PNG says
+  python infer.py prompt="an owl" prompt_number=1 picture_number=3  one of many, again
 
 Prompts and paths are taken as the shell gives them: no quoting for Hydra is needed.
 """

@@ -1,9 +1,9 @@
 """Memory of one rank while the sharded model is built: never more than its shard and one block.
 Prints a table and a JSON line.
 
-    python benchmarks/build.py --ranks 8                       # FLUX.1-dev, random weights; the other seven ranks are pretended
+    python benchmarks/build.py --ranks 8  # FLUX.1-dev, random; seven ranks are pretended
     python benchmarks/build.py --ranks 8 --set model.checkpoint=FLUX.1-random
-    torchrun --nproc_per_node 4 benchmarks/build.py --set model.num_double_blocks=1 --set model.num_single_blocks=2
+    torchrun --nproc_per_node 4 benchmarks/build.py --set model.num_single_blocks=2
 
 Private memory is sampled every few milliseconds; pages mapped from a checkpoint are not in it,
 since the system takes them back.

@@ -1,8 +1,8 @@
 """A checkpoint to fluxlite and back to diffusers' layout at constant memory, beside `cp` of the
 same files on the same disk.
 
-    python scripts/make_random.py --dst FLUX.1-random                # 23.8 GB, where there are no real weights
-    python benchmarks/convert.py --src FLUX.1-random --work scratch  # needs twice that again; what it writes it removes
+    python scripts/make_random.py --dst FLUX.1-random  # 23.8 GB, where there are no real weights
+    python benchmarks/convert.py --src FLUX.1-random --work scratch  # twice that again
 
 Every file is put on the disk (fsync) before its time is taken, and out of the page cache before it
 is read. Prints a table, whether the tensors that came back are the same by SHA-256, and, last, one

@@ -1,7 +1,7 @@
 """Our forward beside diffusers' and beside the bare matrix products, at FLUX.1's full width and
 reduced depth, in one process.
 
-    python benchmarks/forward.py                                     # bf16, 256², 512² and 1024², eager and compiled
+    python benchmarks/forward.py  # bf16, 256², 512² and 1024², eager and compiled
     python benchmarks/forward.py --dtype float32 --sizes 256 --no-compile
 
 Measured alternately, medians of `--repeats`. One denoising step as each pipeline runs it: diffusers
@@ -217,7 +217,8 @@ def report(rows, weights):
                 continue
             base = row["diffusers, compiled" if "compiled" in name else "diffusers"]
             print(
-                f"{name:<24}{seconds:>9.3f}{row['tflop'] / seconds:>9.2f}{base / seconds:>13.2f}{row['floor'] / seconds:>14.0%}"
+                f"{name:<24}{seconds:>9.3f}{row['tflop'] / seconds:>9.2f}{base / seconds:>13.2f}"
+                f"{row['floor'] / seconds:>14.0%}"
             )
         print(f"{'relative difference':<24}{row['error']:>9.1e}")
     print(

@@ -1,9 +1,9 @@
 """A training step beside the same step of diffusers' model: one process, same loss, clipping,
 optimizer and dtype.
 
-    python benchmarks/train_step.py                        # bf16, with and without activation checkpointing; minutes
+    python benchmarks/train_step.py  # bf16, with and without activation checkpointing; minutes
     python benchmarks/train_step.py --dtype float32 --side 256
-    python benchmarks/train_step.py --scaling              # one process on one core beside two on two, FSDP2
+    python benchmarks/train_step.py --scaling  # one process on one core beside two on two, FSDP2
 
 Ours is the trainer's on a mesh of one: float32 weights, gradients and AdamW, weights cast to the
 compute dtype while a block runs. Theirs has float32 weights under autocast, as diffusers' training
@@ -38,12 +38,27 @@ TEXT_TOKENS = 512
 
 
 def configure(args, checkpointing="none"):
-    return load_config(TrainConfig, "train", [
-        "model=flux_dev", f"model.num_double_blocks={args.doubles}", f"model.num_single_blocks={args.singles}",
-        f"model.hidden_size={args.heads * 128}", f"model.num_heads={args.heads}", f"model.max_sequence_length={TEXT_TOKENS}",
-        "data=mock", f"data.height={args.side}", f"data.width={args.side}", f"data.global_batch={parallel.world_size()}",
-        "device=cpu", f"dtype={args.dtype}", f"parallel.activation_checkpointing={checkpointing}", "optim.warmup=0",
-        *args.set])  # fmt: skip
+    return load_config(
+        TrainConfig,
+        "train",
+        [
+            "model=flux_dev",
+            f"model.num_double_blocks={args.doubles}",
+            f"model.num_single_blocks={args.singles}",
+            f"model.hidden_size={args.heads * 128}",
+            f"model.num_heads={args.heads}",
+            f"model.max_sequence_length={TEXT_TOKENS}",
+            "data=mock",
+            f"data.height={args.side}",
+            f"data.width={args.side}",
+            f"data.global_batch={parallel.world_size()}",
+            "device=cpu",
+            f"dtype={args.dtype}",
+            f"parallel.activation_checkpointing={checkpointing}",
+            "optim.warmup=0",
+            *args.set,
+        ],
+    )
 
 
 def sample(config, seed=1):

@@ -2,7 +2,7 @@
 runs.
 
     python scripts/convert_first_edition.py --src old.safetensors --dst new.safetensors
-    python scripts/convert_first_edition.py --src runs/old --dst new.safetensors                # the moving average
+    python scripts/convert_first_edition.py --src runs/old --dst new.safetensors  # its average
     python scripts/convert_first_edition.py --src runs/old --dst flux1.safetensors --to bfl --no-ema
 
 That edition kept queries, keys and values head by head, rotation pairs as halves of a head, and all

@@ -1,8 +1,8 @@
 """Write a full-size FLUX.1 pipeline folder of random weights, for tests of scale: right names,
 shapes, types and shards.
 
-    python scripts/make_random.py --dst FLUX.1-random                     # FLUX.1-dev's transformer, 23.8 GB in 3 shards
-    python scripts/make_random.py --dst FLUX.1-random --model schnell --encoders      # with T5-XXL, CLIP-L, autoencoder: 33.7 GB
+    python scripts/make_random.py --dst FLUX.1-random  # FLUX.1-dev's transformer, 23.8 GB
+    python scripts/make_random.py --dst FLUX.1-random --model schnell --encoders  # all, 33.7 GB
     python scripts/make_random.py --dst small --doubles 1 --singles 1     # full width, less depth
 
 Weights are bfloat16 and come from one pool of normal draws, scaled by each matrix's width: no more

@@ -1,7 +1,7 @@
 """Make `assets/flux-tiny`: a tiny but complete FLUX pipeline, every part trained on generated
 fill50k pictures and captions.
 
-    python scripts/make_tiny.py                    # all stages, about two hours and a half on two cores
+    python scripts/make_tiny.py  # all stages, about two hours and a half on two cores
     python scripts/make_tiny.py --stage vae        # or text, transformer, controlnet
 
 Pairs of colours that `fill50k.is_held_out` holds out are in no stage's data. Weights are stored in

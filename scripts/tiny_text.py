@@ -41,17 +41,23 @@ T5_LENGTH = 16
 CLIP_LENGTH = 77
 # {c} circle, {b} background. The first is the data set's; the others let a user phrase it in
 # another way.
-TEMPLATES = """{c} circle with {b} background|{c} circle on {b} background|a {c} circle on a {b} background
-a {c} circle with a {b} background|{c} circle, {b} background|{c} circle and {b} background|{c} circle on {b}
-{b} background with {c} circle|{b} background, {c} circle|a {b} background with a {c} circle|on a {b} background a {c} circle
-the {c} circle on the {b} background|{c} disc on {b} background|{c} dot, {b} background|{c} ball on a {b} background
-a {c} circle in front of a {b} background|an image of a {c} circle on {b} background|one {c} circle over {b} backdrop
-a circle of {c} on a background of {b}|{c} coloured circle on {b} coloured background|a {c} colored circle with {b} background
-{c} circle|a {c} circle|{b} background|a {b} background|"""
+TEMPLATES = """\
+{c} circle with {b} background|{c} circle on {b} background|a {c} circle on a {b} background
+a {c} circle with a {b} background|{c} circle, {b} background|{c} circle and {b} background
+{c} circle on {b}|{b} background with {c} circle|{b} background, {c} circle
+a {b} background with a {c} circle|on a {b} background a {c} circle
+the {c} circle on the {b} background|{c} disc on {b} background|{c} dot, {b} background
+{c} ball on a {b} background|a {c} circle in front of a {b} background
+an image of a {c} circle on {b} background|one {c} circle over {b} backdrop
+a circle of {c} on a background of {b}|{c} coloured circle on {b} coloured background
+a {c} colored circle with {b} background|{c} circle|a {c} circle|{b} background|a {b} background|"""
 TEMPLATES = TEMPLATES.replace("\n", "|").split("|")
-MORE_WORDS = """a an and any are at background backdrop ball before behind big bright by circle circles color colored colour
-coloured disc disk dot drawing for from front goldenrod grey image in is it its large like near of on one or over painted painting
-photo picture plain round shape small solid sphere square that the there this tiny to two under very with""".split()
+MORE_WORDS = """
+a an and any are at background backdrop ball before behind big bright by circle circles color
+colored colour coloured disc disk dot drawing for from front goldenrod grey image in is it its
+large like near of on one or over painted painting photo picture plain round shape small solid
+sphere square that the there this tiny to two under very with
+""".split()
 SYNONYMS = {"gray": "grey", "golden rod": "goldenrod"}
 NO_COLOUR = 127.5  # what a caption that does not name a colour stands for
 

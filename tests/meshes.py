@@ -22,11 +22,32 @@ from fluxlite.data import MockSamples
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, optim
 
-MODEL = ["data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "model.num_double_blocks=1",
-         "model.num_single_blocks=1", "model.num_heads=24", "model.hidden_size=192", "model.rope_axes=[2,2,4]",
-         "model.in_channels=12", "model.out_channels=12", "model.text_width=20", "model.pooled_width=14",
-         "model.max_sequence_length=8", "data.height=32", "data.width=64", "data.global_batch=8", "data.workers=0", "steps=10",
-         "optim.warmup=0", "optim.lr=1e-3", "optim.clip=0.5", "optim.ema_decay=0.9", "flow.guidance=uniform[1,5]"]  # fmt: skip
+MODEL = [
+    "data=mock",
+    "model.t5=null",
+    "model.clip=null",
+    "model.autoencoder=null",
+    "model.num_double_blocks=1",
+    "model.num_single_blocks=1",
+    "model.num_heads=24",
+    "model.hidden_size=192",
+    "model.rope_axes=[2,2,4]",
+    "model.in_channels=12",
+    "model.out_channels=12",
+    "model.text_width=20",
+    "model.pooled_width=14",
+    "model.max_sequence_length=8",
+    "data.height=32",
+    "data.width=64",
+    "data.global_batch=8",
+    "data.workers=0",
+    "steps=10",
+    "optim.warmup=0",
+    "optim.lr=1e-3",
+    "optim.clip=0.5",
+    "optim.ema_decay=0.9",
+    "flow.guidance=uniform[1,5]",
+]
 
 MESHES = {
     1: {"one": []},
@@ -45,8 +66,13 @@ MESHES = {
     },
 }
 PLAIN = ["dtype=float32"]
-CONTROL = [*PLAIN, "controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=1",
-           "controlnet.init_from_base=false"]  # fmt: skip
+CONTROL = [
+    *PLAIN,
+    "controlnet=default",
+    "controlnet.num_double_blocks=1",
+    "controlnet.num_single_blocks=1",
+    "controlnet.init_from_base=false",
+]
 # in part out of any gradient's reach
 DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]
 # accumulation, shard_modulation, and whether the suite leaves it to its slow part

@@ -1,8 +1,8 @@
 """Training that is told to stop in a given phase; run by `test_processes.py`, alone or under
 torchrun.
 
-    python tests/phases.py loading SIGTERM data=mock …     # one run, signalled when it comes to that phase
-    python tests/phases.py < cases.json                    # many, each in a process forked off: no import for each
+    python tests/phases.py loading SIGTERM data=mock …  # one run, signalled in that phase
+    python tests/phases.py < cases.json  # many, each in a process forked off: no import for each
 
 The signal goes to the whole process group, loader processes and all; under torchrun to torchrun.
 """

@@ -55,12 +55,16 @@ RULES = {  # name: (what runs, kernels, bytes)
     "a product": (lambda: X @ X.T, 1, 0),
     "a norm": (lambda: F.rms_norm(X, (8,), WEIGHT), 1, 192 + 32 + 192 + 6 * 4),
     "a norm that copies": (
-        lambda: F.rms_norm(X.T, (6,), WEIGHT[:6]), 2, 2 * 192 + 192 + 24 + 192 + 8 * 4
+        lambda: F.rms_norm(X.T, (6,), WEIGHT[:6]),
+        2,
+        2 * 192 + 192 + 24 + 192 + 8 * 4,
     ),
     "a layer norm that copies": (
-        lambda: F.layer_norm(X.T, (6,)), 2, 2 * 192 + 192 + 192 + 2 * 8 * 4
+        lambda: F.layer_norm(X.T, (6,)),
+        2,
+        2 * 192 + 192 + 192 + 2 * 8 * 4,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -92,7 +92,7 @@ def batches(dataset, *, ranks=1, workers=0, micro_batch=2, global_batch=6, start
                 start_index=start,
                 stop_index=stop,
                 workers=workers,
-            )  # fmt: skip
+            )
         )
         for rank in range(ranks)
     ]
@@ -942,7 +942,7 @@ def test_canny_draws_the_outline_of_a_square(tmp_path):
 def test_canny_sees_edges_by_two_thresholds():
     def outlined(
         *steps,
-        # columns in which an edge is seen between black and these steps below it; its gradient is 4 ·
+        # columns in which an edge is seen between black and these steps below it: a gradient of 4 ·
         # step
     ):
         image = np.zeros((32, 16 * len(steps), 3), np.uint8)
@@ -1005,7 +1005,13 @@ def test_modes_are_given_by_name_by_number_and_by_default(tmp_path):
 def test_a_set_without_modes_has_none(tmp_path):
     write_tar(tmp_path / "0.tar", controlled(range(3), _0={"a": 1}, _1=[], _2={"mode": None}))
     assert set(open_dataset(config_for(tmp_path, control="png"), "train", 0)[0]) == {
-        "images", "captions", "controls", "indices", "keys", "bad"}  # fmt: skip
+        "images",
+        "captions",
+        "controls",
+        "indices",
+        "keys",
+        "bad",
+    }
 
 
 @pytest.mark.parametrize("control", ["png", "canny"])
@@ -1125,7 +1131,12 @@ def test_mock_is_seeded_by_index():
     assert not torch.equal(a[3]["mean"], a[4]["mean"]) and not torch.equal(a[3]["txt"], a[4]["txt"])
     (rank,) = batches(a, stop=6)
     assert {k: tuple(v.shape) for k, v in rank[0].items() if isinstance(v, torch.Tensor)} == {
-        "mean": (2, 4, 4, 4), "logvar": (2, 4, 4, 4), "txt": (2, 3, 5), "pooled": (2, 7), "indices": (2,)}  # fmt: skip
+        "mean": (2, 4, 4, 4),
+        "logvar": (2, 4, 4, 4),
+        "txt": (2, 3, 5),
+        "pooled": (2, 7),
+        "indices": (2,),
+    }
     pictures = open_dataset(config, "train", 0)
     assert isinstance(pictures, MockPictures) and same(
         by_index(batches(pictures)), by_index(batches(pictures, ranks=3, workers=1))

@@ -68,9 +68,15 @@ def old_run(tmp_path):
     average = {name: -tensor for name, tensor in state.items()}
     dcp.save({"model": state, "ema": average}, checkpoint_id=folder, no_dist=True)
     meta = {
-        "layout": "fluxlite", "version": "0.1.0", "what": "transformer", "step": 3, "ema": sorted(average),
-        "model": json.loads(metadata(FILES["flux"])["config"]), "flow": {}, "config": asdict(TrainConfig()),
-    }  # fmt: skip
+        "layout": "fluxlite",
+        "version": "0.1.0",
+        "what": "transformer",
+        "step": 3,
+        "ema": sorted(average),
+        "model": json.loads(metadata(FILES["flux"])["config"]),
+        "flow": {},
+        "config": asdict(TrainConfig()),
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
     (folder.parent / "last").symlink_to(folder.name)
     return tmp_path / "run"

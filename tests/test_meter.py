@@ -12,11 +12,31 @@ from fluxlite.train import loop, meter
 from fluxlite.weights import sources
 from fluxlite.weights.sources import ASSETS
 
-TINY = ["model=flux_tiny", "model.checkpoint=flux-tiny", "controlnet=default", "controlnet.num_double_blocks=1",
-        "controlnet.num_single_blocks=0", "data=fill50k", "data.count=60", "data.generate_size=64", "data.height=64",
-        "data.width=64", "data.workers=0", "data.micro_batch=8", "data.global_batch=8", "data.val_count=8", "optim.warmup=0",
-        "optim.lr=1e-3", "metrics.log_every=1", "metrics.tensorboard=false", "sample.count=2", "sample.steps=2",
-        "controlnet.meter_every=2", "controlnet.patience=4", "dtype=float32"]  # fmt: skip
+TINY = [
+    "model=flux_tiny",
+    "model.checkpoint=flux-tiny",
+    "controlnet=default",
+    "controlnet.num_double_blocks=1",
+    "controlnet.num_single_blocks=0",
+    "data=fill50k",
+    "data.count=60",
+    "data.generate_size=64",
+    "data.height=64",
+    "data.width=64",
+    "data.workers=0",
+    "data.micro_batch=8",
+    "data.global_batch=8",
+    "data.val_count=8",
+    "optim.warmup=0",
+    "optim.lr=1e-3",
+    "metrics.log_every=1",
+    "metrics.tensorboard=false",
+    "sample.count=2",
+    "sample.steps=2",
+    "controlnet.meter_every=2",
+    "controlnet.patience=4",
+    "dtype=float32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +170,17 @@ def test_blank_controls_are_not_learnt_and_that_is_said_loudly(
             loop, "encode_control", lambda *a: {k: torch.zeros_like(v) for k, v in real(*a).items()}
         )
     with caplog.at_level(logging.INFO, "fluxlite"):
-        train(*TINY, f"data.path={tmp_path}/data", f"output={tmp_path}/run", "steps=2", "data.val_count=24",
-              "controlnet.checkpoint=flux-tiny", "optim.lr=1e-6", "controlnet.patience=2", "controlnet.meter_every=1")  # fmt: skip
+        train(
+            *TINY,
+            f"data.path={tmp_path}/data",
+            f"output={tmp_path}/run",
+            "steps=2",
+            "data.val_count=24",
+            "controlnet.checkpoint=flux-tiny",
+            "optim.lr=1e-6",
+            "controlnet.patience=2",
+            "controlnet.meter_every=1",
+        )
     for step, verdict in (
         ((1, "not yet"), (2, "not learning")) if blank else ((1, "learning"), (2, "learning"))
     ):
@@ -186,9 +215,22 @@ def test_wasteful_depths_name_the_nearest_that_wastes_none(caplog):
 
 
 def test_a_random_base_gets_an_output_layer_and_says_so(tmp_path, caplog):
-    folder = train(*SMALL, "data=mock", "model.t5=null", "model.clip=null", "model.autoencoder=null", "data.count=20",
-                   "controlnet=default", "controlnet.num_double_blocks=1", "controlnet.num_single_blocks=1", "steps=3",
-                   f"output={tmp_path}/run", "flow.guidance=1.0", "optim.lr=1e-2", "data.val_count=8")  # fmt: skip
+    folder = train(
+        *SMALL,
+        "data=mock",
+        "model.t5=null",
+        "model.clip=null",
+        "model.autoencoder=null",
+        "data.count=20",
+        "controlnet=default",
+        "controlnet.num_double_blocks=1",
+        "controlnet.num_single_blocks=1",
+        "steps=3",
+        f"output={tmp_path}/run",
+        "flow.guidance=1.0",
+        "optim.lr=1e-2",
+        "data.val_count=8",
+    )
     assert (
         "model.checkpoint is null: the frozen transformer is random, its output layer too"
         in caplog.text

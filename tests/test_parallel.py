@@ -243,8 +243,12 @@ def test_resumed_on_the_same_mesh_is_bit_identical(tmp_path):
 
 def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
     process = subprocess.Popen(
-        command(*MOCK, "data.micro_batch=1", "steps=100000", f"output={tmp_path}/run", ranks=2), cwd=ROOT, text=True,
-        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        command(*MOCK, "data.micro_batch=1", "steps=100000", f"output={tmp_path}/run", ranks=2),
+        cwd=ROOT,
+        text=True,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     wait_for_steps(tmp_path / "run", process)
     victim = [
         int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()

@@ -299,8 +299,14 @@ def check_phases(folder, cases):
         place = folder / f"{phase}-{name}".replace(" ", "-")
         place.mkdir()
         asked.append({"arguments": case_of(place, phase, name), "folder": str(place)})
-    run = subprocess.run([sys.executable, "tests/phases.py"], cwd=ROOT, input=json.dumps(asked), capture_output=True,
-                         text=True, env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"})  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "tests/phases.py"],
+        cwd=ROOT,
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"},
+    )
     assert run.returncode == 0, run.stderr
     for found, (phase, name), case in zip(json.loads(run.stdout), cases, asked, strict=True):
         check_stopped(found, phase, name, Path(case["folder"]))
@@ -332,8 +338,14 @@ def test_each_signal_in_each_phase_ends_a_run_in_one_line_with_nothing_left(tmp_
 @pytest.mark.parametrize("name", STOPPED)
 def test_a_signal_while_importing_ends_a_run_in_one_line(tmp_path, name):
     for delay in (0.1, 0.5, 1.5):
-        process = subprocess.Popen(command(*MOCK, f"output={tmp_path}/run"), cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                                   start_new_session=True, env=ENVIRONMENT)  # fmt: skip
+        process = subprocess.Popen(
+            command(*MOCK, f"output={tmp_path}/run"),
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=ENVIRONMENT,
+        )
         wait_until(
             lambda pid=process.pid: (
                 b"fluxlite" in Path(f"/proc/{pid}/cmdline").read_bytes() or imports(pid)
@@ -411,9 +423,15 @@ def test_a_signal_to_torchrun_in_each_phase_leaves_nothing(tmp_path, phase, name
         "2",
         "tests/phases.py",
     ]
-    run = subprocess.Popen([*launch, *case_of(tmp_path, phase, name, "data.micro_batch=1")], cwd=ROOT, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-                           env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"})  # fmt: skip
+    run = subprocess.Popen(
+        [*launch, *case_of(tmp_path, phase, name, "data.micro_batch=1")],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        env=ENVIRONMENT | {"PYTHONPATH": f"{ROOT}/src:{ROOT}"},
+    )
     text, _ = run.communicate(timeout=240)
     ours = text.split("Traceback (most recent call last):\n  File")[
         0
@@ -468,7 +486,12 @@ def test_the_slurm_script_requeues_a_run_that_was_told_to_stop_and_no_other(
     log.write_text(f"{earlier}\n")
     with open(log, "a") as out:
         path = f"{tmp_path}/bin:{os.environ['PATH']}"
-        done = subprocess.run([shutil.which("bash"), f"{ROOT}/scripts/train.sbatch", "data=mock"], cwd=tmp_path, stdout=out,
-                              stderr=out, env=os.environ | job | {"PATH": path})  # fmt: skip
+        done = subprocess.run(
+            [shutil.which("bash"), f"{ROOT}/scripts/train.sbatch", "data=mock"],
+            cwd=tmp_path,
+            stdout=out,
+            stderr=out,
+            env=os.environ | job | {"PATH": path},
+        )
     assert done.returncode == code, log.read_text()
     assert (tmp_path / "requeued").exists() == requeued

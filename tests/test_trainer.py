@@ -21,10 +21,26 @@ from fluxlite.train import loop, optim
 from fluxlite.weights import run_folder, sources
 
 ROOT = Path(__file__).parents[1]
-SMALL = ["model.num_double_blocks=1", "model.num_single_blocks=1", "data.height=32", "data.width=32", "model.hidden_size=64",
-         "model.num_heads=2", "model.rope_axes=[8,12,12]", "metrics.log_every=1", "metrics.tensorboard=false", "data.workers=0",
-         "data.micro_batch=2", "data.global_batch=4", "data.val_count=3", "optim.warmup=3", "optim.lr=1e-3", "optim.ema_decay=0.9",
-         "sample.count=2", "sample.steps=2"]  # fmt: skip
+SMALL = [
+    "model.num_double_blocks=1",
+    "model.num_single_blocks=1",
+    "data.height=32",
+    "data.width=32",
+    "model.hidden_size=64",
+    "model.num_heads=2",
+    "model.rope_axes=[8,12,12]",
+    "metrics.log_every=1",
+    "metrics.tensorboard=false",
+    "data.workers=0",
+    "data.micro_batch=2",
+    "data.global_batch=4",
+    "data.val_count=3",
+    "optim.warmup=3",
+    "optim.lr=1e-3",
+    "optim.ema_decay=0.9",
+    "sample.count=2",
+    "sample.steps=2",
+]
 MOCK = [
     *SMALL,
     "data=mock",
@@ -96,8 +112,17 @@ def pictures(tmp_path_factory):
 
 
 def test_a_short_run_lowers_the_loss_and_leaves_everything(pictures, tmp_path):
-    folder = train(*pictures, f"output={tmp_path}/run", "steps=40", "validate_every=20", "sample.every=20", "checkpoint.every=20",
-                   f"data.cache={tmp_path}/cache", "optim.lr=3e-3", "data.global_batch=8")  # fmt: skip
+    folder = train(
+        *pictures,
+        f"output={tmp_path}/run",
+        "steps=40",
+        "validate_every=20",
+        "sample.every=20",
+        "checkpoint.every=20",
+        f"data.cache={tmp_path}/cache",
+        "optim.lr=3e-3",
+        "data.global_batch=8",
+    )
     values = losses(folder)
     assert (
         values[40, "val/loss"] < 0.85 * values[1, "loss"]
@@ -199,8 +224,12 @@ def test_two_processes_equal_one_and_resume_each_other(tmp_path):
 
 def test_sigterm_saves_and_exits_cleanly(tmp_path):
     process = subprocess.Popen(
-        command(*MOCK, "data.workers=2", "steps=100000", f"output={tmp_path}/run"), cwd=ROOT, stderr=subprocess.PIPE,
-        text=True, start_new_session=True)  # fmt: skip
+        command(*MOCK, "data.workers=2", "steps=100000", f"output={tmp_path}/run"),
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     wait_for_steps(tmp_path / "run", process)
     os.killpg(process.pid, signal.SIGTERM)  # the loader processes too
     time.sleep(0.05)
@@ -346,8 +375,12 @@ def test_training_starts_from_any_layout_at_full_width(tmp_path):
     ]
     common += ["data.height=64", "data.width=64", "metrics.tensorboard=false"]
     a = train(*common, f"model.checkpoint={tmp_path}/random", f"output={tmp_path}/a")
-    b = train(*common, f"model.checkpoint={tmp_path}/flux1.safetensors", f"model.save_converted={tmp_path}/kept.safetensors",
-              f"output={tmp_path}/b")  # fmt: skip
+    b = train(
+        *common,
+        f"model.checkpoint={tmp_path}/flux1.safetensors",
+        f"model.save_converted={tmp_path}/kept.safetensors",
+        f"output={tmp_path}/b",
+    )
     assert losses(a) == losses(b) and (tmp_path / "kept.safetensors").is_file()
 
 

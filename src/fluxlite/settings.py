@@ -349,7 +349,8 @@ class TrainConfig(MachineConfig):
             )
         if self.validation == "round_robin" and self.data.val_count < 8:
             raise ValueError(
-                f"validation=round_robin needs data.val_count={self.data.val_count} to be at least 8"
+                "validation=round_robin needs data.val_count to be at least 8, not "
+                f"{self.data.val_count}"
             )
 
 

@@ -1,6 +1,6 @@
 """Runs that are killed again and again end with the weights of an undisturbed one.
 
-    pytest -m slow tests/fuzz/test_kill_loop.py -s      # 40 kills on one process, 40 on two ranks; prints what happened
+    pytest -m slow tests/fuzz/test_kill_loop.py -s  # 40 kills on one process, 40 on two ranks
 
 A run saves at every step, so that many kills fall into a write or between its renames. Set
 KILLS and KILL_SEED for other numbers and moments.
@@ -24,8 +24,15 @@ from test_trainer import MOCK, ROOT, command, losses, weights
 
 KILLS, SEED = int(os.environ.get("KILLS", 40)), int(os.environ.get("KILL_SEED", 0))
 STEPS = 15 * KILLS  # more than the kills leave time for
-COMMON = [*MOCK, "data.micro_batch=1", "data.workers=1", f"steps={STEPS}", "validate_every=0", "metrics.progress=false",
-          "checkpoint.keep=5"]  # fmt: skip
+COMMON = [
+    *MOCK,
+    "data.micro_batch=1",
+    "data.workers=1",
+    f"steps={STEPS}",
+    "validate_every=0",
+    "metrics.progress=false",
+    "checkpoint.keep=5",
+]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 ENDS = {  # exit codes of what got the signal: in a set-up, in the loop, before Python listens
     signal.SIGKILL: {-9},
@@ -37,8 +44,14 @@ ENDS = {  # exit codes of what got the signal: in a set-up, in the loop, before 
 def start_run(folder, ranks, *options):
     """A run in a session of its own, its words in a file."""
     with open(folder.with_suffix(".log"), "a") as log:
-        return subprocess.Popen(command(*COMMON, f"output={folder}", *options, ranks=ranks), cwd=ROOT, stderr=log, stdout=log,
-                                env=ENVIRONMENT, start_new_session=True)  # fmt: skip
+        return subprocess.Popen(
+            command(*COMMON, f"output={folder}", *options, ranks=ranks),
+            cwd=ROOT,
+            stderr=log,
+            stdout=log,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
 
 
 def saved_steps(folder):

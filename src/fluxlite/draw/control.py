@@ -1,6 +1,7 @@
 """Drawing with ControlNets: a net, the picture that it follows, when and how strongly.
 
-    pictures = fluxlite.generate("a fox", controls=[fluxlite.Control("FLUX.1-dev-Controlnet-Canny", "edges.png", scale=0.7)])
+    canny = fluxlite.Control("FLUX.1-dev-Controlnet-Canny", "edges.png", scale=0.7)
+    pictures = fluxlite.generate("a fox", controls=[canny])
 
 `open_control` checks all that can be seen without loading a net, `residuals` is what its samples
 are at each step.

@@ -1,8 +1,10 @@
 """ControlNets for FLUX.1: a shallow copy of the transformer that sees a picture to follow, and adds
 to the base's image tokens.
 
-    samples = controlnet(img, txt, rope, t=t, pooled=pooled, guidance=guidance, hint=hint)        # one for each of its blocks
-    velocity = flux(img, txt, rope, t=t, …, residuals=spread(samples, controlnet.config, flux.config))  # one for each of the base's
+    # one for each of its blocks, then one for each of the base's
+    samples = controlnet(img, txt, rope, t=t, pooled=pooled, guidance=guidance, hint=hint)
+    residuals = spread(samples, controlnet.config, flux.config)
+    velocity = flux(img, txt, rope, t=t, …, residuals=residuals)
 
 `Trunk`, embedders and blocks, is Flux's own. The hint is the latents of the control picture
 (InstantX, Shakker, Union) or its pixels (XLabs). All that a net adds starts at zero: before

@@ -1,7 +1,7 @@
 """What a run would take on ranks that one does not own: memory and traffic of rank 0, from the real
 step on fake tensors.
 
-    python -m fluxlite.preflight --ranks 8 model=flux_dev data=mock data.global_batch=8 parallel.tp=2
+    python -m fluxlite.preflight --ranks 8 model=flux_dev data=mock data.global_batch=8
 
 Takes the keys of `train.py`, a ControlNet's too. The model is wrapped, filled, trained and updated
 by the trainer's own functions; nothing is computed and nothing is sent. Text encoders and

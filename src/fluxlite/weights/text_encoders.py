@@ -5,7 +5,8 @@ The only module that imports transformers, and only when encoders are loaded. Ei
 named by a folder (a whole pipeline, or an encoder with its tokenizer inside it or beside it) or by
 a repository of the Hugging Face hub, `owner/name[/folder]`.
 
-    encoders = load_text_encoders("assets/flux-tiny", "assets/flux-tiny", device="cpu", dtype=torch.float32)
+    tiny = "assets/flux-tiny"
+    encoders = load_text_encoders(tiny, tiny, device="cpu", dtype=torch.float32)
     txt, pooled = encoders.encode(["red circle with blue background"], max_sequence_length=16)
 
 Shapes: B prompts, L tokens, D width of T5, P width of CLIP.
