@@ -1,7 +1,6 @@
 import io
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -192,22 +191,8 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
         "generate",
         lambda prompts, progress, **how: asked.append(how) or perfect(prompts),
     )
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "prove.py",
-            "--num",
-            "6",
-            "--swaps",
-            "2",
-            "--steps",
-            "3",
-            "--output",
-            str(tmp_path / "proof"),
-        ],
-    )
-    runpy.run_path(str(PROVE), run_name="__main__")
+    arguments = ["--num", "6", "--swaps", "2", "--steps", "3", "--output", str(tmp_path / "proof")]
+    runpy.run_path(str(PROVE))["body"](arguments)
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     saved = json.loads((tmp_path / "proof" / "proof.json").read_text())
     assert (

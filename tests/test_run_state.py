@@ -274,7 +274,7 @@ def test_a_byte_flipped_anywhere_is_noticed_when_a_run_is_read(run):
 
 def test_a_large_run_is_checked_by_tensors_and_whole_before_a_result(run, monkeypatch, tmp_path):
     """A byte that changes what is read is noticed then, any other before a file appears."""
-    monkeypatch.setattr(run_state, "SOON_CHECKED", 0)
+    monkeypatch.setattr(run_folder, "SOON_CHECKED", 0)
     folder = run / "checkpoints" / "step-000006"
     good, data = read_all(sources.open_source(run)), shard(folder).read_bytes()
     noticed = 0

@@ -14,14 +14,13 @@ import torch
 from fluxlite import parallel
 from fluxlite.cli.options import check_options, option, same_option, unset_option
 from fluxlite.data import DataConfig
-from fluxlite.draw import sampling
 from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import DrawConfig
 from fluxlite.nets.control_modes import MODES, mode_number
 from fluxlite.nets.controlnet import ControlNetConfig, check_starts
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.flux import ATTENTION, FluxConfig, check_channels
-from fluxlite.nets.latents import num_image_tokens
+from fluxlite.nets.latents import check_size, num_image_tokens
 from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
@@ -287,7 +286,7 @@ class TrainConfig(MachineConfig):
         check_channels(self.model, f"model.in_channels={self.model.in_channels}: the transformer")
         for group in (self.data, self.flow, self.parallel):
             group.validate()
-        sampling.check_size(self.data.height, self.data.width)
+        check_size(self.data.height, self.data.width)
         replicate, shard, _, _ = self.parallel.sizes()
         dp, micro, batch = replicate * shard, self.data.micro_batch, self.data.global_batch
         if batch % (dp * micro):

@@ -13,7 +13,7 @@ from fluxlite.cli.command_line import flag_of, group_choices, load_config, parse
 from fluxlite.cli.options import check_options, option_fields, typed_options
 from fluxlite.data.fill50k import GeneratorConfig
 from fluxlite.draw.proof import ProofConfig
-from fluxlite.preflight import PreflightConfig
+from fluxlite.preflight.__main__ import PreflightConfig
 from fluxlite.settings import InferConfig, TrainConfig
 
 ROOT = Path(__file__).parents[2]

@@ -28,7 +28,7 @@ from fluxlite.weights.run_folder import is_run, last_checkpoint
 log = logging.getLogger("fluxlite")
 
 TINY = "flux-tiny"
-ASSETS = Path(__file__).parents[2] / "assets"
+ASSETS = Path(__file__).parents[3] / "assets"
 
 
 @dataclass
