@@ -22,7 +22,7 @@ from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.flux import ATTENTION, FluxConfig, check_channels
 from fluxlite.nets.latents import check_size, num_image_tokens
 from fluxlite.nets.schedule import SampleConfig
-from fluxlite.parallel import ParallelConfig
+from fluxlite.parallel.config import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
 from fluxlite.weights.sources import TINY, CheckpointConfig
