@@ -38,7 +38,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fluxlite import parallel
 from fluxlite.draw import sampling
 from fluxlite.nets import flow, schedule
-from fluxlite.nets.flux import Flux, FluxConfig, rope_table
+from fluxlite.nets.configs import FluxConfig
+from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import num_image_tokens, position_ids
 from fluxlite.weights import layouts
 

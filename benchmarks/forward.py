@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from fluxlite import parallel
-from fluxlite.nets.flux import Flux, FluxConfig, rope_table
+from fluxlite.nets.configs import FluxConfig
+from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.train.metrics import memory_of_process
 from fluxlite.weights import layouts

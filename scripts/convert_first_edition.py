@@ -24,8 +24,7 @@ from fluxlite.cli.descriptions import parse_json, read_description
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
 from fluxlite.nets import schedule
-from fluxlite.nets.controlnet import ControlNetConfig
-from fluxlite.nets.flux import FluxConfig
+from fluxlite.nets.configs import ControlNetConfig, FluxConfig
 from fluxlite.weights import layouts, run_folder, run_tensors, sources, tensor_files
 
 

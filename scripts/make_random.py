@@ -21,8 +21,7 @@ from tqdm import tqdm
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option, same_option
 from fluxlite.cli.programs import run_program
-from fluxlite.nets.autoencoder import AutoencoderConfig
-from fluxlite.nets.flux import FluxConfig
+from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.weights import layouts, tensor_files
 from fluxlite.weights.sources import DIFFUSERS_SHARD_BYTES
 

@@ -27,7 +27,8 @@ from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
 from fluxlite.data import fill50k
-from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
+from fluxlite.nets.autoencoder import Autoencoder, sample_posterior
+from fluxlite.nets.configs import AutoencoderConfig
 from fluxlite.weights import layouts
 from fluxlite.weights.sources import load_transformer, open_source, write_converted
 

@@ -4,7 +4,8 @@ from diffusers import AutoencoderKL
 from reference import randomise, relative_error
 from safetensors.torch import save_file
 
-from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
+from fluxlite.nets.autoencoder import Autoencoder, sample_posterior
+from fluxlite.nets.configs import AutoencoderConfig
 from fluxlite.weights import layouts
 from fluxlite.weights.sources import load_autoencoder
 

@@ -25,7 +25,8 @@ from fluxlite.data.circles import figure_mask
 from fluxlite.draw import sampling
 from fluxlite.draw.control import Control, hint_of, open_control, read_picture
 from fluxlite.draw.pipeline import picture_seed
-from fluxlite.nets.controlnet import ControlNet, ControlNetConfig
+from fluxlite.nets.configs import ControlNetConfig
+from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.latents import pack_latents
 from fluxlite.settings import InferConfig
 from fluxlite.weights import sources

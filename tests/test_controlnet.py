@@ -11,9 +11,9 @@ from reference import (
     relative_error,
 )
 
+from fluxlite.nets.configs import ControlNetConfig, FluxConfig
 from fluxlite.nets.controlnet import (
     ControlNet,
-    ControlNetConfig,
     combine,
     init_from_base,
     nearest_depth,
@@ -23,7 +23,7 @@ from fluxlite.nets.controlnet import (
     used,
     weights_from_base,
 )
-from fluxlite.nets.flux import Flux, FluxConfig, rope_table
+from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.weights import layouts
 

@@ -12,7 +12,8 @@ from reference import (
     relative_error,
 )
 
-from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig
+from fluxlite.nets.autoencoder import Autoencoder
+from fluxlite.nets.configs import AutoencoderConfig
 from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from reference import diffusers_flux, ours_from, randomise, relative_error
 
+from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import (
     ATTENTION,
     MLP,
     Flux,
-    FluxConfig,
     Rotate,
     can_fuse_gelu,
     gelu,

@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.nets.flux import FluxConfig, Modulation
+from fluxlite.nets.configs import FluxConfig
+from fluxlite.nets.flux import Modulation
 from fluxlite.preflight import prediction
 from fluxlite.settings import TrainConfig
 

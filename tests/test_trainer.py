@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.nets.flux import Flux, FluxConfig
+from fluxlite.nets.configs import FluxConfig
+from fluxlite.nets.flux import Flux
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, optim
 from fluxlite.weights import run_folder, sources

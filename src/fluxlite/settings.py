@@ -16,10 +16,10 @@ from fluxlite.cli.options import check_options, option, same_option, unset_optio
 from fluxlite.data import DataConfig
 from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import DrawConfig
+from fluxlite.nets.configs import ControlNetConfig, FluxConfig, check_channels
 from fluxlite.nets.control_modes import MODES, mode_number
-from fluxlite.nets.controlnet import ControlNetConfig, check_starts
 from fluxlite.nets.flow import FlowConfig
-from fluxlite.nets.flux import ATTENTION, FluxConfig, check_channels
+from fluxlite.nets.flux import ATTENTION
 from fluxlite.nets.latents import check_size, num_image_tokens
 from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel.config import ParallelConfig
@@ -196,7 +196,7 @@ class ControlNetTrainConfig:
                 "above that"
             )
         if self.init_from_base and not self.checkpoint:
-            check_starts(shape, config.model.shape())
+            shape.check_starts(config.model.shape())
         shared = config.parallel.cp > 1 or config.parallel.sequence_parallel
         if shared and (self.hint == "pixel" or self.num_modes):
             raise ValueError(

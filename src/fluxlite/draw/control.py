@@ -21,8 +21,9 @@ from fluxlite.cli.options import check_options, expand_home, option
 from fluxlite.data import images
 from fluxlite.draw import sampling
 from fluxlite.nets.autoencoder import sample_posterior
+from fluxlite.nets.configs import ControlNetConfig
 from fluxlite.nets.control_modes import MODES, mode_number
-from fluxlite.nets.controlnet import ControlNet, ControlNetConfig, check_fits, combine, spread
+from fluxlite.nets.controlnet import ControlNet, combine, spread
 from fluxlite.nets.latents import pack_latents
 from fluxlite.weights import sources
 
@@ -126,7 +127,7 @@ def open_control(control, base, height, width, num_prompts=1):
             group="controlnet",
             part="controlnet",
         )
-    check_fits(source.config, base, where)
+    source.config.check_fits(base, where)
     return OpenControl(
         control,
         source,

@@ -22,7 +22,7 @@ from fluxlite.draw.control import Steering, open_control
 from fluxlite.draw.offload import OFFLOAD, stream_blocks
 from fluxlite.draw.sampling import decode, initial_noise
 from fluxlite.nets import schedule
-from fluxlite.nets.flux import check_channels
+from fluxlite.nets.configs import check_channels
 from fluxlite.nets.latents import num_image_tokens
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
 from fluxlite.weights import run_folder, sources

@@ -13,76 +13,17 @@ training the base is as it was, bit for bit.
 B batch, L tokens (text first, then image), H hidden width.
 """
 
-from dataclasses import dataclass, fields
 from functools import partial
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fluxlite.cli.options import check_options, option
-from fluxlite.nets.flux import MAX_BLOCKS, FluxConfig, Trunk, initial
+from fluxlite.nets.flux import Trunk, initial
 from fluxlite.nets.latents import pack_latents
 
-HINTS = ("latent", "pixel")
 HINT_CHANNELS = 16
 HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)  # of the convolutions from pixels to latent cells
-
-
-@dataclass
-class ControlNetConfig(FluxConfig):
-    """The shape of a ControlNet: a depth of its own, and for the rest the widths of its base."""
-
-    num_double_blocks: int = option(
-        4, "double blocks of the ControlNet", at_least=0, at_most=MAX_BLOCKS
-    )
-    num_single_blocks: int = option(
-        10, "single blocks of the ControlNet", at_least=0, at_most=MAX_BLOCKS
-    )
-    hint: str = option(
-        "latent",
-        "what it sees of the control picture: latent, or pixel (XLabs)",
-        choices=HINTS,
-    )
-    num_modes: int = option(
-        0,
-        "kinds of control that it tells apart (union); 0 for one kind",
-        at_least=0,
-        at_most=1000,
-    )
-    out_channels: ClassVar[int] = 0  # there is no final layer
-
-    def validate(self):
-        """Raise `ValueError` for a shape that no ControlNet can have."""
-        own = ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
-        check_options(self, "controlnet.", only=own)
-        if self.hint == "pixel" and self.in_channels % 4:
-            raise ValueError(
-                f"controlnet.hint=pixel needs model.in_channels={self.in_channels} to be a "
-                "multiple of 4"
-            )
-        if not self.num_double_blocks + self.num_single_blocks:
-            raise ValueError(
-                "controlnet.num_double_blocks=0 and controlnet.num_single_blocks=0 leave nothing: "
-                "set one of them"
-            )
-        super().validate()
-
-    @property
-    def modulation_chunks(self):
-        """Vectors of width H that modulate each block: there is no final layer."""
-        return super().modulation_chunks[:-1]
-
-    @classmethod
-    def beside(cls, base, **changes):
-        """A configuration with the widths of `base`, a `FluxConfig`, and the depth, hint and modes
-        of `changes`.
-        """
-        own = {"num_double_blocks", "num_single_blocks", "hint", "num_modes"}
-        return cls(
-            **{f.name: getattr(base, f.name) for f in fields(cls) if f.name not in own} | changes
-        )
 
 
 class ControlNet(Trunk):
@@ -212,7 +153,7 @@ def weights_from_base(controlnet, base, weights, device="cpu", generator=None):
     """
     config = controlnet.config
     shapes = {name: p.shape for name, p in controlnet.named_parameters()}
-    check_starts(config, base)
+    config.check_starts(base)
     for name, values in weights:
         if shapes.pop(name, None) is not None:
             yield name, values
@@ -228,43 +169,6 @@ def init_from_base(controlnet, base, generator=None):
     for name, values in weights_from_base(controlnet, base.config, weights, device, generator):
         parameters[name].copy_(values)
     return controlnet
-
-
-def check_starts(config, base):
-    """Raise `ValueError` unless a ControlNet of `config` can start from a transformer of
-    configuration `base`.
-    """
-    check_fits(config, base, "the ControlNet")
-    _check_equal(config, base, "the ControlNet", ("mlp_ratio", "guidance_embed"))
-    for name in ("num_double_blocks", "num_single_blocks"):
-        if getattr(config, name) > getattr(base, name):
-            raise ValueError(
-                f"controlnet.{name}={getattr(config, name)}: the transformer to start from has "
-                f"{getattr(base, name)}; "
-                "take as many at most, or set controlnet.init_from_base=false"
-            )
-
-
-def check_fits(config, base, where):
-    """Raise `ValueError`, naming `where`, unless a ControlNet's `config` has the widths and
-    positions of `base`.
-    """
-    _check_equal(
-        config,
-        base,
-        where,
-        ("hidden_size", "num_heads", "in_channels", "text_width", "pooled_width"),
-    )
-    _check_equal(config, base, where, ("rope_axes", "rope_theta"))
-
-
-def _check_equal(config, base, where, names):
-    for name in names:
-        if getattr(config, name) != getattr(base, name):
-            raise ValueError(
-                f"{where} has {name}={getattr(config, name)}, but the transformer has "
-                f"{getattr(base, name)}"
-            )
 
 
 # --- which block of the base gets which sample ----------------------------------------------------

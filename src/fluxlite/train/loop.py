@@ -35,6 +35,7 @@ from fluxlite.draw import sampling
 from fluxlite.draw.pipeline import check_widths, resolve
 from fluxlite.nets import flow, schedule
 from fluxlite.nets.autoencoder import sample_posterior
+from fluxlite.nets.configs import check_channels
 from fluxlite.nets.controlnet import (
     ControlNet,
     initial_value,
@@ -44,7 +45,7 @@ from fluxlite.nets.controlnet import (
     used,
     weights_from_base,
 )
-from fluxlite.nets.flux import Flux, check_channels, initial, rope_table
+from fluxlite.nets.flux import Flux, initial, rope_table
 from fluxlite.nets.latents import num_image_tokens, pack_latents, position_ids
 from fluxlite.train import optim, run_state
 from fluxlite.train.meter import Meter

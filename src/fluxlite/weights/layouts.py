@@ -19,9 +19,10 @@ from functools import reduce
 import torch
 from einops import rearrange
 
-from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig
-from fluxlite.nets.controlnet import ControlNet, ControlNetConfig
-from fluxlite.nets.flux import Flux, FluxConfig
+from fluxlite.nets.autoencoder import Autoencoder
+from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig, FluxConfig
+from fluxlite.nets.controlnet import ControlNet
+from fluxlite.nets.flux import Flux
 from fluxlite.weights.tensor_files import wider
 
 MODELS = {FluxConfig: Flux, ControlNetConfig: ControlNet, AutoencoderConfig: Autoencoder}

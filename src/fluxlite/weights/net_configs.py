@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass, fields
 
 from fluxlite.cli.descriptions import parse_json, read_description, read_json
 from fluxlite.cli.options import option, shortened, typed_value
-from fluxlite.nets.autoencoder import AutoencoderConfig
-from fluxlite.nets.controlnet import ControlNetConfig
-from fluxlite.nets.flux import FluxConfig
+from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig, FluxConfig
 from fluxlite.weights import layouts
 
 log = logging.getLogger("fluxlite")

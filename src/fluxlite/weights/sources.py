@@ -18,9 +18,7 @@ from fluxlite.cli.atomic import locked
 from fluxlite.cli.descriptions import parse_json, read_description, read_json
 from fluxlite.cli.options import expand_home, option, shortened
 from fluxlite.nets import schedule
-from fluxlite.nets.autoencoder import AutoencoderConfig
-from fluxlite.nets.controlnet import ControlNetConfig
-from fluxlite.nets.flux import FluxConfig
+from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig, FluxConfig
 from fluxlite.nets.schedule import read_scheduler
 from fluxlite.weights import foreign, hub, layouts, net_configs, run_folder, tensor_files
 from fluxlite.weights.run_folder import is_run, last_checkpoint

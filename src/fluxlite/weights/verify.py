@@ -9,8 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fluxlite.nets.autoencoder import AutoencoderConfig
-from fluxlite.nets.controlnet import ControlNetConfig
+from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.weights import layouts, tensor_files
