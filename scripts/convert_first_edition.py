@@ -20,8 +20,8 @@ import torch
 from einops import rearrange
 
 from fluxlite.cli.command_line import flags_help, parse_flags
-from fluxlite.cli.descriptions import parse_json, read_description
-from fluxlite.cli.options import option
+from fluxlite.cli.descriptions import parse_json
+from fluxlite.cli.options import option, typed_description
 from fluxlite.cli.programs import run_program
 from fluxlite.nets import schedule
 from fluxlite.nets.configs import ControlNetConfig, FluxConfig
@@ -132,7 +132,7 @@ def open_first_edition(path, *, ema=True):
     opened = open_run(path, ema) if run_folder.is_run(path) else open_file(path)
     what, values, read_old, types, about, files, settings = opened
     kind = ControlNetConfig if what == "controlnet" else FluxConfig
-    config = read_description(path, kind, values)
+    config = typed_description(path, kind, values)
     shapes = {name: tuple(t.shape) for name, t in layouts.our_shapes(config).items()}
     described = {name: (types[old_name(name)], shape) for name, shape in shapes.items()}
     read = partial(read_tensor, read_old, config)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from fluxlite.cli.descriptions import read_description
-from fluxlite.cli.options import check_options, expand_home, option
+from fluxlite.cli.descriptions import read_json
+from fluxlite.cli.options import check_options, expand_home, option, typed_description
 from fluxlite.data.cache import CachedSamples, build_cache, data_digest
 from fluxlite.data.loading import load_batches
 from fluxlite.data.mock import MockPictures, MockSamples
@@ -281,7 +281,10 @@ def _check_generated(config, folder, count, *, at_least):
     """
     from fluxlite.data.fill50k import NOTE, GeneratedDescription
 
-    old, size = read_description(folder / NOTE, GeneratedDescription), config.generate_size
+    old, size = (
+        typed_description(folder / NOTE, GeneratedDescription, read_json(folder / NOTE)),
+        config.generate_size,
+    )
     if old.count is None:  # imported from the original download
         return
     if old.size != size or (old.count < count if at_least else old.count != count):

@@ -22,8 +22,8 @@ import torch
 from tqdm import tqdm
 
 from fluxlite.cli.atomic import atomic_file
-from fluxlite.cli.descriptions import read_description, read_json
-from fluxlite.cli.options import expand_home
+from fluxlite.cli.descriptions import read_json
+from fluxlite.cli.options import expand_home, typed_description
 from fluxlite.data.images import BadSample
 from fluxlite.data.loading import load_batches
 from fluxlite.data.parts import CONTROL, config_parts
@@ -166,7 +166,7 @@ def _claimed_folder(directory, made_from):
         json.dumps(vars(made_from), sort_keys=True).encode(), digest_size=8
     ).hexdigest()
     for file in sorted(directory.glob("*/cache.json")):
-        old = read_description(file, CacheDescription)
+        old = typed_description(file, CacheDescription, read_json(file))
         differing = [f"{name} ({getattr(old, name)} there, {new} "
                      "now)" for name, new in vars(made_from).items()
                      if getattr(old, name) != new]  # fmt: skip

@@ -23,14 +23,8 @@ from webdataset import TarWriter
 
 from fluxlite.cli.atomic import atomic_folder
 from fluxlite.cli.command_line import flags_help, parse_flags
-from fluxlite.cli.descriptions import (
-    check_regular,
-    inside_folder,
-    parse_json,
-    read_description,
-    read_text,
-)
-from fluxlite.cli.options import option
+from fluxlite.cli.descriptions import check_regular, inside_folder, parse_json, read_text
+from fluxlite.cli.options import option, typed_description
 from fluxlite.cli.programs import run_program
 from fluxlite.data.images import BadSample, decode
 from fluxlite.data.loading import load_batches
@@ -202,7 +196,7 @@ def imported_samples(source):
         )
     for index, line in enumerate(read_text(prompts).splitlines()):
         where = f"{prompts} line {index + 1}"
-        row = read_description(where, PromptDescription, parse_json(line, where))
+        row = typed_description(where, PromptDescription, parse_json(line, where))
         names = row.prompt.removesuffix(" background").split(" circle with ")
         if len(names) == 2 and is_held_out(
             *(SYNONYMS.get(name, name).replace("grey", "gray") for name in names)

@@ -21,8 +21,8 @@ from urllib.parse import urlparse
 from urllib.request import Request, url2pathname, urlopen
 
 from fluxlite.cli.atomic import aside_of, atomic_file, locked, naming_errors
-from fluxlite.cli.descriptions import check_regular, read_description
-from fluxlite.cli.options import expand_home
+from fluxlite.cli.descriptions import check_regular, read_json
+from fluxlite.cli.options import expand_home, typed_description
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
 from fluxlite.data.tars import index_tar
@@ -145,7 +145,7 @@ def note_of(path):
 def fetched_description(path):
     """The `FetchedDescription` of a tar, or None for one that was not fetched."""
     note = note_of(path)
-    return read_description(note, FetchedDescription) if note.is_file() else None
+    return typed_description(note, FetchedDescription, read_json(note)) if note.is_file() else None
 
 
 def _fetched(name, folder, setting, unanswered):

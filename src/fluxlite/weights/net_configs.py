@@ -8,8 +8,8 @@ agree with the weights: it can promise nothing, such as a billion blocks, that t
 import logging
 from dataclasses import asdict, dataclass, fields
 
-from fluxlite.cli.descriptions import parse_json, read_description, read_json
-from fluxlite.cli.options import option, shortened, typed_value
+from fluxlite.cli.descriptions import parse_json, read_json
+from fluxlite.cli.options import option, shortened, typed_description, typed_value
 from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig, FluxConfig
 from fluxlite.weights import layouts
 
@@ -105,12 +105,12 @@ def _said_config(what, layout, saved, where, beside):
     """What a description says (None without one), and the name of where it says so."""
     if saved:
         by = f"{where}'s metadata"
-        return read_description(by, NET_CONFIGS[what], parse_json(saved, by)), by
+        return typed_description(by, NET_CONFIGS[what], parse_json(saved, by)), by
     class_name, description, ours_from = DIFFUSERS_CLASSES[what]
     values = diffusers_values(beside, class_name) if layout == "diffusers" else None
     if not values:
         return None, None
-    return ours_from(asdict(read_description(beside, description, values, foreign=True))), beside
+    return ours_from(asdict(typed_description(beside, description, values, foreign=True))), beside
 
 
 def diffusers_values(file, class_name):
@@ -154,7 +154,7 @@ def _with_rotations(config, given, where):
 def _autoencoder_config(layout, shapes, saved, where, beside):
     by = f"{where}'s metadata" if saved else beside
     values = parse_json(saved, by) if saved else diffusers_values(beside, "AutoencoderKL") or {}
-    said = read_description(by, AutoencoderDescription, values, foreign=True)
+    said = typed_description(by, AutoencoderDescription, values, foreign=True)
     shown = layouts.infer_autoencoder_config(layout, shapes, asdict(said))
     unsaid = [f.name for f in fields(AutoencoderConfig) if getattr(said, f.name) is None]
     check_agreement(said, shown, by, but=unsaid)

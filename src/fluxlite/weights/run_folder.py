@@ -13,8 +13,8 @@ import zlib
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from fluxlite.cli.descriptions import parse_json, read_description, read_text
-from fluxlite.cli.options import option, typed_options
+from fluxlite.cli.descriptions import parse_json, read_text
+from fluxlite.cli.options import option, typed_description, typed_options
 from fluxlite.weights.layouts import FIRST_EDITION
 from fluxlite.weights.run_tensors import (
     DESCRIPTION,
@@ -82,7 +82,7 @@ def read_meta(folder):
     if not file.exists():
         raise ValueError(f"{file} is missing: {folder} is no whole checkpoint")
     values = parse_json(read_text(file), file)
-    meta = read_description(file, CheckpointMeta, values)
+    meta = typed_description(file, CheckpointMeta, values)
     try:
         meta.files = {name: typed_options(FileRecord, of) for name, of in meta.files.items()}
     except ValueError as error:
@@ -118,7 +118,7 @@ def saved_parts(run):
     folder = Path(run) if (Path(run) / "meta.json").is_file() else last_checkpoint(run)
     part = saved_part(folder, read_meta(folder), "model")
     values = {f.name: part.get(f.name) for f in fields(SavedParts)}
-    parts = read_description(folder / "meta.json", SavedParts, values)
+    parts = typed_description(folder / "meta.json", SavedParts, values)
     return {name: value for name, value in vars(parts).items() if value}
 
 
@@ -140,7 +140,7 @@ def run_settings(folder, meta):
     for group, names in (places | {"model": ("max_sequence_length",)}).items():
         part = saved_part(folder, meta, group)
         values |= {name: part[name] for name in names if name in part}
-    return vars(read_description(Path(folder) / "meta.json", DrawingSettings, values))
+    return vars(typed_description(Path(folder) / "meta.json", DrawingSettings, values))
 
 
 # --- finding --------------------------------------------------------------------------------------

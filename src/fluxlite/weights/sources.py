@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from fluxlite import __version__
 from fluxlite.cli.atomic import locked
-from fluxlite.cli.descriptions import parse_json, read_description, read_json
-from fluxlite.cli.options import expand_home, option, shortened
+from fluxlite.cli.descriptions import parse_json, read_json
+from fluxlite.cli.options import expand_home, option, shortened, typed_description
 from fluxlite.nets import schedule
 from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig, FluxConfig
 from fluxlite.nets.schedule import read_scheduler
@@ -168,7 +168,7 @@ def scheduler_of(path, about):
     roots = [folder.parent] if path.is_dir() or folder.name == "transformer" else []
     places = [folder, *(root / "scheduler" for root in [folder, *roots])]
     found = next((p for p in (place / SCHEDULER_FILE for place in places) if p.exists()), None)
-    return read_scheduler(found) if found else None
+    return read_scheduler(found, read_json(found)) if found else None
 
 
 SCHEDULER_FILE = "scheduler_config.json"
@@ -222,7 +222,7 @@ def _run_config(folder, meta, tensors):
     have.
     """
     file = folder / "meta.json"
-    config = read_description(
+    config = typed_description(
         file, ControlNetConfig if meta.what == "controlnet" else FluxConfig, meta.model
     )
     widest = max((size for tensor in tensors.tensors.values() for size in tensor.shape), default=0)

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from fluxlite.cli.descriptions import check_regular, read_description, read_json
-from fluxlite.cli.options import expand_home, option, shortened
+from fluxlite.cli.descriptions import check_regular, read_json
+from fluxlite.cli.options import expand_home, option, shortened, typed_description
 from fluxlite.weights import hub, layouts, tensor_files
 from fluxlite.weights.hub import first_line
 
@@ -300,7 +300,7 @@ def check_description(folder, kind):
     if values.get("quantization_config"):
         raise ValueError(f"{file} says that it is quantised, which is not supported yet")
     values = values.get("text_config") or values if values.get("model_type") == "clip" else values
-    described = read_description(file, kind.description, values, foreign=True)
+    described = typed_description(file, kind.description, values, foreign=True)
     tensors = tensor_files.Tensors(folder, weight_files(folder))
     prefix = kind.prefix if any(key.startswith(kind.prefix) for key in tensors.keys()) else ""
     shown = {kind.blocks[0]: layouts.depth(tensors.keys(), prefix + kind.blocks[1])}
