@@ -81,10 +81,11 @@ def convert(args):
     with deferred_signals():  # torch's import takes an interruption for a lack of numpy
         import torch
 
-        from fluxlite.draw.pipeline import resolve
-        from fluxlite.weights import sources, verify
+        from fluxlite.weights import sources, verify, writing
 
-    source = sources.open_source(resolve(args.src), setting="--src", ema=not args.no_ema)
+    source = sources.open_source(
+        sources.resolve_tiny(args.src), setting="--src", ema=not args.no_ema
+    )
     if args.no_ema and not sources.is_run(Path(args.src)):
         raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:
@@ -103,7 +104,7 @@ def convert(args):
         dtype=dtype, max_shard_bytes=args.max_shard_size, overwrite=args.overwrite, remedy=REMEDY
     )
     with bar(source.num_bytes(), "converting") as progress:
-        files, digest = sources.write_converted(
+        files, digest = writing.write_converted(
             source, args.dst, to=to, progress=progress.update, **options
         )
     print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))

@@ -60,12 +60,12 @@ def save(picture, path, settings=None):
     """Write a PNG, whole or not at all, with its settings as JSON in the text chunk `fluxlite`."""
     from PIL.PngImagePlugin import PngInfo
 
-    from fluxlite.weights.tensor_files import aside
+    from fluxlite.weights.tensor_files import atomic_weights
 
     info = PngInfo()
     if settings:
         info.add_itxt("fluxlite", json.dumps(settings, ensure_ascii=False))
-    with aside(path) as part:
+    with atomic_weights(path) as part:
         picture.save(part, "PNG", pnginfo=info)
     print(path, flush=True)
 

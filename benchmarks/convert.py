@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from fluxlite.train.metrics import Stages
-from fluxlite.weights import sources, verify
+from fluxlite.weights import sources, verify, writing
 
 BASELINE = "cp"
 
@@ -59,10 +59,10 @@ def main():
 
     forget(source.files)
     with stages("to fluxlite"):
-        sources.write_converted(source, ours, overwrite=True)
+        writing.write_converted(source, ours, overwrite=True)
     forget([ours])
     with stages("back to diffusers"):
-        sources.write_converted(sources.open_source(ours), back, to="diffusers", overwrite=True)
+        writing.write_converted(sources.open_source(ours), back, to="diffusers", overwrite=True)
     before, after = (verify.digests_of(sources.open_source(path)) for path in (args.src, back))
     shutil.rmtree(back)
     if not args.keep:

@@ -41,7 +41,7 @@ from fluxlite.nets import flow, schedule
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import num_image_tokens, position_ids
-from fluxlite.weights import layouts
+from fluxlite.weights import diffusers_configs
 
 DEPTH = {"double": 19, "single": 38}
 TINY = FluxConfig(19, 38, 32, 2, 4, 4, 4, 8, 8, True, (4, 6, 6))
@@ -186,7 +186,7 @@ def make_models(config, dtype, device):
     """{name: (model, double blocks, single blocks, its velocity as a function of a batch)}."""
     from diffusers import FluxTransformer2DModel
 
-    values = layouts.config_to_diffusers(config)
+    values = diffusers_configs.config_to_diffusers(config)
     with torch.device(device):
         ours = Flux(config).type(dtype)
         theirs = FluxTransformer2DModel(**{k: v for k, v in values.items() if k[0] != "_"})

@@ -27,7 +27,7 @@ from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.train.metrics import memory_of_process
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion, diffusers_configs
 
 TEXT_TOKENS = 512
 
@@ -36,7 +36,11 @@ def make_models(config, dtype, seed=0):
     """Diffusers' model and ours with the same random weights."""
     from diffusers import FluxTransformer2DModel
 
-    values = {k: v for k, v in layouts.config_to_diffusers(config).items() if not k.startswith("_")}
+    values = {
+        k: v
+        for k, v in diffusers_configs.config_to_diffusers(config).items()
+        if not k.startswith("_")
+    }
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
         theirs, ours = FluxTransformer2DModel(**values), Flux(config)
@@ -51,7 +55,7 @@ def make_models(config, dtype, seed=0):
 
     state = {name: draw(name, value.shape) for name, value in theirs.state_dict().items()}
     theirs.load_state_dict(state, assign=True)
-    ours.load_state_dict(layouts.to_fluxlite(state, config, "diffusers"), assign=True)
+    ours.load_state_dict(conversion.to_fluxlite(state, config, "diffusers"), assign=True)
     return theirs.eval().requires_grad_(False), ours.eval().requires_grad_(False)
 
 

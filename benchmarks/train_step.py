@@ -32,7 +32,7 @@ from fluxlite.nets import flow
 from fluxlite.nets.latents import num_image_tokens, position_ids
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, optim
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion, diffusers_configs
 
 TEXT_TOKENS = 512
 
@@ -99,12 +99,12 @@ def their_step(config, checkpointing, weights=None):
 
     values = {
         k: v
-        for k, v in layouts.config_to_diffusers(config.model.shape()).items()
+        for k, v in diffusers_configs.config_to_diffusers(config.model.shape()).items()
         if not k.startswith("_")
     }
     model = FluxTransformer2DModel(**values)
     if weights is not None:
-        model.load_state_dict(layouts.from_fluxlite(weights, config.model.shape(), "diffusers"))
+        model.load_state_dict(conversion.from_fluxlite(weights, config.model.shape(), "diffusers"))
     if checkpointing != "none":
         model.enable_gradient_checkpointing()
     optimizers = optim.make_optimizers(

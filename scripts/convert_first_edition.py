@@ -25,7 +25,15 @@ from fluxlite.cli.options import option, typed_description
 from fluxlite.cli.programs import run_program
 from fluxlite.nets import schedule
 from fluxlite.nets.configs import ControlNetConfig, FluxConfig
-from fluxlite.weights import layouts, run_folder, run_tensors, sources, tensor_files
+from fluxlite.weights import (
+    conversion,
+    layouts,
+    run_folder,
+    run_tensors,
+    sources,
+    tensor_files,
+    writing,
+)
 
 
 def interleave_pairs(x, config):
@@ -133,7 +141,7 @@ def open_first_edition(path, *, ema=True):
     what, values, read_old, types, about, files, settings = opened
     kind = ControlNetConfig if what == "controlnet" else FluxConfig
     config = typed_description(path, kind, values)
-    shapes = {name: tuple(t.shape) for name, t in layouts.our_shapes(config).items()}
+    shapes = {name: tuple(t.shape) for name, t in conversion.our_tensors(config).items()}
     described = {name: (types[old_name(name)], shape) for name, shape in shapes.items()}
     read = partial(read_tensor, read_old, config)
     return sources.Source(
@@ -158,7 +166,7 @@ def usage():
 def main(argv):
     args = parse_flags(FirstEditionConfig, argv)
     source = open_first_edition(Path(args.src), ema=not args.no_ema)
-    files, _ = sources.write_converted(source, args.dst, to=args.to)
+    files, _ = writing.write_converted(source, args.dst, to=args.to)
     print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
 
 

@@ -22,8 +22,8 @@ from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option, same_option
 from fluxlite.cli.programs import run_program
 from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
-from fluxlite.weights import layouts, tensor_files
-from fluxlite.weights.sources import DIFFUSERS_SHARD_BYTES
+from fluxlite.weights import conversion, diffusers_configs, tensor_files
+from fluxlite.weights.writing import DIFFUSERS_SHARD_BYTES
 
 TINY = Path(__file__).parents[1] / "assets" / "flux-tiny"
 POOL = 1 << 24
@@ -73,7 +73,7 @@ def write_part(folder, stem, shapes, config, pool, generator, bar):
             (key, draw(shape, pool, generator, norm="norm" in key and len(shape) == 1))
             for key, (_, shape) in shard.items()
         )
-        tensor_files.write(folder / name, shard, pieces, {"format": "pt"}, bar.update)
+        tensor_files.write_tensors(folder / name, shard, pieces, {"format": "pt"}, bar.update)
     if len(shards) > 1:
         tensor_files.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -127,22 +127,22 @@ def body(arguments):
     parts = {
         "transformer": (
             "diffusion_pytorch_model",
-            layouts.shapes("diffusers", flux),
-            layouts.config_to_diffusers(flux),
+            conversion.layout_shapes("diffusers", flux),
+            diffusers_configs.config_to_diffusers(flux),
         )
     }
     if args.encoders:
         vae = AutoencoderConfig()
-        values = layouts.autoencoder_config_to_diffusers(vae)
+        values = diffusers_configs.config_to_diffusers(vae)
         parts |= encoder_parts() | {
-            "vae": ("diffusion_pytorch_model", layouts.shapes("diffusers", vae), values)
+            "vae": ("diffusion_pytorch_model", conversion.layout_shapes("diffusers", vae), values)
         }
     total = 2 * sum(
         torch.Size(shape).numel() for _, shapes, _ in parts.values() for shape in shapes.values()
     )
     generator = torch.Generator().manual_seed(args.seed)
     pool = torch.randn(POOL, generator=generator).bfloat16()
-    with tensor_files.aside(dst, folder=True) as folder:
+    with tensor_files.atomic_weights(dst, folder=True) as folder:
         tensor_files.check_room(dst, total)
         with tqdm(total=total, unit="B", unit_scale=True, desc=str(dst)) as bar:
             for name, (stem, shapes, config) in parts.items():

@@ -29,8 +29,9 @@ from fluxlite.cli.programs import run_program
 from fluxlite.data import fill50k
 from fluxlite.nets.autoencoder import Autoencoder, sample_posterior
 from fluxlite.nets.configs import AutoencoderConfig
-from fluxlite.weights import layouts
-from fluxlite.weights.sources import load_transformer, open_source, write_converted
+from fluxlite.weights import conversion, diffusers_configs
+from fluxlite.weights.sources import load_transformer, open_source
+from fluxlite.weights.writing import write_converted
 
 SIZE = 64
 STAGES = ("vae", "text", "transformer", "controlnet")
@@ -151,7 +152,7 @@ def make_vae(minutes):
     save_module(
         ASSETS / "vae",
         vae.state_dict(),
-        layouts.autoencoder_config_to_diffusers(config),
+        diffusers_configs.config_to_diffusers(config),
         "diffusion_pytorch_model.safetensors",
     )
 
@@ -171,8 +172,8 @@ def make_transformer():
     )
     model = load_transformer(root / run)
     state = model.state_dict()
-    tensors = layouts.from_fluxlite(state, model.config, "diffusers")
-    config = layouts.config_to_diffusers(model.config)
+    tensors = conversion.from_fluxlite(state, model.config, "diffusers")
+    config = diffusers_configs.config_to_diffusers(model.config)
     save_module(ASSETS / "transformer", tensors, config, "diffusion_pytorch_model.safetensors")
     write_index()
 

@@ -23,7 +23,7 @@ from fluxlite.nets import flow
 from fluxlite.nets.controlnet import spread
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion
 from fluxlite.weights.sources import ASSETS
 
 FOLDER, ROOT = Path(__file__).parent / "golden", Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def take_our_step(theirs, control):
         base(*args, **inputs, residuals=residuals), batch["x0"], batch["noise"]
     ).mean()
     loss.backward()
-    return loss.item(), layouts.from_fluxlite(gradients_of(trained), trained.config, "diffusers")
+    return loss.item(), conversion.from_fluxlite(gradients_of(trained), trained.config, "diffusers")
 
 
 def take_their_step(theirs, control):

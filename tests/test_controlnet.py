@@ -25,7 +25,7 @@ from fluxlite.nets.controlnet import (
 )
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion
 
 HEIGHT, WIDTH, NUM_TEXT = 4, 6, 5  # latent cells
 DEPTHS = [(4, 10), (4, 0), (2, 0), (6, 0), (5, 15)]
@@ -251,10 +251,14 @@ def test_a_net_starts_from_its_base_tensor_by_tensor_too(bases):
         base.config, num_double_blocks=5, num_single_blocks=7, num_modes=3
     )
     net = init_from_base(ControlNet(config), base, torch.Generator().manual_seed(0))
-    stream = layouts.convert(base.state_dict().__getitem__, "fluxlite", "fluxlite", base.config)
+    stream = conversion.convert_weights(
+        base.state_dict().__getitem__, "fluxlite", "fluxlite", base.config
+    )
     generator = torch.Generator().manual_seed(0)
     state = dict(
-        weights_from_base(layouts.on_meta(config), base.config, stream, generator=generator)
+        weights_from_base(
+            conversion.build_on_meta(config), base.config, stream, generator=generator
+        )
     )
     assert state.keys() == net.state_dict().keys() and all(
         torch.equal(state[k], v) for k, v in net.state_dict().items()

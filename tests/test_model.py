@@ -20,7 +20,7 @@ from fluxlite.nets.flux import (
     sinusoid,
 )
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion
 
 
 def inputs(config, *, batch=3, height=6, width=10, num_text_tokens=5, dtype=torch.float32):
@@ -73,7 +73,7 @@ def test_forward_and_gradients_match_diffusers(guidance, doubles, singles):
         gradients |= {
             name: torch.zeros_like(p) for name, p in ours.named_parameters() if p.grad is None
         }
-    converted = layouts.from_fluxlite(gradients, ours.config, "diffusers")
+    converted = conversion.from_fluxlite(gradients, ours.config, "diffusers")
     for name, gradient in reference.items():
         if name.endswith(("to_k.bias", "add_k_proj.bias")) or gradient.norm() > 0:
             assert gradient.norm() > 0 or not singles, name
@@ -87,7 +87,7 @@ def test_dev_and_schnell_have_the_keys_shapes_and_size_of_diffusers(guidance, co
         ours = Flux(FluxConfig(guidance_embed=guidance))
         assert ours.num_parameters() == count == sum(p.numel() for p in theirs.parameters())
         state = ours.state_dict()
-        converted = layouts.from_fluxlite(state, ours.config, "diffusers")
+        converted = conversion.from_fluxlite(state, ours.config, "diffusers")
     assert {k: v.shape for k, v in converted.items()} == {
         k: v.shape for k, v in theirs.state_dict().items()
     }

@@ -25,7 +25,7 @@ from test_trainer import MOCK, ROOT, SMALL, command, losses, train
 import fluxlite
 from fluxlite import parallel
 from fluxlite.train import loop, metrics, run_state
-from fluxlite.weights import run_folder, run_tensors, sources, verify
+from fluxlite.weights import run_folder, run_tensors, sources, verify, writing
 
 COMMON = [*MOCK, "checkpoint.every=2", "checkpoint.keep=0", "validate_every=0", "sample.every=0"]
 
@@ -290,7 +290,7 @@ def test_a_large_run_is_checked_by_tensors_and_whole_before_a_result(run, monkey
             verify.digests_of(source)
         if k % 20 == 0:
             with pytest.raises(ValueError, match="damaged"):
-                sources.write_converted(source, tmp_path / "out.safetensors")
+                writing.write_converted(source, tmp_path / "out.safetensors")
             assert not (tmp_path / "out.safetensors").exists()
         shard(folder).write_bytes(data)
     assert 5 < noticed < 55

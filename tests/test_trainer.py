@@ -19,7 +19,7 @@ from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, optim
-from fluxlite.weights import run_folder, sources
+from fluxlite.weights import run_folder, sources, writing
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -291,7 +291,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeyp
 def test_weights_that_are_not_finite_start_no_run(tmp_path):
     first = train(*MOCK, "steps=1", f"output={tmp_path}/a")
     file = tmp_path / "a.safetensors"
-    sources.write_converted(sources.open_source(str(first)), file)
+    writing.write_converted(sources.open_source(str(first)), file)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     state = load_file(file)

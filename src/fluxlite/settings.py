@@ -25,7 +25,8 @@ from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel.config import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
-from fluxlite.weights.sources import TINY, CheckpointConfig
+from fluxlite.weights.run_folder import CheckpointConfig
+from fluxlite.weights.sources import TINY
 
 DTYPES = ("float32", "bfloat16")
 MAX_STEPS = 10**9  # of training

@@ -25,7 +25,7 @@ from fluxlite.nets.configs import ControlNetConfig
 from fluxlite.nets.control_modes import MODES, mode_number
 from fluxlite.nets.controlnet import ControlNet, combine, spread
 from fluxlite.nets.latents import pack_latents
-from fluxlite.weights import sources
+from fluxlite.weights import sources, writing
 
 
 @dataclass
@@ -121,8 +121,8 @@ def open_control(control, base, height, width, num_prompts=1):
         source, where = control.checkpoint, "the ControlNet"
     else:
         where = f"controlnet.checkpoint={control.checkpoint}"
-        source = sources.converted(
-            sources.resolve(control.checkpoint),
+        source = writing.open_converted(
+            sources.resolve_tiny(control.checkpoint),
             control.save_converted,
             group="controlnet",
             part="controlnet",

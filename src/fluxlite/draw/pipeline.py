@@ -25,8 +25,8 @@ from fluxlite.nets import schedule
 from fluxlite.nets.configs import check_channels
 from fluxlite.nets.latents import num_image_tokens
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
-from fluxlite.weights import run_folder, sources
-from fluxlite.weights.sources import TINY, resolve
+from fluxlite.weights import run_folder, sources, writing
+from fluxlite.weights.sources import TINY, resolve_tiny
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
@@ -87,9 +87,9 @@ def beside(checkpoint):
     """Where the other parts of a transformer's pipeline lie: {part: path} for those that are
     found.
     """
-    path = Path(resolve(checkpoint)).expanduser()
+    path = Path(resolve_tiny(checkpoint)).expanduser()
     if sources.is_run(path):
-        return {part: resolve(name) for part, name in run_folder.saved_parts(path).items()}
+        return {part: resolve_tiny(name) for part, name in run_folder.saved_parts(path).items()}
     root = root_of(path)
     found = {part: str(root / name) for part, name in PARTS.items() if (root / name).is_dir()}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
@@ -154,7 +154,7 @@ def find_pipeline(
     """
     device = torch.device(device or parallel.default_device())
     dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
-    checkpoint = str(sources.local(resolve(checkpoint), PIPELINE_FILES))
+    checkpoint = str(sources.local_path(resolve_tiny(checkpoint), PIPELINE_FILES))
     given = dict(expected)
     transformer = sources.open_source(checkpoint, ema=ema, given=given)
     sources.check_part(transformer, "transformer", "model.checkpoint")
@@ -166,7 +166,7 @@ def find_pipeline(
                 f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}"
             )
     named = {"t5": t5, "clip": clip, "autoencoder": autoencoder}
-    parts = beside(checkpoint) | {k: resolve(v) for k, v in named.items() if v}
+    parts = beside(checkpoint) | {k: resolve_tiny(v) for k, v in named.items() if v}
     missing = [f"model.{part}=" for part in PARTS if part not in parts]
     if missing:
         raise ValueError(
@@ -177,7 +177,7 @@ def find_pipeline(
     sources.check_part(vae, "autoencoder", "model.autoencoder")
     check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
     if save_converted:
-        transformer = sources.converted(checkpoint, save_converted, ema=ema, given=given)
+        transformer = writing.open_converted(checkpoint, save_converted, ema=ema, given=given)
     return Found(
         transformer, vae, **parts, attention=attention, compile=compile, device=device, dtype=dtype
     )

@@ -32,7 +32,7 @@ from fluxlite.data import (
 )
 from fluxlite.data.cache import data_digest
 from fluxlite.draw import sampling
-from fluxlite.draw.pipeline import check_widths, resolve
+from fluxlite.draw.pipeline import check_widths
 from fluxlite.nets import flow, schedule
 from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.configs import check_channels
@@ -50,8 +50,8 @@ from fluxlite.nets.latents import num_image_tokens, pack_latents, position_ids
 from fluxlite.train import optim, run_state
 from fluxlite.train.meter import Meter
 from fluxlite.train.metrics import Metrics, Throughput, contact_sheet, plot_control, plot_losses
-from fluxlite.weights import run_folder, sources
-from fluxlite.weights.tensor_files import aside, check_values
+from fluxlite.weights import run_folder, sources, writing
+from fluxlite.weights.tensor_files import atomic_weights, check_values
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
@@ -164,7 +164,7 @@ def wrap(model, config, mesh):
 def check_base(config):
     """Raise `ValueError`, before anything is loaded, where model.checkpoint cannot be trained."""
     if config.model.checkpoint:
-        where = resolve(config.model.checkpoint)
+        where = sources.resolve_tiny(config.model.checkpoint)
         source = sources.open_source(
             where, ema=config.model.ema, given=asdict(config.model.shape())
         )
@@ -178,10 +178,10 @@ def flux_weights(config, device):
     if not config.model.checkpoint:
         return random_weights(meta_flux(config), config.seed, device)
     where, options = (
-        resolve(config.model.checkpoint),
+        sources.resolve_tiny(config.model.checkpoint),
         dict(ema=config.model.ema, given=asdict(shape)),
     )
-    source = sources.converted(where, config.model.save_converted, **options)
+    source = writing.open_converted(where, config.model.save_converted, **options)
     sources.check_part(source, "transformer", "model.checkpoint")
     check_shape(source, shape, "model.checkpoint", config.model.checkpoint)
     return checked_weights(source, "model.checkpoint")
@@ -265,7 +265,7 @@ def controlnet_weights(config, device):
     control, net = config.controlnet, meta_controlnet(config)
     if control.checkpoint:
         source = sources.open_source(
-            resolve(control.checkpoint),
+            sources.resolve_tiny(control.checkpoint),
             setting="controlnet.checkpoint",
             ema=config.model.ema,
             part="controlnet",
@@ -317,12 +317,15 @@ def load_parts(config, device, mesh):
     sharded = config.parallel.shard_encoders
     where = dict(device=device, t5_device="cpu" if sharded else device)
     encoders = load_text_encoders(
-        resolve(config.model.t5), resolve(config.model.clip), dtype=dtype, **where
+        sources.resolve_tiny(config.model.t5),
+        sources.resolve_tiny(config.model.clip),
+        dtype=dtype,
+        **where,
     )
     if sharded:
         parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.world)
     autoencoder = sources.load_autoencoder(
-        resolve(config.model.autoencoder), dtype=dtype, device=device
+        sources.resolve_tiny(config.model.autoencoder), dtype=dtype, device=device
     )
     check_widths(config.model.shape(), autoencoder, encoders)
     return Parts(autoencoder, encoders)
@@ -930,7 +933,7 @@ def start_watching(run, validation, start):
     """
     config, main = run.config, parallel.rank() == 0
     if main:
-        with aside(Path(config.output) / "config.json", overwrite=True) as part:
+        with atomic_weights(Path(config.output) / "config.json", overwrite=True) as part:
             part.write_text(json.dumps(asdict(config), indent=2, allow_nan=False) + "\n")
     metrics = Metrics(
         config.metrics,

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from fluxlite.cli.descriptions import check_regular, read_text
 from fluxlite.cli.options import check_options, option
-from fluxlite.weights.tensor_files import aside
+from fluxlite.weights.tensor_files import atomic_weights
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"); the first name
 # found in the device's wins.
@@ -148,7 +148,7 @@ def rewind_metrics(folder, step):
     """
     path = Path(folder) / "metrics.jsonl"
     rows = [row for row in read_metrics(folder) if 0 < step >= row["step"]]
-    with aside(path, overwrite=True) as part, open(part, "w") as file:
+    with atomic_weights(path, overwrite=True) as part, open(part, "w") as file:
         file.writelines(format_row(row) for row in rows)
 
 
@@ -206,7 +206,7 @@ class Metrics:
         if not self.enabled:
             return None
         path = self.folder / "images" / f"{name}-{step:06d}.png"
-        with aside(path, overwrite=True) as part:
+        with atomic_weights(path, overwrite=True) as part:
             picture.save(part, "PNG")
         if self.writer:
             self.writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
@@ -278,7 +278,7 @@ def open_wandb(folder, start_step, run_config):
 
     kept = folder / "wandb_id"
     if not (start_step and kept.exists()):
-        with aside(kept, overwrite=True) as part:
+        with atomic_weights(kept, overwrite=True) as part:
             part.write_text(uuid.uuid4().hex[:12])
     run = wandb.init(
         project="fluxlite",
@@ -485,7 +485,7 @@ def save_axes(figure, both, path):
         axes.set_axisbelow(True)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
-    with aside(path, overwrite=True) as part:
+    with atomic_weights(path, overwrite=True) as part:
         figure.savefig(part, format="png")
     return path
 

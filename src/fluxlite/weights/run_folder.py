@@ -27,6 +27,18 @@ STEP_NAME = re.compile(r"step-(\d{6,})")
 SOON_CHECKED = 1 << 30  # bytes of a checkpoint that are read in less time than a program starts in
 
 
+@dataclass
+class CheckpointConfig:
+    """When a run saves, and how much it keeps."""
+
+    every: int = option(
+        1000, "steps between checkpoints; the last step always saves", at_least=1, at_most=10**9
+    )
+    keep: int = option(
+        2, "checkpoints kept, the newest; 0 keeps all", at_least=0, at_most=1_000_000
+    )
+
+
 # --- what a checkpoint says of itself -------------------------------------------------------------
 
 

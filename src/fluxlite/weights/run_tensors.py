@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
 from fluxlite.cli.descriptions import check_regular
-from fluxlite.weights.tensor_files import DTYPES
+from fluxlite.weights.dtypes import DTYPES
 
 SavedTensor = namedtuple("SavedTensor", "dtype shape chunks")
 # Where a part of a tensor lies: `length` bytes of a file from `begin` on, a zip of its own.

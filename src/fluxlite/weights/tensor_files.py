@@ -1,10 +1,9 @@
-"""safetensors files of any size at constant memory: mapped and checked on reading, streamed,
-renamed when whole on writing.
+"""safetensors files of any size at constant memory: mapped and checked on reading, streamed, and
+renamed when whole, on writing.
 
-tensors = Tensors("FLUX.1-dev/transformer")          # a file, or a folder with its index; nothing
-is read yet with aside("out.safetensors") as path:               # a killed or failed writer leaves
-nothing under the final name
-    write(path, {"a": (torch.bfloat16, (2, 3))}, [("a", tensor)], {"layout": "fluxlite"})
+    tensors = Tensors("FLUX.1-dev/transformer")  # a file, or a folder with its index; none is read
+    with atomic_weights("out.safetensors") as path:  # whole under that name, or not there
+        write_tensors(path, {"a": (torch.bfloat16, (2, 3))}, [("a", tensor)], {"format": "pt"})
 """
 
 import contextlib
@@ -25,18 +24,10 @@ from safetensors import SafetensorError, safe_open
 from fluxlite.cli.atomic import atomic_folder, atomic_path
 from fluxlite.cli.descriptions import DAMAGED, check_regular, inside_folder, parse_json, read_json
 from fluxlite.weights import foreign
+from fluxlite.weights.dtypes import DTYPES, SPELLED
 
-DTYPES = {  # of weights, as safetensors spells them
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 DIGEST_BYTES = 1 << 26  # read at a time
-SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -186,7 +177,7 @@ class Tensors:
 # --- digests --------------------------------------------------------------------------------------
 
 
-def raw(tensor):
+def tensor_bytes(tensor):
     """A tensor's bytes as a one-dimensional numpy array, without a copy where it is contiguous."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
@@ -213,7 +204,7 @@ class Digests:
                 max(1, DIGEST_BYTES * shape[0] // max(1, num_bytes({name: (dtype, shape)}))),
             )
             for start in range(0, shape[0], step):
-                digest.update(raw(source.read(name, start, start + step)))
+                digest.update(tensor_bytes(source.read(name, start, start + step)))
             return hashlib.sha256(
                 f"{SPELLED[dtype]}{list(shape)}".encode() + digest.digest()
             ).hexdigest()
@@ -280,7 +271,7 @@ def _header(described, metadata):
     return struct.pack("<Q", len(text)) + text
 
 
-def cast(name, tensor, dtype):
+def checked_cast(name, tensor, dtype):
     """`tensor` as `dtype`; raises `ValueError` where a finite value becomes infinite."""
     if tensor.dtype == dtype:
         return tensor
@@ -315,16 +306,7 @@ def all_finite(tensor):
     return all(end.isfinite().item() for end in (tensor.float() if narrow else tensor).aminmax())
 
 
-def wider(a, b):
-    """The smallest type that holds values of both."""
-    if a == b:
-        return a
-    return (
-        torch.float32 if a.itemsize == b.itemsize else max(a, b, key=lambda dtype: dtype.itemsize)
-    )
-
-
-def write(path, described, pieces, metadata, progress=lambda count: None):
+def write_tensors(path, described, pieces, metadata, progress=lambda count: None):
     """Write a safetensors file of {name: (dtype, shape)} from its (name, tensor) pieces, which come
     in the file's order.
 
@@ -335,7 +317,7 @@ def write(path, described, pieces, metadata, progress=lambda count: None):
     with open(path, "wb") as file:
         file.write(header)
         for name, tensor in pieces:
-            data = raw(cast(name, tensor, described[name][0]))
+            data = tensor_bytes(checked_cast(name, tensor, described[name][0]))
             file.write(data)
             progress(data.nbytes)
         if file.tell() != len(header) + num_bytes(described):
@@ -365,7 +347,7 @@ def write_index(path, shards, names):
 
 
 @contextlib.contextmanager
-def aside(final, *, overwrite=False, folder=False, remedy="name another"):
+def atomic_weights(final, *, overwrite=False, folder=False, remedy="name another"):
     """A path beside `final` to write a file or a `folder` to, renamed to it at the end and removed
     if that is not reached.
 

@@ -303,7 +303,7 @@ def check_description(folder, kind):
     described = typed_description(file, kind.description, values, foreign=True)
     tensors = tensor_files.Tensors(folder, weight_files(folder))
     prefix = kind.prefix if any(key.startswith(kind.prefix) for key in tensors.keys()) else ""
-    shown = {kind.blocks[0]: layouts.depth(tensors.keys(), prefix + kind.blocks[1])}
+    shown = {kind.blocks[0]: layouts.count_blocks(tensors.keys(), prefix + kind.blocks[1])}
     for names, dimensions in kind.shapes:
         shape = next(filter(None, (tensors.shape(prefix + name) for name in names)), None)
         if shape is None or len(shape) != 2:

@@ -12,7 +12,7 @@ import torch
 from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import layouts, tensor_files
+from fluxlite.weights import conversion, diffusers_configs, tensor_files
 from fluxlite.weights.sources import open_source
 
 MAX_ERROR = 1e-4  # ‖ours − theirs‖ / ‖theirs‖ in float32; a wrong row order gives about 1
@@ -40,18 +40,18 @@ def verify(source, dst, progress=lambda count: None):
     The forward takes about 3 GB at FLUX's width; the comparison of bytes a few linears.
     """
     back = open_source(dst, setting="--dst")
-    optional = {
-        name for rule in layouts.rules(source.layout, source.config) for name in rule.optional
-    }
+    optional = conversion.optional_names(source.layout, source.config)
     wrong, rounded, count = [], set(), 0
-    for name, tensor in layouts.convert(back.read, back.layout, source.layout, source.config):
+    for name, tensor in conversion.convert_weights(
+        back.read, back.layout, source.layout, source.config
+    ):
         if name in optional:  # a bias that NeMo's layout may lack, and whose value nothing reads
             continue
         expected = source.read(name)
         if tensor.dtype != expected.dtype:
             rounded.add(str(tensor.dtype).removeprefix("torch."))
         if not np.array_equal(
-            tensor_files.raw(expected.to(tensor.dtype)), tensor_files.raw(tensor)
+            tensor_files.tensor_bytes(expected.to(tensor.dtype)), tensor_files.tensor_bytes(tensor)
         ):
             wrong.append(name)
         count += 1
@@ -92,12 +92,12 @@ def forward_error(source, back):
     """
     shallow = first_blocks(source.config)
     inputs = make_inputs(shallow)
-    weights = layouts.convert(back.read, back.layout, "fluxlite", shallow)
+    weights = conversion.convert_weights(back.read, back.layout, "fluxlite", shallow)
     got = our_forward(shallow, {name: t.float() for name, t in weights}, inputs)
 
     described = {name: dtype for name, (dtype, _) in back.described.items()}
-    types = layouts.dtypes(back.layout, "diffusers", source.config, described)
-    weights = layouts.convert(source.read, source.layout, "diffusers", shallow)
+    types = conversion.layout_dtypes(back.layout, "diffusers", source.config, described)
+    weights = conversion.convert_weights(source.read, source.layout, "diffusers", shallow)
     theirs = {name: t.to(types[name]).float() for name, t in weights}
     expected = diffusers_forward(shallow, theirs, inputs)
     return ((got - expected).norm() / expected.norm()).item()
@@ -122,7 +122,7 @@ def make_inputs(config):
 
 
 def our_forward(config, state, inputs):
-    model = layouts.on_meta(config)
+    model = conversion.build_on_meta(config)
     model.load_state_dict(state, strict=True, assign=True)
     out = model(rope=rope_table(position_ids(6, 8, 5), config), **inputs)
     return torch.cat(sum(out, [])) if isinstance(config, ControlNetConfig) else out
@@ -131,7 +131,7 @@ def our_forward(config, state, inputs):
 def diffusers_forward(config, state, inputs):
     import diffusers
 
-    values = layouts.config_to_diffusers(config)
+    values = diffusers_configs.config_to_diffusers(config)
     with torch.device("meta"):
         model = getattr(diffusers, values["_class_name"])(
             **{k: v for k, v in values.items() if not k.startswith("_")}
