@@ -83,7 +83,7 @@ def save_module(folder, tensors, config, name):
 
 def picture_batches(batch, seed):
     """Endless batches of training pictures, (batch, 3, SIZE, SIZE) in [-1, 1], drawn afresh."""
-    choices, index = fill50k.pairs(held_out=False), 0
+    choices, index = fill50k.colour_pairs(held_out=False), 0
     while True:
         rows = [
             fill50k.draw_sample(index + i, size=SIZE, seed=seed, choices=choices)[0]

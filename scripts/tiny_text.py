@@ -196,7 +196,7 @@ def train(model, features, tokenizer, *, length, minutes, batch=64, lr=2e-3):
     """Fit `model` and a linear head to the colours of captions; returns the head, both with the
     mean of their last weights.
     """
-    rng, choices = random.Random(0), fill50k.pairs(held_out=False)
+    rng, choices = random.Random(0), fill50k.colour_pairs(held_out=False)
     head = nn.Linear(model.config.hidden_size, 6)
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
@@ -238,7 +238,7 @@ def report(name, model, head, features, tokenizer, *, length):
     """
     wordings = [TEMPLATES[0], "a {c} circle on a {b} background", "{c} circle, {b} background"]
     for wording in wordings:
-        pairs = fill50k.pairs(held_out=True)
+        pairs = fill50k.colour_pairs(held_out=True)
         target = torch.from_numpy(
             np.stack([np.concatenate([fill50k.rgb(a), fill50k.rgb(b)]) for a, b in pairs])
         )

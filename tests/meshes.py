@@ -18,7 +18,7 @@ from reference import last_of_each, randomise
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave
-from fluxlite.data import MockSamples
+from fluxlite.data.mock import MockSamples
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, optim
 

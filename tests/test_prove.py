@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 import fluxlite
 from fluxlite.data import circles
-from fluxlite.data.fill50k import disc, distance_from, draw_sample, rgb
+from fluxlite.data.fill50k import disc_coverage, distance_from, draw_sample, rgb
 from fluxlite.draw import proof
 
 PROVE = Path(__file__).parents[1] / "prove.py"
@@ -23,7 +23,7 @@ def script():
 
 
 def draw_disc(size, *, centre, radius):
-    return disc(distance_from(centre, size), radius)[..., 0]
+    return disc_coverage(distance_from(centre, size), radius)[..., 0]
 
 
 def paint(coverage, circle, background):
@@ -67,7 +67,7 @@ def square(side, *, corner=(15, 20)):
 @pytest.mark.parametrize("through", [lambda picture: picture, as_jpeg], ids=["exact", "jpeg"])
 def test_generated_pictures_are_right(script, through):
     chosen = script["choose_pairs"](200, 3)
-    prompts = [script["caption"](*pair) for pair in chosen]
+    prompts = [script["circle_caption"](*pair) for pair in chosen]
     results = [
         circles.measure(through(picture), *pair) for picture, pair in zip(perfect(prompts), chosen)
     ]
@@ -150,7 +150,7 @@ def test_perfect_pictures_prove_it_and_shuffled_prompts_do_not(script):
 
 def test_model_that_confuses_circle_and_background_fails_the_swap(script):
     def unbound(prompts, _controls):  # knows the two colours, not which is which
-        return perfect([script["caption"](*sorted(names(prompt))) for prompt in prompts])
+        return perfect([script["circle_caption"](*sorted(names(prompt))) for prompt in prompts])
 
     report, _, _ = script["prove"](unbound, num=NUM, num_swaps=20, seed=0)
     assert report["swap"] == 0 and 0.2 < report["colours"] < 0.8

@@ -13,7 +13,7 @@ import torch
 
 from fluxlite import parallel
 from fluxlite.cli.options import check_options, option, same_option, unset_option
-from fluxlite.data import DataConfig
+from fluxlite.data.config import DataConfig
 from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import DrawConfig
 from fluxlite.nets.configs import ControlNetConfig, FluxConfig, check_channels

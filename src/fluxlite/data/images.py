@@ -14,7 +14,7 @@ class BadSample(ValueError):
     """A sample that cannot be used: it is skipped, counted and logged."""
 
 
-def decode(data):
+def decode_picture(data):
     """Encoded bytes as an RGB PIL image, as `to_rgb` makes it. Raises `BadSample`."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)

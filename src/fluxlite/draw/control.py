@@ -169,7 +169,11 @@ def read_picture(image, height, width):
     """
     given, name = image, "the control image" if is_picture(image) else f"control_image={image}"
     try:
-        image = images.to_rgb(given) if is_picture(given) else images.decode(_bytes_of(given, name))
+        image = (
+            images.to_rgb(given)
+            if is_picture(given)
+            else images.decode_picture(_bytes_of(given, name))
+        )
         return images.resize_crop(image, height, width)
     except images.BadSample as error:
         remedy = ": pass it as RGB" * is_picture(given)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fluxlite.cli.options import option, same_option
 from fluxlite.data.circles import MAX_COLOUR_ERROR, MIN_IOU, colour_difference, figure_mask, measure
-from fluxlite.data.fill50k import caption, draw_sample, pairs, rgb
+from fluxlite.data.fill50k import circle_caption, colour_pairs, draw_sample, rgb
 from fluxlite.draw.pipeline import DrawConfig
 from fluxlite.nets.schedule import SampleConfig
 
@@ -58,7 +58,7 @@ def choose_pairs(num, seed):
     """
     candidates = [
         (a, b)
-        for a, b in pairs(held_out=True)
+        for a, b in colour_pairs(held_out=True)
         if colour_difference(rgb(a), rgb(b)) > MIN_DIFFERENCE
     ]
     if not 2 <= num <= len(candidates):
@@ -119,19 +119,18 @@ def prove(draw, *, num, num_swaps, seed, control_size=None):
     controls = draw_controls(chosen, control_size, seed) if control_size else []
     images = [image for image, _ in controls] or None
     began = time.perf_counter()
-    pictures = draw([caption(*pair) for pair in chosen], images)
+    pictures = draw([circle_caption(*pair) for pair in chosen], images)
     seconds = time.perf_counter() - began
     results = [
-        {"prompt": caption(*pair), **measure(picture, *pair)}
+        {"prompt": circle_caption(*pair), **measure(picture, *pair)}
         for picture, pair in zip(pictures, chosen, strict=True)
     ]
     shuffled = [
         measure(picture, *pair) for picture, pair in zip(pictures, chosen[1:] + chosen[:1])
     ]  # everyone gets a neighbour's
     swapped = [pair[::-1] for pair in chosen[:num_swaps]]
-    swapped_pictures = (
-        draw([caption(*pair) for pair in swapped], images and images[:num_swaps]) if swapped else []
-    )
+    captions = [circle_caption(*pair) for pair in swapped]
+    swapped_pictures = draw(captions, images and images[:num_swaps]) if swapped else []
     swaps = [
         measure(picture, *pair) for picture, pair in zip(swapped_pictures, swapped, strict=True)
     ]

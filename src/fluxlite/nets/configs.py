@@ -127,12 +127,10 @@ class ControlNetConfig(FluxConfig):
         return super().modulation_chunks[:-1]
 
     @classmethod
-    def beside(cls, base, **own):
-        """A configuration with the widths of `base`, a `FluxConfig`, and its `own` depth, hint and
-        modes.
-        """
+    def beside(cls, base, **changes):
+        """A configuration with the widths of `base`, a `FluxConfig`, and such `changes`."""
         shared = (f.name for f in fields(cls) if f.name not in OWN_FIELDS)
-        return cls(**{name: getattr(base, name) for name in shared}, **own)
+        return cls(**{name: getattr(base, name) for name in shared} | changes)
 
     def check_fits(self, base, where="the ControlNet", names=SHARED_FIELDS):
         """Raise `ValueError`, naming `where`, unless widths and positions are those of `base`."""

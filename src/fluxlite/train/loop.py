@@ -22,15 +22,10 @@ import torch.distributed as dist
 from fluxlite import __version__, parallel, rng
 from fluxlite.cli.options import resumable_keys
 from fluxlite.cli.processes import held_signals
-from fluxlite.data import (
-    CachedSamples,
-    MockSamples,
-    build_cache,
-    make_loader,
-    open_dataset,
-    prepare,
-)
-from fluxlite.data.cache import data_digest
+from fluxlite.data.cache import CachedSamples, build_cache
+from fluxlite.data.loading import make_loader
+from fluxlite.data.mock import MockSamples
+from fluxlite.data.opening import open_dataset, prepare_data
 from fluxlite.draw import sampling
 from fluxlite.draw.pipeline import check_widths
 from fluxlite.nets import flow, schedule
@@ -345,7 +340,7 @@ def open_data(config, run):
         ]
     sets = []
     for split in ("train", "val"):
-        prepare(data, split, config.seed)
+        prepare_data(data, split, config.seed)
         dataset = open_dataset(data, split, config.seed)
         if data.cache:
             directory = build_cache(
@@ -778,13 +773,8 @@ def describe_data(training, validation):
     """What a checkpoint says of the data: digests, how many samples are trained on, their files'
     names.
     """
-    plain, held_out = (
-        d.dataset if isinstance(d, CachedSamples) else d for d in (training, validation)
-    )
-    shards = getattr(plain, "shards", [])
-    digests = [data_digest(d) if getattr(d, "shards", []) else "" for d in (plain, held_out)]
-    names = [shard.name for shard in shards]
-    return run_folder.DataRecord(digests[0], len(plain), names, digests[1])
+    names = training.file_names()
+    return run_folder.DataRecord(training.digest(), len(training), names, validation.digest())
 
 
 def report_changed_data(folder, data):
