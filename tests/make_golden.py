@@ -20,7 +20,7 @@ from reference import SMALL, our_controlnet_from, ours_from
 import fluxlite
 from fluxlite import rng
 from fluxlite.nets import flow
-from fluxlite.nets.controlnet import spread
+from fluxlite.nets.controlnet import spread_samples
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.weights import conversion
@@ -126,7 +126,7 @@ def take_our_step(theirs, control):
             hint=batch[trained.config.hint],
             mode=batch["mode"] if trained.config.num_modes else None,
         )
-        residuals = spread(trained(*args, **inputs, **steer), trained.config, base.config)
+        residuals = spread_samples(trained(*args, **inputs, **steer), trained.config, base.config)
     loss = flow.velocity_loss(
         base(*args, **inputs, residuals=residuals), batch["x0"], batch["noise"]
     ).mean()

@@ -27,7 +27,6 @@ from fluxlite.data.images import BadSample
 from fluxlite.data.loading import load_batches
 from fluxlite.data.rows import RowFile, write_rows
 from fluxlite.data.shards import RecentValues, first_good_sample
-from fluxlite.data.tars import identity_of
 
 POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
 # tensors of a row for each good sample
@@ -194,7 +193,7 @@ def file_digest(shard):
     with open(shard.path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-        identity = identity_of(file)
+        identity = shard.identity_of(file)
     if identity != (shard.size, shard.modified):
         raise ValueError(f"{shard.path} was changed while it is read: start again")
     return digest.hexdigest()

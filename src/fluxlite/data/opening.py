@@ -11,7 +11,7 @@ from fluxlite.data.mock import MockPictures
 from fluxlite.data.parts import config_parts
 from fluxlite.data.places import expand_places
 from fluxlite.data.shards import Samples
-from fluxlite.data.tars import cut_shards, open_shards
+from fluxlite.data.tars import cut_shards, index_tar, open_shards
 
 log = logging.getLogger("fluxlite")
 
@@ -105,7 +105,7 @@ def find_shards(config, split):
 def _expanded(config, name, split):
     """[(path, its `Parts`)] of the tars that `data.path` or `data.val_path` names for a split."""
     options = dict(setting=f"data.{name}", download=config.download, parts=config_parts(config))
-    return expand_places(getattr(config, name), split, **options)
+    return expand_places(getattr(config, name), split, check=index_tar, **options)
 
 
 def _opened(config, name, found, where=None):

@@ -41,7 +41,9 @@ def choose_parts(files, parts):
     if count > 1:
         return None, [f"{count} samples of one key: its {most} is there {count} times"] * count
     found = {ending: places[0] for ending, places in found.items()}
-    columns = [next((e for e in endings if e in found), None) for endings in parts.endings()]
+    columns = []
+    for endings in parts.endings():
+        columns.append(next((ending for ending in endings if ending in found), None))
     lost = _dotted(found, parts)
     reason = _lacking(columns, found, parts)
     if reason:

@@ -12,29 +12,29 @@ from fluxlite.cli.descriptions import check_regular
 from fluxlite.cli.options import expand_home
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
-from fluxlite.data.tars import index_tar
 from fluxlite.data.urls import REMOTE, fetch_tar
 
 log = logging.getLogger("fluxlite")
 
 
-def expand_places(where, split, *, setting, download, parts):
+def expand_places(where, split, *, setting, download, parts, check):
     """The tars that `where` names for a split, in order: [(local path, its `Parts`)].
 
     `where` is a folder, a file, a glob, a brace pattern or a URL, or several with `::` between
     them. A folder with an Energon `.nv-meta/split.yaml` gives the tars of that split; any other
-    place belongs to "train". Raises `ValueError`, naming `setting`.
+    place belongs to "train". `check` raises `ValueError` for a fetched
+    file that is no whole tar. Raises `ValueError`, naming `setting`.
     """
     found = []
     for pattern in where.split("::"):
-        for name in _expanded(pattern, setting):
+        for name in _names_of(pattern, setting):
             if re.match("file:", name) or REMOTE.match(name):
                 found += [(name, None)] if split == "train" else []
             else:
                 found += _local_tars(expand_home(name, setting), split, setting)
     download, unanswered = Path(expand_home(download, "data.download")), set()
     with ThreadPoolExecutor(8) as pool:
-        options = dict(setting=setting, unanswered=unanswered, check=index_tar)
+        options = dict(setting=setting, unanswered=unanswered, check=check)
         fetch = partial(fetch_tar, folder=download, **options)
         paths = list(pool.map(fetch, [name for name, _ in found]))
     _warn_of_repeats(paths, setting)
@@ -51,7 +51,7 @@ def _warn_of_repeats(paths, setting):
         seen.add(path)
 
 
-def _expanded(pattern, setting):
+def _names_of(pattern, setting):
     if os.path.exists(os.path.expanduser(pattern)):  # braces may be part of a name
         return [pattern]
     names = expand_braces([pattern], setting, escape=False)

@@ -15,7 +15,6 @@ from fluxlite import rng
 from fluxlite.cli.options import shortened
 from fluxlite.data.images import BadSample, decode_picture, edges, frame, pixels
 from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, config_parts, printable_name
-from fluxlite.data.tars import identity_of
 from fluxlite.data.urls import fetched_description
 from fluxlite.nets.control_modes import MODES, mode_number
 
@@ -254,7 +253,7 @@ class Samples:
     def _opened(self, shard):
         """The tar as a file, the one that was indexed: in another one the pairs would be wrong."""
         file, identity = self.files.get(shard.path, shard.open_unchanged)
-        if identity_of(file) != identity:
+        if shard.identity_of(file) != identity:
             del self.files.values[shard.path]
             return self._opened(shard)
         return file

@@ -46,6 +46,12 @@ class Shard:
         """The tar's name without its ending, as a log or a JSON file can show it."""
         return printable_name(Path(self.path).stem)
 
+    @staticmethod
+    def identity_of(file):
+        """Size and time of change of an open file."""
+        about = os.fstat(file.fileno())
+        return about.st_size, about.st_mtime_ns
+
     def open_unchanged(self):
         """The tar, unbuffered, and its `identity_of`.
 
@@ -54,7 +60,7 @@ class Shard:
         """
         check_regular(self.path)
         file = open(self.path, "rb", buffering=0)
-        identity = identity_of(file)
+        identity = self.identity_of(file)
         if identity != (self.size, self.modified):
             now = index_tar(self.path, self.parts)
             rows = {key: i for i, key in enumerate(now.keys.tolist())}
@@ -62,12 +68,6 @@ class Shard:
             if -1 in same or not np.array_equal(now.spans[same], self.spans):
                 raise ValueError(f"{self.path} was changed while it is read: start again")
         return file, identity
-
-
-def identity_of(file):
-    """Size and time of change of an open file."""
-    about = os.fstat(file.fileno())
-    return about.st_size, about.st_mtime_ns
 
 
 def index_tar(path, parts=Parts()):  # noqa: B008 (frozen)

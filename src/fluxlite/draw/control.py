@@ -23,7 +23,7 @@ from fluxlite.draw import sampling
 from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.configs import ControlNetConfig
 from fluxlite.nets.control_modes import MODES, mode_number
-from fluxlite.nets.controlnet import ControlNet, combine, spread
+from fluxlite.nets.controlnet import ControlNet, spread_samples, sum_residuals
 from fluxlite.nets.latents import pack_latents
 from fluxlite.weights import sources, writing
 
@@ -242,7 +242,7 @@ class Steering:
         samples = self.net.samples(
             x, conditions.txt, rope, conditions.modulation[step], self.hint, self.control.scale
         )
-        return spread(samples, self.net.config, base)
+        return spread_samples(samples, self.net.config, base)
 
 
 def residuals(steerings, num_steps, base) -> Callable:
@@ -254,6 +254,6 @@ def residuals(steerings, num_steps, base) -> Callable:
         parts = [
             s.residuals(x, step, rope, base) for s in steerings if s.control.active(step, num_steps)
         ]
-        return combine(parts) if parts else None
+        return sum_residuals(parts) if parts else None
 
     return at

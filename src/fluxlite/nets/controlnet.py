@@ -3,7 +3,7 @@ to the base's image tokens.
 
     # one for each of its blocks, then one for each of the base's
     samples = controlnet(img, txt, rope, t=t, pooled=pooled, guidance=guidance, hint=hint)
-    residuals = spread(samples, controlnet.config, flux.config)
+    residuals = spread_samples(samples, controlnet.config, flux.config)
     velocity = flux(img, txt, rope, t=t, …, residuals=residuals)
 
 `Trunk`, embedders and blocks, is Flux's own. The hint is the latents of the control picture
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fluxlite.nets.flux import Trunk, initial
-from fluxlite.nets.latents import pack_latents
+from fluxlite.nets.latents import PATCH, pack_latents
 
 HINT_CHANNELS = 16
 HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)  # of the convolutions from pixels to latent cells
@@ -35,7 +35,7 @@ class ControlNet(Trunk):
         self.hint_in = nn.Linear(config.in_channels, hidden)
         self.mode_in = nn.Embedding(config.num_modes, hidden) if config.num_modes else None
         self.hint_convs = nn.ModuleList(
-            convolutions(config.in_channels // 4) if config.hint == "pixel" else ()
+            hint_convolutions(config.in_channels // PATCH**2) if config.hint == "pixel" else ()
         )
         self.double_out = nn.ModuleList(
             nn.Linear(hidden, hidden) for _ in range(config.num_double_blocks)
@@ -119,7 +119,7 @@ class ControlNet(Trunk):
         return self
 
 
-def convolutions(channels_out):
+def hint_convolutions(channels_out):
     """From pixels to latent cells in eight 3x3 convolutions."""
     widths = [3, *[HINT_CHANNELS] * (len(HINT_STRIDES) - 1), channels_out]
     conv = partial(nn.Conv2d, kernel_size=3, padding=1)
@@ -174,7 +174,7 @@ def init_from_base(controlnet, base, generator=None):
 # --- which block of the base gets which sample ----------------------------------------------------
 
 
-def placement(num_base, num_control, *, cyclic=False):
+def place_blocks(num_base, num_control, *, cyclic=False):
     """For each of `num_base` blocks the number of the control block whose sample it gets:
     stretched, or repeated in turn.
     """
@@ -184,28 +184,28 @@ def placement(num_base, num_control, *, cyclic=False):
     return [i % num_control if cyclic else i // stretch for i in range(num_base)]
 
 
-def placements(config, base):
-    """`placement` of the double and of the single blocks; a net that sees pixels repeats its double
-    blocks, as x-flux does.
+def block_places(config, base):
+    """`place_blocks` of the double and of the single blocks.
+
+    A net that sees pixels repeats its double blocks, as x-flux does.
     """
-    double = placement(
+    double = place_blocks(
         base.num_double_blocks, config.num_double_blocks, cyclic=config.hint == "pixel"
     )
-    return double, placement(base.num_single_blocks, config.num_single_blocks)
+    return double, place_blocks(base.num_single_blocks, config.num_single_blocks)
 
 
-def spread(samples, config, base):
-    """A net's samples as `residuals` of `Flux.forward`: two lists over the blocks of the base;
-    nothing is copied.
+def spread_samples(samples, config, base):
+    """A net's samples as `residuals` of `Flux.forward`: two lists over the blocks of the base.
+
+    Nothing is copied.
     """
-    return tuple(
-        [of_kind[i] for i in places] for of_kind, places in zip(samples, placements(config, base))
-    )
+    (double, single), (places, single_places) = samples, block_places(config, base)
+    return [double[i] for i in places], [single[i] for i in single_places]
 
 
-def combine(residuals):
-    """The sum of several nets' `residuals`, each a pair of lists that are as long as the base or
-    empty.
+def sum_residuals(residuals):
+    """The sum of several nets' `residuals`, pairs of lists as long as the base or empty.
 
     Blocks that get the same tensors share their sum.
     """
@@ -217,23 +217,20 @@ def combine(residuals):
             sums[key] = sum(tensors[1:], start=tensors[0])
         return sums[key]
 
-    return tuple(
-        [total(tensors) for tensors in zip(*filter(None, of_kind))] for of_kind in zip(*residuals)
-    )
+    double, single = (zip(*filter(None, of_kind)) for of_kind in zip(*residuals))
+    return [total(tensors) for tensors in double], [total(tensors) for tensors in single]
 
 
-def used(num_base, num_control, *, cyclic=False):
-    """How many of `num_control` blocks have a sample that a base of `num_base` blocks gets: the
-    first so many.
-    """
-    return 1 + max(placement(num_base, num_control, cyclic=cyclic), default=-1)
+def count_used(num_base, num_control, *, cyclic=False):
+    """How many control blocks, from the first on, have a sample that some base block gets."""
+    return 1 + max(place_blocks(num_base, num_control, cyclic=cyclic), default=-1)
 
 
 def nearest_depth(num_base, num_control):
     """The number of control blocks nearest to `num_control` of which stretching wastes none; of two
     the smaller.
     """
-    lossless = [n for n in range(num_base + 1) if used(num_base, n) == n]
+    lossless = [n for n in range(num_base + 1) if count_used(num_base, n) == n]
     return min(lossless, key=lambda n: (abs(n - num_control), n))
 
 
@@ -246,7 +243,7 @@ def unused_parameters(controlnet, base):
     get no gradient, and weight decay shrinks them towards zero, which no output shows.
     """
     config = controlnet.config
-    double, single = (1 + max(places, default=-1) for places in placements(config, base))
+    double, single = (1 + max(places, default=-1) for places in block_places(config, base))
     blocks = double if not single else config.num_double_blocks  # single blocks see all doubles
     found = []
     for i in range(blocks, config.num_double_blocks):

@@ -14,6 +14,7 @@ things are arranged otherwise, and neither moves a number:
   and the MLP's. Their products are added, and the one bias is with the MLP's.
 """
 
+import itertools
 import math
 from contextlib import nullcontext
 from functools import partial
@@ -250,7 +251,7 @@ class Modulation(nn.Module):
 
     def linears(self):
         """All of them, in the order that the network uses them."""
-        double = [linear for pair in zip(self.img, self.txt) for linear in pair]
+        double = itertools.chain.from_iterable(zip(self.img, self.txt))
         return [*double, *self.single] + ([self.out] if self.out else [])
 
     def forward(self, vec):

@@ -33,11 +33,11 @@ from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.configs import check_channels
 from fluxlite.nets.controlnet import (
     ControlNet,
+    count_used,
     initial_value,
     nearest_depth,
-    spread,
+    spread_samples,
     unused_parameters,
-    used,
     weights_from_base,
 )
 from fluxlite.nets.flux import Flux, initial, rope_table
@@ -285,7 +285,7 @@ def report_unused(shape, base, unused):
     for kind in ("double", "single"):
         count, num_base = getattr(shape, f"num_{kind}_blocks"), getattr(base, f"num_{kind}_blocks")
         cyclic = kind == "double" and shape.hint == "pixel"
-        if used(num_base, count, cyclic=cyclic) < count:
+        if count_used(num_base, count, cyclic=cyclic) < count:
             log.warning(
                 "controlnet.num_%s_blocks=%d: the transformer's %d blocks take the outputs of %d, "
                 "the rest is frozen; "
@@ -294,7 +294,7 @@ def report_unused(shape, base, unused):
                     kind,
                     count,
                     num_base,
-                    used(num_base, count, cyclic=cyclic),
+                    count_used(num_base, count, cyclic=cyclic),
                     nearest_depth(num_base, count),
                 ),
             )
@@ -500,7 +500,11 @@ def predict(run, img, txt, rope, *, hint=None, mode=None, **inputs):
         return run.flux(img, txt, rope, **inputs)
     samples = run.model(img, txt, rope, hint=hint.to(img.dtype), mode=mode, **inputs)
     return run.base(
-        img, txt, rope, residuals=spread(samples, run.model.config, run.base.config), **inputs
+        img,
+        txt,
+        rope,
+        residuals=spread_samples(samples, run.model.config, run.base.config),
+        **inputs,
     )
 
 

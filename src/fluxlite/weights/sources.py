@@ -32,6 +32,7 @@ from fluxlite.weights.run_folder import is_run, last_checkpoint
 log = logging.getLogger("fluxlite")
 
 TINY = "flux-tiny"
+SCHEDULER_FILE = "scheduler_config.json"
 ASSETS = Path(__file__).parents[3] / "assets"
 
 
@@ -151,11 +152,9 @@ def scheduler_of(path, about):
     folder = path if path.is_dir() else path.parent
     roots = [folder.parent] if path.is_dir() or folder.name == "transformer" else []
     places = [folder, *(root / "scheduler" for root in [folder, *roots])]
-    found = next((p for p in (place / SCHEDULER_FILE for place in places) if p.exists()), None)
+    files = [place / SCHEDULER_FILE for place in places]
+    found = next((file for file in files if file.exists()), None)
     return read_scheduler(found, read_json(found)) if found else None
-
-
-SCHEDULER_FILE = "scheduler_config.json"
 
 
 def _open_run(path, ema):
