@@ -23,7 +23,7 @@ from fluxlite.cli.options import option, same_option
 from fluxlite.cli.programs import run_program
 from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.weights import conversion, diffusers_configs, tensor_files
-from fluxlite.weights.writing import DIFFUSERS_SHARD_BYTES
+from fluxlite.weights.writing import DIFFUSERS_SHARD_BYTES, DIFFUSERS_STEM
 
 TINY = Path(__file__).parents[1] / "assets" / "flux-tiny"
 POOL = 1 << 24
@@ -45,18 +45,12 @@ CLIP_L = dict(
 )
 
 
-def draw(shape, pool, generator, *, norm):
-    """A random bfloat16 tensor: about 1 for a norm's scale, else of variance 1 over its inputs,
-    biases small.
-    """
+def draw_tensor(shape, pool, generator, *, norm):
+    """A random bfloat16 tensor: about 1 for a norm's scale, else of variance 1 over its inputs."""
     count = torch.Size(shape).numel()
     start = torch.randint(POOL // 2, (), generator=generator).item()
-    values = (
-        pool[start : start + count]
-        if count <= POOL - start
-        else pool.repeat(-(-(count + start) // POOL))[start : start + count]
-    )
-    values = values.view(shape)
+    repeated = pool if count <= POOL - start else pool.repeat(-(-(count + start) // POOL))
+    values = repeated[start : start + count].view(shape)
     if norm:
         return 1 + 0.02 * values
     return values * (values[0].numel() ** -0.5 if len(shape) > 1 else 0.02)
@@ -70,7 +64,7 @@ def write_part(folder, stem, shapes, config, pool, generator, bar):
     names = tensor_files.shard_names(stem, len(shards))
     for shard, name in zip(shards, names):
         pieces = (
-            (key, draw(shape, pool, generator, norm="norm" in key and len(shape) == 1))
+            (key, draw_tensor(shape, pool, generator, norm="norm" in key and len(shape) == 1))
             for key, (_, shape) in shard.items()
         )
         tensor_files.write_tensors(folder / name, shard, pieces, {"format": "pt"}, bar.update)
@@ -92,15 +86,17 @@ def encoder_parts():
     ):
         with torch.device("meta"):
             model = cls(config)
-        shapes = {
-            k: v.shape for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"
-        }
-        found[folder] = (
-            "model",
-            shapes,
-            config.to_dict() | {"architectures": [cls.__name__], "dtype": "bfloat16"},
-        )
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        shapes.pop("encoder.embed_tokens.weight", None)
+        values = config.to_dict() | {"architectures": [cls.__name__], "dtype": "bfloat16"}
+        found[folder] = "model", shapes, values
     return found
+
+
+def diffusers_part(config):
+    """(stem, {name: shape}, config) of a transformer or an autoencoder in diffusers' layout."""
+    shapes = conversion.layout_shapes("diffusers", config)
+    return DIFFUSERS_STEM, shapes, diffusers_configs.config_to_diffusers(config)
 
 
 @dataclass
@@ -124,22 +120,12 @@ def body(arguments):
     dst = Path(args.dst)
     flux = FluxConfig(args.doubles, args.singles, guidance_embed=args.model == "dev")
     flux.validate()
-    parts = {
-        "transformer": (
-            "diffusion_pytorch_model",
-            conversion.layout_shapes("diffusers", flux),
-            diffusers_configs.config_to_diffusers(flux),
-        )
-    }
+    parts = {"transformer": diffusers_part(flux)}
     if args.encoders:
-        vae = AutoencoderConfig()
-        values = diffusers_configs.config_to_diffusers(vae)
-        parts |= encoder_parts() | {
-            "vae": ("diffusion_pytorch_model", conversion.layout_shapes("diffusers", vae), values)
-        }
-    total = 2 * sum(
-        torch.Size(shape).numel() for _, shapes, _ in parts.values() for shape in shapes.values()
-    )
+        parts |= encoder_parts() | {"vae": diffusers_part(AutoencoderConfig())}
+    total = 0
+    for _, shapes, _ in parts.values():
+        total += sum(2 * torch.Size(shape).numel() for shape in shapes.values())
     generator = torch.Generator().manual_seed(args.seed)
     pool = torch.randn(POOL, generator=generator).bfloat16()
     with tensor_files.atomic_weights(dst, folder=True) as folder:

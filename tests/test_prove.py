@@ -177,7 +177,7 @@ def test_pairs_depend_on_the_seed_alone_and_are_held_out(script):
     chosen = script["choose_pairs"](NUM, 5)
     assert chosen == script["choose_pairs"](NUM, 5) != script["choose_pairs"](NUM, 6)
     assert len(set(chosen)) == NUM and all(
-        pair in script["pairs"](held_out=True) for pair in chosen
+        pair in script["colour_pairs"](held_out=True) for pair in chosen
     )
     assert all(circles.colour_difference(rgb(a), rgb(b)) > 25 for a, b in chosen)
     with pytest.raises(ValueError, match="num=100000"):

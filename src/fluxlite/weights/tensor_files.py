@@ -342,8 +342,9 @@ def atomic_weights(final, *, overwrite=False, folder=False, remedy="name another
     """A path to write a file or a `folder` to, which is `final` once the block ends.
 
     It is gone if the block raises. A link to a file is replaced and not followed: a run's folder
-    may come from somebody else. Raises `ValueError` where `final` exists and `overwrite` is false, is of the other kind or holds
-    what no checkpoint does, and where it cannot be written: full disk, no permission.
+    may come from somebody else. Raises `ValueError` where `final` exists and `overwrite` is false,
+    is of the other kind or holds what no checkpoint does, and where it cannot be written: full
+    disk, no permission.
     """
     final = Path(final).resolve() if folder else Path(final).parent.resolve() / Path(final).name
     free = partial(check_replaceable, final, overwrite=overwrite, folder=folder, remedy=remedy)

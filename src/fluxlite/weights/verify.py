@@ -12,7 +12,8 @@ import torch
 from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import conversion, diffusers_configs, tensor_files
+from fluxlite.weights import conversion, tensor_files
+from fluxlite.weights.diffusers_configs import config_to_diffusers
 from fluxlite.weights.sources import open_source
 
 MAX_ERROR = 1e-4  # ‖ours − theirs‖ / ‖theirs‖ in float32; a wrong row order gives about 1
@@ -129,27 +130,39 @@ def our_forward(config, state, inputs):
 
 
 def diffusers_forward(config, state, inputs):
+    with torch.device("meta"):
+        model = build_diffusers(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    out = model(**diffusers_inputs(inputs, position_ids(6, 8, 5)))
+    if not isinstance(config, ControlNetConfig):
+        return out[0]
+    return torch.cat([*(out[0] or ()), *(out[1] or ())])
+
+
+def build_diffusers(config):
+    """diffusers' own network of such a shape."""
     import diffusers
 
-    values = diffusers_configs.config_to_diffusers(config)
-    with torch.device("meta"):
-        model = getattr(diffusers, values["_class_name"])(
-            **{k: v for k, v in values.items() if not k.startswith("_")}
-        )
-    model.load_state_dict(state, strict=True, assign=True)
-    names = {
-        "img": "hidden_states",
-        "txt": "encoder_hidden_states",
-        "pooled": "pooled_projections",
-        "t": "timestep",
-    }
-    names |= {"guidance": "guidance", "hint": "controlnet_cond", "mode": "controlnet_mode"}
-    ids, given = position_ids(6, 8, 5).float(), {names[k]: v for k, v in inputs.items()}
+    values = config_to_diffusers(config)
+    own = {name: value for name, value in values.items() if not name.startswith("_")}
+    return getattr(diffusers, values["_class_name"])(**own)
+
+
+DIFFUSERS_INPUTS = {  # ours → what diffusers' forward calls them
+    "img": "hidden_states",
+    "txt": "encoder_hidden_states",
+    "pooled": "pooled_projections",
+    "t": "timestep",
+    "guidance": "guidance",
+    "hint": "controlnet_cond",
+    "mode": "controlnet_mode",
+}
+
+
+def diffusers_inputs(inputs, ids):
+    """Arguments of our forward, and positions ids (L, 3) in place of `rope`, for diffusers'."""
+    given = {DIFFUSERS_INPUTS[name]: value for name, value in inputs.items()}
     if given.get("controlnet_mode") is not None:
         given["controlnet_mode"] = given["controlnet_mode"][:, None]
-    out = model(**given, img_ids=ids[5:], txt_ids=ids[:5], return_dict=False)
-    return (
-        torch.cat([*(out[0] or ()), *(out[1] or ())])
-        if isinstance(config, ControlNetConfig)
-        else out[0]
-    )
+    text = inputs["txt"].shape[1]
+    return given | dict(txt_ids=ids[:text].float(), img_ids=ids[text:].float(), return_dict=False)
