@@ -249,9 +249,8 @@ def make_text(assets, minutes):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    finish_encoder(
-        CLIPTextModel(config), clip_features, tokenizer, CLIP_LENGTH, assets, "", minutes * 0.35
-    )
+    model = CLIPTextModel(config)
+    finish_encoder(model, clip_features, tokenizer, CLIP_LENGTH, assets, "", minutes * 0.35)
 
 
 def finish_encoder(model, features, tokenizer, length, assets, suffix, minutes):
