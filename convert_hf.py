@@ -111,7 +111,7 @@ def convert(args):
     print(f"source digest {digest}")
     if args.verify:
         with bar(source.num_bytes(), "verifying") as progress:
-            lines = verify.verify(source, args.dst, progress.update)
+            lines = verify.verify_conversion(source, args.dst, progress.update)
         print("\n".join(lines))
 
 

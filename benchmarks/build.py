@@ -64,7 +64,7 @@ def start_ranks(args):
     config, device = load_config(TrainConfig, "train", keys), torch.device("cpu")
     if pretend:
         return config, device, parallel.make_mesh(config.parallel, device)
-    return config, *parallel.start(config.parallel, device)
+    return config, *parallel.start_ranks(config.parallel, device)
 
 
 def main():
@@ -99,7 +99,7 @@ def main():
             in_bytes = name in ("shard", "largest block", "peak")
             print(f"{name:<24}" + (f"{value / 1e9:>9.3f} GB" if in_bytes else f"{value!s:>12}"))
         print(json.dumps(found | {"arguments": args.set}))
-    parallel.stop()
+    parallel.stop_ranks()
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def sample_inputs(config, seed=1):
 
 def our_step(config):
     """A function that takes one of our steps and returns its loss."""
-    run = loop.set_up(config, *parallel.start(config.parallel, config.device))
+    run = loop.set_up(config, *parallel.start_ranks(config.parallel, config.device))
     x0, txt, pooled, drawn = sample_inputs(config)
 
     def step():
@@ -137,7 +137,7 @@ def alternate(args, checkpointing):
             if name.startswith(("modulation.", "out.")):
                 value.normal_(std=0.02, generator=generator)
     steps = [their_step(config, checkpointing, weights), ours]
-    parallel.fill(model, weights.items())
+    parallel.fill_weights(model, weights.items())
     times, losses = ([], []), []
     for number in range(args.repeats + 1):
         for taken, step in zip(times, steps):
@@ -146,7 +146,7 @@ def alternate(args, checkpointing):
                 taken.append(seconds)
             else:  # the first warms up, and both start from the same weights
                 losses.append(loss)
-    parallel.stop()
+    parallel.stop_ranks()
     return [statistics.median(taken) for taken in times], losses
 
 
@@ -198,7 +198,7 @@ def as_rank(args):
     if parallel.rank() == 0:
         with open(args.rank_of, "w") as file:
             json.dump(parallel.world_size() / statistics.median(times), file)
-    parallel.stop()
+    parallel.stop_ranks()
 
 
 def compare(args):

@@ -17,7 +17,7 @@ from reference import last_of_each, randomise
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.cli.processes import leave
+from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, optim
@@ -162,7 +162,7 @@ def batches_of(config, run):
 def train(config, steps=10):
     """The figures of a short run."""
     with mock.patch.object(loop, "random_weights", random_weights):
-        run = loop.set_up(config, *parallel.start(config.parallel, config.device))
+        run = loop.set_up(config, *parallel.start_ranks(config.parallel, config.device))
     figures, batches, real_update = {}, batches_of(config, run), loop.update
 
     def update(run, step, loss):
@@ -194,7 +194,7 @@ def plain_autograd(config):
             lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed),
         ),
     ):
-        run = loop.set_up(config, *parallel.start(config.parallel, config.device))
+        run = loop.set_up(config, *parallel.start_ranks(config.parallel, config.device))
     gradients = {}
 
     def update(run, _step, _loss):
@@ -224,8 +224,8 @@ def main():
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))
     if parallel.rank() == 0:
         torch.save(figures, sys.argv[1])
-    parallel.stop()
-    leave(0)
+    parallel.stop_ranks()
+    leave_process(0)
 
 
 if __name__ == "__main__":

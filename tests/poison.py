@@ -92,7 +92,7 @@ def check_poisoned_steps(options, kind, accumulation):
     )
     config.validate()
     with mock.patch.object(loop, "random_weights", random_weights):  # none is zero, all move
-        run = loop.set_up(config, *parallel.start(config.parallel, config.device))
+        run = loop.set_up(config, *parallel.start_ranks(config.parallel, config.device))
     batches = batches_of(config, run)
     loop.train_step(run, next(batches), 0)
     before = state_of(run)
@@ -130,7 +130,7 @@ def main():
         for kind, accumulation in (("adamw", 1), ("muon", 2)):
             check_poisoned_steps(options, kind, accumulation)
     check_samples()
-    parallel.stop()
+    parallel.stop_ranks()
 
 
 if __name__ == "__main__":

@@ -189,7 +189,7 @@ def test_verify_proves_a_conversion_and_finds_a_flipped_bit(sources, tmp_path):
             tmp_path / f"v-{layout}" if to == "diffusers" else tmp_path / f"v-{layout}.safetensors"
         )
         writing.write_converted(source, dst, to=to)
-        lines = verify.verify(source, dst)
+        lines = verify.verify_conversion(source, dst)
         assert "bit for bit" in lines[0] and "equals diffusers" in lines[1]
     file = tmp_path / "v-bfl.safetensors"
     with open(file, "r+b") as opened:
@@ -198,7 +198,7 @@ def test_verify_proves_a_conversion_and_finds_a_flipped_bit(sources, tmp_path):
         opened.seek(-100, os.SEEK_END)
         opened.write(bytes([byte[0] ^ 1]))
     with pytest.raises(ValueError, match="1 of .* tensors differ"):
-        verify.verify(checkpoint.open_source(sources["bfl"]), file)
+        verify.verify_conversion(checkpoint.open_source(sources["bfl"]), file)
 
 
 def test_verify_judges_the_forward_and_rounding(sources, tmp_path, monkeypatch):
@@ -210,11 +210,11 @@ def test_verify_judges_the_forward_and_rounding(sources, tmp_path, monkeypatch):
     )  # no bfloat16 values any more
     fine = checkpoint.open_source(wide)
     writing.write_converted(fine, half, to="bfl", dtype=torch.bfloat16)
-    lines = verify.verify(fine, half)
+    lines = verify.verify_conversion(fine, half)
     assert "as its values in bfloat16" in lines[0] and "equals diffusers" in lines[1]
     monkeypatch.setattr(verify, "forward_error", lambda *_: float("nan"))
     with pytest.raises(ValueError, match="differs from diffusers"):
-        verify.verify(fine, half)
+        verify.verify_conversion(fine, half)
 
 
 def test_a_wrong_mapping_gives_a_large_forward_error(sources):
@@ -251,7 +251,7 @@ def test_each_tensor_keeps_its_type(sources, tmp_path):
     assert all(v.dtype == (torch.float32 if v.ndim > 1 else torch.bfloat16) for v in state.values())
     assert (
         "bit for bit"
-        in verify.verify(checkpoint.open_source(mixed), tmp_path / "out.safetensors")[0]
+        in verify.verify_conversion(checkpoint.open_source(mixed), tmp_path / "out.safetensors")[0]
     )
 
 
@@ -289,7 +289,7 @@ def test_a_run_of_two_shards_is_a_source_and_its_average_is_chosen(run_folder, t
         for k, v in expected.items()
     )
     writing.write_converted(source, tmp_path / "out", to="diffusers")
-    assert "bit for bit" in verify.verify(source, tmp_path / "out")[0]
+    assert "bit for bit" in verify.verify_conversion(source, tmp_path / "out")[0]
     with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", "pt") as file:
         training = json.loads(file.metadata()["training"])
     assert (
@@ -621,7 +621,7 @@ def test_controlnets_go_through_every_layout_to_identical_bytes(controlnets, tmp
                 "nemo": "nemo_flux_controlnet_transformer",
             }
             assert [f.name for f in files] == [f"{names[layout]}.safetensors"]
-        assert "equals diffusers' model" in verify.verify(source, dst)[-1]
+        assert "equals diffusers' model" in verify.verify_conversion(source, dst)[-1]
         source = checkpoint.open_source(dst)
         assert (source.what, source.layout, source.config) == (
             "controlnet",
@@ -698,7 +698,7 @@ def test_a_flipped_bit_in_a_controlnet_is_found(controlnets, tmp_path):
     state["mode_in.weight"].view(torch.uint8)[0, 0] ^= 1
     save_file(state, dst, about)
     with pytest.raises(ValueError, match="controlnet_mode_embedder"):
-        verify.verify(source, dst)
+        verify.verify_conversion(source, dst)
 
 
 def test_the_script_converts_a_controlnet(controlnets, tmp_path, capfd):

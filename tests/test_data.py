@@ -19,7 +19,14 @@ from fluxlite.data import cache as cache_module
 from fluxlite.data import fill50k
 from fluxlite.data.cache import CachedSamples, build_cache
 from fluxlite.data.config import DataConfig
-from fluxlite.data.images import BadSample, decode_picture, edges, frame, pixels, resize_crop
+from fluxlite.data.images import (
+    BadSample,
+    canny_edges,
+    choose_frame,
+    decode_picture,
+    picture_pixels,
+    resize_crop,
+)
 from fluxlite.data.loading import make_loader
 from fluxlite.data.mock import MockPictures, MockSamples
 from fluxlite.data.opening import open_dataset, prepare_data
@@ -860,7 +867,7 @@ def test_a_control_of_another_size_shows_the_same_part(tmp_path, scale):
 def test_a_box_of_whole_pixels_is_copied_from_a_control_of_half_the_size():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
     target = Image.fromarray(pixels).resize((48, 32), Image.Resampling.NEAREST)
-    got = frame(target.size, 16, 16).of(Image.fromarray(pixels))
+    got = choose_frame(target.size, 16, 16).of(Image.fromarray(pixels))
     assert np.array_equal(np.array(got), pixels[:, 4:20])
 
 
@@ -935,7 +942,9 @@ def test_canny_draws_the_outline_of_a_square(tmp_path):
         0,
     )
     for i in range(8):
-        assert torch.equal(flipped[i]["controls"], pixels(edges(to_picture(flipped[i]["images"]))))
+        assert torch.equal(
+            flipped[i]["controls"], picture_pixels(canny_edges(to_picture(flipped[i]["images"])))
+        )
     assert same(by_index(batches(flipped, workers=2)), by_index(batches(flipped)))
 
 
@@ -948,7 +957,7 @@ def test_canny_sees_edges_by_two_thresholds():
         image = np.zeros((32, 16 * len(steps), 3), np.uint8)
         for i, step in enumerate(steps):
             image[16:, 16 * i : 16 * i + 16] = step
-        return (pixels(edges(Image.fromarray(image)))[0] > 0).any(dim=0)[2:-2]
+        return (picture_pixels(canny_edges(Image.fromarray(image)))[0] > 0).any(dim=0)[2:-2]
 
     assert not outlined(45).any() and outlined(55).all()
     assert outlined(45, 55).all()  # a weak edge that continues a strong one
@@ -1083,7 +1092,7 @@ def test_generated_circles_have_their_outlines_as_controls(tmp_path):
         number = int(sample["keys"].split("/")[1])
         _, outline, text = fill50k.draw_sample(number, size=32, seed=seed, held_out=split == "val")
         assert sample["captions"] == text and torch.equal(
-            sample["controls"], pixels(Image.fromarray(outline))
+            sample["controls"], picture_pixels(Image.fromarray(outline))
         )
 
 

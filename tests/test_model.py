@@ -15,7 +15,7 @@ from fluxlite.nets.flux import (
     Rotate,
     can_fuse_gelu,
     gelu,
-    initial,
+    initial_weight,
     rope_table,
     sinusoid,
 )
@@ -171,7 +171,7 @@ def test_the_fused_gelu_passes_by_no_adapter_and_no_hook(kind):
 def test_initial_queries_are_those_of_a_fused_linear():
     """Of BFL's code, as MLPerf trains it: xavier over H inputs and 3H outputs."""
     generator = torch.Generator().manual_seed(0)
-    values = initial("double_blocks.0.img.qkv.k.weight", (256, 256), "cpu", generator)
+    values = initial_weight("double_blocks.0.img.qkv.k.weight", (256, 256), "cpu", generator)
     bound = (6 / (256 + 3 * 256)) ** 0.5
     assert 0.99 * bound < values.abs().max() <= bound
 

@@ -61,7 +61,7 @@ def train(*arguments):
     try:
         return loop.train(configure(*arguments))
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
 
 
 def command(*arguments, ranks=None):
@@ -304,7 +304,7 @@ def test_weights_that_are_not_finite_start_no_run(tmp_path):
 def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):
     first = train(*MOCK, "steps=3", f"output={tmp_path}/a")
     config = configure(*MOCK, f"model.checkpoint={first}", "steps=1")
-    device, mesh = parallel.start(config.parallel, "cpu")
+    device, mesh = parallel.start_ranks(config.parallel, "cpu")
     try:
         model = loop.build_flux(config, device, mesh)
         expected = weights(first, ema=True)
@@ -317,7 +317,7 @@ def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):
                 mesh,
             )
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):

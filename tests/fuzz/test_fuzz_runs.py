@@ -152,7 +152,7 @@ def change_names(rng, root):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", BOTH)
 def test_the_newest_whole_step_of_any_folder_is_chosen_none_deleted(original, tmp_path, count):  # noqa: F811
-    parallel.start(parallel.ParallelConfig(), "cpu")
+    parallel.start_ranks(parallel.ParallelConfig(), "cpu")
     chosen_steps = []
 
     def case(rng):
@@ -179,5 +179,5 @@ def test_the_newest_whole_step_of_any_folder_is_chosen_none_deleted(original, tm
     try:
         try_cases(count, case)
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
     assert len(set(chosen_steps)) > 1

@@ -12,7 +12,7 @@ MAX_KEY = 1024  # bytes; keys lie in a matrix as wide as the longest
 
 
 @dataclass(frozen=True)
-class Parts:
+class SampleParts:
     """The endings of a sample's parts, in lower case."""
 
     images: tuple = IMAGES  # the first that is there
@@ -44,8 +44,10 @@ class Parts:
 
 
 def config_parts(config):
-    """The `Parts` of a sample as `data.caption_field` and `data.control` have them."""
-    return Parts(captions=((JSON, config.caption_field), (TEXT,)), control=config.control_ending)
+    """The `SampleParts` of a sample as `data.caption_field` and `data.control` have them."""
+    return SampleParts(
+        captions=((JSON, config.caption_field), (TEXT,)), control=config.control_ending
+    )
 
 
 def printable_name(name):

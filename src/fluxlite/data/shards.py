@@ -13,7 +13,13 @@ import torch
 
 from fluxlite import rng
 from fluxlite.cli.options import shortened
-from fluxlite.data.images import BadSample, decode_picture, edges, frame, pixels
+from fluxlite.data.images import (
+    BadSample,
+    canny_edges,
+    choose_frame,
+    decode_picture,
+    picture_pixels,
+)
 from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, config_parts, printable_name
 from fluxlite.data.urls import fetched_description
 from fluxlite.nets.control_modes import MODES, mode_number
@@ -194,10 +200,12 @@ class Samples:
         caption, image = self._caption(number), decode_picture(self._bytes(number, IMAGE))
         framed = self._frame(image.size, index)
         target = framed.of(image)
-        sample = {"images": pixels(target), "captions": caption}
+        sample = {"images": picture_pixels(target), "captions": caption}
         if self.config.control:
             of_file = self.config.control_ending
-            sample["controls"] = pixels(self._control(number, framed) if of_file else edges(target))
+            sample["controls"] = picture_pixels(
+                self._control(number, framed) if of_file else canny_edges(target)
+            )
         if self.config.control_mode is not None:
             sample["modes"] = torch.tensor(self._mode(number))
         return sample
@@ -211,10 +219,10 @@ class Samples:
         """The part of a picture of `size` that a global index shows."""
         config = self.config
         if not self.training or (config.crop == "center" and not config.flip):
-            return frame(size, config.height, config.width)
+            return choose_frame(size, config.height, config.width)
         generator = rng.generator(self.seed, index, "crop")
         drawn = dict(crop=config.crop, flip=config.flip, generator=generator)
-        return frame(size, config.height, config.width, **drawn)
+        return choose_frame(size, config.height, config.width, **drawn)
 
     def _control(self, number, framed):
         try:

@@ -15,7 +15,7 @@ import numpy as np
 
 from fluxlite.cli.descriptions import check_regular
 from fluxlite.data.pairing import choose_parts, split_name
-from fluxlite.data.parts import MAX_KEY, Parts, printable_name
+from fluxlite.data.parts import MAX_KEY, SampleParts, printable_name
 
 MAX_TAR_HEADER = 1 << 20  # bytes of a long name or of attributes
 TAR_DAMAGE = (  # what reading nonsense as a tar can raise
@@ -36,7 +36,7 @@ class Shard:
     path: str
     size: int
     modified: int  # mtime in nanoseconds
-    parts: Parts
+    parts: SampleParts
     keys: np.ndarray  # (n,) bytes
     spans: np.ndarray  # (n, 4, 2) offset and size, by column
     skipped: tuple  # "key: reason" of samples without a picture, a caption or a control
@@ -70,7 +70,7 @@ class Shard:
         return file, identity
 
 
-def index_tar(path, parts=Parts()):  # noqa: B008 (frozen)
+def index_tar(path, parts=SampleParts()):  # noqa: B008 (frozen)
     """The `Shard` of a tar; raises `ValueError` for one that is damaged, cut short or
     compressed.
     """
@@ -166,7 +166,7 @@ def _plain_name(name):
 
 
 def open_shards(places, *, setting, max_bad_fraction):
-    """Index tars, [(path, its `Parts`)], in parallel, as `index_tar` does.
+    """Index tars, [(path, its `SampleParts`)], in parallel, as `index_tar` does.
 
     Raises `ValueError`, naming `setting`, where nothing or too little in them is usable.
     """

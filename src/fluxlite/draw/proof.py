@@ -11,7 +11,13 @@ import numpy as np
 from PIL import Image
 
 from fluxlite.cli.options import option, same_option
-from fluxlite.data.circles import MAX_COLOUR_ERROR, MIN_IOU, colour_difference, figure_mask, measure
+from fluxlite.data.circles import (
+    MAX_COLOUR_ERROR,
+    MIN_IOU,
+    colour_difference,
+    figure_mask,
+    measure_circle,
+)
 from fluxlite.data.fill50k import circle_caption, colour_pairs, draw_sample, rgb
 from fluxlite.draw.pipeline import DrawConfig
 from fluxlite.nets.schedule import SampleConfig
@@ -122,17 +128,18 @@ def prove(draw, *, num, num_swaps, seed, control_size=None):
     pictures = draw([circle_caption(*pair) for pair in chosen], images)
     seconds = time.perf_counter() - began
     results = [
-        {"prompt": circle_caption(*pair), **measure(picture, *pair)}
+        {"prompt": circle_caption(*pair), **measure_circle(picture, *pair)}
         for picture, pair in zip(pictures, chosen, strict=True)
     ]
     shuffled = [
-        measure(picture, *pair) for picture, pair in zip(pictures, chosen[1:] + chosen[:1])
+        measure_circle(picture, *pair) for picture, pair in zip(pictures, chosen[1:] + chosen[:1])
     ]  # everyone gets a neighbour's
     swapped = [pair[::-1] for pair in chosen[:num_swaps]]
     captions = [circle_caption(*pair) for pair in swapped]
     swapped_pictures = draw(captions, images and images[:num_swaps]) if swapped else []
     swaps = [
-        measure(picture, *pair) for picture, pair in zip(swapped_pictures, swapped, strict=True)
+        measure_circle(picture, *pair)
+        for picture, pair in zip(swapped_pictures, swapped, strict=True)
     ]
     report = {
         **{key: share(results, key) for key in ("right", "colours", "shape")},

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fluxlite.nets.flux import Trunk, initial
+from fluxlite.nets.flux import Trunk, initial_weight
 from fluxlite.nets.latents import PATCH, pack_latents
 
 HINT_CHANNELS = 16
@@ -114,7 +114,9 @@ class ControlNet(Trunk):
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(
-                    initial_value(self.config, name, parameter.shape, parameter.device, generator)
+                    initial_control_weight(
+                        self.config, name, parameter.shape, parameter.device, generator
+                    )
                 )
         return self
 
@@ -129,7 +131,7 @@ def hint_convolutions(channels_out):
 # --- starting -------------------------------------------------------------------------------------
 
 
-def initial_value(config, name, shape, device, generator=None):
+def initial_control_weight(config, name, shape, device, generator=None):
     """A parameter's values by Flux's initialisation, with zeros where the net is to start without
     effect.
 
@@ -139,7 +141,7 @@ def initial_value(config, name, shape, device, generator=None):
     hint = "hint_in." if config.hint == "latent" else f"hint_convs.{len(HINT_STRIDES) - 1}."
     if name.startswith(("double_out.", "single_out.", hint)):
         return torch.zeros((), device=device).expand(shape)
-    return initial(name, shape, device, generator)
+    return initial_weight(name, shape, device, generator)
 
 
 def weights_from_base(controlnet, base, weights, device="cpu", generator=None):
@@ -158,7 +160,7 @@ def weights_from_base(controlnet, base, weights, device="cpu", generator=None):
         if shapes.pop(name, None) is not None:
             yield name, values
     for name, shape in shapes.items():
-        yield name, initial_value(config, name, shape, device, generator)
+        yield name, initial_control_weight(config, name, shape, device, generator)
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def modulated_norm(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-def initial(name, shape, device, generator=None):
+def initial_weight(name, shape, device, generator=None):
     """A parameter's values by DiT's initialisation (arXiv 2212.09748).
 
     Linears are xavier, embedders N(0, 0.02), the ends zero. Queries, keys and values are as if they
@@ -312,7 +312,7 @@ class Trunk(nn.Module):
         """Fill all parameters with what `initial` gives."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.copy_(initial(name, parameter.shape, parameter.device, generator))
+                parameter.copy_(initial_weight(name, parameter.shape, parameter.device, generator))
         return self
 
     def num_parameters(self):

@@ -12,7 +12,7 @@ they find for shared weights is summed.
 """
 
 from fluxlite.parallel.config import ParallelConfig
-from fluxlite.parallel.mesh import Mesh, make_mesh, start, stop
+from fluxlite.parallel.mesh import Mesh, make_mesh, start_ranks, stop_ranks
 from fluxlite.parallel.plan import (
     checkpoint_activations,
     compile_blocks,
@@ -34,7 +34,7 @@ from fluxlite.parallel.ranks import (
     watching_ranks,
     world_size,
 )
-from fluxlite.parallel.weights import fill, local_part
+from fluxlite.parallel.weights import fill_weights, local_part
 
 __all__ = [
     "Mesh",
@@ -43,7 +43,7 @@ __all__ = [
     "checkpoint_activations",
     "compile_blocks",
     "default_device",
-    "fill",
+    "fill_weights",
     "first_rank_does",
     "gather_values",
     "has_bf16",
@@ -56,8 +56,8 @@ __all__ = [
     "reduce_gradients",
     "reshard",
     "shard_frozen",
-    "start",
-    "stop",
+    "start_ranks",
+    "stop_ranks",
     "wait_for_all",
     "watching_ranks",
     "world_size",

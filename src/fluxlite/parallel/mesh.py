@@ -36,7 +36,7 @@ def check_launcher():
         ) from None
 
 
-def start(config, device):
+def start_ranks(config, device):
     """Join torchrun's process group, or make one of this process alone: (device, `Mesh`)."""
     device = torch.device(device)
     if device.type == "cuda":
@@ -76,7 +76,7 @@ def make_mesh(config, device):
     return Mesh(fsdp, by_tokens["cp"], by_weights["tp"], world, dp_rank, replicate * shard)
 
 
-def stop():
+def stop_ranks():
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -23,7 +23,7 @@ def local_part(tensor):
 
 
 @torch.no_grad()
-def fill(model, weights, device=None):
+def fill_weights(model, weights, device=None):
     """Give a parallelized model its weights, on `device` where it is on meta yet; returns it.
 
     `weights` yields (name, whole values): no more than a few are whole in memory, on each rank.

@@ -169,7 +169,7 @@ def predict(arguments, ranks):
             step(run, config)
             loop.update(run, 1, torch.ones(()))
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
         os.environ.clear()
         os.environ.update(environment)
     states = [

@@ -34,13 +34,12 @@ from fluxlite.nets.configs import check_channels
 from fluxlite.nets.controlnet import (
     ControlNet,
     count_used,
-    initial_value,
     nearest_depth,
     spread_samples,
     unused_parameters,
     weights_from_base,
 )
-from fluxlite.nets.flux import Flux, initial, rope_table
+from fluxlite.nets.flux import Flux, initial_weight, rope_table
 from fluxlite.nets.latents import num_image_tokens, pack_latents, position_ids
 from fluxlite.train import optim, run_state
 from fluxlite.train.meter import Meter
@@ -130,7 +129,7 @@ def build_flux(config, device, mesh, *, frozen=False):
             "only the ControlNet learns"
         )
     model = wrap_flux(config, mesh, frozen=frozen)
-    return parallel.fill(model, weights, "cpu" if config.parallel.cpu_offload else device)
+    return parallel.fill_weights(model, weights, "cpu" if config.parallel.cpu_offload else device)
 
 
 def wrap_flux(config, mesh, *, frozen=False):
@@ -201,7 +200,7 @@ def check_shape(source, shape, key, value):
         )
 
 
-def random_weights(model, seed, device, values_of=initial):
+def random_weights(model, seed, device, values_of=initial_weight):
     """Initial values of each parameter of a model, keyed by the seed: the same on any mesh."""
     generator = torch.Generator(device).manual_seed(
         rng.generator(seed, 0, "weights").initial_seed()
@@ -218,7 +217,7 @@ def base_weights(config, device):
         return flux_weights(config, device)
 
     def values_of(name, *options):
-        return initial("img_in.weight" if name == "out.weight" else name, *options)
+        return initial_weight("img_in.weight" if name == "out.weight" else name, *options)
 
     return random_weights(meta_flux(config), config.seed, device, values_of)
 
@@ -226,7 +225,7 @@ def base_weights(config, device):
 def build_controlnet(config, device, mesh):
     """The sharded ControlNet."""
     weights, net = controlnet_weights(config, device), wrap_controlnet(config, mesh)
-    return parallel.fill(net, weights, "cpu" if config.parallel.cpu_offload else device)
+    return parallel.fill_weights(net, weights, "cpu" if config.parallel.cpu_offload else device)
 
 
 def meta_controlnet(config):
@@ -275,7 +274,7 @@ def controlnet_weights(config, device):
         return weights_from_base(
             net, config.model.shape(), base_weights(config, device), device, generator
         )
-    return random_weights(net, config.seed, device, partial(initial_value, net.config))
+    return random_weights(net, config.seed, device, partial(initial_control_weight, net.config))
 
 
 def report_unused(shape, base, unused):
@@ -846,7 +845,7 @@ def check_finite(good, loss, norm, step, keys):
 
 def train(config):
     """Train as `config`, a `TrainConfig`, says; returns the run's folder."""
-    device, mesh = parallel.start(config.parallel, config.device)
+    device, mesh = parallel.start_ranks(config.parallel, config.device)
     with run_state.locked_run(config.output):
         return take_steps(config, device, mesh, find_resume(config))
 

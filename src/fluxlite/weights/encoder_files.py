@@ -168,7 +168,7 @@ def download_encoder(where, kind):
     folder = inside[0] if inside else kind.encoder
     patterns = [f"{folder}/*{suffix}" for suffix in READ_SUFFIXES] + [f"{kind.tokenizer}/*"]
     patterns += ROOT_FILES.split() if not inside else []
-    return hub.fetch(f"{owner}/{name}", patterns, key=kind.key).joinpath(*inside)
+    return hub.fetch_repository(f"{owner}/{name}", patterns, key=kind.key).joinpath(*inside)
 
 
 # --- loading --------------------------------------------------------------------------------------

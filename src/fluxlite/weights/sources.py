@@ -87,7 +87,7 @@ def local_path(where, patterns, *, setting="model.checkpoint"):
         return path
     if not hub.is_repository(str(where)):
         raise ValueError(f"{setting}={where} does not exist")
-    return hub.fetch(str(where), patterns, key=setting)
+    return hub.fetch_repository(str(where), patterns, key=setting)
 
 
 def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer", given=None):

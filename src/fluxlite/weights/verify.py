@@ -34,7 +34,7 @@ def digests_of(source, progress=lambda count: None):
         digests.close()
 
 
-def verify(source, dst, progress=lambda count: None):
+def verify_conversion(source, dst, progress=lambda count: None):
     """Compare what lies at `dst` with the `Source` it was made from; lines that say what was
     proved, or `ValueError`.
 
