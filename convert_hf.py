@@ -17,6 +17,7 @@ code 2.
 import dataclasses
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -115,10 +116,6 @@ def convert(args):
         print("\n".join(lines))
 
 
-def usage():
-    return flags_help(ConvertConfig, __doc__)
-
-
 def body(arguments):
     config = parse_flags(ConvertConfig, arguments)
     config.validate()
@@ -126,4 +123,4 @@ def body(arguments):
 
 
 if __name__ == "__main__":
-    run_program(body, usage=usage, ranks=False)
+    run_program(body, usage=partial(flags_help, ConvertConfig, __doc__), ranks=False)

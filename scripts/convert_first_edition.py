@@ -159,10 +159,6 @@ class FirstEditionConfig:
     no_ema: bool = option(False, "of a run, its weights, not their average")
 
 
-def usage():
-    return flags_help(FirstEditionConfig, __doc__)
-
-
 def main(argv):
     args = parse_flags(FirstEditionConfig, argv)
     source = open_first_edition(Path(args.src), ema=not args.no_ema)
@@ -171,4 +167,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_program(main, usage=usage, ranks=False)
+    run_program(main, usage=partial(flags_help, FirstEditionConfig, __doc__), ranks=False)

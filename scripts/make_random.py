@@ -13,6 +13,7 @@ assets/flux-tiny.
 import json
 import shutil
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,10 +112,6 @@ class RandomConfig:
     seed: int = option(0, "of the weights", at_least=0, at_most=2**63 - 1)
 
 
-def usage():
-    return flags_help(RandomConfig, __doc__)
-
-
 def body(arguments):
     args = parse_flags(RandomConfig, arguments)
     dst = Path(args.dst)
@@ -139,4 +136,4 @@ def body(arguments):
 
 
 if __name__ == "__main__":
-    run_program(body, usage=usage, ranks=False)
+    run_program(body, usage=partial(flags_help, RandomConfig, __doc__), ranks=False)

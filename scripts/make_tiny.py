@@ -197,10 +197,6 @@ class TinyConfig:
     threads: int = option(2, "threads of torch", at_least=1, at_most=1024)
 
 
-def usage():
-    return flags_help(TinyConfig, __doc__)
-
-
 def body(arguments):
     config = parse_flags(TinyConfig, arguments)
     torch.set_num_threads(config.threads)
@@ -215,4 +211,4 @@ def body(arguments):
 
 
 if __name__ == "__main__":
-    run_program(body, usage=usage, ranks=False)
+    run_program(body, usage=partial(flags_help, TinyConfig, __doc__), ranks=False)

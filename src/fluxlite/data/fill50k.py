@@ -15,6 +15,7 @@ import json
 import os
 import zlib
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -294,11 +295,6 @@ class GeneratorConfig:
             )
 
 
-def generator_usage():
-    """What --help prints."""
-    return flags_help(GeneratorConfig, __doc__)
-
-
 def generate_tars(arguments):
     """The program: write the tars that the command line names."""
     config = parse_flags(GeneratorConfig, arguments)
@@ -314,4 +310,4 @@ def generate_tars(arguments):
 
 
 if __name__ == "__main__":
-    run_program(generate_tars, usage=generator_usage, ranks=False)
+    run_program(generate_tars, usage=partial(flags_help, GeneratorConfig, __doc__), ranks=False)

@@ -72,11 +72,6 @@ class SampleOrder:
     def __len__(self):
         return int(self.starts[-1])
 
-    def sample_at(self, index):
-        """The epoch of a global index and the number of its sample."""
-        epoch, position = divmod(int(index), len(self))
-        return epoch, self._number(epoch, position)
-
     def following(self, index):
         """The numbers of an epoch's samples, from a global index on, the first after the last."""
         epoch, position = divmod(int(index), len(self))

@@ -110,7 +110,7 @@ class ControlNet(Trunk):
         self.mode_in = None
 
     def initialise(self, generator=None):
-        """Fill all parameters with what `initial_value` gives."""
+        """Fill all parameters with what `initial_control_weight` gives."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(

@@ -309,7 +309,7 @@ class Trunk(nn.Module):
         return x.to(self.img_in.weight.dtype)
 
     def initialise(self, generator=None):
-        """Fill all parameters with what `initial` gives."""
+        """Fill all parameters with what `initial_weight` gives."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(initial_weight(name, parameter.shape, parameter.device, generator))

@@ -34,6 +34,7 @@ from fluxlite.nets.configs import check_channels
 from fluxlite.nets.controlnet import (
     ControlNet,
     count_used,
+    initial_control_weight,
     nearest_depth,
     spread_samples,
     unused_parameters,

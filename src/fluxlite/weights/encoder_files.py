@@ -124,6 +124,19 @@ def locate_encoder(where, kind):
     folder = folder if folder.is_dir() else download_encoder(str(where), kind)
     root = folder if (folder / kind.encoder).is_dir() else folder.parent
     encoder = folder / kind.encoder if root == folder else folder
+    check_encoder(encoder, where, kind)
+    for tokenizer in (encoder, root / kind.tokenizer):
+        if any((tokenizer / name).is_file() for name in kind.tokenizer_files):
+            return encoder, tokenizer
+    files = " or ".join(kind.tokenizer_files)
+    raise ValueError(
+        f"{kind.key}={where} has no tokenizer: put {files} into {encoder} or into "
+        f"{root / kind.tokenizer}"
+    )
+
+
+def check_encoder(encoder, where, kind):
+    """Raise `ValueError`, naming the setting, where a folder holds no such encoder."""
     if not (encoder / "config.json").is_file():
         raise ValueError(
             f"{kind.key}={where} has no {kind.encoder}/config.json nor config.json: name a "
@@ -140,14 +153,6 @@ def locate_encoder(where, kind):
         )
     if not any(encoder.glob("*.safetensors")):
         raise ValueError(f"{kind.key}={where} has no weights: {encoder} needs .safetensors files")
-    for tokenizer in (encoder, root / kind.tokenizer):
-        if any((tokenizer / name).is_file() for name in kind.tokenizer_files):
-            return encoder, tokenizer
-    files = " or ".join(kind.tokenizer_files)
-    raise ValueError(
-        f"{kind.key}={where} has no tokenizer: put {files} into {encoder} or into "
-        f"{root / kind.tokenizer}"
-    )
 
 
 READ_SUFFIXES = (".json", ".model", ".safetensors", ".txt")

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig
+from fluxlite.nets.configs import ControlNetConfig
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.weights import conversion, tensor_files
@@ -35,34 +35,19 @@ def digests_of(source, progress=lambda count: None):
 
 
 def verify_conversion(source, dst, progress=lambda count: None):
-    """Compare what lies at `dst` with the `Source` it was made from; lines that say what was
-    proved, or `ValueError`.
+    """Compare what lies at `dst` with the `Source` it was made from: lines that say what is proved.
 
-    The forward takes about 3 GB at FLUX's width; the comparison of bytes a few linears.
+    The forward takes about 3 GB at FLUX's width; the comparison of bytes a few linears. Raises
+    `ValueError` where they differ.
     """
     back = open_source(dst, setting="--dst")
-    optional = conversion.optional_names(source.layout, source.config)
-    wrong, rounded, count = [], set(), 0
-    for name, tensor in conversion.convert_weights(
-        back.read, back.layout, source.layout, source.config
-    ):
-        if name in optional:  # a bias that NeMo's layout may lack, and whose value nothing reads
-            continue
-        expected = source.read(name)
-        if tensor.dtype != expected.dtype:
-            rounded.add(str(tensor.dtype).removeprefix("torch."))
-        if not np.array_equal(
-            tensor_files.tensor_bytes(expected.to(tensor.dtype)), tensor_files.tensor_bytes(tensor)
-        ):
-            wrong.append(name)
-        count += 1
-        progress(expected.nbytes)
+    wrong, rounded, count = compare_tensors(source, back, progress)
     if wrong:
         found = f"{len(wrong)} of {count} tensors differ from {source.where}, {wrong[0]} first"
         raise ValueError(f"--verify: {found}: do not use {dst}")
     how = f"as its values in {', '.join(sorted(rounded))}" if rounded else "bit for bit"
     lines = [f"verified: {count} tensors of {source.where} come back from {dst} {how}"]
-    if isinstance(source.config, AutoencoderConfig) or source.config.mlp_ratio != 4:
+    if source.what == "autoencoder" or source.config.mlp_ratio != 4:
         return lines
     if importlib.util.find_spec("diffusers") is None:
         return [*lines, "no forward was compared: diffusers is not installed"]
@@ -71,10 +56,27 @@ def verify_conversion(source, dst, progress=lambda count: None):
         raise ValueError(
             f"--verify: a forward of {dst} differs from diffusers' by {error:.1e}: do not use it"
         )
-    return [
-        *lines,
-        f"verified: a forward of its first blocks equals diffusers' model to {error:.1e}",
-    ]
+    proved = f"verified: a forward of its first blocks equals diffusers' model to {error:.1e}"
+    return [*lines, proved]
+
+
+def compare_tensors(source, back, progress):
+    """(names that differ, types that were rounded to, how many tensors) of `back` in `source`."""
+    optional = conversion.optional_names(source.layout, source.config)
+    wrong, rounded, count = [], set(), 0
+    layouts = back.layout, source.layout
+    for name, tensor in conversion.convert_weights(back.read, *layouts, source.config):
+        if name in optional:  # a bias that NeMo's layout may lack, and whose value nothing reads
+            continue
+        expected = source.read(name)
+        if tensor.dtype != expected.dtype:
+            rounded.add(str(tensor.dtype).removeprefix("torch."))
+        both = expected.to(tensor.dtype), tensor
+        if not np.array_equal(*map(tensor_files.tensor_bytes, both)):
+            wrong.append(name)
+        count += 1
+        progress(expected.nbytes)
+    return wrong, rounded, count
 
 
 def first_blocks(config):
