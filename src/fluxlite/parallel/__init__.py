@@ -11,6 +11,8 @@ cp. The tp and cp ranks of a sample compute the same loss; where they hold diffe
 they find for shared weights is summed.
 """
 
+# ruff: noqa: F401 (what other wings call)
+
 from fluxlite.parallel.config import ParallelConfig
 from fluxlite.parallel.mesh import Mesh, make_mesh, start_ranks, stop_ranks
 from fluxlite.parallel.plan import (
@@ -35,30 +37,3 @@ from fluxlite.parallel.ranks import (
     world_size,
 )
 from fluxlite.parallel.weights import fill_weights, local_part
-
-__all__ = [
-    "Mesh",
-    "ParallelConfig",
-    "check_compiler",
-    "checkpoint_activations",
-    "compile_blocks",
-    "default_device",
-    "fill_weights",
-    "first_rank_does",
-    "gather_values",
-    "has_bf16",
-    "local_part",
-    "make_mesh",
-    "max_over_ranks",
-    "mean_over_ranks",
-    "parallelize",
-    "rank",
-    "reduce_gradients",
-    "reshard",
-    "shard_frozen",
-    "start_ranks",
-    "stop_ranks",
-    "wait_for_all",
-    "watching_ranks",
-    "world_size",
-]
