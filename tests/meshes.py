@@ -190,7 +190,7 @@ def plain_autograd(config):
         mock.patch.object(parallel, "parallelize", lambda model, *_args, **_options: model),
         mock.patch.object(
             parallel,
-            "fill",
+            "fill_weights",
             lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed),
         ),
     ):
