@@ -57,12 +57,11 @@ def body(arguments):
 
 def draw(controlnet, how, prompts, images):
     """Pictures of prompts, with a ControlNet one for each control picture of `images`."""
-    from tqdm import tqdm
-
     import fluxlite
+    from fluxlite.draw.pipeline import show_steps
 
     controls = [fluxlite.Control(controlnet, images)] if images else []
-    return fluxlite.generate(prompts, controls=controls, **how, progress=partial(tqdm, leave=False))
+    return fluxlite.generate(prompts, controls=controls, **how, on_step=show_steps(leave=False))
 
 
 def write_proof(folder, report, pictures, results):

@@ -105,16 +105,16 @@ def test_steps_modulated_together_equal_steps_one_by_one(pipeline):
     txt, pooled = pipeline.encoders.encode([PROMPT, "gold circle with teal background"], 16)
     noise = sampling.initial_noise((16, 8, 8), [0, 1])
     config = schedule.SampleConfig(height=64, width=64, steps=3)
-    times = schedule.times_for(config, pipeline.model.config, noise.shape[1])
-    together = sampling.sample(
-        pipeline.model,
-        sampling.condition(pipeline.model, txt, pooled, times, 3.5),
+    times = schedule.times_for(config, pipeline.transformer.config, noise.shape[1])
+    together = sampling.sample_latents(
+        pipeline.transformer,
+        sampling.condition_net(pipeline.transformer, txt, pooled, times, 3.5),
         noise,
         times,
         config,
     )
     one_by_one = sampling.sample_sharded(
-        pipeline.model, pipeline.model.config, txt, pooled, noise, config, torch.float32
+        pipeline.transformer, pipeline.transformer.config, txt, pooled, noise, config, torch.float32
     )
     assert (together - one_by_one).norm() / one_by_one.norm() < 1e-5 and unpack_latents(
         together, 8, 8
@@ -132,7 +132,7 @@ def test_pictures_are_the_same_bit_for_bit_whatever_is_freed(dtype):
 
 
 def test_freed_modulation_cannot_be_used_and_is_kept_where_it_is_smaller(pipeline, monkeypatch):
-    model = fluxlite.load_pipeline(device="cpu", dtype=torch.float32).model
+    model = fluxlite.load_pipeline(device="cpu", dtype=torch.float32).transformer
     before = sum(p.nbytes for p in model.parameters())
     model.drop_conditioning()
     assert sum(p.nbytes for p in model.parameters()) < 0.75 * before
@@ -149,9 +149,8 @@ def test_freed_modulation_cannot_be_used_and_is_kept_where_it_is_smaller(pipelin
     )
     prompts = [PROMPT, "lime circle with pink background"]
     whole = pixels(fluxlite.generate(prompts, **options))
-    monkeypatch.setattr(
-        fluxlite.draw.pipeline, "fits", lambda *_: False
-    )  # too many prompts: conditions are made batch by batch
+    # too many prompts: conditions are made batch by batch
+    monkeypatch.setattr(sampling, "conditions_fit", lambda *_: False)
     assert np.abs(pixels(fluxlite.generate(prompts, **options)) - whole).max() <= 1
 
 
@@ -161,7 +160,7 @@ def test_denoise_takes_any_velocity():
     for steps in (1, 7):
         times = torch.linspace(1, 0, steps + 1)
         assert torch.allclose(
-            sampling.denoise(lambda x, i: noise - target, noise, times), target, atol=1e-5
+            sampling.sample_euler(lambda x, i: noise - target, noise, times), target, atol=1e-5
         )
 
 

@@ -3,8 +3,8 @@
     canny = fluxlite.Control("FLUX.1-dev-Controlnet-Canny", "edges.png", scale=0.7)
     pictures = fluxlite.generate("a fox", controls=[canny])
 
-`open_control` checks all that can be seen without loading a net, `residuals` is what its samples
-are at each step.
+`open_control` checks all that can be seen without loading a net; `sum_residuals` is what the nets
+add at each step.
 
 B pictures, L tokens, H hidden width.
 """
@@ -19,10 +19,10 @@ from PIL import Image
 from fluxlite import rng
 from fluxlite.cli.options import check_options, expand_home, option
 from fluxlite.data import images
-from fluxlite.draw import sampling
+from fluxlite.draw.sampling import prepare_conditions
 from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.control_modes import MODES, mode_number
-from fluxlite.nets.controlnet import ControlNet, ControlNetConfig, check_fits, combine, spread
+from fluxlite.nets.controlnet import ControlNet, check_fits, combine, spread
 from fluxlite.nets.latents import pack_latents
 from fluxlite.weights import sources
 
@@ -64,7 +64,7 @@ class Control:
         """
         return not (step / num_steps < self.start or (step + 1) / num_steps > self.end)
 
-    def settings(self):
+    def describe(self):
         """What a picture's metadata say of it."""
         path = isinstance(self.checkpoint, (str, Path))
         named = isinstance(self.image, (str, Path))
@@ -82,58 +82,34 @@ def is_picture(image):
 # --- before anything is loaded --------------------------------------------------------------------
 
 
-@dataclass
-class OpenControl:
-    """A `Control`, checked: its net described or loaded, its picture read."""
-
-    control: Control
-    source: sources.Source | ControlNet
-    config: ControlNetConfig
-    mode: int | None
-    pixels: torch.Tensor  # (P, 3, height, width) in [-1, 1], for each prompt one, or one for all
-
-    @property
-    def given(self):
-        """Whether the net was given loaded: it is used as it is, and nothing of it is freed."""
-        return isinstance(self.source, ControlNet)
-
-    def load(self, *, attention, dtype, device):
-        """The net."""
-        if self.given:
-            return self.source
-        return sources.load_controlnet(self.source, attention=attention, dtype=dtype, device=device)
-
-
 def open_control(control, base, height, width, num_prompts=1):
-    """The `OpenControl` for pictures of height x width by a transformer of configuration `base`;
-    raises `ValueError`.
+    """The `Control` for pictures of height x width by a transformer of configuration `base`, with
+    what its values name.
+
+    Its checkpoint is a `Source` or the loaded net, its mode a number or None, its image pixels
+    (P, 3, height, width) in [-1, 1], one for each prompt or one for all. Raises `ValueError`.
     """
     control.validate()
-    pictures = control.image if isinstance(control.image, (list, tuple)) else [control.image]
-    if len(pictures) not in (1, num_prompts):
+    given = control.image if isinstance(control.image, (list, tuple)) else [control.image]
+    if len(given) not in (1, num_prompts):
         raise ValueError(
-            f"{len(pictures)} control images for {num_prompts} prompts: give one for all, or one "
+            f"{len(given)} control images for {num_prompts} prompts: give one for all, or one "
             "for each"
         )
-    pixels = torch.stack([read_picture(picture, height, width) for picture in pictures])
-    if isinstance(control.checkpoint, ControlNet):
-        source, where = control.checkpoint, "the ControlNet"
-    else:
+    pixels = torch.stack([read_picture(picture, height, width) for picture in given])
+    net, where = control.checkpoint, "the ControlNet"
+    if not is_loaded(control):
         where = f"controlnet.checkpoint={control.checkpoint}"
-        source = sources.converted(
-            sources.resolve(control.checkpoint),
-            control.save_converted,
-            group="controlnet",
-            part="controlnet",
-        )
-    check_fits(source.config, base, where)
-    return OpenControl(
-        control,
-        source,
-        source.config,
-        union_mode(control.mode, source.config.num_modes, where),
-        pixels,
-    )
+        options = dict(group="controlnet", part="controlnet")
+        net = sources.converted(sources.resolve(net), control.save_converted, **options)
+    check_fits(net.config, base, where)
+    mode = union_mode(control.mode, net.config.num_modes, where)
+    return replace(control, checkpoint=net, image=pixels, mode=mode)
+
+
+def is_loaded(control):
+    """Whether the net was given loaded: it is used as it is, and nothing of it is freed."""
+    return isinstance(control.checkpoint, ControlNet)
 
 
 def union_mode(mode, num_modes, where):
@@ -168,87 +144,104 @@ def read_picture(image, height, width):
     """
     given, name = image, "the control image" if is_picture(image) else f"control_image={image}"
     try:
-        image = images.to_rgb(given) if is_picture(given) else images.decode(_bytes_of(given, name))
-        return images.resize_crop(image, height, width)
+        decoded = images.to_rgb(given) if is_picture(given) else images.decode(_read_file(given))
+        return images.resize_crop(decoded, height, width)
     except images.BadSample as error:
         remedy = ": pass it as RGB" * is_picture(given)
         raise ValueError(f"{name} cannot be read ({error}){remedy}") from None
 
 
-def _bytes_of(path, name):
-    path = Path(expand_home(str(path), "control_image"))
-    if not path.is_file():
-        raise ValueError(f"{name} is not a file")
-    return path.read_bytes()
+def _read_file(path):
+    file = Path(expand_home(str(path), "control_image"))
+    if not file.is_file():
+        raise ValueError(f"control_image={path} is not a file")
+    return file.read_bytes()
 
 
 # --- at each step ---------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def hint_of(opened, number, autoencoder, device):
-    """What gives the hint of net `number` to pictures: a function of their prompts and seeds, for
+def prepare_hint(opened, number, autoencoder, device) -> Callable:
+    """A function from prompts' numbers and pictures' seeds to the hint of net `number`, for
     `ControlNet.embed_hint`.
 
     Latents are a sample of the posterior, as diffusers' pipeline takes it, drawn for each picture
     from its seed alone.
     """
-    pixels = opened.pixels.to(device)
-
-    def of(values, prompts):
-        return values if len(values) == 1 else values[prompts]
-
-    if opened.config.hint == "pixel":
-        return lambda prompts, seeds: of(pixels, prompts)
+    pixels = opened.image.to(device)
+    if opened.checkpoint.config.hint == "pixel":
+        return lambda prompts, seeds: _rows_for(prompts, pixels)
     posterior = autoencoder.posterior(pixels)
 
-    def latents(prompts, seeds):
-        mean, logvar = (of(values, prompts) for values in posterior)
+    def sample_hint(prompts, seeds):
+        mean, logvar = (_rows_for(prompts, values) for values in posterior)
         noise = rng.normal(mean.shape[1:], seed=number, indices=seeds, stream="control").to(device)
         return pack_latents(autoencoder.scale(sample_posterior(mean, logvar, noise)))
 
-    return latents
+    return sample_hint
 
 
-def condition(net, mode, txt, pooled, *, times, guidance):
-    """`sampling.condition` of a ControlNet: of a union net the text begins with the token of
-    `mode`.
+def _rows_for(prompts, values):
+    """The rows of some prompts; of one row, which serves all, itself."""
+    return values if len(values) == 1 else values[prompts]
+
+
+def prepare_control(pipeline, opened, number, texts, times, guidance) -> Callable:
+    """A function from prompts' numbers and pictures' seeds to the `control_residuals` of net
+    `number`, loaded and conditioned.
     """
-    found = sampling.condition(net, txt, pooled, times, guidance)
-    return replace(
-        found,
-        txt=net.with_mode(
-            found.txt, None if mode is None else torch.full((len(txt),), mode, device=txt.device)
-        ),
-    )
+    net, keep = opened.checkpoint, pipeline.keeps_parts
+    if is_loaded(opened):
+        keep = True
+    else:
+        net = pipeline.load_net(sources.load_controlnet, net)
+    base = pipeline.transformer
+    check_alike(net, base)
+    conditions = prepare_conditions(net, texts, times, guidance, opened.mode, keep=keep)
+    hint = prepare_hint(opened, number, pipeline.autoencoder, pipeline.device)
+
+    def attach(prompts, seeds):
+        embedded = net.embed_hint(hint(prompts, seeds))
+        return control_residuals(opened, net, conditions(prompts), embedded, base.config)
+
+    return attach
 
 
-@dataclass
-class Steering:
-    """A net ready to draw a batch of pictures."""
-
-    control: Control
-    net: ControlNet
-    conditions: sampling.Conditions  # a row for each picture
-    hint: torch.Tensor  # (B or 1, L_img, H) of `ControlNet.embed_hint`
-
-    def residuals(self, x, step, rope, base):
-        conditions = self.conditions
-        samples = self.net.samples(
-            x, conditions.txt, rope, conditions.modulation[step], self.hint, self.control.scale
+def check_alike(net, model):
+    """Raise `ValueError` where a ControlNet that was given loaded computes in another type or place
+    than the transformer.
+    """
+    a, b = net.img_in.weight, model.img_in.weight
+    if (a.dtype, a.device) != (b.dtype, b.device):
+        raise ValueError(
+            f"the ControlNet is in {a.dtype} on {a.device}, the transformer in {b.dtype} on "
+            f"{b.device}: load them alike"
         )
-        return spread(samples, self.net.config, base)
 
 
-def residuals(steerings, num_steps, base) -> Callable:
-    """What `sampling.sample` asks at each step: (x, step, rope) → the sum of all active nets'
-    residuals, None where all are off.
+def control_residuals(control, net, conditions, hint, base) -> Callable:
+    """A function (x, step, rope) → what a net adds to each block of a base of configuration `base`.
+
+    `conditions` has a row for each picture, `hint` (B or 1, L_img, H) is `embed_hint`'s.
     """
 
-    def at(x, step, rope):
-        parts = [
-            s.residuals(x, step, rope, base) for s in steerings if s.control.active(step, num_steps)
-        ]
-        return combine(parts) if parts else None
+    def residuals(x, step, rope):
+        modulation = conditions.modulation[step]
+        samples = net.samples(x, conditions.txt, rope, modulation, hint, control.scale)
+        return spread(samples, net.config, base)
 
-    return at
+    return residuals
+
+
+def sum_residuals(added, num_steps) -> Callable:
+    """The sum of the `control_residuals` of all nets that are active at a step, None if none is.
+
+    `added` has a pair (control, residuals) for each net.
+    """
+
+    def residuals(x, step, rope):
+        active = [of(x, step, rope) for control, of in added if control.active(step, num_steps)]
+        return combine(active) if active else None
+
+    return residuals
