@@ -96,7 +96,7 @@ def usage():
     from fluxlite.cli.command_line import help_text
     from fluxlite.settings import InferConfig
 
-    return help_text(InferConfig, "infer", USAGE)
+    return help_text(InferConfig, "infer", USAGE, everything="all" in sys.argv)
 
 
 def body(arguments):

@@ -143,6 +143,21 @@ def test_a_stopped_infer_leaves_every_finished_picture(tmp_path, monkeypatch):
     assert pictures_in(tmp_path / "o") == ["a-2.png", "a-3.png", "a.png"]
 
 
+def test_programs_that_save_to_one_folder_take_no_name_twice(tmp_path):
+    save = (
+        "import runpy, pathlib, sys; from PIL import Image\n"
+        "save = runpy.run_path('infer.py')['save_picture']\n"
+        "picture = Image.new('RGB', (8, 8))\n"
+        "for _ in range(40): save(picture, pathlib.Path(sys.argv[1]), 'a fox')"
+    )
+    command = [sys.executable, "-c", save, str(tmp_path)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    names = [line for one in both for line in one.communicate()[0].split()]
+    assert [one.returncode for one in both] == [0, 0]
+    assert len(names) == len(set(names)) == 80
+    assert pictures_in(tmp_path) == sorted(Path(name).name for name in names)
+
+
 def test_a_full_disk_leaves_no_half_picture_and_is_named(tmp_path, monkeypatch):
     save, count = Image.Image.save, iter(range(99))
 

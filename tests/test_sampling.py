@@ -164,6 +164,167 @@ def test_denoise_takes_any_velocity():
         )
 
 
+CIRCLES = [PROMPT, "gold circle with teal background"]
+SMALL = dict(height=64, width=96, steps=4, max_sequence_length=16, seed=3, batch=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipeline):
+    """Pictures of `CIRCLES` in batches of two and one, {(number, step): latents}, and the times."""
+    seen, shown = {}, []
+
+    def on_step(numbers, step, times, latents):
+        shown.append(times)
+        seen.update({(n, step): row.clone() for n, row in zip(numbers, latents, strict=True)})
+
+    prompts = [*CIRCLES, "lime circle with pink background"]
+    pictures = fluxlite.generate(prompts, checkpoint=pipeline, on_step=on_step, **SMALL)
+    assert len(shown) == 2 * 5 and all(torch.equal(times, shown[0]) for times in shown)
+    return prompts, pictures, seen, shown[0]
+
+
+def test_every_step_is_told_from_noise_to_the_latents_of_the_picture(pipeline, undisturbed):
+    prompts, pictures, seen, times = undisturbed
+    assert seen.keys() == {(n, step) for n in range(3) for step in range(5)}
+    assert times[0] == 1 and times[-1] == 0
+    for n in range(3):
+        noise = sampling.initial_noise((16, 8, 12), [picture_seed(3, n, 0)])
+        assert torch.equal(seen[n, 0], unpack_latents(noise, 8, 12)[0])
+        [decoded] = sampling.pictures_of(pipeline.autoencoder.decode(seen[n, 4][None]))
+        assert (pixels([decoded]) == pixels([pictures[n]])).all()
+        changes = [(seen[n, i] - seen[n, i + 1]).norm() for i in range(4)]
+        assert min(changes) > 0.1
+
+
+def test_latents_come_in_place_of_pictures(pipeline, undisturbed):
+    prompts, _, seen, _ = undisturbed
+    told = []
+    latents = fluxlite.generate(
+        prompts,
+        checkpoint=pipeline,
+        decode=False,
+        on_picture=lambda number, latents: told.append((number, latents)),
+        **SMALL,
+    )
+    assert [number for number, _ in told] == [0, 1, 2]
+    for n in range(3):
+        assert torch.equal(latents[n], seen[n, 4]) and told[n][1] is latents[n]
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_drawing_from_latents_at_a_time_is_the_rest_of_the_drawing(pipeline, undisturbed, step):
+    prompts, pictures, seen, times = undisturbed
+    latents, steps = [seen[n, step] for n in range(3)], []
+    options = SMALL | dict(checkpoint=pipeline, on_step=lambda n, i, t, x: steps.append(len(t)))
+    options |= dict(seed=99, latents=latents)  # no noise is drawn
+    again = fluxlite.generate(prompts, start_time=float(times[step]), **options)
+    bound = 0 if step == 0 else 1  # the modulation of fewer steps may round otherwise
+    assert set(steps) == {5 - step} and np.abs(pixels(again) - pixels(pictures)).max() <= bound
+    options |= dict(steps=None, times=times[step:].tolist(), latents=torch.stack(latents))
+    assert (pixels(fluxlite.generate(prompts, **options)) == pixels(again)).all()
+
+
+def test_own_times_are_the_only_truth_about_steps(pipeline, undisturbed):
+    prompts, pictures, _, times = undisturbed
+    options = SMALL | dict(checkpoint=pipeline, steps=None)
+    same = fluxlite.generate(prompts, times=times, **options)
+    assert (pixels(same) == pixels(pictures)).all()
+    assert same[0].info["sampling"] == pictures[0].info["sampling"]
+    other = fluxlite.generate(prompts, times=[1, 0.5, 0], **options)
+    assert np.abs(pixels(other) - pixels(pictures)).max() > 5
+    about = other[0].info["sampling"]
+    assert (about["steps"], about["times"]) == (2, [1, 0.5, 0])
+
+
+def test_drawing_may_begin_between_two_times(pipeline, undisturbed):
+    prompts, _, seen, times = undisturbed
+    found = []
+    fluxlite.generate(
+        prompts[0],
+        checkpoint=pipeline,
+        latents=seen[0, 2][None],
+        start_time=0.5,
+        on_step=lambda numbers, step, own, latents: found.append(own),
+        **SMALL,
+    )
+    assert found[0].tolist() == [0.5, *times[times < 0.5].tolist()]
+
+
+@pytest.mark.parametrize(
+    "options,named",
+    [
+        (dict(times=[1, 0], steps=2), "times= takes the place of steps="),
+        (dict(times=[1, 0], shift="none"), "times= takes the place of steps= and shift="),
+        (dict(times=[1]), "name two or more"),
+        (dict(times=[0, 1]), "must fall"),
+        (dict(times=[1, 0.5, 0.5, 0]), "must fall"),
+        (dict(times=[1.5, 0]), "must fall, from 1"),
+        (dict(times=[1, float("nan"), 0]), "must fall"),
+        (dict(times=[0.5, 0]), "begins at time 0.5.*give latents="),
+        (dict(start_time=0.5), "begins at time 0.5.*give latents="),
+        (dict(start_time=0), "start_time=0 must be above 0"),
+        (dict(start_time=1.5), "at most 1"),
+        (dict(latents=torch.zeros(1, 16, 4, 4)), r"\(1, 16, 4, 4\).*take \(1, 16, 8, 8\)"),
+        (dict(latents=torch.zeros(2, 16, 8, 8)), r"take \(1, 16, 8, 8\)"),
+        (dict(heigth=64), "heigth is not a key"),
+        (dict(t5="x"), "pass them to load_pipeline"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_is_drawn(options, named, pipeline):
+    given = {} if "heigth" in options else dict(checkpoint=pipeline)
+    with pytest.raises(ValueError, match=named):
+        fluxlite.generate(PROMPT, on_step=lambda *_: pytest.fail("drawn"), **given, **options)
+
+
+def test_a_solver_is_a_function_of_any_velocity(pipeline, undisturbed):
+    """Heun's method from the same parts: exact for a velocity that changes linearly with t."""
+
+    def sample_heun(velocity, x, times, callback=lambda step, x: x):
+        x = callback(0, x)
+        for i in range(len(times) - 1):
+            first, width = velocity(x, i), times[i + 1] - times[i]
+            second = velocity(x + width * first, i + 1)
+            x = callback(i + 1, x + width * (first + second) / 2)
+        return x
+
+    times, noise = torch.tensor([1, 0.3, 0]), torch.randn(2, 4, 3)
+    exact = noise - 0.5  # the integral of t from 0 to 1
+    linear = sample_heun(lambda x, i: times[i], noise, times)
+    assert torch.allclose(linear, exact)
+    euler = sampling.sample_euler(lambda x, i: times[i], noise, times)
+    assert not torch.allclose(euler, exact, atol=0.1)
+    seen = []
+
+    def halve(step, x):
+        seen.append(step)
+        return x / 2
+
+    halved = sampling.sample_euler(lambda x, i: torch.zeros(()), noise, times, halve)
+    assert seen == [0, 1, 2] and torch.allclose(halved, noise / 8)
+
+
+def test_parts_are_loaded_when_they_are_used_and_dropped_or_kept(pipeline):
+    options = dict(device="cpu", dtype=torch.float32)
+    parts = {"encoders", "transformer", "autoencoder"}
+    assert parts <= vars(pipeline).keys()
+    freed = fluxlite.load_pipeline(offload="text", **options)
+    assert not parts & vars(freed).keys()
+    seen = []
+
+    def on_step(numbers, step, times, latents):
+        seen.append(parts & vars(freed).keys())
+        assert freed.transformer.modulation is None
+
+    drawn = [
+        pixels(fluxlite.generate(PROMPT, checkpoint=freed, on_step=on_step, **SMALL))
+        for _ in range(2)
+    ]
+    assert seen[0] == {"transformer"} and parts & vars(freed).keys() == {"autoencoder"}
+    kept = pixels(fluxlite.generate(PROMPT, checkpoint=pipeline, **SMALL))
+    assert (drawn[0] == kept).all() and (drawn[1] == kept).all()
+    assert pipeline.transformer.modulation is not None
+
+
 def test_a_loaded_pipeline_and_a_converted_file_keep_their_own_settings(pipeline, tmp_path):
     assert fluxlite.generate(PROMPT, checkpoint=pipeline, steps=2)[0].size == (64, 64)
     sources.write_converted(sources.open_source(TINY), tmp_path / "tiny.safetensors")

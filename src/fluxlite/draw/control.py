@@ -3,8 +3,8 @@
     canny = fluxlite.Control("FLUX.1-dev-Controlnet-Canny", "edges.png", scale=0.7)
     pictures = fluxlite.generate("a fox", controls=[canny])
 
-`open_control` checks all that can be seen without loading a net; `sum_residuals` is what the nets
-add at each step.
+`open_control` checks all that can be seen without loading a net; `prepare_controls` loads the
+nets and gives what they add at each step.
 
 B pictures, L tokens, H hidden width.
 """
@@ -187,23 +187,46 @@ def _rows_for(prompts, values):
     return values if len(values) == 1 else values[prompts]
 
 
-def prepare_control(pipeline, opened, number, texts, times, guidance) -> Callable:
-    """A function from prompts' numbers and pictures' seeds to the `control_residuals` of net
-    `number`, loaded and conditioned.
+def prepare_controls(pipeline, controls, texts, times, guidance) -> Callable:
+    """A function from prompts' numbers and pictures' seeds to `residuals` of `sample_latents`: the
+    sum of what all nets add that are active at a step.
     """
-    net, keep = opened.checkpoint, pipeline.keeps_parts
-    if is_loaded(opened):
-        keep = True
-    else:
-        net = pipeline.load_net(sources.load_controlnet, net)
-    base = pipeline.transformer
-    check_alike(net, base)
-    conditions = prepare_conditions(net, texts, times, guidance, opened.mode, keep=keep)
-    hint = prepare_hint(opened, number, pipeline.autoencoder, pipeline.device)
+    nets = [
+        prepare_control(pipeline, control, number, texts, times, guidance)
+        for number, control in enumerate(controls)
+    ]
 
     def attach(prompts, seeds):
-        embedded = net.embed_hint(hint(prompts, seeds))
-        return control_residuals(opened, net, conditions(prompts), embedded, base.config)
+        added = [add(prompts, seeds) for add in nets]
+
+        def residuals(x, step, rope):
+            pairs = zip(controls, added)
+            active = [of(x, step, rope) for c, of in pairs if c.active(step, len(times) - 1)]
+            return combine(active) if active else None
+
+        return residuals
+
+    return attach
+
+
+def prepare_control(pipeline, control, number, texts, times, guidance) -> Callable:
+    """`prepare_controls` of one net, its `number` the stream of its draws: loaded, conditioned."""
+    loaded, net, base = is_loaded(control), control.checkpoint, pipeline.transformer
+    net = net if loaded else pipeline.load_net(sources.load_controlnet, net)
+    check_alike(net, base)
+    keep = loaded or pipeline.keeps_parts
+    conditions = prepare_conditions(net, texts, times, guidance, control.mode, keep=keep)
+    hint = prepare_hint(control, number, pipeline.autoencoder, pipeline.device)
+
+    def attach(prompts, seeds):
+        known, embedded = conditions(prompts), net.embed_hint(hint(prompts, seeds))
+
+        def residuals(x, step, rope):
+            modulation = known.modulation[step]
+            samples = net.samples(x, known.txt, rope, modulation, embedded, control.scale)
+            return spread(samples, net.config, base.config)
+
+        return residuals
 
     return attach
 
@@ -218,30 +241,3 @@ def check_alike(net, model):
             f"the ControlNet is in {a.dtype} on {a.device}, the transformer in {b.dtype} on "
             f"{b.device}: load them alike"
         )
-
-
-def control_residuals(control, net, conditions, hint, base) -> Callable:
-    """A function (x, step, rope) → what a net adds to each block of a base of configuration `base`.
-
-    `conditions` has a row for each picture, `hint` (B or 1, L_img, H) is `embed_hint`'s.
-    """
-
-    def residuals(x, step, rope):
-        modulation = conditions.modulation[step]
-        samples = net.samples(x, conditions.txt, rope, modulation, hint, control.scale)
-        return spread(samples, net.config, base)
-
-    return residuals
-
-
-def sum_residuals(added, num_steps) -> Callable:
-    """The sum of the `control_residuals` of all nets that are active at a step, None if none is.
-
-    `added` has a pair (control, residuals) for each net.
-    """
-
-    def residuals(x, step, rope):
-        active = [of(x, step, rope) for control, of in added if control.active(step, num_steps)]
-        return combine(active) if active else None
-
-    return residuals

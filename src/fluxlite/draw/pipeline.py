@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fluxlite import parallel
-from fluxlite.cli.options import check_options, nearest_key, option, same_option, typed_options
-from fluxlite.draw.control import Control, open_control, prepare_control, sum_residuals
+from fluxlite.cli.options import check_options, option, same_option, typed_options
+from fluxlite.draw.control import Control, open_control, prepare_controls
 from fluxlite.draw.offload import OFFLOAD, stream_blocks
 from fluxlite.draw.sampling import (
     decode_pictures,
@@ -195,7 +195,7 @@ class Pipeline:
     def encoders(self):
         paths = self.sources["t5"], self.sources["clip"]
         encoders = load_text_encoders(*paths, device=self.device, dtype=self.dtype)
-        check_encoders(self.sources["transformer"].config, encoders)
+        check_widths(self.sources["transformer"].config, encoders=encoders)
         return encoders
 
     @cached_property
@@ -288,7 +288,7 @@ def find_sources(model):
         )
     vae = sources.open_source(parts["autoencoder"], setting="model.autoencoder", part="vae")
     sources.check_part(vae, "autoencoder", "model.autoencoder")
-    check_latents(transformer.config, vae)
+    check_widths(transformer.config, vae)
     if model.save_converted:
         options = dict(ema=model.ema, given=expected)
         transformer = sources.converted(checkpoint, model.save_converted, **options)
@@ -317,30 +317,23 @@ def check_expected(config, expected, checkpoint):
             raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(config, name)}")
 
 
-def check_width(part, theirs, key, config):
-    """Raise `ValueError` where a part's width does not fit the transformer's."""
-    if theirs != getattr(config, key):
-        raise ValueError(
-            f"model.{part} gives {theirs} channels, but the transformer has "
-            f"model.{key}={getattr(config, key)}"
-        )
+def check_widths(config, autoencoder=None, encoders=None):
+    """Raise `ValueError` where a part's width does not fit a transformer of configuration `config`.
 
-
-def check_latents(config, autoencoder):
-    """`check_width` of an autoencoder, loaded or a `Source`."""
-    check_width("autoencoder", 4 * autoencoder.config.latent_channels, "out_channels", config)
-
-
-def check_encoders(config, encoders):
-    """`check_width` of loaded text encoders."""
-    check_width("t5", encoders.text_width, "text_width", config)
-    check_width("clip", encoders.pooled_width, "pooled_width", config)
-
-
-def check_widths(config, autoencoder, encoders):
-    """`check_width` of all parts, loaded."""
-    check_latents(config, autoencoder)
-    check_encoders(config, encoders)
+    Each part is loaded, a `Source` or left out.
+    """
+    widths = []
+    if autoencoder:
+        widths.append(("autoencoder", 4 * autoencoder.config.latent_channels, "out_channels"))
+    if encoders:
+        widths.append(("t5", encoders.text_width, "text_width"))
+        widths.append(("clip", encoders.pooled_width, "pooled_width"))
+    for part, theirs, key in widths:
+        if theirs != getattr(config, key):
+            raise ValueError(
+                f"model.{part} gives {theirs} channels, but the transformer has "
+                f"model.{key}={getattr(config, key)}"
+            )
 
 
 def default_settings(transformer):
@@ -373,8 +366,8 @@ def generate(
     latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
     decode: bool = True,
     on_step: Callable | None = None,
-    on_picture: Callable = lambda number, picture: None,
-    stage: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+    on_picture: Callable | None = None,
+    stage: Callable[[str], AbstractContextManager] = nullcontext,
     config: DrawConfig | None = None,
     **options,
 ) -> list[Image.Image] | list[torch.Tensor]:
@@ -401,50 +394,45 @@ def generate(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     sample = settle_sample(pipeline, config)
     times = settle_times(pipeline, config, sample, times, start_time)
-    size = sample.height, sample.width
-    base = pipeline.sources["transformer"].config
+    size, base = (sample.height, sample.width), pipeline.sources["transformer"].config
     opened = [open_control(control, base, *size, len(prompts)) for control in controls]
     pictures = list_pictures(len(prompts), config)
     start = start_latents(latents, times, pictures, pipeline.latent_shape(*size))
     with stage("text encoders"):
         against = [config.negative_prompt] if sample.true_cfg > 1 else []
         length, batch = sample.max_sequence_length, config.batch
-        texts = encode_prompts(pipeline.encoders, [*prompts, *against], length, batch)
+        texts = encode_texts(pipeline.encoders, [*prompts, *against], length, batch)
         pipeline.release("encoders")
     with stage("transformer and modulation"):
-        draw = prepare_drawing(pipeline, texts, sample, times, opened, on_step)
+        draw = prepare_drawing(pipeline, texts, sample, times, opened)
     about, drawn = describe_drawing(sample, times, controls), []
     for first in range(0, len(pictures), batch):
-        rows = slice(first, first + batch)
+        rows = range(first, min(first + batch, len(pictures)))
         with stage("denoising"):
-            tokens = draw(first, pictures[rows], start(rows))
-        if rows.stop >= len(pictures):
+            callback = watch_steps(on_step, rows, times, pipeline.latent_shape(*size))
+            tokens = draw([pictures[i] for i in rows], start(rows), callback)
+        if rows.stop == len(pictures):
             del draw
             pipeline.release("transformer")
-        with stage("autoencoder" if decode else "latents"):
-            for row in tokens:
+        with stage("autoencoder"):
+            for number, row in zip(rows, tokens):
                 picture = finish_picture(pipeline, row[None], size, about, decode)
-                on_picture(len(drawn), picture)
+                if on_picture:
+                    on_picture(number, picture)
                 drawn.append(picture)
     return drawn
 
 
 def settle_options(checkpoint, config, options):
     """The `Pipeline` and the `DrawConfig` that `generate` is given, or makes of its options."""
-    names = {f.name for f in fields(DrawConfig)}
-    known = names | {f.name for cls in (PartsConfig, PipelineConfig) for f in fields(cls)}
-    own, rest = {}, {}
-    for key, value in options.items():
-        if key not in known | {"expected"}:
-            raise ValueError(f"{key} is not an option{nearest_key(key, known)}")
-        (own if key in names else rest)[key] = value
+    own = {f.name: options.pop(f.name) for f in fields(DrawConfig) if f.name in options}
     config = config or DrawConfig(**own)
     check_options(config)
     if not isinstance(checkpoint, Pipeline):
-        return open_pipeline(pipeline_config(checkpoint, **rest)), config
-    if rest:
+        return open_pipeline(pipeline_config(checkpoint, **options)), config
+    if options:
         raise ValueError(
-            f"{', '.join(rest)}: these are settled once a pipeline is loaded; pass them to "
+            f"{', '.join(options)}: these are settled once a pipeline is loaded; pass them to "
             "load_pipeline"
         )
     return checkpoint, config
@@ -467,14 +455,14 @@ def settle_sample(pipeline, config):
 
 def settle_times(pipeline, config, sample, times, start_time):
     """The times (steps + 1,) of a drawing; raises `ValueError`."""
-    if times is not None:
-        if config.steps is not None or config.shift is not None:
-            raise ValueError("times= takes the place of steps= and shift=: leave those out")
-        times = check_times(times)
-    else:
-        cells = pipeline.latent_shape(sample.height, sample.width)[1:]
+    if times is None:
+        _, height, width = pipeline.latent_shape(sample.height, sample.width)
         model_config = pipeline.sources["transformer"].config
-        times = times_for(sample, model_config, num_image_tokens(*cells))
+        times = times_for(sample, model_config, num_image_tokens(height, width))
+    elif config.steps or config.shift:
+        raise ValueError("times= takes the place of steps= and shift=: leave those out")
+    else:
+        times = check_times(times)
     return times if start_time is None else cut_times(times, start_time)
 
 
@@ -493,8 +481,8 @@ def picture_seed(seed, prompt_number, picture_number):
     return f"{seed}.{prompt_number}.{picture_number}"
 
 
-def start_latents(latents, times, pictures, shape):
-    """A function from a slice of the pictures to their packed latents (B, L, C) at times[0].
+def start_latents(latents, times, pictures, shape) -> Callable:
+    """A function from some pictures' numbers to their packed latents (B, L, C) at times[0].
 
     They are noise or, where they are given, those of `latents` (pictures, C, h, w). Raises
     `ValueError`.
@@ -505,61 +493,55 @@ def start_latents(latents, times, pictures, shape):
                 f"drawing begins at time {float(times[0]):g}, not at the noise of 1: give latents= "
                 "at that time"
             )
-        return lambda rows: initial_noise(shape, [seed for _, seed in pictures[rows]])
-    stacked = latents if isinstance(latents, torch.Tensor) else torch.stack(list(latents))
+        return lambda rows: initial_noise(shape, [pictures[i][1] for i in rows])
+    stacked = torch.stack([*latents])
     if stacked.shape != (len(pictures), *shape):
         raise ValueError(
-            f"latents= of shape {tuple(stacked.shape)}: {len(pictures)} pictures of this size take "
+            f"latents= of shape {(*stacked.shape,)}: {len(pictures)} pictures of this size take "
             f"{(len(pictures), *shape)}"
         )
-    return lambda rows: pack_latents(stacked[rows].float())
+    return lambda rows: pack_latents(stacked[rows.start : rows.stop].float())
 
 
 @torch.inference_mode()
-def encode_prompts(encoders, prompts, length, batch):
+def encode_texts(encoders, prompts, length, batch):
     """(txt, pooled) of all prompts, a batch at a time."""
     parts = [encoders.encode(prompts[i : i + batch], length) for i in range(0, len(prompts), batch)]
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def prepare_drawing(pipeline, texts, sample, times, controls, on_step) -> Callable:
-    """A function (number of the first, pictures, noise) → their packed latents (B, L, C).
+def prepare_drawing(pipeline, texts, sample, times, controls) -> Callable:
+    """A function (pictures, start, callback) → packed latents (B, L, C); see `sample_latents`.
 
     Transformer and nets of the `open_control`s are loaded, all steps' modulation computed; of
     encoded prompts `texts` the negative one is the last.
     """
     model, given = pipeline.transformer, (texts, times, sample.guidance)
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
-    nets = [prepare_control(pipeline, c, number, *given) for number, c in enumerate(controls)]
-    cells = pipeline.latent_shape(sample.height, sample.width)[1:]
+    attach = prepare_controls(pipeline, controls, *given)
 
     @torch.inference_mode()
-    def draw(first, pictures, noise):
+    def draw(pictures, start, callback):
         prompts, seeds = map(list, zip(*pictures))
-        noise = noise.to(pipeline.device)
-        negative = None
+        options = dict(residuals=attach(prompts, seeds), callback=callback)
         if sample.true_cfg > 1:
-            negative = conditions([len(texts[0]) - 1]).rows([0] * len(pictures))
-        added = [(control, attach(prompts, seeds)) for control, attach in zip(controls, nets)]
-
-        def after_step(step, x):
-            if on_step:
-                numbers = list(range(first, first + len(pictures)))
-                on_step(numbers, step + 1, times, unpack_latents(x, *cells))
-            return x
-
-        return sample_latents(
-            model,
-            conditions(prompts),
-            after_step(-1, noise),
-            times,
-            sample,
-            negative=negative,
-            residuals=sum_residuals(added, len(times) - 1),
-            callback=after_step,
-        )
+            last = len(texts[0]) - 1
+            options["negative"] = conditions([last]).rows([0] * len(prompts))
+        start = start.to(pipeline.device)
+        return sample_latents(model, conditions(prompts), start, times, sample, **options)
 
     return draw
+
+
+def watch_steps(on_step, rows, times, shape) -> Callable:
+    """A solver's callback that tells `on_step`, if any, of the pictures of some numbers."""
+
+    def callback(step, x):
+        if on_step:
+            on_step(rows, step, times, unpack_latents(x, *shape[1:]))
+        return x
+
+    return callback
 
 
 def describe_drawing(sample, times, controls):

@@ -24,11 +24,12 @@ from fluxlite.nets.schedule import times_for
 def sample_euler(velocity, x, times, callback=lambda step, x: x):
     """Follow `velocity` from times[0] to the last in Euler steps: x (B, L, C) float32.
 
-    `velocity(x, i)` is the velocity at times[i]. After each step `callback(i, x)` gives the x to
-    go on with. Any solver has this signature.
+    `velocity(x, i)` is that at times[i]. `callback(i, x)` sees the x at times[i], from the first to
+    the last, and gives the x to go on with. Any solver has this signature.
     """
+    x = callback(0, x)
     for i in range(len(times) - 1):
-        x = callback(i, flow.euler_step(x, velocity(x, i), times[i], times[i + 1]))
+        x = callback(i + 1, flow.euler_step(x, velocity(x, i), times[i], times[i + 1]))
     return x
 
 
@@ -128,7 +129,7 @@ def sample_latents(
     config,
     *,
     negative=None,
-    residuals=lambda *_: None,
+    residuals=None,
     callback=lambda step, x: x,
     solver=sample_euler,
 ):
@@ -141,26 +142,26 @@ def sample_latents(
     `ValueError` where latents are not finite.
     """
     rope = rope_for(model.config, noise, config, conditions.txt.shape[1])
-    finite = [noise.isfinite().all()]  # looked at in the end: the device is not waited for
+    finite = []  # looked at in the end: the device is not waited for
 
     def velocity(x, i):
-        added = residuals(x, i, rope)
+        added = residuals(x, i, rope) if residuals else None
         positive = model.velocity(x, conditions.txt, rope, conditions.modulation[i], added)
         if negative is None:
             return positive
         away = model.velocity(x, negative.txt, rope, negative.modulation[i], added).float()
         return away + config.true_cfg * (positive.float() - away)
 
-    def after_step(step, x):
+    def watch_step(step, x):
         finite.append(x.isfinite().all())
         return callback(step, x)
 
-    latents = solver(velocity, noise, times, after_step)
-    check_finite(model, conditions, finite)
+    latents = solver(velocity, noise, times, watch_step)
+    check_latents_finite(model, conditions, finite)
     return latents
 
 
-def check_finite(model, conditions, finite):
+def check_latents_finite(model, conditions, finite):
     """Raise `ValueError`, naming where it began, unless latents were finite at every step."""
     if all(finite):
         return
