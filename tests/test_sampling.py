@@ -325,6 +325,18 @@ def test_parts_are_loaded_when_they_are_used_and_dropped_or_kept(pipeline):
     assert pipeline.transformer.modulation is not None
 
 
+def test_a_drawing_that_was_stopped_does_not_spoil_the_next(pipeline):
+    freed = fluxlite.load_pipeline(offload="text", device="cpu", dtype=torch.float32)
+
+    def stop(numbers, step, times, latents):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fluxlite.generate(PROMPT, checkpoint=freed, on_step=stop, **SMALL)
+    again, kept = (fluxlite.generate(PROMPT, checkpoint=p, **SMALL) for p in (freed, pipeline))
+    assert (pixels(again) == pixels(kept)).all()
+
+
 def test_a_loaded_pipeline_and_a_converted_file_keep_their_own_settings(pipeline, tmp_path):
     assert fluxlite.generate(PROMPT, checkpoint=pipeline, steps=2)[0].size == (64, 64)
     sources.write_converted(sources.open_source(TINY), tmp_path / "tiny.safetensors")

@@ -16,7 +16,7 @@ from fluxlite.cli.options import check_options, option, same_option
 from fluxlite.data import DataConfig
 from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import DrawConfig, PartsConfig, PipelineConfig
-from fluxlite.nets.control_modes import MODES, mode_number
+from fluxlite.nets.control_modes import mode_number
 from fluxlite.nets.controlnet import ControlNetConfig, check_starts
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.flux import FluxConfig, check_channels
@@ -291,37 +291,21 @@ class TrainConfig(MachineConfig):
             )
 
 
-def each_option(name, help):
-    """A list bounded as the field `name` of `Control`, whose key may be given several times."""
-    return same_option(Control, name, help=help, default=[], verbatim=True)
+def repeated_fields():
+    """Fields like those of `Control` whose keys may be given several times."""
+    found = []
+    for f in dataclasses.fields(Control):
+        if f.name != "image":
+            often = "once for each net" + ", or once for all" * (f.name != "checkpoint")
+            help = f"{f.metadata['help']}; {often}"
+            many = same_option(Control, f.name, default=[], help=help, verbatim=True)
+            found.append((f.name, list[float if f.type is float else str], many))
+    return found
 
 
 @dataclass
-class ControlConfig:
-    """The ControlNets that `infer.py` draws with: `checkpoint` once for each, the other keys once
-    for all or once for each.
-    """
-
-    checkpoint: list[str] = option(
-        [], "a ControlNet, a file or folder of any layout or a hub id; once for each net", path=True
-    )
-    scale: list[float] = each_option(
-        "scale", "strength; 1 if not given; this and the next once for all nets or once for each"
-    )
-    start: list[float] = each_option(
-        "start", "part of the steps before which the net is off; 0 if not given"
-    )
-    end: list[float] = each_option(
-        "end", "part of the steps after which the net is off; 1 if not given"
-    )
-    mode: list[str] = option(
-        [], f"of a union net: {', '.join(MODES)}, or a number; none for other nets", verbatim=True
-    )
-    save_converted: list[str] = option(
-        [],
-        "where to keep controlnet.checkpoint in our own layout, as model.save_converted",
-        path=True,
-    )
+class ControlConfig(dataclasses.make_dataclass("RepeatedControl", repeated_fields())):
+    """The ControlNets that `infer.py` draws with."""
 
     def controls(self, pictures):
         """A `Control` for each net and its picture, checked; raises `ValueError` where there are
@@ -334,8 +318,7 @@ class ControlConfig:
                 "times: give one picture a net"
             )
         found = [Control(*net) for net in zip(self.checkpoint, pictures)]
-        for name in ("scale", "start", "end", "mode", "save_converted"):
-            values = getattr(self, name)
+        for name, values in vars(self).items():
             if values and (not count or len(values) not in (1, count)):
                 raise ValueError(
                     f"controlnet.{name}= is given {len(values)} times, and controlnet.checkpoint= "

@@ -10,7 +10,7 @@ B pictures, L tokens, H hidden width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,24 +31,27 @@ from fluxlite.weights import sources
 class Control:
     """A ControlNet to draw with; several of them add up."""
 
-    checkpoint: object = field(
-        metadata={
-            "help": "a file or folder of any layout, a hub repository, or a loaded ControlNet"
-        }
+    checkpoint: object = option(
+        MISSING, "a file or folder of any layout, a hub repository, or a loaded net", path=True
     )
-    image: object = field(
-        metadata={
-            "help": "the picture to follow, a path or a PIL image, resized and cropped as in "
-            "training; a list: one a prompt"
-        }
+    image: object = option(
+        MISSING,
+        "the picture to follow, a path or a PIL image, resized and cropped as in training; a list: "
+        "one a prompt",
     )
-    scale: float = option(1.0, "strength; 0 for no effect", at_least=-100, at_most=100)
+    scale: float = option(
+        1.0, "strength, by default 1; 0 for no effect", at_least=-100, at_most=100
+    )
     start: float = option(
         0.0, "part of the steps before which the net is off", at_least=0, at_most=1
     )
     end: float = option(1.0, "part of the steps after which the net is off", at_least=0, at_most=1)
-    mode: str | int | None = option(None, f"of a union net: {', '.join(MODES)}, or a number")
-    save_converted: str | None = option(None, "where to keep the checkpoint in our own layout")
+    mode: str | int | None = option(
+        None, f"of a union net: {', '.join(MODES)}, or a number; none for others"
+    )
+    save_converted: str | None = option(
+        None, "where to keep the checkpoint in our own layout", path=True
+    )
 
     def validate(self):
         check_options(self, "controlnet.")

@@ -195,7 +195,7 @@ class Pipeline:
     def encoders(self):
         paths = self.sources["t5"], self.sources["clip"]
         encoders = load_text_encoders(*paths, device=self.device, dtype=self.dtype)
-        check_widths(self.sources["transformer"].config, encoders=encoders)
+        check_widths(self.model_config, encoders=encoders)
         return encoders
 
     @cached_property
@@ -206,6 +206,10 @@ class Pipeline:
     def autoencoder(self):
         source = self.sources["autoencoder"]
         return sources.load_autoencoder(source, dtype=self.dtype, device=self.device)
+
+    @property
+    def model_config(self):
+        return self.sources["transformer"].config
 
     @property
     def keeps_parts(self):
@@ -394,7 +398,7 @@ def generate(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     sample = settle_sample(pipeline, config)
     times = settle_times(pipeline, config, sample, times, start_time)
-    size, base = (sample.height, sample.width), pipeline.sources["transformer"].config
+    size, base = (sample.height, sample.width), pipeline.model_config
     opened = [open_control(control, base, *size, len(prompts)) for control in controls]
     pictures = list_pictures(len(prompts), config)
     start = start_latents(latents, times, pictures, pipeline.latent_shape(*size))
@@ -446,7 +450,7 @@ def settle_sample(pipeline, config):
     given = {name: value for name, value in named.items() if value is not None}
     sample = typed_options(SampleConfig, pipeline.settings | given)
     sample.validate(pipeline.sources["autoencoder"].config.downsampling)
-    if "guidance" in given and not pipeline.sources["transformer"].config.guidance_embed:
+    if "guidance" in given and not pipeline.model_config.guidance_embed:
         raise ValueError(
             "guidance: this model (as schnell) has no guidance input; leave the setting out"
         )
@@ -457,7 +461,7 @@ def settle_times(pipeline, config, sample, times, start_time):
     """The times (steps + 1,) of a drawing; raises `ValueError`."""
     if times is None:
         _, height, width = pipeline.latent_shape(sample.height, sample.width)
-        model_config = pipeline.sources["transformer"].config
+        model_config = pipeline.model_config
         times = times_for(sample, model_config, num_image_tokens(height, width))
     elif config.steps or config.shift:
         raise ValueError("times= takes the place of steps= and shift=: leave those out")
@@ -516,6 +520,7 @@ def prepare_drawing(pipeline, texts, sample, times, controls) -> Callable:
     Transformer and nets of the `open_control`s are loaded, all steps' modulation computed; of
     encoded prompts `texts` the negative one is the last.
     """
+    pipeline.release("transformer")  # a drawing that was stopped leaves one without modulation
     model, given = pipeline.transformer, (texts, times, sample.guidance)
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, controls, *given)

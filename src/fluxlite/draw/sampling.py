@@ -24,8 +24,9 @@ from fluxlite.nets.schedule import times_for
 def sample_euler(velocity, x, times, callback=lambda step, x: x):
     """Follow `velocity` from times[0] to the last in Euler steps: x (B, L, C) float32.
 
-    `velocity(x, i)` is that at times[i]. `callback(i, x)` sees the x at times[i], from the first to
-    the last, and gives the x to go on with. Any solver has this signature.
+    `velocity(x, i)` is that at times[i], of all times but the last. `callback(i, x)` sees the x at
+    times[i], from the first to the last, and gives the x to go on with. Any solver has this
+    signature.
     """
     x = callback(0, x)
     for i in range(len(times) - 1):
