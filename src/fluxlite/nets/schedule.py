@@ -125,12 +125,12 @@ class SampleConfig:
         512, "T5 tokens that prompts are padded and cut to", at_least=1, at_most=10_000
     )
 
-    def validate(self, downsampling):
+    def validate(self, downsampling=1):
+        """Raise `ValueError` for what no autoencoder can draw, or not one of so many pixels a
+        cell.
+        """
         check_options(self)
         check_size(self.height, self.width, downsampling)
-        self.check_shift()
-
-    def check_shift(self):
         if self.shift != "auto":
             flow.shift_factor(self.shift, 256, "shift")
 
@@ -148,8 +148,7 @@ def read_settings(where, values):
     try:
         if config.shift not in ("auto", "resolution", "none"):
             config.shift = shift_as_factor(config.shift, version)
-        check_options(config)
-        config.check_shift()
+        config.validate()
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return {name: getattr(config, name) for name in given}
