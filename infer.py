@@ -83,9 +83,10 @@ def body(arguments):
         from tqdm import tqdm
 
         from fluxlite.cli.command_line import load_config
+        from fluxlite.cli.stage_times import StageTimes
+        from fluxlite.draw.contact_sheet import contact_sheet
         from fluxlite.draw.pipeline import DrawConfig, generate
         from fluxlite.settings import InferConfig
-        from fluxlite.train.metrics import Stages, contact_sheet
 
     config = load_config(InferConfig, "infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -114,7 +115,7 @@ def body(arguments):
     options |= {"expected": config.expected(), "compile": config.compile}
     if config.model.max_sequence_length:
         options.setdefault("max_sequence_length", config.model.max_sequence_length)
-    stages = Stages(config.device)
+    stages = StageTimes(config.device)
     pictures = generate(
         prompts,
         checkpoint=config.model.checkpoint,

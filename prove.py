@@ -67,8 +67,8 @@ def draw(controlnet, how, prompts, images):
 
 def write_proof(folder, report, pictures, results):
     """proof.json and grid.png, each whole or not at all."""
+    from fluxlite.draw.contact_sheet import contact_sheet
     from fluxlite.draw.proof import verdict
-    from fluxlite.train.metrics import contact_sheet
     from fluxlite.weights.tensor_files import aside
 
     with aside(folder / "proof.json", overwrite=True) as path:

@@ -30,7 +30,7 @@ from fluxlite.data.braces import count_names, expand_braces
 from fluxlite.data.rows import RowFile
 from fluxlite.draw.control import read_picture
 from fluxlite.settings import TrainConfig
-from fluxlite.train.loop import warn_of_warmup
+from fluxlite.train.setup import warn_of_warmup
 
 COLOURS = {
     "red": (255, 0, 0),

@@ -313,7 +313,7 @@ def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
     ]
     plain, spread = (
         sum(
-            prediction.predict(
+            prediction.predict_step(
                 [*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8
             )["sent"].values()
         )
@@ -340,7 +340,7 @@ def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
         "data.global_batch=8",
     ]
     found, plain = (
-        prediction.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"])
+        prediction.predict_step([*shape, *more], 8) for more in (net, ["data.global_batch=8"])
     )
     assert found["memory"]["frozen transformer"] == pytest.approx(
         plain["memory"]["weights"] / 2, rel=1e-3

@@ -53,7 +53,7 @@ class OptimConfig:
     freeze: list[str] = option([], "name patterns of parameters to freeze, after trainable")
 
 
-def freeze(model, config):
+def freeze_parameters(model, config):
     """Set `requires_grad` by the name patterns; raises `ValueError` for a pattern that matches
     nothing or if none is left.
     """
