@@ -20,8 +20,7 @@ from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave
 from fluxlite.data import MockSamples
 from fluxlite.settings import TrainConfig
-from fluxlite.train import batches, optim, training_step
-from fluxlite.train.setup import set_up
+from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
 
 MODEL = [
@@ -154,7 +153,7 @@ def batches_of(config, run):
     samples = MockSamples(
         data, split="train", seed=config.seed, pooled_width=model.pooled_width, **widths
     )
-    loader = batches.rank_loader(run, samples, global_batch=data.global_batch, start_index=0)
+    loader = setup.rank_loader(run, samples, global_batch=data.global_batch, start_index=0)
     while True:
         yield [
             next(loader) for _ in range(data.global_batch // (data.micro_batch * run.mesh.dp_size))
@@ -167,7 +166,7 @@ def train(config, steps=10):
         mock.patch.object(building, "random_weights", random_weights),
         mock.patch.object(controlnet, "random_weights", random_weights),
     ):
-        run = set_up(config, *parallel.start(config.parallel, config.device))
+        run = setup.set_up(config, *parallel.start(config.parallel, config.device))
     figures, loaded = {}, batches_of(config, run)
     real_step = training_step.optimizer_step
 
@@ -200,7 +199,7 @@ def plain_autograd(config):
             lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed),
         ),
     ):
-        run = set_up(config, *parallel.start(config.parallel, config.device))
+        run = setup.set_up(config, *parallel.start(config.parallel, config.device))
     gradients = {}
 
     def update(run, _step, _loss):

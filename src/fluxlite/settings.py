@@ -247,6 +247,12 @@ def parts_conflicts(config):
         missing and (data.kind != "mock" or len(parts) < 3),
         f"data={data.kind} needs {missing}: name a folder or a hub id for each",
     )
+    unused = data.control or config.controlnet != ControlNetTrainConfig()
+    yield (
+        unused and not config.controlnet.train,
+        "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, "
+        "or leave them out",
+    )
     yield (
         model.save_converted and not model.checkpoint,
         "model.save_converted= keeps model.checkpoint= in our layout: name that too, or neither",

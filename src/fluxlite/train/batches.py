@@ -6,18 +6,8 @@ B samples of a micro-batch, L tokens, C channels of a token.
 import torch
 
 from fluxlite import rng
-from fluxlite.data import make_loader
-from fluxlite.data.cache import POSTERIORS
 from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.latents import pack_latents
-
-
-def rank_loader(run, dataset, **options):
-    """This rank's batches of a data set: those of its place in data parallelism, the same for tp
-    and cp ranks.
-    """
-    ranks = dict(dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size)
-    return make_loader(dataset, micro_batch=run.config.data.micro_batch, **ranks, **options)
 
 
 @torch.no_grad()
@@ -30,15 +20,15 @@ def encode_batch(run, batch):
         txt, pooled = run.parts.encoders.encode(batch["captions"], length)
     else:
         txt, pooled = batch["txt"].to(run.device), batch["pooled"].to(run.device)
-    x0 = encode_pictures(run, batch, "images", stream="posterior")
+    x0 = encode_pictures(run, batch, "images", ("mean", "logvar"), stream="posterior")
     return x0, txt, pooled, run.task.encode_inputs(run, batch)
 
 
-def encode_pictures(run, batch, name, *, stream):
+def encode_pictures(run, batch, name, cached, *, stream):
     """Packed latents (B, L, C) float32 of a batch's pictures `name`: a sample of their posterior,
-    which a cache may hold.
+    whose mean and log variance a cached batch holds under the names `cached`.
     """
-    autoencoder, cached = run.parts.autoencoder, POSTERIORS[name]
+    autoencoder = run.parts.autoencoder
     if cached[0] in batch:
         mean, logvar = (batch[key].to(run.device) for key in cached)
     else:

@@ -63,17 +63,6 @@ def flux_weights(config, device, values_of=initial):
     return checked_weights(source, "model.checkpoint")
 
 
-def frozen_flux_weights(config, device):
-    """`flux_weights` of a frozen transformer. A random one gets a random output layer: behind a
-    zero one nothing can learn.
-    """
-
-    def values_of(name, *options):
-        return initial("img_in.weight" if name == "out.weight" else name, *options)
-
-    return flux_weights(config, device, values_of)
-
-
 def checked_weights(source, setting):
     """`weights_of` a source; raises `ValueError`, naming the setting and the tensor, where one is
     not finite.

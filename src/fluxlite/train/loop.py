@@ -19,12 +19,11 @@ from fluxlite import parallel
 from fluxlite.cli.processes import held_signals
 from fluxlite.nets.latents import num_image_tokens
 from fluxlite.train import run_state
-from fluxlite.train.batches import rank_loader
 from fluxlite.train.grids import draw_grid, encode_grid
 from fluxlite.train.metrics import Metrics, Throughput
 from fluxlite.train.plots import plot_losses
 from fluxlite.train.resume import describe_data, describe_run, find_resume, warn_of_changed_data
-from fluxlite.train.setup import open_data, set_up
+from fluxlite.train.setup import open_data, rank_loader, set_up
 from fluxlite.train.training_step import train_step
 from fluxlite.train.validation import averaged_weights, encode_validation, validation_losses
 from fluxlite.weights.tensor_files import aside

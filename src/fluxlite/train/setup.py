@@ -9,7 +9,14 @@ import torch
 from torch import nn
 
 from fluxlite import parallel
-from fluxlite.data import CachedSamples, MockSamples, build_cache, open_dataset, prepare
+from fluxlite.data import (
+    CachedSamples,
+    MockSamples,
+    build_cache,
+    make_loader,
+    open_dataset,
+    prepare,
+)
 from fluxlite.draw.pipeline import check_widths
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
@@ -154,6 +161,14 @@ def cache_samples(run, dataset, folder):
     )
     parallel.wait_for_all()
     return CachedSamples(dataset, directory)
+
+
+def rank_loader(run, dataset, **options):
+    """This rank's batches of a data set: those of its place in data parallelism, the same for tp
+    and cp ranks.
+    """
+    ranks = dict(dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size)
+    return make_loader(dataset, micro_batch=run.config.data.micro_batch, **ranks, **options)
 
 
 def encoders_digest(parts, max_sequence_length, dtype):

@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from fluxlite import parallel
 from fluxlite.nets import flow
-from fluxlite.train.batches import encode_batch, rank_loader
+from fluxlite.train.batches import encode_batch
+from fluxlite.train.setup import rank_loader
 from fluxlite.train.training_step import fixed_draws, flow_loss
 
 

@@ -23,13 +23,14 @@ from fluxlite.nets.controlnet import (
     used,
     weights_from_base,
 )
+from fluxlite.nets.flux import initial
 from fluxlite.train import optim
 from fluxlite.train.batches import encode_pictures
 from fluxlite.train.building import (
     check_shape,
     checked_weights,
     device_generator,
-    frozen_flux_weights,
+    flux_weights,
     random_weights,
     wrap_flux,
     wrap_model,
@@ -41,6 +42,7 @@ from fluxlite.weights import sources
 log = logging.getLogger("fluxlite")
 
 SHAPE = ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
+CACHED = ("control_mean", "control_logvar")  # of a batch from a cache
 MAX_STEPS = 10**9  # between two measurements
 
 
@@ -204,20 +206,25 @@ def controlnet_weights(config, device):
         check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
         return checked_weights(source, "controlnet.checkpoint")
     if control.init_from_base:
-        base = config.model.shape(), frozen_flux_weights(config, device)
+        base = config.model.shape(), flux_weights(config, device, random_base_value)
         generator = device_generator(config.seed, "controlnet", device)
         return weights_from_base(net, *base, device, generator)
     return random_weights(net, config.seed, device, partial(initial_value, net.config))
 
 
-def both_weights(config, device):
-    """The weights of the ControlNet and of the frozen transformer."""
+def random_base_value(name, *options):
+    """`initial` with a random output layer: behind a zero one nothing can learn."""
+    return initial("img_in.weight" if name == "out.weight" else name, *options)
+
+
+def base_weights(config, device):
+    """`flux_weights` of the frozen transformer."""
     if not config.model.checkpoint and parallel.rank() == 0:
         log.warning(
             "model.checkpoint is null: the frozen transformer is random, its output layer too; "
             "only the ControlNet learns"
         )
-    return controlnet_weights(config, device), frozen_flux_weights(config, device)
+    return flux_weights(config, device, random_base_value)
 
 
 # --- a step ---------------------------------------------------------------------------------------
@@ -239,7 +246,7 @@ def encode_control(run, batch):
     if control.hint == "pixel":
         hint = batch["controls"].to(run.device)
     else:
-        hint = encode_pictures(run, batch, "controls", stream="control")
+        hint = encode_pictures(run, batch, "controls", CACHED, stream="control")
     if not control.num_modes:
         return {"hint": hint}
     largest = max(batch["modes"].tolist())
@@ -269,14 +276,12 @@ def make_meter(run, held_out):
 
 CONTROLNET = Task(
     name="controlnet",
-    is_asked=lambda config: config.controlnet.train,
-    check_settings=check_control,
-    wrap_models=lambda config, mesh: [
-        wrap_controlnet(config, mesh),
-        wrap_flux(config, mesh, frozen=True),
-    ],
-    model_weights=both_weights,
+    models=(
+        (wrap_controlnet, controlnet_weights),
+        (partial(wrap_flux, frozen=True), base_weights),
+    ),
     velocity_of=lambda models: partial(controlled_velocity, *models),
+    check_settings=check_control,
     encode_inputs=encode_control,
     drop_inputs=drop_control,
     make_meter=make_meter,

@@ -15,20 +15,24 @@ class Task:
     """What is trained, beside what, and on which inputs."""
 
     name: str  # of what is trained, as a checkpoint says it
-    is_asked: Callable  # (config) → whether a `TrainConfig` asks for it
-    check_settings: Callable  # (config); raises `ValueError` where it cannot be trained so
-    wrap_models: Callable  # (config, mesh) → wrapped, on meta: the trained first, a Flux last
-    model_weights: Callable  # (config, device) → for each of these its (name, values), one by one
+    # of the trained model first, of a Flux last: (config, mesh) → wrapped on meta, and
+    # (config, device) → its (name, values), one by one
+    models: tuple
     velocity_of: Callable  # (models) → velocity(img, txt, rope, *, t, pooled, guidance, **inputs)
+    check_settings: Callable = lambda config: None  # raises `ValueError`
     encode_inputs: Callable = lambda run, batch: {}  # → inputs
     drop_inputs: Callable = lambda run, inputs, indices: inputs  # some emptied, for a step
     make_meter: Callable = lambda run, held_out: None  # → `every`, `measure(step)`, `plot(folder)`
     shown: tuple = ()  # ("control", "controls"): captions and names of pictures that grids show too
 
+    def wrap_models(self, config, mesh):
+        """The models on meta, wrapped."""
+        return [wrap(config, mesh) for wrap, _ in self.models]
+
     def build_models(self, config, device, mesh):
         """The models, sharded and filled."""
-        weights, place = self.model_weights(config, device), device
-        if config.parallel.cpu_offload:
-            place = "cpu"
-        models = self.wrap_models(config, mesh)
-        return [parallel.fill(model, values, place) for model, values in zip(models, weights)]
+        place = "cpu" if config.parallel.cpu_offload else device
+        return [
+            parallel.fill(wrap(config, mesh), weights_of(config, device), place)
+            for wrap, weights_of in self.models
+        ]
