@@ -153,11 +153,9 @@ def batches_of(config, run):
     samples = MockSamples(
         data, split="train", seed=config.seed, pooled_width=model.pooled_width, **widths
     )
-    loader = setup.rank_loader(run, samples, global_batch=data.global_batch, start_index=0)
+    loader = run.loader(samples, global_batch=data.global_batch, start_index=0)
     while True:
-        yield [
-            next(loader) for _ in range(data.global_batch // (data.micro_batch * run.mesh.dp_size))
-        ]
+        yield [next(loader) for _ in range(run.micro_batches)]
 
 
 def train(config, steps=10):

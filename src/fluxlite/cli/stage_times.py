@@ -32,44 +32,37 @@ class StageTimes:
     @contextmanager
     def __call__(self, name):
         done, peaks, began = threading.Event(), [0, 0], time.perf_counter()
+        on_gpu = self.device.type == "cuda"
 
         def watch():
             while True:
-                for i, value in enumerate(memory_of_process()):
-                    peaks[i] = max(peaks[i], value)
+                peaks[:] = map(max, peaks, memory_of_process())
                 if done.wait(self.interval):
                     return
 
-        if self.device.type == "cuda":
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(self.device)
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
             yield
-            if self.device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize(self.device)
         finally:
             done.set()
             watcher.join()
-            on_device = (
-                torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-            )
-            self.rows.append((name, time.perf_counter() - began, *peaks, on_device))
+            if on_gpu:
+                peaks.append(torch.cuda.max_memory_allocated(self.device))
+            self.rows.append((name, time.perf_counter() - began, *peaks))
 
     def table(self):
         """A line for each stage: the seconds of all its times, and the most memory of any."""
-        lines = [
-            f"{'stage':<28}{'seconds':>9}{'private GB':>12}{'resident GB':>13}"
-            + "   GPU GB" * (self.device.type == "cuda")
-        ]
-        merged = {}
+        heads = ["private GB", "resident GB"] + ["GPU GB"] * (self.device.type == "cuda")
+        merged, lines = {}, [f"{'stage':<28}{'seconds':>9}" + "".join(f"{h:>13}" for h in heads)]
         for name, seconds, *peaks in self.rows:
-            before = merged.get(name, (0, *peaks))
-            most = [
-                peak if peak is None else max(peak, old) for peak, old in zip(peaks, before[1:])
-            ]
-            merged[name] = before[0] + seconds, *most
-        for name, (seconds, private, resident, on_device) in merged.items():
-            line = f"{name:<28}{seconds:>9.1f}{private / 1e9:>12.2f}{resident / 1e9:>13.2f}"
-            lines.append(line + (f"{on_device / 1e9:>9.2f}" if on_device is not None else ""))
+            total, *most = merged.get(name, (0, *peaks))
+            merged[name] = total + seconds, *map(max, peaks, most)
+        for name, (seconds, *peaks) in merged.items():
+            sizes = "".join(f"{peak / 1e9:>13.2f}" for peak in peaks)
+            lines.append(f"{name:<28}{seconds:>9.1f}{sizes}")
         return "\n".join(lines)

@@ -41,41 +41,36 @@ def contact_sheet(images, *, columns=None, captions=None):
         raise ValueError(
             f"{len(captions)} captions for {len(images)} pictures: give one for each, '' for none"
         )
-    factor = max(1, math.ceil(128 / max(image.width for image in images)))
-    images = [
-        image.convert("RGB").resize(
-            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
-        )
-        for image in images
-    ]
-    width, height = max(image.width for image in images), max(image.height for image in images)
+    images = enlarge_alike(images)
+    width, height = (max(sides) for sides in zip(*[image.size for image in images]))
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     font = ImageFont.load_default(size=max(12, width // 24))
-    wrapped = [
-        wrap_caption(text or "", font=font, width=width, max_lines=4)
-        for text in captions or [""] * len(images)
-    ]
+    wrapped, below = [()] * len(images), 0
     line_height = math.ceil(1.2 * sum(font.getmetrics()))
-    has_captions = any(text for text in captions or ())
-    below = 4 + line_height * max(len(lines) for lines in wrapped) if has_captions else 0
+    if any(captions or ()):
+        wrapped = [wrap_caption(t or "", font=font, width=width, max_lines=4) for t in captions]
+        below = 4 + line_height * max(map(len, wrapped))
     margin = max(8, width // 32)
+    across, down = width + margin, height + below + margin
     rows = math.ceil(len(images) / columns)
-    sheet = Image.new(
-        "RGB",
-        (margin + columns * (width + margin), margin + rows * (height + below + margin)),
-        "white",
-    )
+    sheet = Image.new("RGB", (margin + columns * across, margin + rows * down), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, wrapped)):
-        x, y = (
-            margin + i % columns * (width + margin),
-            margin + i // columns * (height + below + margin),
-        )
+        x, y = margin + i % columns * across, margin + i // columns * down
         left, top = x + (width - image.width) // 2, y + (height - image.height) // 2
-        draw.rectangle(
-            (left - 1, top - 1, left + image.width, top + image.height), outline=(205, 205, 205)
-        )
+        frame = left - 1, top - 1, left + image.width, top + image.height
+        draw.rectangle(frame, outline=(205, 205, 205))
         sheet.paste(image, (left, top))
-        for j, line in enumerate(lines if has_captions else ()):
+        for j, line in enumerate(lines):
             draw.text((x, y + height + 4 + j * line_height), line, fill=(60, 60, 60), font=font)
     return sheet
+
+
+def enlarge_alike(images):
+    """Pictures in RGB, the widest of at least 128 pixels, by one whole factor without smoothing."""
+    factor = max(1, math.ceil(128 / max(image.width for image in images)))
+    nearest = Image.Resampling.NEAREST
+    return [
+        image.convert("RGB").resize((factor * image.width, factor * image.height), nearest)
+        for image in images
+    ]

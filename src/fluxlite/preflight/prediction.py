@@ -21,7 +21,6 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.data.cache import POSTERIORS
 from fluxlite.settings import TrainConfig
-from fluxlite.train.loop import micro_batches
 from fluxlite.train.setup import FrozenParts, assemble
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.training_step import optimizer_step, train_step
@@ -42,13 +41,11 @@ NAMES = {  # torch's operators, those of functional collectives first
 
 
 aten = torch.ops.aten
-HEAVY = (
-    aten.mm,
-    aten.addmm,
-    aten.bmm,
-    aten._fused_adamw_,
-    aten.gelu_backward,
-)  # where memory is looked at
+# where memory is looked at
+HEAVY = (aten.mm, aten.addmm, aten.bmm, aten._fused_adamw_, aten.gelu_backward)
+
+
+GROUPS = (str, dist.ProcessGroup, torch.ScriptObject)  # as which an operator is given its group
 
 
 class Traffic(TorchDispatchMode):
@@ -69,15 +66,14 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func.namespace in ("_c10d_functional", "c10d", "_c10d_functional_autograd"):
             self._count(func, args, out)
-        for tensor in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
+        for tensor in tensors_in(out):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.live:
                 self.live[storage._cdata] = weakref.ref(storage)
                 weakref.finalize(storage, self.live.pop, storage._cdata, None)
         if func.overloadpacket in HEAVY:
-            self.peak = max(
-                self.peak, self.now()
-            )  # FSDP2 resizes storages behind our back: look when it matters
+            # FSDP2 resizes storages behind our back: look when it matters
+            self.peak = max(self.peak, self.now())
         return out
 
     def reset(self):
@@ -88,52 +84,38 @@ class Traffic(TorchDispatchMode):
 
     def now(self):
         """Bytes of all tensors alive."""
-        return sum(
-            storage.nbytes()
-            for storage in (ref() for ref in list(self.live.values()))
-            if storage is not None
-        )
+        storages = [reference() for reference in list(self.live.values())]
+        return sum(storage.nbytes() for storage in storages if storage is not None)
 
     def _count(self, func, args, out):
         name = NAMES.get(func.overloadpacket._qualified_op_name.split("::")[1])
         if name is None:
             return
-        group = next(
-            a
-            for a in args
-            if isinstance(a, (str, dist.ProcessGroup, torch.ScriptObject))
-            and _group_name(a) in self.groups
-        )
-        dimension, ranks = self.groups[_group_name(group)]
-        size = max(
-            sum(t.nbytes for t in tree_leaves(part) if isinstance(t, torch.Tensor))
-            for part in (args, out)
-        )
-        if (
-            name != "all_reduce" and func.namespace == "c10d"
-        ):  # output and input are both among the arguments
-            size = max(t.nbytes for t in tree_leaves(args) if isinstance(t, torch.Tensor))
+        names = [_group_name(a) for a in args if isinstance(a, GROUPS)]
+        dimension, ranks = next(self.groups[n] for n in names if n in self.groups)
+        size = max(local_bytes(tensors_in(part)) for part in (args, out))
+        if name != "all_reduce" and func.namespace == "c10d":  # arguments hold output and input
+            size = max(tensor.nbytes for tensor in tensors_in(args))
         self.calls[name, dimension] += 1
         self.sent[name, dimension] += size * COLLECTIVES[name] * (ranks - 1) // ranks
 
 
+def tensors_in(tree):
+    """The tensors in nested lists, tuples and dictionaries."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 def _group_name(group):
-    if isinstance(group, str):
-        return group
-    return (
-        dist.ProcessGroup.unbox(group) if isinstance(group, torch.ScriptObject) else group
-    ).group_name
+    if isinstance(group, torch.ScriptObject):
+        group = dist.ProcessGroup.unbox(group)
+    return group if isinstance(group, str) else group.group_name
 
 
 def groups_of(mesh):
     """{name of a process group: (mesh dimension, ranks)} of a `parallel.Mesh`."""
     found = {}
-    for part in (
-        mesh.world,
-        mesh.cp,
-        mesh.tp,
-        mesh.fsdp,
-    ):  # of meshes that share a group the last names it
+    # of meshes that share a group the last names it
+    for part in (mesh.world, mesh.cp, mesh.tp, mesh.fsdp):
         for dimension in part.mesh_dim_names:
             group = part.get_group(dimension)
             found[group.group_name] = dimension, group.size()
@@ -200,7 +182,7 @@ def take_fake_steps(run, meter):
         p.grad = torch.zeros_like(p) if p.requires_grad else None
     optimizer_step(run, 0, torch.ones(()))
     meter.reset()
-    train_step(run, [made_up_batch(run)] * micro_batches(run), 1)
+    train_step(run, [made_up_batch(run)] * run.micro_batches, 1)
 
 
 def on_fake_ranks(arguments):

@@ -23,7 +23,7 @@ from fluxlite.train.grids import draw_grid, encode_grid
 from fluxlite.train.metrics import Metrics, Throughput
 from fluxlite.train.plots import plot_losses
 from fluxlite.train.resume import describe_data, describe_run, find_resume, warn_of_changed_data
-from fluxlite.train.setup import open_data, rank_loader, set_up
+from fluxlite.train.setup import open_data, set_up
 from fluxlite.train.training_step import train_step
 from fluxlite.train.validation import averaged_weights, encode_validation, validation_losses
 from fluxlite.weights.tensor_files import aside
@@ -50,7 +50,7 @@ def train(config):
         run, monitor, batches, start = start_run(config, device, mesh, last)
         with held_signals() as caught, closing(monitor.metrics), closing(batches):
             for step in range(start + 1, config.steps + 1):
-                micro = [next(batches) for _ in range(micro_batches(run))]
+                micro = [next(batches) for _ in range(run.micro_batches)]
                 loss, norm = train_step(run, micro, step - 1)
                 stopped_by, good = read_flags(run, caught, norm)
                 check_finite(good, loss, norm, step, micro)
@@ -84,16 +84,10 @@ def start_run(config, device, mesh, last):
         )
     elif monitor.meter:
         monitor.metrics.log(0, monitor.meter.measure(0))
-    batches = rank_loader(
-        run, training, global_batch=size, start_index=start * size, workers=config.data.workers
+    batches = run.loader(
+        training, global_batch=size, start_index=start * size, workers=config.data.workers
     )
     return run, monitor, batches, start
-
-
-def micro_batches(run):
-    """How many of this rank's micro-batches make a step."""
-    data = run.config.data
-    return data.global_batch // (data.micro_batch * run.mesh.dp_size)
 
 
 def trained_state(run):

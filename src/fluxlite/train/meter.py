@@ -11,6 +11,7 @@ B samples, L tokens, H hidden width.
 
 import logging
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -41,17 +42,10 @@ class ControlMeter:
 
     run: object
     held_out: list
+    every: int = 1  # steps between two measurements
+    plot: Callable = plot_control  # (folder): draws what was measured so far
     verdict: str = "not yet"
     alone: list | None = None  # losses without control, which never change
-
-    @property
-    def every(self):
-        """Steps between two measurements."""
-        return self.run.config.controlnet.meter_every
-
-    def plot(self, folder):
-        """Draw what was measured so far, from a run's metrics."""
-        plot_control(folder)
 
     @torch.no_grad()
     def measure(self, step):

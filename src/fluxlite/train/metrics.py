@@ -11,9 +11,7 @@ A run's folder gets:
 import importlib.util
 import json
 import math
-import os
 import re
-import resource
 import sys
 import time
 import uuid
@@ -27,6 +25,7 @@ from tqdm import tqdm
 
 from fluxlite.cli.descriptions import check_regular, read_text
 from fluxlite.cli.options import check_options, option
+from fluxlite.cli.stage_times import memory_of_process
 from fluxlite.weights.tensor_files import aside
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"); the first name
@@ -312,10 +311,7 @@ def memory_gb(device):
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if os.path.exists("/proc/self/statm"):
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: the peak, in bytes
+    return memory_of_process()[1] / 1e9
 
 
 class Throughput:

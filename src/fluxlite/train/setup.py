@@ -79,6 +79,19 @@ class Run:
         data = self.config.data
         return self.config.model.in_channels // 4, data.height // 8, data.width // 8
 
+    @property
+    def micro_batches(self):
+        """How many of this rank's micro-batches make a step."""
+        data = self.config.data
+        return data.global_batch // (data.micro_batch * self.mesh.dp_size)
+
+    def loader(self, dataset, **options):
+        """This rank's batches of a data set: those of its place in data parallelism, the same for
+        tp and cp ranks.
+        """
+        ranks = dict(dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
+        return make_loader(dataset, micro_batch=self.config.data.micro_batch, **ranks, **options)
+
 
 def set_up(config, device, mesh):
     """Models, optimizers and encoders of a run on this rank's device of a `parallel.Mesh`."""
@@ -161,14 +174,6 @@ def cache_samples(run, dataset, folder):
     )
     parallel.wait_for_all()
     return CachedSamples(dataset, directory)
-
-
-def rank_loader(run, dataset, **options):
-    """This rank's batches of a data set: those of its place in data parallelism, the same for tp
-    and cp ranks.
-    """
-    ranks = dict(dp_rank=run.mesh.dp_rank, dp_size=run.mesh.dp_size)
-    return make_loader(dataset, micro_batch=run.config.data.micro_batch, **ranks, **options)
 
 
 def encoders_digest(parts, max_sequence_length, dtype):

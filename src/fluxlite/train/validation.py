@@ -10,7 +10,6 @@ import torch.distributed as dist
 from fluxlite import parallel
 from fluxlite.nets import flow
 from fluxlite.train.batches import encode_batch
-from fluxlite.train.setup import rank_loader
 from fluxlite.train.training_step import fixed_draws, flow_loss
 
 
@@ -40,8 +39,7 @@ def encode_validation(run, dataset):
     count, stride = run.config.data.val_count, run.mesh.dp_size * run.config.data.micro_batch
     rounded = -(-count // stride) * stride
     batches = []
-    loader = rank_loader(run, dataset, global_batch=stride, start_index=0, stop_index=rounded)
-    for batch in loader:
+    for batch in run.loader(dataset, global_batch=stride, start_index=0, stop_index=rounded):
         weights = (batch["indices"] < count).float().to(run.device)
         batches.append((*encode_batch(run, batch), batch["indices"] % count, weights))
     return batches

@@ -271,7 +271,8 @@ def drop_control(run, inputs, indices):
 
 def make_meter(run, held_out):
     """What measures whether the ControlNet learns; None with controlnet.meter_every=0."""
-    return ControlMeter(run, held_out) if run.config.controlnet.meter_every else None
+    every = run.config.controlnet.meter_every
+    return ControlMeter(run, held_out, every) if every else None
 
 
 CONTROLNET = Task(
