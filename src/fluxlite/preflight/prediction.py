@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -91,7 +91,7 @@ class Traffic(TorchDispatchMode):
         name = NAMES.get(func.overloadpacket._qualified_op_name.split("::")[1])
         if name is None:
             return
-        names = [_group_name(a) for a in args if isinstance(a, GROUPS)]
+        names = (_group_name(a) for a in args if isinstance(a, GROUPS))  # the group comes first
         dimension, ranks = next(self.groups[n] for n in names if n in self.groups)
         size = max(local_bytes(tensors_in(part)) for part in (args, out))
         if name != "all_reduce" and func.namespace == "c10d":  # arguments hold output and input
@@ -147,7 +147,7 @@ def predict_step(arguments, ranks):
         device = torch.device("cpu")
         mesh = parallel.make_mesh(config.parallel, device)
         task = choose_task(config)
-        models = task.wrap_models(config, mesh)
+        models = [wrap(config, mesh) for wrap, _ in task.models]
         with FakeTensorMode(allow_non_fake_inputs=True), Traffic(groups_of(mesh)) as meter:
             models = [model.to_empty(device=device) for model in models]
             run = assemble(config, device, mesh, task, models, FrozenParts())
@@ -199,10 +199,12 @@ def made_up_batch(run):
     data, model, latents = run.config.data, run.config.model, run.latent_shape
     size = data.micro_batch
     names = sum(POSTERIORS.values(), ())
+    with unset_fake_temporarily():  # their values are looked at
+        modes = torch.zeros(size, dtype=torch.long)
     return {name: torch.randn(size, *latents) for name in names} | {
         "indices": range(size),
         "controls": torch.randn(size, 3, data.height, data.width),
-        "modes": torch.zeros(size, dtype=torch.long),
+        "modes": modes,
         "txt": torch.randn(size, model.max_sequence_length, model.text_width),
         "pooled": torch.randn(size, model.pooled_width),
     }

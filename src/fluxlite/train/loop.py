@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from fluxlite import parallel
 from fluxlite.cli.processes import held_signals
@@ -60,7 +59,9 @@ def train(config):
                 if stopped_by:
                     break
             if parallel.rank() == 0:
-                plot_run(config.output, monitor)
+                plot_losses(config.output)
+                if monitor.meter:
+                    monitor.meter.plot(config.output)
     return Path(config.output)
 
 
@@ -113,8 +114,8 @@ def check_finite(good, loss, norm, step, batches):
     """
     if good:
         return
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (loss.item(), sum((batch["keys"] for batch in batches), [])))
+    keys = sum((batch["keys"] for batch in batches), [])
+    found = parallel.gather_values((loss.item(), keys))
     guilty = [entry for entry in found if not math.isfinite(entry[0])]
     samples = list(dict.fromkeys(sum((keys for _, keys in guilty or found), [])))
     what = (
@@ -140,15 +141,15 @@ def finish_step(run, monitor, step, stopped_by):
             "stopped by %s after step %d, which is saved; resume=auto goes on", stopped_by, step
         )
     validate_and_draw(run, monitor, step)
-    if not stopped_by and is_due(step, run.config.checkpoint.every, run.config.steps):
+    if not stopped_by and is_due(run, step, run.config.checkpoint.every):
         save_checkpoint(run, step)
 
 
-def is_due(step, every, steps):
+def is_due(run, step, every):
     """Whether something that happens every so many steps (0: never), and after the last, is due
     after `step`.
     """
-    return step == steps or (every > 0 and step % every == 0)
+    return step == run.config.steps or (every > 0 and step % every == 0)
 
 
 # --- what a watcher sees --------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def log_step(run, monitor, step, loss, norm):
     """Count a step, and every log_every of them write the loss and the speed down."""
     monitor.speed.add(run.config.data.global_batch)
     values = {}
-    if is_due(step, run.config.metrics.log_every, run.config.steps):
+    if is_due(run, step, run.config.metrics.log_every):
         values = {
             "loss": parallel.mean_over_ranks(loss).item(),
             "grad_norm": norm.item(),
@@ -209,10 +210,10 @@ def log_step(run, monitor, step, loss, norm):
 def validate_and_draw(run, monitor, step):
     """Measure, validate and draw, with the averaged weights, where step `step` is due for it."""
     config, metrics, meter = run.config, monitor.metrics, monitor.meter
-    if meter and is_due(step, meter.every, config.steps):
+    if meter and is_due(run, step, meter.every):
         metrics.log(step, meter.measure(step))
-    validate = is_due(step, config.validate_every, config.steps)
-    draw = monitor.grid and is_due(step, config.sample.every, config.steps)
+    validate = is_due(run, step, config.validate_every)
+    draw = monitor.grid and is_due(run, step, config.sample.every)
     if not (validate or draw):
         return
     with averaged_weights(run):
@@ -222,13 +223,6 @@ def validate_and_draw(run, monitor, step):
             metrics.progress(step, {"val": values["val/loss"]})
         if draw:
             metrics.image(step, "grid", draw_grid(run, monitor.grid))
-
-
-def plot_run(folder, monitor):
-    """Draw the plots of what was logged."""
-    plot_losses(folder)
-    if monitor.meter:
-        monitor.meter.plot(folder)
 
 
 def save_checkpoint(run, step):

@@ -25,10 +25,6 @@ class Task:
     make_meter: Callable = lambda run, held_out: None  # → `every`, `measure(step)`, `plot(folder)`
     shown: tuple = ()  # ("control", "controls"): captions and names of pictures that grids show too
 
-    def wrap_models(self, config, mesh):
-        """The models on meta, wrapped."""
-        return [wrap(config, mesh) for wrap, _ in self.models]
-
     def build_models(self, config, device, mesh):
         """The models, sharded and filled."""
         place = "cpu" if config.parallel.cpu_offload else device
