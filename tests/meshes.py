@@ -217,10 +217,9 @@ def main():
     for name, case in cases(ranks).items():
         if name.startswith(names) if names else not name.startswith(("compiled", "more")):
             began = time.perf_counter()
-            exact = partial(optim.orthogonalise, dtype=torch.float64)
-            with mock.patch.object(
-                optim, "orthogonalise", exact if "in float64" in name else optim.orthogonalise
-            ):
+            inexact = optim.orthogonalise_matrix
+            exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
+            with mock.patch.object(optim, "orthogonalise_matrix", exact):
                 figures[name] = train(configure(*case))
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1:

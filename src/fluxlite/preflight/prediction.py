@@ -21,6 +21,7 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.data.cache import POSTERIORS
 from fluxlite.settings import TrainConfig
+from fluxlite.train.optim import local_tensor
 from fluxlite.train.setup import FrozenParts, assemble
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.training_step import optimizer_step, train_step
@@ -211,4 +212,4 @@ def made_up_batch(run):
 
 
 def local_bytes(tensors):
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+    return sum(local_tensor(tensor).nbytes for tensor in tensors)

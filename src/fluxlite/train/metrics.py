@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import time
 import uuid
 from contextlib import contextmanager
@@ -183,10 +184,7 @@ class Metrics:
         """Write `values` (name → number) of `step` to all logs; floats are exact in the file."""
         if not self.enabled:
             return
-        values = {
-            name: value if isinstance(value, int) else float(value)
-            for name, value in values.items()
-        }
+        values = {name: v if isinstance(v, int) else float(v) for name, v in values.items()}
         with open(self.folder / "metrics.jsonl", "a") as file:
             file.write(format_row({"step": step, "time": round(time.time(), 3), **values}))
         if self.writer:
@@ -251,15 +249,10 @@ def open_tensorboard(folder, start_step, run_config):
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(
-        folder / "tensorboard", purge_step=start_step + 1 if start_step else 0, flush_secs=10
-    )
-    text = json.dumps(run_config, indent=2, default=str)
-    writer.add_text(
-        "config",
-        "\n".join("    " + line for line in text.splitlines()),
-        start_step + 1 if start_step else 0,
-    )
+    first = start_step + 1 if start_step else 0
+    writer = SummaryWriter(folder / "tensorboard", purge_step=first, flush_secs=10)
+    text = textwrap.indent(json.dumps(run_config, indent=2, default=str), "    ")
+    writer.add_text("config", text, first)
     return writer
 
 

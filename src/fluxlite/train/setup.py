@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fluxlite import parallel
 from fluxlite.data import (
@@ -57,21 +56,8 @@ class Run:
 
     def __post_init__(self):
         self.velocity = self.task.velocity_of(self.models)
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained."""
-        return self.models[0]
-
-    @property
-    def flux(self):
-        """The transformer, trained or frozen."""
-        return self.models[-1]
-
-    @property
-    def dtype(self):
-        """What is computed in."""
-        return getattr(torch, self.config.dtype)
+        self.model, self.flux = self.models[0], self.models[-1]  # which may be the same
+        self.dtype = getattr(torch, self.config.dtype)  # what is computed in
 
     @property
     def latent_shape(self):
