@@ -22,7 +22,7 @@ from fluxlite.cli.command_line import load_config
 from fluxlite.data.cache import POSTERIORS
 from fluxlite.settings import TrainConfig
 from fluxlite.train.optim import local_tensor
-from fluxlite.train.setup import FrozenParts, assemble
+from fluxlite.train.setup import FrozenParts, assemble_run
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.training_step import optimizer_step, train_step
 
@@ -151,7 +151,7 @@ def predict_step(arguments, ranks):
         models = [wrap(config, mesh) for wrap, _ in task.models]
         with FakeTensorMode(allow_non_fake_inputs=True), Traffic(groups_of(mesh)) as meter:
             models = [model.to_empty(device=device) for model in models]
-            run = assemble(config, device, mesh, task, models, FrozenParts())
+            run = assemble_run(config, device, mesh, task, models, FrozenParts())
             take_fake_steps(run, meter)
     about = {
         "mesh": dict(zip(("dp_replicate", "dp_shard", "cp", "tp"), config.parallel.sizes())),

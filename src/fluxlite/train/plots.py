@@ -36,7 +36,7 @@ def plot_control(folder):
     figure, (left, right) = two_axes()
     for kind, colour, label in CONTROL_CURVES:
         style = dict(color=colour, linewidth=1.6, label=label)
-        left.plot(*series(rows, f"control/{kind}").T, **style)
+        left.plot(*finite_points(rows, f"control/{kind}").T, **style)
         right.plot(*losses_over_t(rows[-1], f"control/{kind}_t").T, "o-", **style)
     gain = f"gain {100 * rows[-1]['control/gain']:.1f} %"
     left.set(xlabel="step", ylabel="held-out loss", title=gain)
@@ -44,7 +44,7 @@ def plot_control(folder):
     return save_axes(figure, (left, right), Path(folder) / "control.png")
 
 
-def series(rows, key):
+def finite_points(rows, key):
     """(steps, value) of the rows where a key has a finite value: (n, 2)."""
     found = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
     return np.array(found).reshape(-1, 2)
@@ -86,7 +86,7 @@ def save_axes(figure, both, path):
 
 def plot_loss_over_steps(axes, rows):
     """Training loss, raw and smoothed, and the validation loss, which is a mean over t."""
-    train, val = series(rows, "loss"), series(rows, "val/loss")
+    train, val = finite_points(rows, "loss"), finite_points(rows, "val/loss")
     highest = []
     if len(train):
         smoothed = running_mean(train[:, 1], 1 + 2 * (len(train) // 40))

@@ -84,7 +84,7 @@ def set_up(config, device, mesh):
     warn_of_warmup(config)
     check_base(config)
     parts, task = load_parts(config, device, mesh), choose_task(config)
-    return assemble(config, device, mesh, task, task.build_models(config, device, mesh), parts)
+    return assemble_run(config, device, mesh, task, task.build_models(config, device, mesh), parts)
 
 
 def warn_of_warmup(config):
@@ -94,7 +94,7 @@ def warn_of_warmup(config):
         log.warning("optim.warmup=%d is not over when the run ends at steps=%d", *lengths)
 
 
-def assemble(config, device, mesh, task, models, parts):
+def assemble_run(config, device, mesh, task, models, parts):
     """The `Run` of a task's wrapped models."""
     optimizers = optim.make_optimizers(models[0], config.optim)
     ema = optim.EMA(models[0], config.optim.ema_decay) if config.optim.ema_decay else None
