@@ -36,8 +36,8 @@ def option(default, help, **about):
     is taken as it stands. `path`: so is this, `~` is the home folder, and empty is refused.
     `only_given`: a word, as `pipe:`, with which a value does something and is therefore taken from
     the command line alone. `resume`: a run that goes on may change it. `group`: the Hydra group
-    that sets it. A default that is a list or a class is made anew for each instance; `MISSING` is
-    none.
+    that sets it. `rare`: only `--help all` names it. A default that is a list or a class is made
+    anew for each instance; `MISSING` is none.
     """
     metadata = {"help": help, **about}
     if isinstance(default, type):
@@ -79,11 +79,6 @@ def same_option(cls, name, **changes):
     f = next(f for f in dataclasses.fields(cls) if f.name == name)
     default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     return option(**{"default": default, **f.metadata, **changes})
-
-
-def unset_option(cls, name, help):
-    """A field bounded as the field `name` of `cls` is, and None until it is set."""
-    return same_option(cls, name, default=None, help=help)
 
 
 def nearest_key(key, known):

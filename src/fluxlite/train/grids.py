@@ -70,7 +70,7 @@ def draw_grid(run, batches):
         tokens = sampling.sample_sharded(
             velocity, run.flux.config, *texts, batch.noise, settings, run.dtype
         )
-        drawn = sampling.decode(run.parts.autoencoder, tokens, data.height, data.width)
+        drawn = sampling.decode_pictures(run.parts.autoencoder, tokens, data.height, data.width)
         for caption, shown, picture in zip(batch.captions, batch.shown, drawn):
             pictures += [*shown, picture]
             captions += [*(label for label, _ in run.task.shown), caption]
