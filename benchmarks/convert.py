@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fluxlite.train.metrics import Stages
+from fluxlite.cli.stage_times import StageTimes
 from fluxlite.weights.sources import open_source
 from fluxlite.weights.verify import digests_of
 from fluxlite.weights.writing import write_converted
@@ -45,9 +45,9 @@ def parse_arguments():
 
 
 def go_round(args, source):
-    """Copy, convert and convert back: (`Stages`, digests before, digests after)."""
+    """Copy, convert and convert back: (`StageTimes`, digests before, digests after)."""
     ours, back, copy = args.work / "flux.safetensors", args.work / "diffusers", args.work / "copy"
-    stages = Stages()
+    stages = StageTimes()
     shutil.rmtree(copy, ignore_errors=True)
     forget_files(source.files)
     copy.mkdir(parents=True)

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from fluxlite import parallel
+from fluxlite.cli.stage_times import memory_of_process
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import num_image_tokens, position_ids
-from fluxlite.train.metrics import memory_of_process
 from fluxlite.weights import conversion
 from fluxlite.weights.verify import build_diffusers, diffusers_inputs
 

@@ -32,7 +32,7 @@ from fluxlite.data.opening import open_dataset, prepare_data
 from fluxlite.data.rows import RowFile
 from fluxlite.draw.control import read_picture
 from fluxlite.settings import TrainConfig
-from fluxlite.train.loop import warn_of_warmup
+from fluxlite.train.setup import warn_of_warmup
 
 COLOURS = {
     "red": (255, 0, 0),
