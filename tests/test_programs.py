@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import fluxlite
+from fluxlite.cli import shipped_help
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.options import RANGES, option_fields
 from fluxlite.cli.programs import LONGEST, Terminated, one_line
@@ -241,3 +242,38 @@ def test_memory_that_no_machine_has_is_one_line_with_what_to_try(allocate):
         allocate()
     line = one_line(error.value)
     assert line.startswith("out of memory") and "micro_batch" in line and "\n" not in line
+
+
+@pytest.mark.parametrize("name", shipped_help.PROGRAMS)
+def test_a_kept_help_text_is_what_the_settings_give(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    file = shipped_help.FOLDER / f"{name}.txt"
+    assert file.read_text() == shipped_help.compute_help(name), (
+        "python -m fluxlite.cli.shipped_help"
+    )
+
+
+def test_a_kept_help_text_is_not_taken_where_a_source_is_younger(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped_help, "ROOT", tmp_path)
+    monkeypatch.setattr(shipped_help, "FOLDER", tmp_path)
+    (tmp_path / "train.txt").write_text("kept")
+    source = tmp_path / "src" / "settings.py"
+    source.parent.mkdir()
+    source.touch()
+    assert shipped_help.find_help("train", ["--help"]) == "kept"
+    assert shipped_help.find_help("train", ["--help", "all"]) is None
+    later = (tmp_path / "train.txt").stat().st_mtime + 120
+    os.utime(source, (later, later))
+    assert shipped_help.find_help("train", ["--help"]) is None
+
+
+@pytest.mark.parametrize("name", ["train", "infer", "prove", "convert_hf"])
+def test_help_is_there_without_torch(name):
+    """In a fresh clone; it is torch's import that takes seconds."""
+    for file in shipped_help.FOLDER.glob("*.txt"):
+        file.touch()
+    source = f"import sys; sys.argv = ['{name}.py', '--help']; sys.modules['torch'] = None\n"
+    source += f"import runpy; runpy.run_path('{name}.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(("Train a Flux", "Draw pictures", "Measure", "Convert"))

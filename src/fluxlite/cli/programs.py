@@ -8,8 +8,10 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 
 from fluxlite.cli.processes import STOP_SIGNALS, deferred_signals, die_with_parent, leave_process
+from fluxlite.cli.shipped_help import find_help
 
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
@@ -35,7 +37,7 @@ def run_program(body, *, usage=None, ranks=True):
     try:
         if asks_help:
             with deferred_signals():  # torch's import takes an interruption for a lack of numpy
-                print(usage())
+                print(find_help(Path(sys.argv[0]).stem, arguments) or usage())
         elif on_rank() and not ranks:
             raise ValueError("this program is one process: start it without torchrun")
         else:

@@ -1,0 +1,39 @@
+"""The texts of `--help`, kept beside the code: to compute one takes the import of torch, seconds.
+
+    python -m fluxlite.cli.shipped_help  # after a change of settings: writes them anew
+
+A text is taken only where nothing that it could come from is younger. Who changes a setting sees
+the change at once, a little later; a test compares the texts with what is computed.
+"""
+
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+FOLDER = Path(__file__).parent / "help"
+PROGRAMS = {"train": [], "infer": [], "infer-all": ["all"], "prove": []}  # with their arguments
+CLONED_WITHIN = 60  # seconds between the first and the last file of a fresh clone
+
+
+def find_help(program, arguments):
+    """The kept text of a program's --help, or None where it may be out of date or there is none."""
+    file = FOLDER / f"{program}{'-all' if 'all' in arguments else ''}.txt"
+    if not file.is_file():
+        return None
+    latest = file.stat().st_mtime + CLONED_WITHIN
+    sources = [*ROOT.glob("*.py"), *ROOT.rglob("src/**/*.py"), *ROOT.rglob("configs/**/*.yaml")]
+    return None if any(path.stat().st_mtime > latest for path in sources) else file.read_text()
+
+
+def compute_help(name):
+    """The text of a program of `PROGRAMS` as its settings give it."""
+    sys.argv = [name, "--help", *PROGRAMS[name]]
+    script = ROOT / f"{name.removesuffix('-all')}.py"
+    return runpy.run_path(str(script))["usage"]() + "\n"
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name in PROGRAMS:
+        (FOLDER / f"{name}.txt").write_text(compute_help(name))
