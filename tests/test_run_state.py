@@ -772,11 +772,11 @@ import torch
 sys.path.insert(0, "tests")
 from test_trainer import MOCK, configure
 from fluxlite import parallel
-from fluxlite.cli.processes import leave
+from fluxlite.cli.processes import leave_process
 from fluxlite.train import resume, run_state, setup
 from fluxlite.cli.programs import one_line
 config = configure(*MOCK, f"output={sys.argv[1]}")
-device, mesh = parallel.start(config.parallel, "cpu")
+device, mesh = parallel.start_ranks(config.parallel, "cpu")
 run = setup.set_up(config, device, mesh)
 state = dict(model=run.model, optimizers=run.optimizers, ema=run.ema)
 about = dict(meta=resume.describe_run(run), keep=0)
@@ -798,8 +798,8 @@ if parallel.rank() == 0:
     os.truncate(shard, shard.stat().st_size - 1)
 torch.distributed.barrier()
 assert run_state.choose_checkpoint(config.output).name == "step-000001"
-parallel.stop()
-leave(0)
+parallel.stop_ranks()
+leave_process(0)
 """
 
 
