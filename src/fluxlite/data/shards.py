@@ -4,14 +4,13 @@ The sample of a global index is the same on any mesh and with any workers, and a
 nothing that was consumed.
 """
 
-import json
 import os
 
 import numpy as np
 import torch
 
 from fluxlite import rng
-from fluxlite.cli.descriptions import check_regular
+from fluxlite.cli.descriptions import check_regular, foreign_json
 from fluxlite.cli.options import shortened
 from fluxlite.data.images import BadSample, decode, edges, frame, pixels
 from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, printable_name
@@ -46,8 +45,8 @@ def stated_mode(data):
     nothing.
     """
     try:
-        fields = json.loads(data or b"{}")
-    except (ValueError, RecursionError):  # then there is no caption either, which is reported
+        fields = foreign_json(data or b"{}")
+    except ValueError:  # then there is no caption either, which is reported
         return None
     return fields.get("mode") if isinstance(fields, dict) else None
 
@@ -289,10 +288,9 @@ def _decoded_text(data, keys):
     try:
         if not keys:
             return data.decode("utf-8-sig")
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise BadSample(f"unreadable caption ({reason})") from None
+        value = foreign_json(data)
+    except ValueError as error:
+        raise BadSample(f"unreadable caption ({error})") from None
     for key in keys:
         value = _part_of(value, key)
     return value
