@@ -339,10 +339,10 @@ def open_data(config, run):
         return [
             MockSamples(data, split=split, seed=config.seed, **widths) for split in ("train", "val")
         ]
-    sets = []
+    sets, found = [], {}
     for split in ("train", "val"):
         prepare(data, split, config.seed)
-        dataset = open_dataset(data, split, config.seed)
+        dataset = open_dataset(data, split, config.seed, found)
         if data.cache:
             directory = build_cache(
                 dataset,
@@ -824,9 +824,9 @@ def read_flags(run, caught, norm):
     return signal.Signals(int(number)).name if number else None, not bad
 
 
-def check_finite(good, loss, norm, step, keys):
-    """Raise `ValueError` for a step that is not `good`, with its samples and what to try;
-    collective.
+def check_finite(good, loss, norm, step, keys, output):
+    """Raise `ValueError` for a step that is not `good`, with its samples, what to try and what the
+    run's folder `output` has; collective.
     """
     if good:
         return
@@ -842,7 +842,7 @@ def check_finite(good, loss, norm, step, keys):
     raise ValueError(
         f"the {what}; its samples: {', '.join(samples[:8])}{' …' if len(samples) > 8 else ''}. "
         "Try a lower optim.lr, a longer optim.warmup, dtype=float32, or look at these samples. "
-        "The step was not taken and nothing of it is saved: the last checkpoint is whole"
+        f"The step was not taken and nothing of it is saved: {run_state.saved_words(output)}"
     )
 
 
@@ -886,9 +886,8 @@ def take_steps(config, device, mesh, last):
             micro = [next(batches) for _ in range(slices)]
             loss, norm = train_step(run, micro, step)
             stopped_by, good = read_flags(run, caught, norm)
-            check_finite(
-                good, loss, norm, step + 1, [key for batch in micro for key in batch["keys"]]
-            )
+            keys = [key for batch in micro for key in batch["keys"]]
+            check_finite(good, loss, norm, step + 1, keys, config.output)
             report(run, watch, step + 1, loss, norm)
             with watch.speed.paused():
                 finish_step(run, watch, step + 1, stopped_by)
