@@ -15,12 +15,16 @@ import shutil
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
+from fluxlite.cli.programs import run_program, stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 import torch
 from tqdm import tqdm
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option, same_option
-from fluxlite.cli.programs import run_program
 from fluxlite.nets.autoencoder import AutoencoderConfig
 from fluxlite.nets.flux import FluxConfig
 from fluxlite.weights import layouts, tensor_files
