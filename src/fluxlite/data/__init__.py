@@ -17,6 +17,7 @@ import torch
 
 from fluxlite.cli.descriptions import read_description
 from fluxlite.cli.options import check_options, expand_home, option
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.cache import CachedSamples, build_cache, data_digest
 from fluxlite.data.loading import load_batches
 from fluxlite.data.mock import MockPictures, MockSamples
@@ -68,12 +69,14 @@ class DataConfig:
     count: int = option(
         50_000,
         "fill50k: pictures to generate; mock: samples of an epoch",
+        only_with={"data.kind": ("fill50k", "mock")},
         at_least=1,
         at_most=10**9,
     )
     generate_size: int = option(
         512,
         "fill50k: side of the generated pictures in pixels",
+        only_with={"data.kind": ("fill50k",)},
         at_least=8,
         at_most=MAX_SIDE,
     )
@@ -162,9 +165,10 @@ class DataConfig:
     def validate(self):
         """Raise `ValueError` for values that make no sense, here or together."""
         check_options(self, "data.")
-        for name in ("path", "val_path"):
+        for name in ("path", "val_path", "caption_field"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
-                raise ValueError(f"data.{name}= is empty: name tars, or leave it out")
+                what = "a field" if name == "caption_field" else "tars"
+                raise ValueError(f"data.{name}= is empty: name {what}, or leave it out")
         if self.kind == "webdataset" and not self.path:
             raise ValueError(
                 "data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a "
@@ -293,29 +297,25 @@ def _check_generated(config, folder, count, *, at_least):
         )
 
 
-def find_shards(config, split):
+def find_shards(config, split, found):
     """The shards of a split. Without a validation set of its own, the last `val_count` samples are
-    validation's.
+    validation's. `found` as `open_dataset` has it.
     """
     limit, parts = dict(max_bad_fraction=config.max_bad_fraction), config_parts(config)
-    options = dict(setting="data.path", download=config.download, parts=parts)
     if split == "val" and config.val_path:
-        options["setting"] = "data.val_path"
-        places = expand_places(config.val_path, "val", **options) or expand_places(
-            config.val_path, "train", **options
-        )
-        _warn_of_overlap(config, places)
+        places = _places(config, "val_path", "val", found)
+        places = places or _places(config, "val_path", "train", found)
+        _warn_of_overlap(config, places, found)
         return open_shards(places, setting=f"data.val_path={config.val_path}", **limit)
     if config.kind == "fill50k":
         folder = fill50k_folder(config, split)
         places = [(str(path), parts) for path in sorted(folder.glob("*.tar"))]
         return open_shards(places, setting=f"data.path={folder}", **limit)
-    held_out = [] if config.val_path else expand_places(config.path, "val", **options)
+    held_out = [] if config.val_path else _places(config, "path", "val", found)
     if split == "val" and held_out:
         return open_shards(held_out, setting=f"data.path={config.path}", **limit)
-    shards = open_shards(
-        expand_places(config.path, "train", **options), setting=f"data.path={config.path}", **limit
-    )
+    places = _places(config, "path", "train", found)
+    shards = open_shards(places, setting=f"data.path={config.path}", **limit)
     if config.val_path or held_out:
         return shards
     total = sum(len(shard.keys) for shard in shards)
@@ -330,33 +330,45 @@ def find_shards(config, split):
     return cut_shards(shards, 0, start) if split == "train" else cut_shards(shards, start, total)
 
 
-def _warn_of_overlap(config, places):
+def _places(config, name, split, found):
+    """The tars that `data.path` or `data.val_path` names for a split; expanded once."""
+    if (name, split) not in found:
+        options = dict(download=config.download, parts=config_parts(config))
+        where, setting = getattr(config, name), f"data.{name}"
+        found[name, split] = expand_places(where, split, setting=setting, **options)
+    return found[name, split]
+
+
+def _warn_of_overlap(config, places, found):
     """Say so where a tar is of the training set and of the validation set."""
-    trained = {os.path.realpath(path) for path in training_paths(config)}
+    trained = {os.path.realpath(path) for path in training_paths(config, found)}
     shared = [path for path, _ in places if os.path.realpath(path) in trained]
     if shared:
-        log.warning(
+        warn_for_all(
             "%d of %d tars of data.val_path are trained on too, %s first: validation will look "
             "better than it is",
             *(len(shared), len(places), shared[0]),
         )
 
 
-def training_paths(config):
+def training_paths(config, found):
     """The training set's tars."""
     if config.kind == "fill50k":
         return [str(path) for path in fill50k_folder(config, "train").glob("*.tar")]
-    options = dict(setting="data.path", download=config.download, parts=config_parts(config))
-    return [path for path, _ in expand_places(config.path, "train", **options)]
+    return [path for path, _ in _places(config, "path", "train", found)]
 
 
-def open_dataset(config, split, seed):
+def open_dataset(config, split, seed, found=None):
     """The samples of "train" or "val" by global index; `prepare` comes first. Raises `ValueError`
     where there are too few.
+
+    `found`, a dictionary for both splits of a run, keeps what the places were expanded to: servers
+    are asked once.
     """
+    found = {} if found is None else found
     if config.kind == "mock":
         return MockPictures(config, split=split, seed=seed)
-    shards = find_shards(config, split)
+    shards = find_shards(config, split, found)
     if split == "train":
         return Samples(config, shards, seed=seed, training=True)
     total = sum(len(shard.keys) for shard in shards)

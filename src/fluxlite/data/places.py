@@ -23,6 +23,7 @@ from urllib.request import Request, url2pathname, urlopen
 from fluxlite.cli.atomic import aside_of, atomic_file, locked, naming_errors
 from fluxlite.cli.descriptions import check_regular, read_description
 from fluxlite.cli.options import expand_home
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
 from fluxlite.data.tars import index_tar
@@ -63,7 +64,7 @@ def _warn_of_repeats(paths, setting):
     seen = set()
     for path in map(os.path.realpath, paths):
         if path in seen:
-            log.warning("%s names %s twice: its samples come twice an epoch", setting, path)
+            warn_for_all("%s names %s twice: its samples come twice an epoch", setting, path)
         seen.add(path)
 
 
@@ -174,12 +175,12 @@ def _has_changed(name, url, target, unanswered):
             changed = known.differs(FetchedDescription.of(response.headers))
     except (OSError, ValueError, http.client.HTTPException) as error:
         unanswered.add(url.netloc)
-        log.warning(
+        warn_for_all(
             "%s cannot be asked for changes (%s): using what was fetched before", url.netloc, error
         )
         return False
     if changed:
-        log.warning("%s is another tar than was fetched: fetching it again", name)
+        warn_for_all("%s is another tar than was fetched: fetching it again", name)
     return changed
 
 
