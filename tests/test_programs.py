@@ -225,3 +225,11 @@ def test_memory_that_no_machine_has_is_one_line_with_what_to_try(allocate):
         allocate()
     line = one_line(error.value)
     assert line.startswith("out of memory") and "micro_batch" in line and "\n" not in line
+
+
+def test_a_gpu_without_memory_is_one_line_with_what_to_try():
+    assert torch.cuda.OutOfMemoryError is torch.OutOfMemoryError
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 79 GiB, of which 1 is free."
+    line = one_line(torch.OutOfMemoryError(text))
+    assert line.startswith("out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+    assert "micro_batch" in line and "offload=all" in line and "\n" not in line
