@@ -48,8 +48,8 @@ def write_cache(out):
 
 def write_metrics(tensorboard, out):
     config = metrics.MetricsConfig(tensorboard=tensorboard, progress=False)
-    start = 3 if Path(out).exists() else 0
-    log = metrics.Metrics(config, out, total_steps=99, start_step=start)
+    start = 59 if Path(out).exists() else 0
+    log = metrics.Metrics(config, out, total_steps=999, start_step=start)
     try:
         for step in range(start + 1, start + 60):
             log.log(step, {"loss": 0.1 * step} | {f"val/loss_t{n / 32}": 0.1 for n in range(32)})

@@ -443,7 +443,7 @@ SCRIPTS = {
 }
 
 
-@pytest.mark.parametrize("script,name", zip(SCRIPTS, [*STOPPED] * 2), ids=SCRIPTS)
+@pytest.mark.parametrize("script,name", list(zip(SCRIPTS, [*STOPPED] * 2)), ids=SCRIPTS)
 def test_a_signal_while_importing_ends_a_script_in_one_line(tmp_path, script, name):
     process = subprocess.Popen(
         [sys.executable, *SCRIPTS[script], str(tmp_path / "out")],

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from fluxlite import parallel
-from fluxlite.cli.atomic import sync_folder
+from fluxlite.cli.atomic import naming_errors, sync_folder
 from fluxlite.cli.programs import one_line
 from fluxlite.weights.run_folder import (
     SOON_CHECKED,
@@ -216,9 +216,10 @@ def lock_folder(folder):
         ) from None
     except OSError as error:
         log.warning("%s cannot be locked (%s): start no second run there", place, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with naming_errors(place):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     return file
 
 
