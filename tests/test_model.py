@@ -14,8 +14,10 @@ from fluxlite.nets.flux import (
     FluxConfig,
     Rotate,
     can_fuse_gelu,
+    fan_out,
     gelu,
     initial,
+    pair_tables,
     rope_table,
     sinusoid,
 )
@@ -127,7 +129,7 @@ def test_rotation_is_complex_multiplication_of_neighbours_and_its_gradient(dtype
     turned.backward(weights.float())
     x.requires_grad_()
     k = x.detach().clone().requires_grad_()
-    got, other = Rotate.apply(x, k, angles.cos(), angles.sin())
+    got, other = Rotate.apply(x, k, *pair_tables(angles))
     got.backward(weights)
     assert torch.equal(got, other) and k.grad.abs().max() == 0
     assert got.dtype == x.grad.dtype == dtype
@@ -229,3 +231,30 @@ def test_impossible_shapes_are_refused():
         ours = ours_from(diffusers_flux())
         img, txt, pooled, t, _, ids = inputs(ours.config)
         run_ours(ours, img, txt, pooled, t, None, ids)
+
+
+def test_linears_that_read_the_same_have_autograds_gradients_whatever_is_frozen():
+    torch.manual_seed(0)
+    linears = [torch.nn.Linear(6, width, dtype=torch.float64) for width in (4, 5, 6)]
+    linears[1].weight.requires_grad_(False)
+    linears[2].bias.requires_grad_(False)
+    for wanted in (True, False):
+        x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=wanted)
+        grads = {}
+        for apply in (fan_out, lambda x, some: tuple(linear(x) for linear in some)):
+            outs = apply(x, linears)
+            assert (type(outs[0].grad_fn).__name__ == "FanOutBackward") == (apply is fan_out)
+            loss = sum((i + 1) * out.square().sum() for i, out in enumerate(outs))
+            leaves = [p for linear in linears for p in linear.parameters() if p.requires_grad]
+            grads[apply is fan_out] = torch.autograd.grad(loss, leaves + [x] * wanted)
+        for ours, theirs in zip(grads[True], grads[False], strict=True):
+            assert theirs.abs().sum() > 0
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_linear_with_a_hook_or_an_adapter_is_not_bypassed():
+    linears = [torch.nn.Linear(4, 4) for _ in range(2)]
+    x, seen = torch.randn(3, 4, requires_grad=True), []
+    linears[1].register_forward_hook(lambda *_: seen.append(1))
+    fan_out(x, linears)
+    assert seen == [1]

@@ -129,28 +129,29 @@ def sinusoid(x):
 
 
 def rope_table(ids, config):
-    """Rotations for positions ids (L, axes): cos and sin, each (L, D/2), float32 from float64
-    angles.
-    """
+    """Rotations for positions ids (L, axes): the `pair_tables` of float64 angles."""
     angles = []
     for axis, width in enumerate(config.rope_axes):
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
         angles.append(ids[:, axis, None].double() * config.rope_theta**-exponents)
-    angles = torch.cat(angles, dim=-1)
-    return angles.cos().float(), angles.sin().float()
+    return pair_tables(torch.cat(angles, dim=-1))
+
+
+def pair_tables(angles):
+    """Two float32 tables (…, D) of angles (…, D/2): cos twice for each pair, and −sin, then sin."""
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
 
 
 def rotate_pairs(x, cos, sin, sign=1):
     """Turn the pairs (0, 1), (2, 3) … of x (B, L, N, D) by angles, or with sign -1 back.
 
-    cos and sin are float32 (L, 1, D/2), so the products are; `out=` rounds them as it joins them.
+    cos and sin are `pair_tables` (L, 1, D), and the products float32 as they are.
     """
-    pairs = (*x.shape[:-1], -1, 2)
-    a, b = x.view(pairs).unbind(-1)
-    turned = torch.addcmul(a * cos, b, sin, value=-sign), torch.addcmul(b * cos, a, sin, value=sign)
-    out = torch.empty_like(x)
-    torch.stack(turned, dim=-1, out=out.view(pairs))
-    return out
+    swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view_as(x)
+    # an accelerator rounds what it writes; a CPU would write it twice
+    rounded = None if x.device.type == "cpu" else torch.empty_like(x)
+    return torch.addcmul(x * cos, swapped, sin, value=sign, out=rounded).to(x.dtype)
 
 
 class Rotate(torch.autograd.Function):
@@ -175,7 +176,7 @@ def rotate(q, k, cos, sin):
 
 
 def attend(q, k, v, rope, backend="auto"):
-    """Attention of normed q, k and v (B, L, N, D) after rotation by tables (L, D/2): (B, L, N·D).
+    """Attention of normed q, k and v (B, L, N, D) after rotation by tables (L, D): (B, L, N·D).
 
     Tokens come before heads in memory, as cuDNN and flash lay out their output: nothing is copied.
     """
@@ -239,10 +240,49 @@ def can_fuse_gelu(linear, x):
     """
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
         return False
+    able = torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    return able and is_plain_linear(linear)
+
+
+def is_plain_linear(linear):
+    """Whether a linear is x·Wᵀ + b and no more: no adapter, no hook, no sharded weight."""
     plain = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
     hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    able = torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
-    return plain and not hooked and able
+    return plain and not hooked
+
+
+class FanOut(torch.autograd.Function):
+    """Linears that read the same x; parameters are weight and bias of each.
+
+    The backward adds up the gradient of x inside the products. Autograd would write one for each
+    linear and add them in passes of their own.
+    """
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        weights, biases = parameters[::2], parameters[1::2]
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, *pair) for pair in zip(weights, biases))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        x, *weights = ctx.saved_tensors
+        rows, dx, found = x.flatten(0, -2), None, []
+        for i, (gradient, weight) in enumerate(zip(gradients, weights)):
+            gradient = gradient.flatten(0, -2)
+            if ctx.needs_input_grad[0]:
+                dx = gradient @ weight if dx is None else torch.addmm(dx, gradient, weight)
+            trains_weight, trains_bias = ctx.needs_input_grad[1 + 2 * i : 3 + 2 * i]
+            found.append(gradient.t() @ rows if trains_weight else None)
+            found.append(gradient.sum(0) if trains_bias else None)
+        return (dx if dx is None else dx.view_as(x), *found)
+
+
+def fan_out(x, linears):
+    """What each of some linears makes of x (…, H): a tuple."""
+    if torch.is_grad_enabled() and all(map(is_plain_linear, linears)):
+        return FanOut.apply(x, *(p for linear in linears for p in (linear.weight, linear.bias)))
+    return tuple(linear(x) for linear in linears)
 
 
 class QKV(nn.Module):
@@ -257,7 +297,7 @@ class QKV(nn.Module):
     def forward(self, x):
         head = self.q_norm.weight.shape[0]
         heads = (*x.shape[:-1], -1, head)
-        q, k, v = (linear(x).view(heads) for linear in (self.q, self.k, self.v))
+        q, k, v = (out.view(heads) for out in fan_out(x, (self.q, self.k, self.v)))
         return self.q_norm(q), self.k_norm(k), v
 
 
@@ -338,7 +378,7 @@ class Modulation(nn.Module):
 
     def forward(self, vec):
         """vec (B, H) to (B, features): a double block's 6H of the image, then of the text, …"""
-        return torch.cat([linear(vec) for linear in self.linears()], dim=-1)
+        return torch.cat(fan_out(vec, self.linears()), dim=-1)
 
 
 class Trunk(nn.Module):

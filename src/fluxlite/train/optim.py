@@ -196,9 +196,10 @@ def clip_gradients(model, config, loss=0.0):
     parts = [_local(gradient) for gradient in gradients]
     norms = torch._foreach_norm(parts, dtype=torch.float32)
     ranks = dist.get_world_size()
-    torch._foreach_mul_(norms, [math.sqrt(_share(gradient, ranks)) for gradient in gradients])
     device = next(p.device for p in model.parameters())
-    norm = torch.stack([part.to(device) for part in norms]).square().sum()
+    shares = torch.tensor([_share(gradient, ranks) for gradient in gradients])
+    norm = torch.stack([part.to(device) for part in norms]).square()
+    norm = norm.dot(shares.to(device, non_blocking=True))
     norm += 0 * torch.as_tensor(loss, device=device)
     dist.all_reduce(norm)
     norm = norm.sqrt_()
