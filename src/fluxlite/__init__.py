@@ -15,9 +15,7 @@ PUBLIC = {
 # Python's argv while it looks for the module of `-m`: `python -m fluxlite.data.fill50k` imports
 # the packages above that first, and with them torch.
 if sys.argv[:1] == ["-m"] and any(a.removeprefix("-m")[:9] == "fluxlite." for a in sys.orig_argv):
-    from fluxlite.cli.programs import stop_at_once
-
-    stop_at_once()
+    import_module("fluxlite.cli.programs").stop_at_once()
 
 
 def __getattr__(name):
