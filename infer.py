@@ -6,7 +6,8 @@ import json
 import logging
 import re
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from fluxlite.cli.processes import deferred_signals
@@ -42,95 +43,85 @@ def prompts_of(config):
     return prompts
 
 
-def free_path(folder, name, suffix=".png"):
-    """A path in `folder` that does not exist yet; letters that could escape the folder are
-    replaced.
+def save_picture(picture, folder, name, settings=None):
+    """Write a PNG under a name that is free, whole or not at all, with its settings as JSON in the
+    text chunk `fluxlite`.
+
+    Programs that save to one folder at once take turns, so that none takes another's name.
     """
-    stem = (
-        re.sub(r"[^\w]+", "-", name).strip("-")[:60].encode()[:120].decode(errors="ignore")
-        or "picture"
-    )
-    number, path = 1, folder / f"{stem}{suffix}"
-    while path.exists():
-        number, path = number + 1, folder / f"{stem}-{number + 1}{suffix}"
-    return path
-
-
-def save(picture, path, settings=None):
-    """Write a PNG, whole or not at all, with its settings as JSON in the text chunk `fluxlite`."""
     from PIL.PngImagePlugin import PngInfo
 
+    from fluxlite.cli.atomic import locked
     from fluxlite.weights.tensor_files import aside
 
     info = PngInfo()
     if settings:
         info.add_itxt("fluxlite", json.dumps(settings, ensure_ascii=False))
-    with aside(path) as part:
-        picture.save(part, "PNG", pnginfo=info)
+    stem = file_stem(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / f".{stem}.lock"):
+        path = free_path(folder, stem)
+        with aside(path) as part:
+            picture.save(part, "PNG", pnginfo=info)
     print(path, flush=True)
+
+
+def file_stem(name):
+    """A name without letters that could escape a folder, short enough for any disk."""
+    short = re.sub(r"[^\w]+", "-", name).strip("-")[:60]
+    return short.encode()[:120].decode(errors="ignore") or "picture"
+
+
+def free_path(folder, stem):
+    """A path in `folder` that does not exist yet."""
+    number, path = 1, folder / f"{stem}.png"
+    while path.exists():
+        number, path = number + 1, folder / f"{stem}-{number + 1}.png"
+    return path
+
+
+def save_drawn(config, prompts, number, picture):
+    """Save a picture of `generate` with all that draws it again."""
+    j, i = divmod(number, config.images_per_prompt)
+    own = {
+        "prompt": prompts[j],
+        "prompt_number": config.prompt_number + j,
+        "picture_number": config.picture_number + i,
+    }
+    settings = asdict(config) | picture.info["sampling"] | own
+    save_picture(picture, Path(config.output), prompts[j], settings)
 
 
 def usage():
     from fluxlite.cli.command_line import help_text
     from fluxlite.settings import InferConfig
 
-    return help_text(InferConfig, "infer", USAGE)
+    return help_text(InferConfig, "infer", USAGE, everything="all" in sys.argv)
 
 
 def body(arguments):
     with deferred_signals():  # torch's import takes an interruption for a lack of numpy
-        import torch
-        from tqdm import tqdm
-
         from fluxlite.cli.command_line import load_config
-        from fluxlite.draw.pipeline import DrawConfig, generate
+        from fluxlite.draw.pipeline import generate, open_pipeline, show_steps
         from fluxlite.settings import InferConfig
         from fluxlite.train.metrics import Stages, contact_sheet
 
     config = load_config(InferConfig, "infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prompts, folder = prompts_of(config), Path(config.output)
-    texts = [text for text in prompts for _ in range(config.images_per_prompt)]
-    settings = asdict(config) | {"prompt": None}
-
-    def keep(number, picture):
-        own = {
-            "prompt": texts[number],
-            "prompt_number": config.prompt_number + number // config.images_per_prompt,
-            "picture_number": config.picture_number + number % config.images_per_prompt,
-        }
-        save(picture, free_path(folder, texts[number]), settings | picture.info["sampling"] | own)
-
-    options = {
-        k: getattr(config, k)
-        for k in ("height", "width", "steps", "guidance", "max_sequence_length")
-        if getattr(config, k) is not None
-    }
-    options |= {
-        k: getattr(config.model, k)
-        for k in ("save_converted", "t5", "clip", "autoencoder", "ema", "attention")
-    }
-    options |= {f.name: getattr(config, f.name) for f in fields(DrawConfig)}
-    options |= {"expected": config.expected(), "compile": config.compile}
-    if config.model.max_sequence_length:
-        options.setdefault("max_sequence_length", config.model.max_sequence_length)
-    stages = Stages(config.device)
+    prompts, stages = prompts_of(config), Stages(config.device)
     pictures = generate(
         prompts,
-        checkpoint=config.model.checkpoint,
-        negative_prompt=config.negative_prompt,
-        controls=config.controlnet.controls(config.control_image),
+        checkpoint=open_pipeline(config),
+        config=config,
+        controls=config.controls(),
         stage=stages,
-        done=keep,
-        true_cfg=config.true_cfg,
-        shift=config.shift,
-        device=config.device,
-        dtype=getattr(torch, config.dtype),
-        progress=lambda steps: tqdm(steps, desc="drawing", unit="step"),
-        **options,
+        on_step=show_steps(desc="drawing", unit="step"),
+        on_picture=partial(save_drawn, config, prompts),
     )
     if len(pictures) > 1:
-        save(contact_sheet(pictures, captions=texts), free_path(folder, "contact-sheet"))
+        texts = [prompts[n // config.images_per_prompt] for n in range(len(pictures))]
+        sheet = contact_sheet(pictures, captions=texts)
+        save_picture(sheet, Path(config.output), "contact-sheet")
     print(stages.table(), file=sys.stderr)
 
 

@@ -57,23 +57,22 @@ def body(arguments):
 
 def draw(controlnet, how, prompts, images):
     """Pictures of prompts, with a ControlNet one for each control picture of `images`."""
-    from tqdm import tqdm
-
     import fluxlite
+    from fluxlite.draw.pipeline import show_steps
 
     controls = [fluxlite.Control(controlnet, images)] if images else []
-    return fluxlite.generate(prompts, controls=controls, **how, progress=partial(tqdm, leave=False))
+    return fluxlite.generate(prompts, controls=controls, **how, on_step=show_steps(leave=False))
 
 
 def write_proof(folder, report, pictures, results):
     """proof.json and grid.png, each whole or not at all."""
-    from fluxlite.draw.proof import verdict
+    from fluxlite.draw.proof import format_verdict
     from fluxlite.train.metrics import contact_sheet
     from fluxlite.weights.tensor_files import aside
 
     with aside(folder / "proof.json", overwrite=True) as path:
         path.write_text(json.dumps({**report, "pictures": results}, indent=1))
-    captions = [verdict(r) for r in results[:48]]
+    captions = [format_verdict(r) for r in results[:48]]
     with aside(folder / "grid.png", overwrite=True) as path:
         contact_sheet(pictures[:48], columns=8, captions=captions).save(path, "PNG")
 

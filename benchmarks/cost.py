@@ -339,8 +339,8 @@ def sampler_of_flux(model, batch, side, steps):
     """A function that denoises in so many steps, its conditions computed beforehand."""
     config = schedule.SampleConfig(height=side, width=side, steps=steps)
     times = schedule.times_for(config, model.config, batch["img"].shape[1])
-    conditions = sampling.condition(model, batch["txt"], batch["pooled"], times, guidance=3.5)
-    return lambda: sampling.sample(model, conditions, batch["img"], times, config)
+    conditions = sampling.condition_net(model, batch["txt"], batch["pooled"], times, guidance=3.5)
+    return lambda: sampling.sample_latents(model, conditions, batch["img"], times, config)
 
 
 def make_host_runs(steps, side=32):

@@ -1,12 +1,14 @@
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fluxlite.cli.command_line import load_config, parse_flags
+from fluxlite.cli.command_line import help_text, load_config, parse_flags
 from fluxlite.cli.options import option_fields, resumable_keys
 from fluxlite.draw.proof import ProofConfig
+from fluxlite.nets.flux import FluxConfig
 from fluxlite.settings import InferConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +181,20 @@ def test_compilation_without_a_compiler_is_refused(monkeypatch):
 def test_missing_encoders_are_named_all_at_once():
     with pytest.raises(ValueError, match="model.t5=, model.clip=, model.autoencoder="):
         train("model=flux_dev", "data=fill50k")
+
+
+def test_help_lists_the_prompt_first_and_what_a_checkpoint_decides_only_where_all_is_asked():
+    def keys(**options):
+        lines = help_text(InferConfig, "infer", "", **options).split("Keys, set")[1].splitlines()
+        return [line.split("=")[0].strip() for line in lines if line.startswith("  ")]
+
+    shown, every = keys(), keys(everything=True)
+    first = [shown.index(key) for key in ("prompt", "height", "seed", "model.checkpoint", "device")]
+    assert first == sorted(first) and first[0] == 0
+    assert every == list(option_fields(InferConfig))
+    hidden = {f"model.{f.name}" for f in dataclasses.fields(FluxConfig)}
+    assert set(every) - set(shown) == hidden | {"model.max_sequence_length"}
+    assert f"{len(hidden) + 1} more" in help_text(InferConfig, "infer", "")
 
 
 def test_every_field_says_what_it_means():

@@ -23,7 +23,7 @@ from fluxlite import rng
 from fluxlite.cli.command_line import load_config
 from fluxlite.data.circles import figure_mask
 from fluxlite.draw import sampling
-from fluxlite.draw.control import Control, hint_of, open_control, read_picture
+from fluxlite.draw.control import Control, open_control, prepare_hint, read_picture
 from fluxlite.draw.pipeline import picture_seed
 from fluxlite.nets.controlnet import ControlNet, ControlNetConfig
 from fluxlite.nets.latents import pack_latents
@@ -193,12 +193,17 @@ def test_a_net_is_not_asked_outside_its_interval(pipeline, nets, pictures, monke
 
 def test_the_latent_hint_is_a_sample_for_each_picture_and_each_net(pipeline, nets, pictures):
     opened = open_control(
-        Control(our_controlnet_from(nets["latent"]), pictures[0]), pipeline.model.config, 64, 64
+        Control(our_controlnet_from(nets["latent"]), pictures[0]),
+        pipeline.transformer.config,
+        64,
+        64,
     )
     vae = pipeline.autoencoder
     with torch.inference_mode():
-        mean, logvar = vae.posterior(opened.pixels)
-        first, second = (hint_of(opened, number, vae, torch.device("cpu")) for number in (0, 1))
+        mean, logvar = vae.posterior(opened.image)
+        first, second = (
+            prepare_hint(opened, number, vae, torch.device("cpu")) for number in (0, 1)
+        )
         got = first([0, 0], ["5.0.0", "5.1.0"])
         noise = rng.normal((16, 8, 8), seed=0, indices=["5.0.0", "5.1.0"], stream="control")
         assert torch.allclose(
@@ -267,7 +272,7 @@ def test_conditions_made_batch_by_batch_draw_the_same(saved, pictures, monkeypat
     )
     prompts = [PROMPT, "lime circle with pink background"]
     whole = pixels(fluxlite.generate(prompts, **options))
-    monkeypatch.setattr(fluxlite.draw.pipeline, "fits", lambda *_: False)
+    monkeypatch.setattr(sampling, "conditions_fit", lambda *_: False)
     assert np.abs(pixels(fluxlite.generate(prompts, **options)) - whole).max() <= 1
 
 
@@ -328,7 +333,7 @@ def test_pictures_that_cannot_be_read_are_refused(tmp_path):
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     pipeline, saved, pictures, tmp_path
 ):
-    base = pipeline.model.config
+    base = pipeline.transformer.config
     narrow = ControlNetConfig.beside(base, num_double_blocks=1, num_single_blocks=0, text_width=20)
     source = ControlNet(narrow)
     turned = ControlNet(

@@ -93,16 +93,16 @@ def test_a_long_error_keeps_its_beginning_and_its_remedy():
 def test_pictures_are_handed_over_as_soon_as_their_batch_is_drawn():
     events = []
 
-    def progress(steps):
-        events.append("batch")
-        return steps
+    def on_step(numbers, step, times, latents):
+        if step == 0:
+            events.append("batch")
 
     pictures = fluxlite.generate(
         ["a", "b"],
         images_per_prompt=2,
         batch=2,
-        progress=progress,
-        done=lambda number, picture: events.append((number, picture)),
+        on_step=on_step,
+        on_picture=lambda number, picture: events.append((number, picture)),
         **QUICK,
     )
     assert [e if e == "batch" else e[0] for e in events] == ["batch", 0, 1, "batch", 2, 3]
@@ -129,18 +129,33 @@ def pictures_in(folder):
 
 
 def test_a_stopped_infer_leaves_every_finished_picture(tmp_path, monkeypatch):
-    decode, count = pipeline.decode, iter(range(99))
+    decode, count = pipeline.decode_pictures, iter(range(99))
 
     def stop_at_the_fourth(*arguments):
         if next(count) == 3:
             raise Terminated
         return decode(*arguments)
 
-    monkeypatch.setattr(pipeline, "decode", stop_at_the_fourth)
+    monkeypatch.setattr(pipeline, "decode_pictures", stop_at_the_fourth)
     sizes = ["height=32", "width=32", "steps=1", "images_per_prompt=8", "batch=2"]
     with pytest.raises(Terminated):
         infer["body"](["prompt=a", f"output={tmp_path}/o", *sizes])
     assert pictures_in(tmp_path / "o") == ["a-2.png", "a-3.png", "a.png"]
+
+
+def test_programs_that_save_to_one_folder_take_no_name_twice(tmp_path):
+    save = (
+        "import runpy, pathlib, sys; from PIL import Image\n"
+        "save = runpy.run_path('infer.py')['save_picture']\n"
+        "picture = Image.new('RGB', (8, 8))\n"
+        "for _ in range(40): save(picture, pathlib.Path(sys.argv[1]), 'a fox')"
+    )
+    command = [sys.executable, "-c", save, str(tmp_path)]
+    both = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in "ab"]
+    names = [line for one in both for line in one.communicate()[0].split()]
+    assert [one.returncode for one in both] == [0, 0]
+    assert len(names) == len(set(names)) == 80
+    assert pictures_in(tmp_path) == sorted(Path(name).name for name in names)
 
 
 def test_a_full_disk_leaves_no_half_picture_and_is_named(tmp_path, monkeypatch):

@@ -189,7 +189,7 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
     monkeypatch.setitem(
         vars(fluxlite),
         "generate",
-        lambda prompts, progress, **how: asked.append(how) or perfect(prompts),
+        lambda prompts, on_step, **how: asked.append(how) or perfect(prompts),
     )
     arguments = ["--num", "6", "--swaps", "2", "--steps", "3", "--output", str(tmp_path / "proof")]
     runpy.run_path(str(PROVE))["body"](arguments)

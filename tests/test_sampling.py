@@ -105,16 +105,16 @@ def test_steps_modulated_together_equal_steps_one_by_one(pipeline):
     txt, pooled = pipeline.encoders.encode([PROMPT, "gold circle with teal background"], 16)
     noise = sampling.initial_noise((16, 8, 8), [0, 1])
     config = schedule.SampleConfig(height=64, width=64, steps=3)
-    times = schedule.times_for(config, pipeline.model.config, noise.shape[1])
-    together = sampling.sample(
-        pipeline.model,
-        sampling.condition(pipeline.model, txt, pooled, times, 3.5),
+    times = schedule.times_for(config, pipeline.transformer.config, noise.shape[1])
+    together = sampling.sample_latents(
+        pipeline.transformer,
+        sampling.condition_net(pipeline.transformer, txt, pooled, times, 3.5),
         noise,
         times,
         config,
     )
     one_by_one = sampling.sample_sharded(
-        pipeline.model, pipeline.model.config, txt, pooled, noise, config, torch.float32
+        pipeline.transformer, pipeline.transformer.config, txt, pooled, noise, config, torch.float32
     )
     assert (together - one_by_one).norm() / one_by_one.norm() < 1e-5 and unpack_latents(
         together, 8, 8
@@ -132,7 +132,7 @@ def test_pictures_are_the_same_bit_for_bit_whatever_is_freed(dtype):
 
 
 def test_freed_modulation_cannot_be_used_and_is_kept_where_it_is_smaller(pipeline, monkeypatch):
-    model = fluxlite.load_pipeline(device="cpu", dtype=torch.float32).model
+    model = fluxlite.load_pipeline(device="cpu", dtype=torch.float32).transformer
     before = sum(p.nbytes for p in model.parameters())
     model.drop_conditioning()
     assert sum(p.nbytes for p in model.parameters()) < 0.75 * before
@@ -149,9 +149,8 @@ def test_freed_modulation_cannot_be_used_and_is_kept_where_it_is_smaller(pipelin
     )
     prompts = [PROMPT, "lime circle with pink background"]
     whole = pixels(fluxlite.generate(prompts, **options))
-    monkeypatch.setattr(
-        fluxlite.draw.pipeline, "fits", lambda *_: False
-    )  # too many prompts: conditions are made batch by batch
+    # too many prompts: conditions are made batch by batch
+    monkeypatch.setattr(sampling, "conditions_fit", lambda *_: False)
     assert np.abs(pixels(fluxlite.generate(prompts, **options)) - whole).max() <= 1
 
 
@@ -161,8 +160,181 @@ def test_denoise_takes_any_velocity():
     for steps in (1, 7):
         times = torch.linspace(1, 0, steps + 1)
         assert torch.allclose(
-            sampling.denoise(lambda x, i: noise - target, noise, times), target, atol=1e-5
+            sampling.sample_euler(lambda x, i: noise - target, noise, times), target, atol=1e-5
         )
+
+
+CIRCLES = [PROMPT, "gold circle with teal background"]
+SMALL = dict(height=64, width=96, steps=4, max_sequence_length=16, seed=3, batch=2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pipeline):
+    """Pictures of `CIRCLES` in batches of two and one, {(number, step): latents}, and the times."""
+    seen, shown = {}, []
+
+    def on_step(numbers, step, times, latents):
+        shown.append(times)
+        seen.update({(n, step): row.clone() for n, row in zip(numbers, latents, strict=True)})
+
+    prompts = [*CIRCLES, "lime circle with pink background"]
+    pictures = fluxlite.generate(prompts, checkpoint=pipeline, on_step=on_step, **SMALL)
+    assert len(shown) == 2 * 5 and all(torch.equal(times, shown[0]) for times in shown)
+    return prompts, pictures, seen, shown[0]
+
+
+def test_every_step_is_told_from_noise_to_the_latents_of_the_picture(pipeline, undisturbed):
+    prompts, pictures, seen, times = undisturbed
+    assert seen.keys() == {(n, step) for n in range(3) for step in range(5)}
+    assert times[0] == 1 and times[-1] == 0
+    for n in range(3):
+        noise = sampling.initial_noise((16, 8, 12), [picture_seed(3, n, 0)])
+        assert torch.equal(seen[n, 0], unpack_latents(noise, 8, 12)[0])
+        [decoded] = sampling.pictures_of(pipeline.autoencoder.decode(seen[n, 4][None]))
+        assert (pixels([decoded]) == pixels([pictures[n]])).all()
+        changes = [(seen[n, i] - seen[n, i + 1]).norm() for i in range(4)]
+        assert min(changes) > 0.1
+
+
+def test_latents_come_in_place_of_pictures(pipeline, undisturbed):
+    prompts, _, seen, _ = undisturbed
+    told = []
+    latents = fluxlite.generate(
+        prompts,
+        checkpoint=pipeline,
+        decode=False,
+        on_picture=lambda number, latents: told.append((number, latents)),
+        **SMALL,
+    )
+    assert [number for number, _ in told] == [0, 1, 2]
+    for n in range(3):
+        assert torch.equal(latents[n], seen[n, 4]) and told[n][1] is latents[n]
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_drawing_from_latents_at_a_time_is_the_rest_of_the_drawing(pipeline, undisturbed, step):
+    prompts, pictures, seen, times = undisturbed
+    latents, steps = [seen[n, step] for n in range(3)], []
+    options = SMALL | dict(checkpoint=pipeline, on_step=lambda n, i, t, x: steps.append(len(t)))
+    options |= dict(seed=99, latents=latents)  # no noise is drawn
+    again = fluxlite.generate(prompts, start_time=float(times[step]), **options)
+    bound = 0 if step == 0 else 1  # the modulation of fewer steps may round otherwise
+    assert set(steps) == {5 - step} and np.abs(pixels(again) - pixels(pictures)).max() <= bound
+    options |= dict(steps=None, times=times[step:].tolist(), latents=torch.stack(latents))
+    assert (pixels(fluxlite.generate(prompts, **options)) == pixels(again)).all()
+
+
+def test_own_times_are_the_only_truth_about_steps(pipeline, undisturbed):
+    prompts, pictures, _, times = undisturbed
+    options = SMALL | dict(checkpoint=pipeline, steps=None)
+    same = fluxlite.generate(prompts, times=times, **options)
+    assert (pixels(same) == pixels(pictures)).all()
+    assert same[0].info["sampling"] == pictures[0].info["sampling"]
+    other = fluxlite.generate(prompts, times=[1, 0.5, 0], **options)
+    assert np.abs(pixels(other) - pixels(pictures)).max() > 5
+    about = other[0].info["sampling"]
+    assert (about["steps"], about["times"]) == (2, [1, 0.5, 0])
+
+
+def test_drawing_may_begin_between_two_times(pipeline, undisturbed):
+    prompts, _, seen, times = undisturbed
+    found = []
+    fluxlite.generate(
+        prompts[0],
+        checkpoint=pipeline,
+        latents=seen[0, 2][None],
+        start_time=0.5,
+        on_step=lambda numbers, step, own, latents: found.append(own),
+        **SMALL,
+    )
+    assert found[0].tolist() == [0.5, *times[times < 0.5].tolist()]
+
+
+@pytest.mark.parametrize(
+    "options,named",
+    [
+        (dict(times=[1, 0], steps=2), "times= takes the place of steps="),
+        (dict(times=[1, 0], shift="none"), "times= takes the place of steps= and shift="),
+        (dict(times=[1]), "name two or more"),
+        (dict(times=[0, 1]), "must fall"),
+        (dict(times=[1, 0.5, 0.5, 0]), "must fall"),
+        (dict(times=[1.5, 0]), "must fall, from 1"),
+        (dict(times=[1, float("nan"), 0]), "must fall"),
+        (dict(times=[0.5, 0]), "begins at time 0.5.*give latents="),
+        (dict(start_time=0.5), "begins at time 0.5.*give latents="),
+        (dict(start_time=0), "start_time=0 must be above 0"),
+        (dict(start_time=1.5), "at most 1"),
+        (dict(latents=torch.zeros(1, 16, 4, 4)), r"\(1, 16, 4, 4\).*take \(1, 16, 8, 8\)"),
+        (dict(latents=torch.zeros(2, 16, 8, 8)), r"take \(1, 16, 8, 8\)"),
+        (dict(heigth=64), "heigth is not a key"),
+        (dict(t5="x"), "pass them to load_pipeline"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_is_drawn(options, named, pipeline):
+    given = {} if "heigth" in options else dict(checkpoint=pipeline)
+    with pytest.raises(ValueError, match=named):
+        fluxlite.generate(PROMPT, on_step=lambda *_: pytest.fail("drawn"), **given, **options)
+
+
+def test_a_solver_is_a_function_of_any_velocity(pipeline, undisturbed):
+    """Heun's method from the same parts: exact for a velocity that changes linearly with t."""
+
+    def sample_heun(velocity, x, times, callback=lambda step, x: x):
+        x = callback(0, x)
+        for i in range(len(times) - 1):
+            first, width = velocity(x, i), times[i + 1] - times[i]
+            second = velocity(x + width * first, i + 1)
+            x = callback(i + 1, x + width * (first + second) / 2)
+        return x
+
+    times, noise = torch.tensor([1, 0.3, 0]), torch.randn(2, 4, 3)
+    exact = noise - 0.5  # the integral of t from 0 to 1
+    linear = sample_heun(lambda x, i: times[i], noise, times)
+    assert torch.allclose(linear, exact)
+    euler = sampling.sample_euler(lambda x, i: times[i], noise, times)
+    assert not torch.allclose(euler, exact, atol=0.1)
+    seen = []
+
+    def halve(step, x):
+        seen.append(step)
+        return x / 2
+
+    halved = sampling.sample_euler(lambda x, i: torch.zeros(()), noise, times, halve)
+    assert seen == [0, 1, 2] and torch.allclose(halved, noise / 8)
+
+
+def test_parts_are_loaded_when_they_are_used_and_dropped_or_kept(pipeline):
+    options = dict(device="cpu", dtype=torch.float32)
+    parts = {"encoders", "transformer", "autoencoder"}
+    assert parts <= vars(pipeline).keys()
+    freed = fluxlite.load_pipeline(offload="text", **options)
+    assert not parts & vars(freed).keys()
+    seen = []
+
+    def on_step(numbers, step, times, latents):
+        seen.append(parts & vars(freed).keys())
+        assert freed.transformer.modulation is None
+
+    drawn = [
+        pixels(fluxlite.generate(PROMPT, checkpoint=freed, on_step=on_step, **SMALL))
+        for _ in range(2)
+    ]
+    assert seen[0] == {"transformer"} and parts & vars(freed).keys() == {"autoencoder"}
+    kept = pixels(fluxlite.generate(PROMPT, checkpoint=pipeline, **SMALL))
+    assert (drawn[0] == kept).all() and (drawn[1] == kept).all()
+    assert pipeline.transformer.modulation is not None
+
+
+def test_a_drawing_that_was_stopped_does_not_spoil_the_next(pipeline):
+    freed = fluxlite.load_pipeline(offload="text", device="cpu", dtype=torch.float32)
+
+    def stop(numbers, step, times, latents):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fluxlite.generate(PROMPT, checkpoint=freed, on_step=stop, **SMALL)
+    again, kept = (fluxlite.generate(PROMPT, checkpoint=p, **SMALL) for p in (freed, pipeline))
+    assert (pixels(again) == pixels(kept)).all()
 
 
 def test_a_loaded_pipeline_and_a_converted_file_keep_their_own_settings(pipeline, tmp_path):

@@ -475,10 +475,10 @@ def test_rotations_named_for_drawing_are_taken_or_compared(tmp_path):
     save_state(bare, state)
     parts = dict(t5=str(TINY), clip=str(TINY), autoencoder=str(TINY), device="cpu")
     expected = {"rope_axes": [16, 24, 24], "rope_theta": 500}
-    found = pipeline.find_pipeline(str(bare), expected=expected, **parts)
-    assert found.load_transformer().config.rope_axes == (16, 24, 24)
+    found = fluxlite.load_pipeline(bare, expected=expected, offload="text", **parts)
+    assert found.transformer.config.rope_axes == (16, 24, 24)
     with pytest.raises(ValueError, match="model.rope_axes=.*16, 24, 24.*but"):
-        pipeline.find_pipeline(str(TINY), expected=expected, device="cpu")
+        fluxlite.load_pipeline(TINY, expected=expected, device="cpu")
 
 
 def test_a_head_width_that_flux_has_not_needs_its_axes_named(tmp_path):
@@ -507,14 +507,14 @@ SCHEDULERS = [
 @pytest.mark.parametrize("changes", SCHEDULERS)
 def test_times_are_those_of_the_folders_own_scheduler(pipe, changes):
     change_json(pipe / "scheduler" / "scheduler_config.json", **changes)
-    found = pipeline.find_pipeline(str(pipe), device="cpu", dtype=torch.float32)
+    found = fluxlite.load_pipeline(pipe, offload="text", device="cpu")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(pipe / "scheduler")
     about = scheduler.config
     ends = about.base_image_seq_len, about.max_image_seq_len, about.base_shift, about.max_shift
     for steps, tokens in [(2, 16), (4, 256), (28, 1024), (50, 4096), (28, 16_384)]:
         mu = calculate_shift(tokens, *ends)
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
-        ours = times_for(SampleConfig(steps=steps), found.transformer.config, tokens)
+        ours = times_for(SampleConfig(steps=steps), found.sources["transformer"].config, tokens)
         assert torch.allclose(ours, scheduler.sigmas, atol=2e-6)
 
 
@@ -754,7 +754,7 @@ def test_a_transformer_that_sees_more_than_noise_is_refused_by_name_and_converte
     for part in ("vae", "text_encoder", "text_encoder_2"):
         shutil.rmtree(pipe / part)  # nothing else is looked at
     with pytest.raises(ValueError, match=f"{channels} channels and gives 64, as .*{name}"):
-        pipeline.find_pipeline(str(pipe), device="cpu")
+        fluxlite.load_pipeline(pipe, device="cpu")
     with pytest.raises(ValueError, match=name):
         load_config(TrainConfig, "train", ["model=flux_tiny", f"model.in_channels={channels}"])
     write_converted(open_source(pipe), tmp_path / "new.safetensors", to="bfl")

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from fluxlite import parallel
-from fluxlite.cli.options import check_options, option, same_option, unset_option
+from fluxlite.cli.options import check_options, option, same_option
 from fluxlite.data import DataConfig
 from fluxlite.draw.control import Control
-from fluxlite.draw.pipeline import DrawConfig
-from fluxlite.nets.control_modes import MODES, mode_number
+from fluxlite.draw.pipeline import DrawConfig, PartsConfig, PipelineConfig
+from fluxlite.nets.control_modes import mode_number
 from fluxlite.nets.controlnet import ControlNetConfig, check_starts
 from fluxlite.nets.flow import FlowConfig
-from fluxlite.nets.flux import ATTENTION, FluxConfig, check_channels
+from fluxlite.nets.flux import FluxConfig, check_channels
 from fluxlite.nets.latents import check_size, num_image_tokens
 from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel import ParallelConfig
@@ -27,46 +27,7 @@ from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
 from fluxlite.weights.sources import TINY, CheckpointConfig
 
-DTYPES = ("float32", "bfloat16")
 MAX_STEPS = 10**9  # of training
-
-
-@dataclass
-class PartsConfig:
-    """Where the parts of a pipeline come from."""
-
-    checkpoint: str | None = option(
-        None,
-        "transformer: a pipeline folder, a transformer's, a run or a file; flux-tiny is shipped",
-        path=True,
-    )
-    save_converted: str | None = option(
-        None,
-        "where to keep model.checkpoint in our own layout, which loads without a copy; used again "
-        "if it is there",
-        path=True,
-        resume=True,
-    )
-    t5: str | None = option(
-        None,
-        "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
-        path=True,
-    )
-    clip: str | None = option(
-        None,
-        "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
-        path=True,
-    )
-    autoencoder: str | None = option(
-        None,
-        "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped",
-        path=True,
-    )
-    ema: bool = option(True, "use the moving average of a run, where it has one")
-    attention: str = option("auto", "attention kernel", choices=tuple(ATTENTION), resume=True)
-
-
-PARTS_FIELDS = {f.name for f in dataclasses.fields(PartsConfig)}
 
 
 @dataclass
@@ -82,36 +43,13 @@ class ModelConfig(PartsConfig, FluxConfig):
         return FluxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(FluxConfig)})
 
 
-def _unset(f):
-    """A field like `f` that may be left open: (name, type, field)."""
-    help = f"expected of the checkpoint: {f.metadata['help']}"
-    return f.name, f.type | None, unset_option(ModelConfig, f.name, help)
-
-
-# What `infer.py` takes under model.: parts, and with model=flux_schnell and its like a shape that
-# the checkpoint must have.
-ExpectedConfig = dataclasses.make_dataclass(
-    "ExpectedConfig",
-    [_unset(f) for f in dataclasses.fields(ModelConfig) if f.name not in PARTS_FIELDS],
-    bases=(PartsConfig,),
-)
-
-
 @dataclass
 class MachineConfig:
-    """What both programs run on; unset, it is filled with what the machine has."""
+    """What a program runs on; unset, it is filled with what the machine has."""
 
-    device: str | None = option(None, "cpu or cuda; null: what the machine has", resume=True)
-    dtype: str | None = option(
-        None,
-        "what to compute in; null: bfloat16 where it is in hardware, else float32",
-        choices=DTYPES,
-    )
-    compile: bool = option(
-        False,
-        "compile each block (torch.compile): minutes at the start, faster steps",
-        resume=True,
-    )
+    device: str | None = same_option(PipelineConfig, "device")
+    dtype: str | None = same_option(PipelineConfig, "dtype")
+    compile: bool = same_option(PipelineConfig, "compile")
 
 
 @dataclass
@@ -353,104 +291,74 @@ class TrainConfig(MachineConfig):
             )
 
 
-def each_option(name, help):
-    """A list bounded as the field `name` of `Control`, whose key may be given several times."""
-    return same_option(Control, name, help=help, default=[], verbatim=True)
+def repeated_fields():
+    """Fields like those of `Control` whose keys may be given several times."""
+    found = []
+    for f in dataclasses.fields(Control):
+        if f.name != "image":
+            often = "once for each net" + ", or once for all" * (f.name != "checkpoint")
+            help = f"{f.metadata['help']}; {often}"
+            many = same_option(Control, f.name, default=[], help=help, verbatim=True)
+            found.append((f.name, list[float if f.type is float else str], many))
+    return found
 
 
 @dataclass
-class ControlConfig:
-    """The ControlNets that `infer.py` draws with: `checkpoint` once for each, the other keys once
-    for all or once for each.
-    """
-
-    checkpoint: list[str] = option(
-        [], "a ControlNet, a file or folder of any layout or a hub id; once for each net", path=True
-    )
-    scale: list[float] = each_option(
-        "scale", "strength; 1 if not given; this and the next once for all nets or once for each"
-    )
-    start: list[float] = each_option(
-        "start", "part of the steps before which the net is off; 0 if not given"
-    )
-    end: list[float] = each_option(
-        "end", "part of the steps after which the net is off; 1 if not given"
-    )
-    mode: list[str] = option(
-        [], f"of a union net: {', '.join(MODES)}, or a number; none for other nets", verbatim=True
-    )
-    save_converted: list[str] = option(
-        [],
-        "where to keep controlnet.checkpoint in our own layout, as model.save_converted",
-        path=True,
-    )
+class ControlConfig(dataclasses.make_dataclass("RepeatedControl", repeated_fields())):
+    """The ControlNets that `infer.py` draws with."""
 
     def controls(self, pictures):
         """A `Control` for each net and its picture, checked; raises `ValueError` where there are
         not as many.
         """
-        count, columns = len(self.checkpoint), {}
+        count = len(self.checkpoint)
         if len(pictures) != count:
             raise ValueError(
                 f"controlnet.checkpoint= is given {count} times and control_image= {len(pictures)} "
                 "times: give one picture a net"
             )
-        for name in ("scale", "start", "end", "mode", "save_converted"):
-            values = getattr(self, name)
+        found = [Control(*net) for net in zip(self.checkpoint, pictures)]
+        for name, values in vars(self).items():
             if values and (not count or len(values) not in (1, count)):
                 raise ValueError(
                     f"controlnet.{name}= is given {len(values)} times, and controlnet.checkpoint= "
                     f"{count} times"
                 )
-            if values:
-                columns[name] = values * count if len(values) == 1 else values
-        found = [
-            Control(*net, **{name: column[i] for name, column in columns.items()})
-            for i, net in enumerate(zip(self.checkpoint, pictures))
-        ]
+            for i, control in enumerate(found if values else []):
+                setattr(control, name, values[i % len(values)])
         for control in found:
             control.validate()
         return found
 
 
-def own_option(name, help):
-    """A field of `SampleConfig` that is the checkpoint's own unless it is set."""
-    return unset_option(SampleConfig, name, f"{help}; null: the checkpoint's own, else FLUX's")
+@dataclass
+class PromptConfig:
+    """What `infer.py` draws."""
+
+    prompt: list[str] = option([], "what to draw; give it several times for several", verbatim=True)
+    prompt_file: str | None = option(None, "a text file with a prompt a line", path=True)
 
 
 @dataclass
-class InferConfig(DrawConfig, MachineConfig):
+class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
     """Everything that `infer.py` takes."""
 
-    model: ExpectedConfig = option(ExpectedConfig, "the pipeline")
-    prompt: list[str] = option([], "what to draw; give it several times for several", verbatim=True)
-    prompt_file: str | None = option(None, "a text file with a prompt a line", path=True)
-    negative_prompt: str = option(
-        "", "what to steer away from, with true_cfg above 1; or empty", verbatim=True
-    )
-    controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
     control_image: list[str] = option(
         [],
         "the picture that a ControlNet follows, resized and cropped; once for each net",
         path=True,
     )
-    height: int | None = own_option("height", "height in pixels")
-    width: int | None = own_option("width", "width in pixels")
-    steps: int | None = own_option("steps", "Euler steps")
-    guidance: float | None = own_option("guidance", "guidance embedding")
-    max_sequence_length: int | None = own_option(
-        "max_sequence_length", "T5 tokens that prompts are padded and cut to"
-    )
-    true_cfg: float = same_option(SampleConfig, "true_cfg")
-    shift: str = same_option(SampleConfig, "shift")
+    controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
     output: str = option(
         "outputs", "folder for the pictures; existing ones are never overwritten", path=True
     )
 
-    def expected(self):
-        """{field of FluxConfig: value} for what the command line says of the checkpoint's shape."""
-        named = {f.name: getattr(self.model, f.name) for f in dataclasses.fields(FluxConfig)}
-        return {name: value for name, value in named.items() if value is not None}
+    def controls(self):
+        """The `Control`s to draw with; the shipped pipeline has a net of its own."""
+        nets = self.controlnet
+        if self.control_image and not nets.checkpoint and self.model.checkpoint == TINY:
+            nets = dataclasses.replace(nets, checkpoint=[TINY])
+        return nets.controls(self.control_image)
 
     def validate(self):
         check_options(self)
@@ -462,11 +370,9 @@ class InferConfig(DrawConfig, MachineConfig):
             )
         if self.prompt_file and not Path(self.prompt_file).is_file():
             raise ValueError(f"prompt_file={self.prompt_file} is not a file")
-        if self.negative_prompt and not self.true_cfg > 1:
-            raise ValueError(f"negative_prompt= needs true_cfg above 1, not {self.true_cfg}")
-        if self.control_image and not self.controlnet.checkpoint and self.model.checkpoint == TINY:
-            self.controlnet.checkpoint = [TINY]
-        self.controlnet.controls(self.control_image)
+        if self.negative_prompt and not (self.true_cfg or 1) > 1:
+            raise ValueError(f"negative_prompt= needs true_cfg above 1, not {self.true_cfg or 1.0}")
+        self.controls()
         if not self.model.checkpoint:
             raise ValueError(
                 "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "

@@ -167,14 +167,21 @@ def _element(key, text, f):
         raise ValueError(f"{key}={text} must be a number") from None
 
 
-def help_text(cls, name, usage):
-    """What `--help` prints: usage, groups, and every key with its default and meaning."""
+def help_text(cls, name, usage, everything=False):
+    """What `--help` prints: usage, groups, and every key with its default and meaning.
+
+    Keys that are marked `rare` are left out, unless `everything` is asked for.
+    """
     lines, choices = [usage.strip()], group_choices(name)
     if choices:
         lines += ["", "Groups, chosen with group=choice:"]
         lines += [f"  {group + '=':12}{', '.join(names)}" for group, names in choices.items()]
     lines += ["", "Keys, set with key=value (defaults before a group or recipe changes them):"]
-    lines += [_help_line(f"{key}=", f, 42) for key, f in option_fields(cls).items()]
+    fields = option_fields(cls).items()
+    shown = [(key, f) for key, f in fields if everything or not f.metadata.get("rare")]
+    lines += [_help_line(f"{key}=", f, 42) for key, f in shown]
+    hidden = len(fields) - len(shown)
+    lines += ["", f"{hidden} more, which a checkpoint decides itself: --help all"] * (hidden > 0)
     return "\n".join(lines)
 
 

@@ -37,8 +37,8 @@ def option(default, help, **about):
     `only_given`: a word, as `pipe:`, with which a value does something and is therefore taken from
     the command line alone. `resume`: a run that goes on may change it. `group`: the Hydra group
     that sets it. `only_with`: {another key: its values with which this one is read}; given on a
-    command line with others, it is refused. A default that is a list or a class is made anew for
-    each instance; `MISSING` is none.
+    command line with others, it is refused. `rare`: only `--help all` names it. A default that is a
+    list or a class is made anew for each instance; `MISSING` is none.
     """
     metadata = {"help": help, **about}
     if isinstance(default, type):
@@ -80,11 +80,6 @@ def same_option(cls, name, **changes):
     f = next(f for f in dataclasses.fields(cls) if f.name == name)
     default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     return option(**{"default": default, **f.metadata, **changes})
-
-
-def unset_option(cls, name, help):
-    """A field bounded as the field `name` of `cls` is, and None until it is set."""
-    return same_option(cls, name, default=None, help=help)
 
 
 def nearest_key(key, known):

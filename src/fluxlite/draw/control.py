@@ -3,14 +3,14 @@
     canny = fluxlite.Control("FLUX.1-dev-Controlnet-Canny", "edges.png", scale=0.7)
     pictures = fluxlite.generate("a fox", controls=[canny])
 
-`open_control` checks all that can be seen without loading a net, `residuals` is what its samples
-are at each step.
+`open_control` checks all that can be seen without loading a net; `prepare_controls` loads the
+nets and gives what they add at each step.
 
 B pictures, L tokens, H hidden width.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,10 +19,10 @@ from PIL import Image
 from fluxlite import rng
 from fluxlite.cli.options import check_options, expand_home, option
 from fluxlite.data import images
-from fluxlite.draw import sampling
+from fluxlite.draw.sampling import prepare_conditions
 from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.control_modes import MODES, mode_number
-from fluxlite.nets.controlnet import ControlNet, ControlNetConfig, check_fits, combine, spread
+from fluxlite.nets.controlnet import ControlNet, check_fits, combine, spread
 from fluxlite.nets.latents import pack_latents
 from fluxlite.weights import sources
 
@@ -31,24 +31,27 @@ from fluxlite.weights import sources
 class Control:
     """A ControlNet to draw with; several of them add up."""
 
-    checkpoint: object = field(
-        metadata={
-            "help": "a file or folder of any layout, a hub repository, or a loaded ControlNet"
-        }
+    checkpoint: object = option(
+        MISSING, "a file or folder of any layout, a hub repository, or a loaded net", path=True
     )
-    image: object = field(
-        metadata={
-            "help": "the picture to follow, a path or a PIL image, resized and cropped as in "
-            "training; a list: one a prompt"
-        }
+    image: object = option(
+        MISSING,
+        "the picture to follow, a path or a PIL image, resized and cropped as in training; a list: "
+        "one a prompt",
     )
-    scale: float = option(1.0, "strength; 0 for no effect", at_least=-100, at_most=100)
+    scale: float = option(
+        1.0, "strength, by default 1; 0 for no effect", at_least=-100, at_most=100
+    )
     start: float = option(
         0.0, "part of the steps before which the net is off", at_least=0, at_most=1
     )
     end: float = option(1.0, "part of the steps after which the net is off", at_least=0, at_most=1)
-    mode: str | int | None = option(None, f"of a union net: {', '.join(MODES)}, or a number")
-    save_converted: str | None = option(None, "where to keep the checkpoint in our own layout")
+    mode: str | int | None = option(
+        None, f"of a union net: {', '.join(MODES)}, or a number; none for others"
+    )
+    save_converted: str | None = option(
+        None, "where to keep the checkpoint in our own layout", path=True
+    )
 
     def validate(self):
         check_options(self, "controlnet.")
@@ -64,7 +67,7 @@ class Control:
         """
         return not (step / num_steps < self.start or (step + 1) / num_steps > self.end)
 
-    def settings(self):
+    def describe(self):
         """What a picture's metadata say of it."""
         path = isinstance(self.checkpoint, (str, Path))
         named = isinstance(self.image, (str, Path))
@@ -82,58 +85,34 @@ def is_picture(image):
 # --- before anything is loaded --------------------------------------------------------------------
 
 
-@dataclass
-class OpenControl:
-    """A `Control`, checked: its net described or loaded, its picture read."""
-
-    control: Control
-    source: sources.Source | ControlNet
-    config: ControlNetConfig
-    mode: int | None
-    pixels: torch.Tensor  # (P, 3, height, width) in [-1, 1], for each prompt one, or one for all
-
-    @property
-    def given(self):
-        """Whether the net was given loaded: it is used as it is, and nothing of it is freed."""
-        return isinstance(self.source, ControlNet)
-
-    def load(self, *, attention, dtype, device):
-        """The net."""
-        if self.given:
-            return self.source
-        return sources.load_controlnet(self.source, attention=attention, dtype=dtype, device=device)
-
-
 def open_control(control, base, height, width, num_prompts=1):
-    """The `OpenControl` for pictures of height x width by a transformer of configuration `base`;
-    raises `ValueError`.
+    """The `Control` for pictures of height x width by a transformer of configuration `base`, with
+    what its values name.
+
+    Its checkpoint is a `Source` or the loaded net, its mode a number or None, its image pixels
+    (P, 3, height, width) in [-1, 1], one for each prompt or one for all. Raises `ValueError`.
     """
     control.validate()
-    pictures = control.image if isinstance(control.image, (list, tuple)) else [control.image]
-    if len(pictures) not in (1, num_prompts):
+    given = control.image if isinstance(control.image, (list, tuple)) else [control.image]
+    if len(given) not in (1, num_prompts):
         raise ValueError(
-            f"{len(pictures)} control images for {num_prompts} prompts: give one for all, or one "
+            f"{len(given)} control images for {num_prompts} prompts: give one for all, or one "
             "for each"
         )
-    pixels = torch.stack([read_picture(picture, height, width) for picture in pictures])
-    if isinstance(control.checkpoint, ControlNet):
-        source, where = control.checkpoint, "the ControlNet"
-    else:
+    pixels = torch.stack([read_picture(picture, height, width) for picture in given])
+    net, where = control.checkpoint, "the ControlNet"
+    if not is_loaded(control):
         where = f"controlnet.checkpoint={control.checkpoint}"
-        source = sources.converted(
-            sources.resolve(control.checkpoint),
-            control.save_converted,
-            group="controlnet",
-            part="controlnet",
-        )
-    check_fits(source.config, base, where)
-    return OpenControl(
-        control,
-        source,
-        source.config,
-        union_mode(control.mode, source.config.num_modes, where),
-        pixels,
-    )
+        options = dict(group="controlnet", part="controlnet")
+        net = sources.converted(sources.resolve(net), control.save_converted, **options)
+    check_fits(net.config, base, where)
+    mode = union_mode(control.mode, net.config.num_modes, where)
+    return replace(control, checkpoint=net, image=pixels, mode=mode)
+
+
+def is_loaded(control):
+    """Whether the net was given loaded: it is used as it is, and nothing of it is freed."""
+    return isinstance(control.checkpoint, ControlNet)
 
 
 def union_mode(mode, num_modes, where):
@@ -168,87 +147,100 @@ def read_picture(image, height, width):
     """
     given, name = image, "the control image" if is_picture(image) else f"control_image={image}"
     try:
-        image = images.to_rgb(given) if is_picture(given) else images.decode(_bytes_of(given, name))
-        return images.resize_crop(image, height, width)
+        decoded = images.to_rgb(given) if is_picture(given) else images.decode(_read_file(given))
+        return images.resize_crop(decoded, height, width)
     except images.BadSample as error:
         remedy = ": pass it as RGB" * is_picture(given)
         raise ValueError(f"{name} cannot be read ({error}){remedy}") from None
 
 
-def _bytes_of(path, name):
-    path = Path(expand_home(str(path), "control_image"))
-    if not path.is_file():
-        raise ValueError(f"{name} is not a file")
-    return path.read_bytes()
+def _read_file(path):
+    file = Path(expand_home(str(path), "control_image"))
+    if not file.is_file():
+        raise ValueError(f"control_image={path} is not a file")
+    return file.read_bytes()
 
 
 # --- at each step ---------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def hint_of(opened, number, autoencoder, device):
-    """What gives the hint of net `number` to pictures: a function of their prompts and seeds, for
+def prepare_hint(opened, number, autoencoder, device) -> Callable:
+    """A function from prompts' numbers and pictures' seeds to the hint of net `number`, for
     `ControlNet.embed_hint`.
 
     Latents are a sample of the posterior, as diffusers' pipeline takes it, drawn for each picture
     from its seed alone.
     """
-    pixels = opened.pixels.to(device)
-
-    def of(values, prompts):
-        return values if len(values) == 1 else values[prompts]
-
-    if opened.config.hint == "pixel":
-        return lambda prompts, seeds: of(pixels, prompts)
+    pixels = opened.image.to(device)
+    if opened.checkpoint.config.hint == "pixel":
+        return lambda prompts, seeds: _rows_for(prompts, pixels)
     posterior = autoencoder.posterior(pixels)
 
-    def latents(prompts, seeds):
-        mean, logvar = (of(values, prompts) for values in posterior)
+    def sample_hint(prompts, seeds):
+        mean, logvar = (_rows_for(prompts, values) for values in posterior)
         noise = rng.normal(mean.shape[1:], seed=number, indices=seeds, stream="control").to(device)
         return pack_latents(autoencoder.scale(sample_posterior(mean, logvar, noise)))
 
-    return latents
+    return sample_hint
 
 
-def condition(net, mode, txt, pooled, *, times, guidance):
-    """`sampling.condition` of a ControlNet: of a union net the text begins with the token of
-    `mode`.
+def _rows_for(prompts, values):
+    """The rows of some prompts; of one row, which serves all, itself."""
+    return values if len(values) == 1 else values[prompts]
+
+
+def prepare_controls(pipeline, controls, texts, times, guidance) -> Callable:
+    """A function from prompts' numbers and pictures' seeds to `residuals` of `sample_latents`: the
+    sum of what all nets add that are active at a step.
     """
-    found = sampling.condition(net, txt, pooled, times, guidance)
-    return replace(
-        found,
-        txt=net.with_mode(
-            found.txt, None if mode is None else torch.full((len(txt),), mode, device=txt.device)
-        ),
-    )
+    nets = [
+        prepare_control(pipeline, control, number, texts, times, guidance)
+        for number, control in enumerate(controls)
+    ]
+
+    def attach(prompts, seeds):
+        added = [add(prompts, seeds) for add in nets]
+
+        def residuals(x, step, rope):
+            pairs = zip(controls, added)
+            active = [of(x, step, rope) for c, of in pairs if c.active(step, len(times) - 1)]
+            return combine(active) if active else None
+
+        return residuals
+
+    return attach
 
 
-@dataclass
-class Steering:
-    """A net ready to draw a batch of pictures."""
+def prepare_control(pipeline, control, number, texts, times, guidance) -> Callable:
+    """`prepare_controls` of one net, its `number` the stream of its draws: loaded, conditioned."""
+    loaded, net, base = is_loaded(control), control.checkpoint, pipeline.transformer
+    net = net if loaded else pipeline.load_net(sources.load_controlnet, net)
+    check_alike(net, base)
+    keep = loaded or pipeline.keeps_parts
+    conditions = prepare_conditions(net, texts, times, guidance, control.mode, keep=keep)
+    hint = prepare_hint(control, number, pipeline.autoencoder, pipeline.device)
 
-    control: Control
-    net: ControlNet
-    conditions: sampling.Conditions  # a row for each picture
-    hint: torch.Tensor  # (B or 1, L_img, H) of `ControlNet.embed_hint`
+    def attach(prompts, seeds):
+        known, embedded = conditions(prompts), net.embed_hint(hint(prompts, seeds))
 
-    def residuals(self, x, step, rope, base):
-        conditions = self.conditions
-        samples = self.net.samples(
-            x, conditions.txt, rope, conditions.modulation[step], self.hint, self.control.scale
+        def residuals(x, step, rope):
+            modulation = known.modulation[step]
+            samples = net.samples(x, known.txt, rope, modulation, embedded, control.scale)
+            return spread(samples, net.config, base.config)
+
+        return residuals
+
+    return attach
+
+
+def check_alike(net, model):
+    """Raise `ValueError` where a ControlNet that was given loaded computes in another type or place
+    than the transformer.
+    """
+    a, b = net.img_in.weight, model.img_in.weight
+    if (a.dtype, a.device) != (b.dtype, b.device):
+        raise ValueError(
+            f"the ControlNet is in {a.dtype} on {a.device}, the transformer in {b.dtype} on "
+            f"{b.device}: load them alike"
         )
-        return spread(samples, self.net.config, base)
-
-
-def residuals(steerings, num_steps, base) -> Callable:
-    """What `sampling.sample` asks at each step: (x, step, rope) → the sum of all active nets'
-    residuals, None where all are off.
-    """
-
-    def at(x, step, rope):
-        parts = [
-            s.residuals(x, step, rope, base) for s in steerings if s.control.active(step, num_steps)
-        ]
-        return combine(parts) if parts else None
-
-    return at

@@ -1,45 +1,136 @@
-"""The parts of a FLUX pipeline, loaded from folders, files or runs; `generate` draws with them.
+"""`generate` draws pictures with a `Pipeline`, whose parts are loaded when they are needed.
 
-import fluxlite
-pictures = fluxlite.generate("red circle with blue background", seed=1)      # PIL images, from the
-shipped tiny pipeline pictures = fluxlite.generate(["a fox", "an owl"], checkpoint="FLUX.1-dev",
-height=512, width=512)
+    import fluxlite
+    pictures = fluxlite.generate("red circle with blue background", seed=1)  # the shipped one
+    pipeline = fluxlite.load_pipeline("FLUX.1-dev")  # to draw with again and again
+    pictures = fluxlite.generate(["a fox", "an owl"], checkpoint=pipeline, height=512, width=512)
+
+B pictures, L tokens, C channels, h and w in latent cells.
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 from fluxlite import parallel
-from fluxlite.cli.options import check_options, option, typed_options
-from fluxlite.draw import control, sampling
-from fluxlite.draw.control import Steering, open_control
+from fluxlite.cli.options import check_options, option, same_option, typed_options
+from fluxlite.draw.control import Control, open_control, prepare_controls
 from fluxlite.draw.offload import OFFLOAD, stream_blocks
-from fluxlite.draw.sampling import decode, initial_noise
-from fluxlite.nets import schedule
-from fluxlite.nets.flux import check_channels
-from fluxlite.nets.latents import num_image_tokens
-from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
+from fluxlite.draw.sampling import (
+    decode_pictures,
+    initial_noise,
+    prepare_conditions,
+    sample_latents,
+)
+from fluxlite.nets.flux import ATTENTION, FluxConfig, check_channels
+from fluxlite.nets.latents import num_image_tokens, pack_latents, unpack_latents
+from fluxlite.nets.schedule import (
+    SCHNELL_SCHEDULER,
+    SampleConfig,
+    check_times,
+    cut_times,
+    is_schnell,
+    times_for,
+)
 from fluxlite.weights import run_folder, sources
 from fluxlite.weights.sources import TINY, resolve
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
 
+DTYPES = ("float32", "bfloat16")
 PIPELINE_FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
 PIPELINE_FILES = [*(f"{folder}/*" for folder in PIPELINE_FOLDERS), "model_index.json"]
-PARTS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+PART_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+
+
+# --- settings -------------------------------------------------------------------------------------
 
 
 @dataclass
-class DrawConfig:
-    """Which pictures are drawn, and how many at once."""
+class PartsConfig:
+    """Where the parts of a pipeline come from."""
 
+    checkpoint: str | None = option(
+        None,
+        "transformer: a pipeline folder, a transformer's, a run or a file; flux-tiny is shipped",
+        path=True,
+    )
+    save_converted: str | None = option(
+        None,
+        "where to keep model.checkpoint in our own layout, which loads without a copy; used again "
+        "if it is there",
+        path=True,
+        resume=True,
+    )
+    t5: str | None = option(
+        None,
+        "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        path=True,
+    )
+    clip: str | None = option(
+        None,
+        "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        path=True,
+    )
+    autoencoder: str | None = option(
+        None,
+        "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped",
+        path=True,
+    )
+    ema: bool = option(True, "use the moving average of a run, where it has one")
+    attention: str = option("auto", "attention kernel", choices=tuple(ATTENTION), resume=True)
+
+
+def unset_fields(cls, names, help, **about):
+    """Fields like those of `cls` that are None until they are set, for `make_dataclass`.
+
+    `help` has a place for theirs.
+    """
+    found = []
+    for f in fields(cls):
+        if f.name in names:
+            said = help.format(f.metadata["help"])
+            unset = same_option(cls, f.name, default=None, help=said, **about)
+            found.append((f.name, f.type | None, unset))
+    return found
+
+
+SHAPE_FIELDS = tuple(f.name for f in fields(FluxConfig))
+SAMPLE_FIELDS = tuple(f.name for f in fields(SampleConfig))
+
+# The parts and, with model=flux_schnell and its like, a shape that the checkpoint must have.
+EXPECTED_HELP = "expected of the checkpoint: {}"
+ExpectedConfig = make_dataclass(
+    "ExpectedConfig",
+    [
+        *unset_fields(FluxConfig, SHAPE_FIELDS, EXPECTED_HELP, rare=True),
+        *unset_fields(SampleConfig, ["max_sequence_length"], EXPECTED_HELP, rare=True),
+    ],
+    bases=(PartsConfig,),
+)
+
+# A `SampleConfig` that is the checkpoint's own but for what is set.
+OwnSampleConfig = make_dataclass(
+    "OwnSampleConfig",
+    unset_fields(SampleConfig, SAMPLE_FIELDS, "{}; null: the checkpoint's own, or FLUX's"),
+)
+
+
+@dataclass
+class DrawConfig(OwnSampleConfig):
+    """Which pictures are drawn, how, and how many at once."""
+
+    negative_prompt: str = option(
+        "", "what to stay away from, with true_cfg above 1; or empty", verbatim=True
+    )
     images_per_prompt: int = option(1, "pictures of each prompt", at_least=1, at_most=1_000_000)
     seed: int = option(
         0, "picture i of prompt j depends on (seed, j, i) alone", at_least=0, at_most=2**64 - 1
@@ -51,6 +142,24 @@ class DrawConfig:
         0, "i of a prompt's first picture; a picture's metadata say it", at_least=0, at_most=10**9
     )
     batch: int = option(8, "pictures drawn at once", at_least=1, at_most=10_000)
+
+
+@dataclass
+class PipelineConfig:
+    """A pipeline's parts, where they compute and how long they stay in memory."""
+
+    model: ExpectedConfig = option(ExpectedConfig, "the pipeline")
+    device: str | None = option(None, "cpu or cuda; null: what the machine has", resume=True)
+    dtype: str | None = option(
+        None,
+        "what to compute in; null: bfloat16 where it is in hardware, else float32",
+        choices=DTYPES,
+    )
+    compile: bool = option(
+        False,
+        "compile each block (torch.compile): minutes at the start, faster steps",
+        resume=True,
+    )
     offload: str = option(
         "text",
         "text: encoders and modulation are freed after use; all: blocks are streamed to a GPU too; "
@@ -59,163 +168,176 @@ class DrawConfig:
     )
 
 
+def expected_shape(model):
+    """{field of FluxConfig: value} for what an `ExpectedConfig` says of the checkpoint's shape."""
+    named = {name: getattr(model, name) for name in SHAPE_FIELDS}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+# --- parts ----------------------------------------------------------------------------------------
+
+
 @dataclass
 class Pipeline:
-    """A transformer, an autoencoder and text encoders on one device."""
+    """The parts of a FLUX pipeline, found and checked; each is loaded when it is first used.
 
-    model: object
-    autoencoder: object
-    encoders: object
-    device: torch.device
+    `sources` has a `Source` of the transformer and the autoencoder, a path of "t5" and "clip";
+    `settings` are {field of SampleConfig: value} that suit the checkpoint.
+    """
+
+    config: PipelineConfig
+    sources: dict
     settings: dict
+    device: torch.device
+    dtype: torch.dtype
 
-    def load_controlnet(self, opened, device=None):
-        return opened.load(
-            attention="auto", dtype=self.model.img_in.weight.dtype, device=device or self.device
+    @cached_property
+    def encoders(self):
+        paths = self.sources["t5"], self.sources["clip"]
+        encoders = load_text_encoders(*paths, device=self.device, dtype=self.dtype)
+        check_widths(self.model_config, encoders=encoders)
+        return encoders
+
+    @cached_property
+    def transformer(self):
+        return self.load_net(sources.load_transformer, self.sources["transformer"])
+
+    @cached_property
+    def autoencoder(self):
+        source = self.sources["autoencoder"]
+        return sources.load_autoencoder(source, dtype=self.dtype, device=self.device)
+
+    @property
+    def model_config(self):
+        return self.sources["transformer"].config
+
+    @property
+    def keeps_parts(self):
+        return self.config.offload == "none"
+
+    def release(self, part):
+        """Drop a part, to be loaded again where it is used again, unless all are kept."""
+        if not self.keeps_parts:
+            vars(self).pop(part, None)
+
+    def load_net(self, load, source):
+        """A net on its device, or with offload=all on the CPU, streamed block by block to an
+        accelerator.
+        """
+        streamed = self.config.offload == "all" and self.device.type != "cpu"
+        place = "cpu" if streamed else self.device
+        net = load(source, attention=self.config.model.attention, dtype=self.dtype, device=place)
+        net = parallel.compile_blocks(net) if self.config.compile else net
+        return stream_blocks(net, self.device) if streamed else net
+
+    def latent_shape(self, height, width):
+        """Channels and cells (C, h, w) of the latents of a picture."""
+        config = self.sources["autoencoder"].config
+        return config.latent_channels, height // config.downsampling, width // config.downsampling
+
+
+def load_pipeline(checkpoint: str | Path = TINY, **options) -> Pipeline:
+    """A `Pipeline` with all its parts in memory, to draw with again and again.
+
+    `options` are the fields of `PartsConfig` (t5, clip, autoencoder, …), device, dtype and compile;
+    `expected` is {field of FluxConfig: value} that the transformer must have. With `offload` text
+    or all, each part is loaded when it is used, and freed. Raises `ValueError` that names the key.
+    """
+    pipeline = open_pipeline(pipeline_config(checkpoint, **{"offload": "none"} | options))
+    if pipeline.keeps_parts:
+        _ = pipeline.transformer, pipeline.autoencoder, pipeline.encoders
+    return pipeline
+
+
+def pipeline_config(checkpoint=TINY, *, expected=(), device=None, dtype=None, **options):
+    """The `PipelineConfig` of keyword arguments; raises `ValueError`."""
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+    parts = {f.name: options.pop(f.name) for f in fields(PartsConfig) if f.name in options}
+    model = {"checkpoint": str(checkpoint)} | parts | dict(expected)
+    config = typed_options(PipelineConfig, options | {"model": model})
+    return replace(config, device=device, dtype=dtype)
+
+
+def open_pipeline(config: PipelineConfig) -> Pipeline:
+    """The `Pipeline` of a pipeline folder, a transformer or a run; nothing of it is loaded yet.
+
+    Parts that are not named are looked for beside it. They are checked to fit together, as far as
+    that can be seen. Raises `ValueError` that names the missing key.
+    """
+    device = torch.device(config.device or parallel.default_device())
+    dtype = config.dtype or ("bfloat16" if parallel.has_bf16(device) else "float32")
+    found = find_sources(config.model)
+    settings = default_settings(found["transformer"])
+    if config.model.max_sequence_length:
+        settings = settings | {"max_sequence_length": config.model.max_sequence_length}
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    return Pipeline(config, found, settings, device, dtype)
+
+
+def find_sources(model):
+    """The `Pipeline.sources` that an `ExpectedConfig` names; raises `ValueError`."""
+    checkpoint = str(sources.local(resolve(model.checkpoint), PIPELINE_FILES))
+    expected = expected_shape(model)
+    transformer = sources.open_source(checkpoint, ema=model.ema, given=expected)
+    sources.check_part(transformer, "transformer", "model.checkpoint")
+    check_channels(transformer.config, f"model.checkpoint={checkpoint}")
+    check_expected(transformer.config, expected, checkpoint)
+    named = {part: getattr(model, part) for part in PART_FOLDERS}
+    parts = find_parts(checkpoint) | {part: resolve(v) for part, v in named.items() if v}
+    missing = [f"model.{part}=" for part in PART_FOLDERS if part not in parts]
+    if missing:
+        raise ValueError(
+            f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for "
+            "each"
         )
+    vae = sources.open_source(parts["autoencoder"], setting="model.autoencoder", part="vae")
+    sources.check_part(vae, "autoencoder", "model.autoencoder")
+    check_widths(transformer.config, vae)
+    if model.save_converted:
+        options = dict(ema=model.ema, given=expected)
+        transformer = sources.converted(checkpoint, model.save_converted, **options)
+    return parts | {"transformer": transformer, "autoencoder": vae}
 
 
-# --- finding --------------------------------------------------------------------------------------
-
-
-def root_of(path):
-    """The folder of the pipeline that a transformer's folder or file belongs to."""
-    return path if (path / "transformer").is_dir() else path.parent
-
-
-def beside(checkpoint):
+def find_parts(checkpoint):
     """Where the other parts of a transformer's pipeline lie: {part: path} for those that are
     found.
     """
     path = Path(resolve(checkpoint)).expanduser()
     if sources.is_run(path):
         return {part: resolve(name) for part, name in run_folder.saved_parts(path).items()}
-    root = root_of(path)
-    found = {part: str(root / name) for part, name in PARTS.items() if (root / name).is_dir()}
+    root = path if (path / "transformer").is_dir() else path.parent
+    places = {part: root / name for part, name in PART_FOLDERS.items()}
+    found = {part: str(place) for part, place in places.items() if place.is_dir()}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
         found["autoencoder"] = str(root / "ae.safetensors")
     return found
 
 
-@dataclass
-class Found:
-    """A pipeline's parts on disk, checked to fit together as far as that can be seen without
-    loading them.
+def check_expected(config, expected, checkpoint):
+    """Raise `ValueError` where a transformer has not the shape that the command line names."""
+    for name, value in expected.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(config, name)}")
+
+
+def check_widths(config, autoencoder=None, encoders=None):
+    """Raise `ValueError` where a part's width does not fit a transformer of configuration `config`.
+
+    Each part is loaded, a `Source` or left out.
     """
-
-    transformer: sources.Source
-    autoencoder: sources.Source
-    t5: str
-    clip: str
-    attention: str
-    compile: bool
-    device: torch.device
-    dtype: torch.dtype
-
-    def load_encoders(self):
-        encoders = load_text_encoders(self.t5, self.clip, device=self.device, dtype=self.dtype)
-        check_encoders(self.transformer.config, encoders)
-        return encoders
-
-    def load_transformer(self, device=None):
-        where = device or self.device
-        model = sources.load_transformer(
-            self.transformer, attention=self.attention, dtype=self.dtype, device=where
-        )
-        return parallel.compile_blocks(model) if self.compile else model
-
-    def load_controlnet(self, opened, device=None):
-        net = opened.load(attention=self.attention, dtype=self.dtype, device=device or self.device)
-        return parallel.compile_blocks(net) if self.compile and not opened.given else net
-
-    def load_autoencoder(self):
-        return sources.load_autoencoder(self.autoencoder, dtype=self.dtype, device=self.device)
-
-
-def find_pipeline(
-    checkpoint=TINY,
-    *,
-    t5=None,
-    clip=None,
-    autoencoder=None,
-    save_converted=None,
-    ema=True,
-    attention="auto",
-    compile=False,
-    device=None,
-    dtype=None,
-    expected=(),
-):
-    """The `Found` parts of a pipeline folder, a transformer or a run; parts not named are looked
-    for beside it.
-
-    `expected` is {field of FluxConfig: value} that the transformer must have. Raises `ValueError`
-    that names the missing key.
-    """
-    device = torch.device(device or parallel.default_device())
-    dtype = dtype or (torch.bfloat16 if parallel.has_bf16(device) else torch.float32)
-    checkpoint = str(sources.local(resolve(checkpoint), PIPELINE_FILES))
-    given = dict(expected)
-    transformer = sources.open_source(checkpoint, ema=ema, given=given)
-    sources.check_part(transformer, "transformer", "model.checkpoint")
-    check_channels(transformer.config, f"model.checkpoint={checkpoint}")
-    for name, value in given.items():
-        value = tuple(value) if isinstance(value, list) else value
-        if getattr(transformer.config, name) != value:
+    widths = []
+    if autoencoder:
+        widths.append(("autoencoder", 4 * autoencoder.config.latent_channels, "out_channels"))
+    if encoders:
+        widths.append(("t5", encoders.text_width, "text_width"))
+        widths.append(("clip", encoders.pooled_width, "pooled_width"))
+    for part, theirs, key in widths:
+        if theirs != getattr(config, key):
             raise ValueError(
-                f"model.{name}={value}, but {checkpoint} has {getattr(transformer.config, name)}"
+                f"model.{part} gives {theirs} channels, but the transformer has "
+                f"model.{key}={getattr(config, key)}"
             )
-    named = {"t5": t5, "clip": clip, "autoencoder": autoencoder}
-    parts = beside(checkpoint) | {k: resolve(v) for k, v in named.items() if v}
-    missing = [f"model.{part}=" for part in PARTS if part not in parts]
-    if missing:
-        raise ValueError(
-            f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for "
-            "each"
-        )
-    vae = sources.open_source(parts.pop("autoencoder"), setting="model.autoencoder", part="vae")
-    sources.check_part(vae, "autoencoder", "model.autoencoder")
-    check_width("autoencoder", 4 * vae.config.latent_channels, "out_channels", transformer.config)
-    if save_converted:
-        transformer = sources.converted(checkpoint, save_converted, ema=ema, given=given)
-    return Found(
-        transformer, vae, **parts, attention=attention, compile=compile, device=device, dtype=dtype
-    )
-
-
-def check_width(part, theirs, key, config):
-    """Raise `ValueError` where a part's width does not fit the transformer's."""
-    if theirs != getattr(config, key):
-        raise ValueError(
-            f"model.{part} gives {theirs} channels, but the transformer has "
-            f"model.{key}={getattr(config, key)}"
-        )
-
-
-def check_widths(config, autoencoder, encoders):
-    """`check_width` of loaded parts."""
-    check_width("autoencoder", 4 * autoencoder.config.latent_channels, "out_channels", config)
-    check_encoders(config, encoders)
-
-
-def check_encoders(config, encoders):
-    check_width("t5", encoders.text_width, "text_width", config)
-    check_width("clip", encoders.pooled_width, "pooled_width", config)
-
-
-def load_pipeline(checkpoint=TINY, **options):
-    """A whole `Pipeline` in memory, to draw with again and again; the arguments are those of
-    `find_pipeline`.
-    """
-    found = find_pipeline(checkpoint, **options)
-    settings = default_settings(found.transformer)
-    return Pipeline(
-        found.load_transformer(),
-        found.load_autoencoder(),
-        found.load_encoders(),
-        found.device,
-        settings,
-    )
 
 
 def default_settings(transformer):
@@ -238,109 +360,124 @@ def default_settings(transformer):
 # --- drawing --------------------------------------------------------------------------------------
 
 
-def settle(checkpoint, options, controls, num_prompts):
-    """From the options of `generate`: the `Pipeline` or the `Found` parts on disk, a checked
-    `SampleConfig` and `OpenControl`s.
-    """
-    names = {f.name for f in fields(SampleConfig)}
-    settings = {k: v for k, v in options.items() if k in names}
-    rest = {k: v for k, v in options.items() if k not in names}
-    if isinstance(checkpoint, Pipeline):
-        if rest:
-            raise ValueError(
-                f"{', '.join(rest)}: these are settled once a pipeline is loaded; pass them to "
-                "load_pipeline"
-            )
-        parts, model_config, defaults = checkpoint, checkpoint.model.config, checkpoint.settings
-    else:
-        parts = find_pipeline(checkpoint, **rest)
-        model_config = parts.transformer.config
-        defaults = default_settings(parts.transformer)
-    config = typed_options(SampleConfig, defaults | settings)
-    config.validate(parts.autoencoder.config.downsampling)
-    if "guidance" in settings and not model_config.guidance_embed:
-        raise ValueError(
-            "guidance: this model (as schnell) has no guidance input; leave the setting out"
-        )
-    return (
-        parts,
-        config,
-        [open_control(c, model_config, config.height, config.width, num_prompts) for c in controls],
-    )
-
-
 def generate(
-    prompt,
+    prompt: str | Sequence[str],
     *,
-    checkpoint=TINY,
-    negative_prompt="",
-    images_per_prompt=1,
-    controls=(),
-    seed=0,
-    prompt_number=0,
-    picture_number=0,
-    batch=8,
-    offload="text",
-    progress=lambda steps: steps,
-    stage=lambda name: nullcontext(),
-    done=lambda number, picture: None,
+    checkpoint: str | Path | Pipeline = TINY,
+    controls: Sequence[Control] = (),
+    times: Sequence[float] | torch.Tensor | None = None,
+    start_time: float | None = None,
+    latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    decode: bool = True,
+    on_step: Callable | None = None,
+    on_picture: Callable | None = None,
+    stage: Callable[[str], AbstractContextManager] = nullcontext,
+    config: DrawConfig | None = None,
     **options,
-):
+) -> list[Image.Image] | list[torch.Tensor]:
     """Draw pictures: a list of PIL images, those of the first prompt first.
 
     `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone,
-    whatever the batch. They count from `prompt_number` and `picture_number`, so that one picture
-    can be drawn again without those before it. `done(number, picture)` is called with each picture
-    as soon as its batch is drawn; numbers count from 0. `checkpoint` is a pipeline folder, a run, a
-    transformer or a loaded `Pipeline`; `controls` are `Control`s, whose nets add up. Options are
-    the fields of `SampleConfig` (height, width, steps, guidance, true_cfg, shift,
-    max_sequence_length) and the arguments of `find_pipeline`. Unless a `Pipeline` is given, each
-    part is loaded when its turn comes: with `offload="text"` the text encoders are freed before the
-    transformer is loaded, and the modulation's weights once all steps are modulated; `"all"` also
-    streams the blocks through an accelerator (on the CPU they are mapped from the disk in any
-    case); `"none"` frees nothing. `stage(name)` is a context around each part of the work. Each
-    picture's `info["sampling"]` are the settings it was drawn with. Raises `ValueError`.
+    whatever the batch. `checkpoint` is a pipeline folder, a run, a transformer or a `Pipeline`;
+    `controls` are `Control`s, whose nets add up. `options` are the fields of `DrawConfig` (height,
+    width, steps, guidance, true_cfg, shift, seed, …), or `config` has them, and without a
+    `Pipeline` the arguments of `load_pipeline`. Each part is then loaded when its turn comes, and
+    freed as `offload` says: text, the default, frees the text encoders before the transformer is
+    loaded and the modulation's weights once all steps are modulated.
+
+    `times` fall from 1, noise, to 0, a picture, in place of steps and shift. Drawing begins at
+    `start_time`, of which `latents` (pictures, C, h, w) are the state; they may also stand for the
+    noise at 1. Without `decode` the latents (C, h, w) at the last time come in place of pictures.
+
+    `on_step(numbers, step, times, latents)` is called with the latents (B, C, h, w) of a batch's
+    pictures at times[step], from step 0 on; `on_picture(number, picture)` with each picture as soon
+    as its batch is drawn. Numbers count from 0. `stage(name)` is a context around each part of the
+    work. Each picture's `info["sampling"]` are the settings it was drawn with. Raises `ValueError`.
     """
-    check_options(
-        DrawConfig(images_per_prompt, seed, prompt_number, picture_number, batch, offload)
-    )
+    pipeline, config = settle_options(checkpoint, config, options)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    parts, config, controls = settle(checkpoint, options, controls, len(prompts))
-    jobs = list(jobs_of(len(prompts), images_per_prompt, seed, prompt_number, picture_number))
+    sample = settle_sample(pipeline, config)
+    times = settle_times(pipeline, config, sample, times, start_time)
+    size, base = (sample.height, sample.width), pipeline.model_config
+    opened = [open_control(control, base, *size, len(prompts)) for control in controls]
+    pictures = list_pictures(len(prompts), config)
+    start = start_latents(latents, times, pictures, pipeline.latent_shape(*size))
     with stage("text encoders"):
-        encoders = parts.encoders if isinstance(parts, Pipeline) else parts.load_encoders()
-        texts = encode(
-            encoders,
-            [*prompts, negative_prompt] if config.true_cfg > 1 else prompts,
-            config.max_sequence_length,
-            batch,
-        )
-        if offload != "none":
-            del encoders
+        against = [config.negative_prompt] if sample.true_cfg > 1 else []
+        length, batch = sample.max_sequence_length, config.batch
+        texts = encode_texts(pipeline.encoders, [*prompts, *against], length, batch)
+        pipeline.release("encoders")
     with stage("transformer and modulation"):
-        drawing = prepare(parts, texts, config, controls, offload)
-    own = {"controls": [opened.control.settings() for opened in controls]} if controls else {}
-    pictures, vae = [], drawing.autoencoder
-    for start in range(0, len(jobs), batch):
+        draw = prepare_drawing(pipeline, texts, sample, times, opened)
+    about, drawn = describe_drawing(sample, times, controls), []
+    for first in range(0, len(pictures), batch):
+        rows = range(first, min(first + batch, len(pictures)))
         with stage("denoising"):
-            tokens = draw_latents(drawing, jobs[start : start + batch], progress)
-        if offload != "none" and start + batch >= len(jobs):
-            del drawing
+            callback = watch_steps(on_step, rows, times, pipeline.latent_shape(*size))
+            tokens = draw([pictures[i] for i in rows], start(rows), callback)
+        if rows.stop == len(pictures):
+            del draw
+            pipeline.release("transformer")
         with stage("autoencoder"):
-            vae = vae or load_autoencoder(parts)
-            for row in tokens:
-                [picture] = decode(vae, row[None], config.height, config.width)
-                picture.info["sampling"] = asdict(config) | own
-                done(len(pictures), picture)
-                pictures.append(picture)
-    return pictures
+            for number, row in zip(rows, tokens):
+                picture = finish_picture(pipeline, row[None], size, about, decode)
+                if on_picture:
+                    on_picture(number, picture)
+                drawn.append(picture)
+    return drawn
 
 
-def jobs_of(num_prompts, images_per_prompt, seed, prompt_number, picture_number):
+def settle_options(checkpoint, config, options):
+    """The `Pipeline` and the `DrawConfig` that `generate` is given, or makes of its options."""
+    own = {f.name: options.pop(f.name) for f in fields(DrawConfig) if f.name in options}
+    config = config or DrawConfig(**own)
+    check_options(config)
+    if not isinstance(checkpoint, Pipeline):
+        return open_pipeline(pipeline_config(checkpoint, **options)), config
+    if options:
+        raise ValueError(
+            f"{', '.join(options)}: these are settled once a pipeline is loaded; pass them to "
+            "load_pipeline"
+        )
+    return checkpoint, config
+
+
+def settle_sample(pipeline, config):
+    """The checked `SampleConfig` of a `DrawConfig`: what that leaves open is the checkpoint's
+    own.
+    """
+    named = {name: getattr(config, name) for name in SAMPLE_FIELDS}
+    given = {name: value for name, value in named.items() if value is not None}
+    sample = typed_options(SampleConfig, pipeline.settings | given)
+    sample.validate(pipeline.sources["autoencoder"].config.downsampling)
+    if "guidance" in given and not pipeline.model_config.guidance_embed:
+        raise ValueError(
+            "guidance: this model (as schnell) has no guidance input; leave the setting out"
+        )
+    return sample
+
+
+def settle_times(pipeline, config, sample, times, start_time):
+    """The times (steps + 1,) of a drawing; raises `ValueError`."""
+    if times is None:
+        _, height, width = pipeline.latent_shape(sample.height, sample.width)
+        model_config = pipeline.model_config
+        times = times_for(sample, model_config, num_image_tokens(height, width))
+    elif config.steps or config.shift:
+        raise ValueError("times= takes the place of steps= and shift=: leave those out")
+    else:
+        times = check_times(times)
+    return times if start_time is None else cut_times(times, start_time)
+
+
+def list_pictures(num_prompts, config):
     """(index of its prompt, seed of its noise) of each picture."""
+    found = []
     for j in range(num_prompts):
-        for i in range(images_per_prompt):
-            yield j, picture_seed(seed, prompt_number + j, picture_number + i)
+        for i in range(config.images_per_prompt):
+            seed = picture_seed(config.seed, config.prompt_number + j, config.picture_number + i)
+            found.append((j, seed))
+    return found
 
 
 def picture_seed(seed, prompt_number, picture_number):
@@ -348,149 +485,98 @@ def picture_seed(seed, prompt_number, picture_number):
     return f"{seed}.{prompt_number}.{picture_number}"
 
 
+def start_latents(latents, times, pictures, shape) -> Callable:
+    """A function from some pictures' numbers to their packed latents (B, L, C) at times[0].
+
+    They are noise or, where they are given, those of `latents` (pictures, C, h, w). Raises
+    `ValueError`.
+    """
+    if latents is None:
+        if times[0] < 1:
+            raise ValueError(
+                f"drawing begins at time {float(times[0]):g}, not at the noise of 1: give latents= "
+                "at that time"
+            )
+        return lambda rows: initial_noise(shape, [pictures[i][1] for i in rows])
+    stacked = torch.stack([*latents])
+    if stacked.shape != (len(pictures), *shape):
+        raise ValueError(
+            f"latents= of shape {(*stacked.shape,)}: {len(pictures)} pictures of this size take "
+            f"{(len(pictures), *shape)}"
+        )
+    return lambda rows: pack_latents(stacked[rows.start : rows.stop].float())
+
+
 @torch.inference_mode()
-def encode(encoders, prompts, length, batch):
+def encode_texts(encoders, prompts, length, batch):
     """(txt, pooled) of all prompts, a batch at a time."""
     parts = [encoders.encode(prompts[i : i + batch], length) for i in range(0, len(prompts), batch)]
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def load_autoencoder(parts):
-    return parts.autoencoder if isinstance(parts, Pipeline) else parts.load_autoencoder()
+def prepare_drawing(pipeline, texts, sample, times, controls) -> Callable:
+    """A function (pictures, start, callback) → packed latents (B, L, C); see `sample_latents`.
 
-
-@dataclass
-class Ready:
-    """A net on its device, and what it needs to know of all prompts, or where that is large a way
-    to make it batch by batch.
+    Transformer and nets of the `open_control`s are loaded, all steps' modulation computed; of
+    encoded prompts `texts` the negative one is the last.
     """
+    pipeline.release("transformer")  # a drawing that was stopped leaves one without modulation
+    model, given = pipeline.transformer, (texts, times, sample.guidance)
+    conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
+    attach = prepare_controls(pipeline, controls, *given)
 
-    net: object
-    condition: Callable  # (txt, pooled) of some prompts → their `Conditions`
-    conditions: sampling.Conditions | None
+    @torch.inference_mode()
+    def draw(pictures, start, callback):
+        prompts, seeds = map(list, zip(*pictures))
+        options = dict(residuals=attach(prompts, seeds), callback=callback)
+        if sample.true_cfg > 1:
+            last = len(texts[0]) - 1
+            options["negative"] = conditions([last]).rows([0] * len(prompts))
+        start = start.to(pipeline.device)
+        return sample_latents(model, conditions(prompts), start, times, sample, **options)
 
-    def rows(self, texts, numbers):
-        """The `Conditions` of some of the encoded prompts, by number."""
-        return (
-            self.conditions.rows(numbers)
-            if self.conditions
-            else self.condition(*(part[numbers] for part in texts))
-        )
-
-
-@dataclass
-class Drawing:
-    """All that batches of pictures have in common."""
-
-    model: Ready
-    controls: list  # of (OpenControl, Ready, hint of seeds)
-    autoencoder: object  # where ControlNets needed it, else None
-    texts: list
-    config: SampleConfig
-    latents: object  # the autoencoder's configuration
-    times: torch.Tensor
+    return draw
 
 
-def prepare(parts, texts, config, controls, offload):
-    """The `Drawing` of encoded prompts: transformer and nets of `controls` loaded, all steps'
-    modulation computed.
+def watch_steps(on_step, rows, times, shape) -> Callable:
+    """A solver's callback that tells `on_step`, if any, of the pictures of some numbers."""
+
+    def callback(step, x):
+        if on_step:
+            on_step(rows, step, times, unpack_latents(x, *shape[1:]))
+        return x
+
+    return callback
+
+
+def describe_drawing(sample, times, controls):
+    """What a picture's `info["sampling"]` says of it."""
+    about = asdict(replace(sample, steps=len(times) - 1)) | {"times": times.tolist()}
+    own = [control.describe() for control in controls]
+    return about | ({"controls": own} if own else {})
+
+
+def finish_picture(pipeline, tokens, size, about, decode):
+    """A PIL picture of `size` of packed latents (1, L, C) or, without `decode`, latents (C, h, w)
+    on the CPU.
     """
-    pipeline, latents = isinstance(parts, Pipeline), parts.autoencoder.config
-    model = parts.model if pipeline else place(parts.load_transformer, parts.device, offload)
-    times = schedule.times_for(config, model.config, num_image_tokens(*cells_of(config, latents)))
-    given = dict(times=times, guidance=config.guidance)
-    ready = get_ready(
-        model,
-        partial(sampling.condition, model, **given),
-        texts,
-        config.steps,
-        keep=pipeline or offload == "none",
-    )
-    autoencoder, steered = load_autoencoder(parts) if controls else None, []
-    for number, opened in enumerate(controls):
-        net = place(
-            partial(parts.load_controlnet, opened),
-            parts.device,
-            "none" if opened.given else offload,
-        )
-        check_alike(net, model)
-        condition = partial(control.condition, net, opened.mode, **given)
-        net = get_ready(net, condition, texts, config.steps, keep=opened.given or offload == "none")
-        steered.append((opened, net, control.hint_of(opened, number, autoencoder, parts.device)))
-    return Drawing(ready, steered, autoencoder, texts, config, latents, times)
+    if not decode:
+        return unpack_latents(tokens, *pipeline.latent_shape(*size)[1:])[0].cpu().clone()
+    [picture] = decode_pictures(pipeline.autoencoder, tokens, *size)
+    picture.info["sampling"] = dict(about)
+    return picture
 
 
-def check_alike(net, model):
-    """Raise `ValueError` where a ControlNet that was given loaded computes in another type or place
-    than the transformer.
-    """
-    a, b = net.img_in.weight, model.img_in.weight
-    if (a.dtype, a.device) != (b.dtype, b.device):
-        raise ValueError(
-            f"the ControlNet is in {a.dtype} on {a.device}, the transformer in {b.dtype} on "
-            f"{b.device}: load them alike"
-        )
+def show_steps(**options) -> Callable:
+    """An `on_step` that shows a bar for each batch; `options` are tqdm's."""
+    bars = []
 
+    def on_step(numbers, step, times, latents):
+        if step == 0:
+            bars.append(tqdm(total=len(times) - 1, **options))
+            return
+        bars[-1].update()
+        if step == len(times) - 1:
+            bars.pop().close()
 
-def place(load, device, offload):
-    """A net on its device, or with offload="all" on the CPU, streamed block by block to an
-    accelerator.
-    """
-    if offload != "all" or device.type == "cpu":
-        return load()
-    return stream_blocks(load(device="cpu"), device)
-
-
-def get_ready(net, condition, texts, steps, *, keep):
-    """The `Ready` net; unless it is to `keep` them, without the weights that are not needed any
-    more.
-    """
-    conditions = None
-    if fits(net, len(texts[0]), steps):
-        conditions = condition(*texts)
-        if not keep:
-            net.drop_conditioning()
-    return Ready(net, condition, conditions)
-
-
-def fits(model, num_prompts, steps):
-    """Whether the modulation of all prompts at all steps takes no more memory than the weights that
-    it comes from.
-    """
-    weights = [linear.weight for linear in model.modulation.linears()]
-    taken = sampling.Conditions.num_bytes(model.config, num_prompts, steps, weights[0].dtype)
-    return taken <= sum(weight.nbytes for weight in weights)
-
-
-def cells_of(config, latents):
-    """Height and width in latent cells."""
-    return config.height // latents.downsampling, config.width // latents.downsampling
-
-
-@torch.inference_mode()
-def draw_latents(drawing, jobs, progress):
-    """Packed latents (B, L, C) of jobs (prompt number, seed)."""
-    numbers, seeds = map(list, zip(*jobs))
-    model, texts, config, latents = drawing.model, drawing.texts, drawing.config, drawing.latents
-    noise = initial_noise((latents.latent_channels, *cells_of(config, latents)), seeds).to(
-        texts[0].device
-    )
-    against = None
-    if config.true_cfg > 1:
-        against = model.rows(texts, [len(texts[0]) - 1]).rows(
-            [0] * len(jobs)
-        )  # the negative prompt is the last
-    steerings = [
-        Steering(
-            opened.control,
-            ready.net,
-            ready.rows(texts, numbers),
-            ready.net.embed_hint(hint(numbers, seeds)),
-        )
-        for opened, ready, hint in drawing.controls
-    ]
-    residuals = control.residuals(steerings, config.steps, model.net.config)
-    options = dict(against=against, residuals=residuals, progress=progress)
-    return sampling.sample(
-        model.net, model.rows(texts, numbers), noise, drawing.times, config, **options
-    )
+    return on_step

@@ -80,30 +80,24 @@ def draw_controls(chosen, size, seed):
     return found
 
 
-def overlap(picture, pair, disc):
-    """IoU of the drawn figure with the disc that the control outlines."""
-    mask = figure_mask(np.asarray(picture.convert("RGB")), *pair)
-    return (mask & disc).sum() / max((mask | disc).sum(), 1)
-
-
 def prove_position(pictures, chosen, controls):
-    """How many figures lie where their control has them, and where another's has them."""
-    own = [
-        overlap(picture, pair, disc) for picture, pair, (_, disc) in zip(pictures, chosen, controls)
-    ]
-    other = [
-        overlap(picture, pair, disc)
-        for picture, pair, (_, disc) in zip(pictures, chosen, controls[1:] + controls[:1])
-    ]
-    shares = {
-        key: float(np.mean(np.array(ious) >= MIN_IOU))
-        for key, ious in (("position", own), ("shuffled_position", other))
-    }
-    return shares | {"median_position_iou": float(np.median(own))}
+    """How many figures lie where their control has them, and where another's has them: by the IoU
+    of the figure with the disc that the control outlines.
+    """
+    pairs = zip(pictures, chosen)
+    figures = np.array([figure_mask(np.asarray(p.convert("RGB")), *c) for p, c in pairs])
+    discs = np.array([disc for _, disc in controls])
+    ious = {}
+    for key, other in (("position", discs), ("shuffled_position", np.roll(discs, -1, axis=0))):
+        both, either = (figures & other).sum((1, 2)), (figures | other).sum((1, 2))
+        ious[key] = both / np.maximum(either, 1)
+    shares = {key: float(np.mean(of >= MIN_IOU)) for key, of in ious.items()}
+    return shares | {"median_position_iou": float(np.median(ious["position"]))}
 
 
-def share(results, key):
-    return sum(result[key] for result in results) / len(results)
+def measure_all(pictures, chosen):
+    """What `measure` says of each picture, as one of its pair of colours."""
+    return [measure(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
 
 
 def prove(draw, *, num, num_swaps, seed, control_size=None):
@@ -114,79 +108,71 @@ def prove(draw, *, num, num_swaps, seed, control_size=None):
     shares its noise. Its controls are None, or with `control_size` square pictures of so many
     pixels, one a prompt.
     """
-    chosen = choose_pairs(num, seed)
-    num_swaps = min(num_swaps, num)
+    chosen, num_swaps = choose_pairs(num, seed), min(num_swaps, num)
     controls = draw_controls(chosen, control_size, seed) if control_size else []
     images = [image for image, _ in controls] or None
+    prompts = [caption(*pair) for pair in chosen]
     began = time.perf_counter()
-    pictures = draw([caption(*pair) for pair in chosen], images)
-    seconds = time.perf_counter() - began
-    results = [
-        {"prompt": caption(*pair), **measure(picture, *pair)}
-        for picture, pair in zip(pictures, chosen, strict=True)
-    ]
-    shuffled = [
-        measure(picture, *pair) for picture, pair in zip(pictures, chosen[1:] + chosen[:1])
-    ]  # everyone gets a neighbour's
-    swapped = [pair[::-1] for pair in chosen[:num_swaps]]
-    swapped_pictures = (
-        draw([caption(*pair) for pair in swapped], images and images[:num_swaps]) if swapped else []
-    )
-    swaps = [
-        measure(picture, *pair) for picture, pair in zip(swapped_pictures, swapped, strict=True)
-    ]
-    report = {
-        **{key: share(results, key) for key in ("right", "colours", "shape")},
-        **{f"shuffled_{key}": share(shuffled, key) for key in ("right", "colours", "shape")},
-        "swap": sum(a["colours"] and b["colours"] for a, b in zip(results, swaps)) / num_swaps
-        if num_swaps
-        else None,
-        "median_circle_error": float(np.median([result["circle_error"] for result in results])),
-        "median_background_error": float(
-            np.median([result["background_error"] for result in results])
-        ),
-        "median_iou": float(np.median([result["iou"] for result in results])),
-        "num": num,
-        "num_swaps": num_swaps,
-        "seconds_per_picture": seconds / num,
-    }
+    pictures = draw(prompts, images)
+    report = {"num": num, "num_swaps": num_swaps}
+    report["seconds_per_picture"] = (time.perf_counter() - began) / num
+    own = measure_all(pictures, chosen)
+    others = measure_all(pictures, chosen[1:] + chosen[:1])  # everyone gets a neighbour's
+    swaps = draw_swapped(draw, chosen[:num_swaps], images)
+    report |= summarise_results(own, others, swaps)
     if controls:
         report |= prove_position(pictures, chosen, controls)
-    return report, pictures, results
+    return report, pictures, [{"prompt": p, **result} for p, result in zip(prompts, own)]
+
+
+def draw_swapped(draw, chosen, images):
+    """Measurements of pairs drawn with their two colours swapped."""
+    swapped = [pair[::-1] for pair in chosen]
+    prompts = [caption(*pair) for pair in swapped]
+    return measure_all(draw(prompts, images and images[: len(prompts)]), swapped) if prompts else []
+
+
+def summarise_results(own, others, swaps):
+    """Shares and medians of measurements: of pictures under their own prompts, under others', and
+    with swapped colours.
+    """
+    report = {}
+    for prefix, results in (("", own), ("shuffled_", others)):
+        for key in ("right", "colours", "shape"):
+            report[prefix + key] = sum(result[key] for result in results) / len(results)
+    both = sum(a["colours"] and b["colours"] for a, b in zip(own, swaps))
+    report["swap"] = both / len(swaps) if swaps else None
+    for key in ("circle_error", "background_error", "iou"):
+        report[f"median_{key}"] = float(np.median([result[key] for result in own]))
+    return report
+
+
+ROWS = {  # of the table: a share, also under shuffled prompts
+    "colours": f"both colours right (ΔE2000 ≤ {MAX_COLOUR_ERROR:g})",
+    "shape": f"one circle (IoU ≥ {MIN_IOU:g})",
+    "right": "right in both",
+    "position": f"where the control has it (IoU ≥ {MIN_IOU:g})",
+}
 
 
 def format_table(report):
     """The report as lines for a person."""
-    rows = [
-        ("", "own prompt", "shuffled"),
-        *(
-            (label, f"{report[key]:.1%}", f"{report['shuffled_' + key]:.1%}")
-            for key, label in (
-                ("colours", f"both colours right (ΔE2000 ≤ {MAX_COLOUR_ERROR:g})"),
-                ("shape", f"one circle (IoU ≥ {MIN_IOU:g})"),
-                ("right", "right in both"),
-                ("position", f"where the control has it (IoU ≥ {MIN_IOU:g})"),
-            )
-            if key in report
-        ),
-        *(
-            [("both colours right, also swapped", f"{report['swap']:.1%}", "")]
-            if report["num_swaps"]
-            else []
-        ),
-        (
-            "median ΔE2000: circle, background",
-            f"{report['median_circle_error']:.1f}, {report['median_background_error']:.1f}",
-            "",
-        ),
+    rows = [("", "own prompt", "shuffled")]
+    for key, label in ROWS.items():
+        if key in report:
+            rows.append((label, f"{report[key]:.1%}", f"{report['shuffled_' + key]:.1%}"))
+    if report["num_swaps"]:
+        rows.append(("both colours right, also swapped", f"{report['swap']:.1%}", ""))
+    errors = f"{report['median_circle_error']:.1f}, {report['median_background_error']:.1f}"
+    rows += [
+        ("median ΔE2000: circle, background", errors, ""),
         ("median IoU with the best circle", f"{report['median_iou']:.3f}", ""),
         ("seconds per picture, with loading", f"{report['seconds_per_picture']:.2f}", ""),
     ]
-    return "\n".join(
-        f"{label:<36}{own:>12}{shuffled:>12}".rstrip() for label, own, shuffled in rows
-    )
+    return "\n".join(f"{label:<36}{own:>12}{other:>12}".rstrip() for label, own, other in rows)
 
 
-def verdict(result):
+def format_verdict(result):
+    """A measured picture's caption: its prompt, and what is wrong with it."""
     wrong = [key for key in ("colours", "shape") if not result[key]]
     return f"{result['prompt']}\n{'wrong ' + ' and '.join(wrong) if wrong else 'right'}"

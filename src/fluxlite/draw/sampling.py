@@ -1,12 +1,13 @@
-"""From noise to pictures: `denoise` over any velocity function, and `sample`, which gives it a
-Flux.
+"""From noise to latents to pictures: solvers, and the velocity that they ask for.
 
-What depends on the step alone is computed for all steps before the first (`condition`); then its
-weights are not needed any more.
+What depends on the step alone is computed for all steps before the first (`condition_net`); then
+its weights are not needed any more.
 
-B pictures, L tokens, C channels.
+B pictures, P prompts, L tokens, C channels, H hidden width.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +17,20 @@ from PIL import Image
 from fluxlite import rng
 from fluxlite.nets import flow
 from fluxlite.nets.flux import rope_table
-from fluxlite.nets.latents import pack_latents, position_ids, unpack_latents
+from fluxlite.nets.latents import PATCH, pack_latents, position_ids, unpack_latents
 from fluxlite.nets.schedule import times_for
 
 
-def denoise(velocity, x, times, progress=lambda steps: steps):
-    """Euler from times[0] to times[-1]: x (B, L, C) float32; `velocity(x, i)` is the velocity at
-    times[i].
+def sample_euler(velocity, x, times, callback=lambda step, x: x):
+    """Follow `velocity` from times[0] to the last in Euler steps: x (B, L, C) float32.
+
+    `velocity(x, i)` is that at times[i], of all times but the last. `callback(i, x)` sees the x at
+    times[i], from the first to the last, and gives the x to go on with. Any solver has this
+    signature.
     """
-    for i in progress(range(len(times) - 1)):
-        x = flow.euler_step(x, velocity(x, i), times[i], times[i + 1])
+    x = callback(0, x)
+    for i in range(len(times) - 1):
+        x = callback(i + 1, flow.euler_step(x, velocity(x, i), times[i], times[i + 1]))
     return x
 
 
@@ -36,10 +41,12 @@ def initial_noise(shape, seeds):
     return pack_latents(rng.normal(shape, seed=0, indices=seeds, stream="sampling"))
 
 
+# --- what depends on the prompt and the step ------------------------------------------------------
+
+
 @dataclass
 class Conditions:
-    """All that the transformer needs to know of P prompts at every step: what depends on neither
-    pictures nor noise.
+    """All that a net needs to know of P prompts at every step.
 
     txt (P, L_txt, H) projected text; modulation (steps, chunks, P, 1, H).
     """
@@ -51,14 +58,6 @@ class Conditions:
         """The conditions of some of the prompts, by number, repeated as they are."""
         return Conditions(self.txt[numbers], self.modulation[:, :, numbers])
 
-    @staticmethod
-    def num_bytes(config, num_prompts, steps, dtype):
-        """What the modulation of so many prompts and steps takes; at 28 steps FLUX.1-dev's weights
-        are worth 110 prompts.
-        """
-        features = sum(config.modulation_chunks) * config.hidden_size
-        return num_prompts * steps * features * dtype.itemsize
-
 
 def guidance_rows(model_config, guidance, count, device):
     """The guidance input (count,), or None for a model without one (schnell)."""
@@ -66,64 +65,104 @@ def guidance_rows(model_config, guidance, count, device):
 
 
 @torch.inference_mode()
-def condition(model, txt, pooled, times, guidance):
-    """The `Conditions` of encoded prompts txt (P, L_txt, D), pooled (P, W) at times (steps + 1,):
-    one GEMM of P x steps rows.
+def condition_net(net, txt, pooled, times, guidance, mode=None):
+    """The `Conditions` of encoded prompts txt (P, L_txt, D), pooled (P, W) at times (steps + 1,).
 
-    Afterwards the model's `drop_conditioning` may free a quarter of its weights.
+    One GEMM of P x steps rows. `mode` is a union ControlNet's. Afterwards the net's
+    `drop_conditioning` may free a quarter of its weights.
     """
     prompts, steps = len(txt), len(times) - 1
     t = times[:-1].to(txt.device).repeat_interleave(prompts)
-    rows = model.cast(pooled).repeat(steps, 1)
-    modulation = model.modulate(t, rows, guidance_rows(model.config, guidance, len(t), txt.device))
-    return Conditions(
-        model.txt_in(model.cast(txt)), rearrange(modulation, "m (s p) 1 h -> s m p 1 h", s=steps)
-    )
+    rows = net.cast(pooled).repeat(steps, 1)
+    modulation = net.modulate(t, rows, guidance_rows(net.config, guidance, len(t), txt.device))
+    txt = net.txt_in(net.cast(txt))
+    if mode is not None:
+        txt = net.with_mode(txt, torch.full((prompts,), mode, device=txt.device))
+    return Conditions(txt, rearrange(modulation, "m (s p) 1 h -> s m p 1 h", s=steps))
+
+
+def conditions_fit(net, num_prompts, steps):
+    """Whether the modulation of all prompts at all steps takes no more memory than its weights.
+
+    At 28 steps FLUX.1-dev's are worth 110 prompts.
+    """
+    weights = [linear.weight for linear in net.modulation.linears()]
+    features = sum(net.config.modulation_chunks) * net.config.hidden_size
+    taken = num_prompts * steps * features * weights[0].dtype.itemsize
+    return taken <= sum(weight.nbytes for weight in weights)
+
+
+def prepare_conditions(net, texts, times, guidance, mode=None, *, keep) -> Callable:
+    """A function from numbers of the encoded prompts `texts` to their `Conditions`.
+
+    They are computed at once, where they fit; unless `keep`, the net then loses the weights that
+    it needs no more. Else they are computed when they are asked for.
+    """
+    if not conditions_fit(net, len(texts[0]), len(times) - 1):
+        return lambda numbers: condition_net(
+            net, *(part[numbers] for part in texts), times, guidance, mode
+        )
+    conditions = condition_net(net, *texts, times, guidance, mode)
+    if not keep:
+        net.drop_conditioning()
+    return conditions.rows
+
+
+# --- from noise to latents ------------------------------------------------------------------------
 
 
 def rope_for(model_config, noise, config, num_text):
-    """The rotations of pictures of config.height x config.width after `num_text` text tokens."""
-    return rope_table(
-        position_ids(config.height // 8, config.width // 8, num_text).to(noise.device), model_config
-    )
+    """The rotations of pictures of config.height x config.width after `num_text` text tokens.
+
+    The tokens of `noise` (B, L, C) show how many pixels an autoencoder's cell has.
+    """
+    factor = math.isqrt(config.height * config.width // (PATCH**2 * noise.shape[1]))
+    ids = position_ids(config.height // factor, config.width // factor, num_text)
+    return rope_table(ids.to(noise.device), model_config)
 
 
 @torch.inference_mode()
-def sample(
+def sample_latents(
     model,
     conditions,
     noise,
     times,
     config,
     *,
-    against=None,
-    residuals=lambda *_: None,
-    progress=lambda steps: steps,
+    negative=None,
+    residuals=None,
+    callback=lambda step, x: x,
+    solver=sample_euler,
 ):
     """Denoised packed latents (B, L, C) float32 from packed `noise` (B, L, C), a picture for each
     row of `conditions`.
 
-    `against` are the conditions of the negative prompts, for config.true_cfg > 1; `residuals(x, i,
-    rope)` those of ControlNets at step i, or None. As in diffusers, those for the prompt serve the
-    negative prompt too.
+    `negative` are the conditions of the negative prompts, for config.true_cfg > 1;
+    `residuals(x, i, rope)` those of ControlNets at step i, or None. As in diffusers, those for the
+    prompt serve the negative prompt too. `solver` and `callback` are as in `sample_euler`. Raises
+    `ValueError` where latents are not finite.
     """
-    rope, finite = rope_for(model.config, noise, config, conditions.txt.shape[1]), []
+    rope = rope_for(model.config, noise, config, conditions.txt.shape[1])
+    finite = []  # looked at in the end: the device is not waited for
 
     def velocity(x, i):
-        finite.append(x.isfinite().all())  # looked at in the end: the device is not waited for
-        added = residuals(x, i, rope)
+        added = residuals(x, i, rope) if residuals else None
         positive = model.velocity(x, conditions.txt, rope, conditions.modulation[i], added)
-        if against is None:
+        if negative is None:
             return positive
-        away = model.velocity(x, against.txt, rope, against.modulation[i], added).float()
+        away = model.velocity(x, negative.txt, rope, negative.modulation[i], added).float()
         return away + config.true_cfg * (positive.float() - away)
 
-    latents = denoise(velocity, noise, times, progress)
-    check_drawn(model, conditions, [*finite, latents.isfinite().all()])
+    def watch_step(step, x):
+        finite.append(x.isfinite().all())
+        return callback(step, x)
+
+    latents = solver(velocity, noise, times, watch_step)
+    check_latents_finite(model, conditions, finite)
     return latents
 
 
-def check_drawn(model, conditions, finite):
+def check_latents_finite(model, conditions, finite):
     """Raise `ValueError`, naming where it began, unless latents were finite at every step."""
     if all(finite):
         return
@@ -140,9 +179,9 @@ def check_drawn(model, conditions, finite):
 
 
 @torch.inference_mode()
-def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype):
-    """`sample` by whole forwards, as sharded models in training need, whose weights are gathered
-    inside `forward` alone.
+def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype, solver=sample_euler):
+    """`sample_latents` by whole forwards, as sharded models in training need, whose weights are
+    gathered inside `forward` alone.
 
     `forward(img, txt, rope, t=, pooled=, guidance=)` is a velocity.
     """
@@ -151,20 +190,17 @@ def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype):
     guidance = guidance_rows(model_config, config.guidance, len(noise), noise.device)
 
     def velocity(x, i):
-        return forward(
-            x.to(dtype),
-            txt,
-            rope,
-            t=times[i].expand(len(x)).to(x.device),
-            pooled=pooled,
-            guidance=guidance,
-        )
+        t = times[i].expand(len(x)).to(x.device)
+        return forward(x.to(dtype), txt, rope, t=t, pooled=pooled, guidance=guidance)
 
-    return denoise(velocity, noise, times)
+    return solver(velocity, noise, times)
+
+
+# --- from latents to pictures ---------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def decode(autoencoder, tokens, height, width):
+def decode_pictures(autoencoder, tokens, height, width):
     """Packed latents (B, L, C) to PIL pictures of height x width pixels."""
     factor = autoencoder.config.downsampling
     pixels = autoencoder.decode(unpack_latents(tokens, height // factor, width // factor))
@@ -177,10 +213,6 @@ def decode(autoencoder, tokens, height, width):
 
 def pictures_of(pixels):
     """Pixels (B, 3, H, W) in [-1, 1] as PIL pictures."""
-    rounded = (
-        ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255)
-        .round()
-        .permute(0, 2, 3, 1)
-        .to("cpu", torch.uint8)
-    )
-    return [Image.fromarray(p.numpy()) for p in rounded]
+    levels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round()
+    rows = levels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
+    return [Image.fromarray(row.numpy()) for row in rows]

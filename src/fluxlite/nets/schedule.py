@@ -7,9 +7,11 @@ of a model that has a guidance input, and FLUX.1-schnell's of any other.
 import math
 from dataclasses import dataclass
 
+import torch
+
 from fluxlite import __version__
 from fluxlite.cli.descriptions import read_description
-from fluxlite.cli.options import check_options, option
+from fluxlite.cli.options import check_options, option, shortened
 from fluxlite.nets import flow
 from fluxlite.nets.latents import MAX_SIDE, check_size
 
@@ -123,7 +125,10 @@ class SampleConfig:
         512, "T5 tokens that prompts are padded and cut to", at_least=1, at_most=10_000
     )
 
-    def validate(self, downsampling=8):
+    def validate(self, downsampling=1):
+        """Raise `ValueError` for what no autoencoder can draw, or not one of so many pixels a
+        cell.
+        """
         check_options(self)
         check_size(self.height, self.width, downsampling)
         if self.shift != "auto":
@@ -172,3 +177,28 @@ def times_for(config, model_config, num_image_tokens):
         return flow.schedule(config.steps, factor)
     assumed = DEV_SCHEDULER if model_config.guidance_embed else SCHNELL_SCHEDULER
     return scheduled_times(model_config.scheduler or assumed, config.steps, num_image_tokens)
+
+
+def check_times(times):
+    """Times that a caller names as a float32 tensor (steps + 1,); raises `ValueError`."""
+    times = torch.as_tensor(times, dtype=torch.float32).cpu()
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(
+            f"times={shortened(times.tolist())}: name two or more, one after the other"
+        )
+    if not (times.diff() < 0).all() or times[0] > 1 or times[-1] < 0:
+        raise ValueError(
+            f"times={shortened(times.tolist())} must fall, from 1 for noise to 0 for a picture"
+        )
+    return times
+
+
+def cut_times(times, start_time):
+    """What is left of times at `start_time`: that, then those below it; raises `ValueError`."""
+    start = torch.tensor([start_time], dtype=torch.float32)
+    left = times[times < start]
+    if not 0 < start_time <= 1 or not len(left):
+        raise ValueError(
+            f"start_time={start_time} must be above {times[-1]:g}, the last time, and at most 1"
+        )
+    return torch.cat([start, left])

@@ -692,7 +692,7 @@ def draw_grid(run, prompts):
         tokens = sampling.sample_sharded(
             partial(predict, run, **steer), run.flux.config, *texts, noise, settings, dtype
         )
-        pictures += sampling.decode(run.parts.autoencoder, tokens, data.height, data.width)
+        pictures += sampling.decode_pictures(run.parts.autoencoder, tokens, data.height, data.width)
     if not prompts.shown:
         return contact_sheet(pictures, captions=prompts.texts)
     triples = [
