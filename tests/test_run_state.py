@@ -318,6 +318,7 @@ BAD_META = {
     "a file of negative size": (("files", "__0_0.distcp", "bytes"), -1),
     "a file elsewhere": (("files", "../x"), {"bytes": 1, "crc32": "00000000"}),
     "other flow": (("flow",), 7),
+    "a base that is a list": (("config", "model", "checkpoint"), [1]),
 }
 
 
