@@ -102,13 +102,14 @@ def usage():
 def body(arguments):
     with deferred_signals():  # torch's import takes an interruption for a lack of numpy
         from fluxlite.cli.command_line import load_config
+        from fluxlite.cli.stage_times import StageTimes
+        from fluxlite.draw.contact_sheet import contact_sheet
         from fluxlite.draw.pipeline import generate, open_pipeline, show_steps
         from fluxlite.settings import InferConfig
-        from fluxlite.train.metrics import Stages, contact_sheet
 
     config = load_config(InferConfig, "infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prompts, stages = prompts_of(config), Stages(config.device)
+    prompts, stages = prompts_of(config), StageTimes(config.device)
     pictures = generate(
         prompts,
         checkpoint=open_pipeline(config),

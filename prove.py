@@ -66,8 +66,8 @@ def draw(controlnet, how, prompts, images):
 
 def write_proof(folder, report, pictures, results):
     """proof.json and grid.png, each whole or not at all."""
+    from fluxlite.draw.contact_sheet import contact_sheet
     from fluxlite.draw.proof import format_verdict
-    from fluxlite.train.metrics import contact_sheet
     from fluxlite.weights.tensor_files import aside
 
     with aside(folder / "proof.json", overwrite=True) as path:

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
+from fluxlite.cli.stage_times import memory_of_process
 from fluxlite.preflight.prediction import local_bytes
 from fluxlite.settings import TrainConfig
-from fluxlite.train import loop
-from fluxlite.train.metrics import memory_of_process
+from fluxlite.train.tasks.full import FULL
 
 
 class Peak:
@@ -88,7 +88,7 @@ def main():
     config, device, mesh = start(args)
     began = time.perf_counter()
     with Peak() as peak:
-        model = loop.build_flux(config, device, mesh)
+        [model] = FULL.build_models(config, device, mesh)
     shard = local_bytes(model.parameters())
     blocks = [
         sum(4 * p.numel() for p in block.parameters())

@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fluxlite.train.metrics import Stages
+from fluxlite.cli.stage_times import StageTimes
 from fluxlite.weights import sources, verify
 
 BASELINE = "cp"
@@ -42,7 +42,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help="leave the fluxlite file there")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    source, stages = sources.open_source(args.src, setting="--src"), Stages()
+    source, stages = sources.open_source(args.src, setting="--src"), StageTimes()
     if source.layout != "diffusers":
         raise ValueError(
             f"--src {args.src} is in {source.layout}'s layout: name a checkpoint in diffusers'"

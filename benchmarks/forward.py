@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from fluxlite import parallel
+from fluxlite.cli.stage_times import memory_of_process
 from fluxlite.nets.flux import Flux, FluxConfig, rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.train.metrics import memory_of_process
 from fluxlite.weights import layouts
 
 TEXT_TOKENS = 512

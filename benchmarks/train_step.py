@@ -31,7 +31,9 @@ from fluxlite.cli.command_line import load_config
 from fluxlite.nets import flow
 from fluxlite.nets.latents import num_image_tokens, position_ids
 from fluxlite.settings import TrainConfig
-from fluxlite.train import loop, optim
+from fluxlite.train import optim
+from fluxlite.train.setup import set_up
+from fluxlite.train.training_step import flow_loss, optimizer_step
 from fluxlite.weights import layouts
 
 TEXT_TOKENS = 512
@@ -81,13 +83,13 @@ def sample(config, seed=1):
 
 def our_step(config):
     """A function that takes one of our steps and returns its loss."""
-    run = loop.set_up(config, *parallel.start(config.parallel, config.device))
+    run = set_up(config, *parallel.start(config.parallel, config.device))
     x0, txt, pooled, drawn = sample(config)
 
     def step():
-        loss = loop.flow_loss(run, x0, txt, pooled, **drawn).mean()
+        loss = flow_loss(run, x0, txt, pooled, **drawn).mean()
         loss.backward()
-        loop.update(run, 0)
+        optimizer_step(run, 0)
         return loss.item()
 
     return step, run.model

@@ -26,7 +26,7 @@ import train
 from fluxlite import parallel
 from fluxlite.cli.programs import run_program
 from fluxlite.data import fill50k, open_dataset
-from fluxlite.train import metrics
+from fluxlite.train import metrics, plots
 from fluxlite.weights import sources
 
 ROOT = Path(__file__).parents[1]
@@ -59,7 +59,7 @@ def write_metrics(tensorboard, out):
 
 def plot_metrics(out):
     Path(out).mkdir(exist_ok=True)
-    metrics.plot_losses(out)
+    plots.plot_losses(out)
 
 
 def run_training(out):

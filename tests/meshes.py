@@ -20,7 +20,8 @@ from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave
 from fluxlite.data import MockSamples
 from fluxlite.settings import TrainConfig
-from fluxlite.train import loop, optim
+from fluxlite.train import building, optim, setup, training_step
+from fluxlite.train.tasks import controlnet
 
 MODEL = [
     "data=mock",
@@ -152,29 +153,31 @@ def batches_of(config, run):
     samples = MockSamples(
         data, split="train", seed=config.seed, pooled_width=model.pooled_width, **widths
     )
-    loader = loop.rank_loader(run, samples, global_batch=data.global_batch, start_index=0)
+    loader = run.loader(samples, global_batch=data.global_batch, start_index=0)
     while True:
-        yield [
-            next(loader) for _ in range(data.global_batch // (data.micro_batch * run.mesh.dp_size))
-        ]
+        yield [next(loader) for _ in range(run.micro_batches)]
 
 
 def train(config, steps=10):
     """The figures of a short run."""
-    with mock.patch.object(loop, "random_weights", random_weights):
-        run = loop.set_up(config, *parallel.start(config.parallel, config.device))
-    figures, batches, real_update = {}, batches_of(config, run), loop.update
+    with (
+        mock.patch.object(building, "random_weights", random_weights),
+        mock.patch.object(controlnet, "random_weights", random_weights),
+    ):
+        run = setup.set_up(config, *parallel.start(config.parallel, config.device))
+    figures, loaded = {}, batches_of(config, run)
+    real_step = training_step.optimizer_step
 
     def update(run, step, loss):
         if step == 0:
             figures["gradients"] = whole(
                 {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
             )
-        return real_update(run, step, loss)
+        return real_step(run, step, loss)
 
-    with mock.patch.object(loop, "update", update):
+    with mock.patch.object(training_step, "optimizer_step", update):
         for step in range(steps):
-            loss, norm = loop.train_step(run, next(batches), step)
+            loss, norm = training_step.train_step(run, next(loaded), step)
             if step == 0:
                 figures |= {"loss": parallel.mean_over_ranks(loss).item(), "norm": norm.item()}
     figures["trained"] = sorted(name for name, p in run.model.named_parameters() if p.requires_grad)
@@ -194,14 +197,14 @@ def plain_autograd(config):
             lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed),
         ),
     ):
-        run = loop.set_up(config, *parallel.start(config.parallel, config.device))
+        run = setup.set_up(config, *parallel.start(config.parallel, config.device))
     gradients = {}
 
     def update(run, _step, _loss):
         gradients.update({name: p.grad.clone() for name, p in run.model.named_parameters()})
 
-    with mock.patch.object(loop, "update", update):
-        loss, _ = loop.train_step(run, next(batches_of(config, run)), 0)
+    with mock.patch.object(training_step, "optimizer_step", update):
+        loss, _ = training_step.train_step(run, next(batches_of(config, run)), 0)
     return {"loss": loss.item(), "gradients": gradients}
 
 
@@ -214,10 +217,9 @@ def main():
     for name, case in cases(ranks).items():
         if name.startswith(names) if names else not name.startswith(("compiled", "more")):
             began = time.perf_counter()
-            exact = partial(optim.orthogonalise, dtype=torch.float64)
-            with mock.patch.object(
-                optim, "orthogonalise", exact if "in float64" in name else optim.orthogonalise
-            ):
+            inexact = optim.orthogonalise_matrix
+            exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
+            with mock.patch.object(optim, "orthogonalise_matrix", exact):
                 figures[name] = train(configure(*case))
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1:

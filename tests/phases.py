@@ -23,19 +23,19 @@ import train
 from fluxlite.cli import command_line
 from fluxlite.cli.programs import run_program
 from fluxlite.data import cache, fill50k
-from fluxlite.train import loop
+from fluxlite.train import loop, setup
 
 # where each begins: the owner of a function, its name, the call that the signal comes in
 PHASES = {
     "composing": (command_line, "load_config", 1),
     "generating": (fill50k.TarWriter, "write", 5),
-    "loading": (loop, "load_parts", 1),
+    "loading": (setup, "load_parts", 1),
     "encoding": (cache, "_stacked", 2),
     "first validation": (loop, "encode_validation", 1),
     "training": (loop, "train_step", 2),
-    "validating": (loop, "evaluate", 1),
+    "validating": (loop, "validation_losses", 1),
     "drawing": (loop, "draw_grid", 1),
-    "saving": (loop, "save", 1),
+    "saving": (loop, "save_checkpoint", 1),
     "plotting": (loop, "plot_losses", 1),
 }
 

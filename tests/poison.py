@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.settings import TrainConfig
-from fluxlite.train import loop, optim
+from fluxlite.train import building, loop, optim, setup, training_step
 
 MESHES = {1: {"one": []}, 2: {"dp2": [], "tp2": ["parallel.tp=2"]}}
 
@@ -61,14 +61,14 @@ def poisoned_gradient(value, call=1):
 @contextmanager
 def infinite_loss():
     """The last rank's loss becomes infinite, its gradient stays as it is."""
-    update = loop.update
+    step = training_step.optimizer_step
 
-    def poison(run, step, loss):
-        return update(
-            run, step, loss + float("inf") * (dist.get_rank() == dist.get_world_size() - 1)
+    def poison(run, number, loss):
+        return step(
+            run, number, loss + float("inf") * (dist.get_rank() == dist.get_world_size() - 1)
         )
 
-    with mock.patch.object(loop, "update", poison):
+    with mock.patch.object(training_step, "optimizer_step", poison):
         yield
 
 
@@ -91,21 +91,21 @@ def check_poisoned_steps(options, kind, accumulation):
         accumulation * (parallel.world_size() if not options else 1)
     )
     config.validate()
-    with mock.patch.object(loop, "random_weights", random_weights):  # none is zero, all move
-        run = loop.set_up(config, *parallel.start(config.parallel, config.device))
+    with mock.patch.object(building, "random_weights", random_weights):  # none is zero, all move
+        run = setup.set_up(config, *parallel.start(config.parallel, config.device))
     batches = batches_of(config, run)
-    loop.train_step(run, next(batches), 0)
+    training_step.train_step(run, next(batches), 0)
     before = state_of(run)
     assert len(before) > 2 * len(dict(run.model.named_parameters()))
     for name, poison in POISONS.items():
         with poison():
-            loss, norm = loop.train_step(run, next(batches), 1)
+            loss, norm = training_step.train_step(run, next(batches), 1)
         assert not torch.isfinite(norm) and torch.isfinite(loss), name
         after = state_of(run)
         changed = [key for key in before if not torch.equal(before[key], after[key])]
         assert not changed, f"{options} {kind} {name}: {changed[:3]}"
         assert loop.read_flags(run, {"number": 0}, norm) == (None, False)
-    _, norm = loop.train_step(run, next(batches), 1)
+    _, norm = training_step.train_step(run, next(batches), 1)
     after = state_of(run)
     assert torch.isfinite(norm) and all(torch.isfinite(value).all() for value in after.values())
     moved = [key for key in before if not torch.equal(before[key], after[key])]
@@ -117,7 +117,9 @@ def check_samples():
     last = dist.get_world_size() - 1
     loss = torch.tensor(float("inf") if dist.get_rank() == last else 1.0)
     try:
-        loop.check_finite(False, loss, loss, 7, [f"sample {dist.get_rank()}"], "nowhere")
+        loop.check_finite(
+            False, loss, loss, 7, [{"keys": [f"sample {dist.get_rank()}"]}], "nowhere"
+        )
     except ValueError as error:
         assert f"the loss of step 7 is inf; its samples: sample {last}. Try" in str(error), error
     else:

@@ -33,7 +33,7 @@ from fluxlite.data.braces import count_names, expand_braces
 from fluxlite.data.rows import CHECKSUM, RowFile, write_rows
 from fluxlite.draw.control import read_picture
 from fluxlite.settings import TrainConfig
-from fluxlite.train.loop import open_data, warn_of_warmup
+from fluxlite.train.setup import open_data, warn_of_warmup
 
 COLOURS = {
     "red": (255, 0, 0),

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from fluxlite.settings import TrainConfig
-from fluxlite.train import loop
+from fluxlite.train.resume import find_resume
 from fluxlite.weights import sources, verify
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def test_a_run_of_the_first_edition_is_refused_and_its_weights_convert(old_run, 
     with pytest.raises(ValueError, match="fluxlite 0.1.*convert_first_edition.py"):
         sources.open_source(old_run)
     with pytest.raises(ValueError, match="fluxlite 0.1.*convert_first_edition.py"):
-        loop.find_resume(TrainConfig(output=str(old_run), resume="auto"))
+        find_resume(TrainConfig(output=str(old_run), resume="auto"))
     expected = sources.load_state(script["open_first_edition"](FILES["flux"]))
     for flags, sign in (["--no-ema"], 1), ([], -1):
         new = tmp_path / f"new{sign}.safetensors"

@@ -1,5 +1,6 @@
 """The meter's verdict, and a whole small run of a ControlNet with all that watches it."""
 
+import dataclasses
 import json
 import logging
 
@@ -8,7 +9,10 @@ import torch
 from test_trainer import SMALL, configure, losses, train
 
 from fluxlite import parallel
-from fluxlite.train import loop, meter
+from fluxlite.train import meter, setup
+from fluxlite.train.tasks import controlnet
+from fluxlite.train.tasks.controlnet import CONTROLNET
+from fluxlite.train.training_step import flow_loss, optimizer_step
 from fluxlite.weights import sources
 from fluxlite.weights.sources import ASSETS
 
@@ -45,26 +49,32 @@ def data(tmp_path_factory):
 
 
 def test_a_clear_gain_is_learning_and_none_is_not():
-    assert meter.judge(0.02, 8.0, 10, 300) == "learning"
-    assert meter.judge(0.02, 2.0, 10, 300) == meter.judge(0.0005, 8.0, 10, 300) == "not yet"
-    assert meter.judge(0.0, 0.0, 300, 300) == meter.judge(0.0005, 9.0, 300, 300) == "not learning"
-    assert meter.judge(9.8, 3.5, 300, 300) == "not yet"
+    assert meter.judge_gain(0.02, 8.0, 10, 300) == "learning"
+    assert (
+        meter.judge_gain(0.02, 2.0, 10, 300) == meter.judge_gain(0.0005, 8.0, 10, 300) == "not yet"
+    )
+    assert (
+        meter.judge_gain(0.0, 0.0, 300, 300)
+        == meter.judge_gain(0.0005, 9.0, 300, 300)
+        == "not learning"
+    )
+    assert meter.judge_gain(9.8, 3.5, 300, 300) == "not yet"
 
 
 def test_significance_is_that_of_paired_differences():
     values = torch.tensor([0.02, 0.01, 0.03, 0.02])
     sums = [len(values), values.sum().item(), values.square().sum().item()]
-    gain, z = meter.significance(sums, [0.4, 0.6])
+    gain, z = meter.paired_gain(sums, [0.4, 0.6])
     assert gain == pytest.approx(0.04) and z == pytest.approx(
         (values.mean() / values.std()).item() * 2, rel=1e-4
     )
-    assert meter.significance([4, 0.0, 0.0], [0.5]) == (0.0, 0.0)
+    assert meter.paired_gain([4, 0.0, 0.0], [0.5]) == (0.0, 0.0)
 
 
 def built(*arguments):
     """A run that is set up and not trained."""
     config = configure(*TINY, *arguments)
-    return loop.set_up(config, *parallel.start(config.parallel, "cpu"))
+    return setup.set_up(config, *parallel.start(config.parallel, "cpu"))
 
 
 def batch_of(run, count=4):
@@ -79,22 +89,20 @@ def test_before_training_the_base_is_as_it_was_and_by_the_third_step_all_has_a_g
     try:
         run = built(data)
         texts, rest, hint = batch_of(run)
-        before = {name: p.clone() for name, p in run.base.named_parameters()}
-        alone, steered = (
-            loop.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint})
-        )
+        before = {name: p.clone() for name, p in run.flux.named_parameters()}
+        alone, steered = (flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint}))
         assert torch.equal(alone, steered)
         for step in range(3):
-            loop.flow_loss(run, *texts, **rest, hint=hint).mean().backward()
+            flow_loss(run, *texts, **rest, hint=hint).mean().backward()
             seen = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
-            loop.update(run, step)
+            optimizer_step(run, step)
         assert all(gradient is not None and gradient.norm() > 0 for gradient in seen.values())
         assert all(
             torch.equal(p, before[name]) and p.grad is None
-            for name, p in run.base.named_parameters()
+            for name, p in run.flux.named_parameters()
         )
         assert not torch.equal(
-            *(loop.flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint}))
+            *(flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint}))
         )
     finally:
         parallel.stop()
@@ -107,9 +115,9 @@ def test_what_no_gradient_reaches_stays_as_it_is_under_weight_decay(data):
         held = {name: (p.detach().clone(), p) for name, p in run.model.named_parameters()}
         texts, rest, hint = batch_of(run)
         for step in range(3):
-            loop.flow_loss(run, *texts, **rest, hint=hint).mean().backward()
-            loop.update(run, step)
-        unused = loop.unused_parameters(run.model, run.base.config)
+            flow_loss(run, *texts, **rest, hint=hint).mean().backward()
+            optimizer_step(run, step)
+        unused = controlnet.unused_parameters(run.model, run.flux.config)
         assert any(".txt.qkv.q." in name for name in unused) and len(unused) < len(held) / 2
         for name, (before, p) in held.items():
             assert torch.equal(p, before) == (name in unused), name
@@ -157,6 +165,11 @@ def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path
     assert all(b[k] == a[k] for k in a if k[0] in (3, 4))
 
 
+def encode_blank_control(run, batch):
+    inputs = CONTROLNET.encode_inputs(run, batch)
+    return {name: torch.zeros_like(values) for name, values in inputs.items()}
+
+
 @pytest.mark.parametrize("blank", [False, True], ids=["right", "blank"])
 def test_blank_controls_are_not_learnt_and_that_is_said_loudly(
     tmp_path, caplog, monkeypatch, blank
@@ -164,11 +177,9 @@ def test_blank_controls_are_not_learnt_and_that_is_said_loudly(
     """The shipped net, which follows its controls, and the same net shown the same empty control
     for each picture.
     """
-    real = loop.encode_control
     if blank:
-        monkeypatch.setattr(
-            loop, "encode_control", lambda *a: {k: torch.zeros_like(v) for k, v in real(*a).items()}
-        )
+        emptied = dataclasses.replace(CONTROLNET, encode_inputs=encode_blank_control)
+        monkeypatch.setattr(setup, "choose_task", lambda config: emptied)
     with caplog.at_level(logging.INFO, "fluxlite"):
         train(
             *TINY,
@@ -192,7 +203,7 @@ def test_a_control_is_compared_with_another_samples_where_padding_repeats_some()
     rows = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 0]), torch.tensor([1, 1])]
     held_out = [(None, None, None, {}, indices, None) for indices in rows]
     numbers = torch.cat(rows)
-    partners = meter.Meter(None, held_out, None).partners()
+    partners = meter.ControlMeter(None, held_out).partners()
     assert (
         all(numbers[partner] != own for partner, own in zip(partners, numbers)) and partners[2] == 1
     )
@@ -206,8 +217,8 @@ def test_wasteful_depths_name_the_nearest_that_wastes_none(caplog):
         "controlnet.init_from_base=false",
     )
     shape = config.controlnet.shape(config.model.shape())
-    unused = loop.unused_parameters(loop.ControlNet(shape), config.model.shape())
-    loop.report_unused(shape, config.model.shape(), unused)
+    unused = controlnet.unused_parameters(controlnet.ControlNet(shape), config.model.shape())
+    controlnet.log_unused(shape, config.model.shape(), unused)
     assert (
         "num_single_blocks=3: the transformer's 4 blocks take the outputs of 2" in caplog.text
         and "2 would waste none" in caplog.text

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fluxlite.draw.contact_sheet import contact_sheet
 from fluxlite.train import metrics
 from fluxlite.train.metrics import (
     Metrics,
     MetricsConfig,
     Throughput,
-    contact_sheet,
     peak_tflops,
-    plot_losses,
     read_metrics,
 )
+from fluxlite.train.plots import plot_losses
 
 QUIET = MetricsConfig(tensorboard=False, progress=False)
 

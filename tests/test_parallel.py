@@ -313,7 +313,7 @@ def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
     ]
     plain, spread = (
         sum(
-            prediction.predict(
+            prediction.predict_step(
                 [*small, "data.global_batch=8", f"parallel.shard_modulation={flag}"], 8
             )["sent"].values()
         )
@@ -339,8 +339,14 @@ def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
         "controlnet.num_single_blocks=0",
         "data.global_batch=8",
     ]
-    found, plain = (
-        prediction.predict([*shape, *more], 8) for more in (net, ["data.global_batch=8"])
+    union = [*net, "controlnet.num_modes=3", "data.control_mode=depth"]
+    found, plain, of_union = (
+        prediction.predict_step([*shape, *more], 8)
+        for more in (net, ["data.global_batch=8"], union)
+    )
+    embedding = 4 * 3 * 3072 / 8  # of the modes, float32 over 8 ranks
+    assert of_union["memory"]["weights"] - found["memory"]["weights"] == pytest.approx(
+        embedding, abs=3072 * 4
     )
     assert found["memory"]["frozen transformer"] == pytest.approx(
         plain["memory"]["weights"] / 2, rel=1e-3

@@ -19,9 +19,10 @@ import fluxlite
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.options import RANGES, option_fields
 from fluxlite.cli.programs import LONGEST, Terminated, one_line
+from fluxlite.cli.stage_times import StageTimes
 from fluxlite.draw import pipeline
+from fluxlite.draw.contact_sheet import wrap_caption
 from fluxlite.settings import InferConfig, TrainConfig
-from fluxlite.train.metrics import Stages, wrap_caption
 
 ROOT = Path(__file__).parents[1]
 infer = runpy.run_path(str(ROOT / "infer.py"))
@@ -208,8 +209,8 @@ def test_a_file_of_prompts_has_one_a_line_or_is_named(data, prompts, tmp_path):
 
 
 def test_stages_of_one_name_are_one_line():
-    stages = Stages()
-    stages.rows = [("a", 1.0, 5e9, 6e9, None), ("b", 2.0, 1, 1, None), ("a", 3.0, 4e9, 7e9, None)]
+    stages = StageTimes()
+    stages.rows = [("a", 1.0, 5e9, 6e9), ("b", 2.0, 1, 1), ("a", 3.0, 4e9, 7e9)]
     lines = [line.split() for line in stages.table().splitlines()[1:]]
     assert lines == [["a", "4.0", "5.00", "7.00"], ["b", "2.0", "0.00", "0.00"]]
 

@@ -809,13 +809,13 @@ sys.path.insert(0, "tests")
 from test_trainer import MOCK, configure
 from fluxlite import parallel
 from fluxlite.cli.processes import leave
-from fluxlite.train import loop, run_state
+from fluxlite.train import resume, run_state, setup
 from fluxlite.cli.programs import one_line
 config = configure(*MOCK, f"output={sys.argv[1]}")
 device, mesh = parallel.start(config.parallel, "cpu")
-run = loop.set_up(config, device, mesh)
+run = setup.set_up(config, device, mesh)
 state = dict(model=run.model, optimizers=run.optimizers, ema=run.ema)
-about = dict(meta=loop.describe(run), keep=0)
+about = dict(meta=resume.describe_run(run), keep=0)
 save = lambda step: run_state.save_training(config.output, step=step, **about, **state)
 save(1)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

@@ -18,6 +18,7 @@ from fluxlite.cli.command_line import load_config
 from fluxlite.nets.flux import Flux, FluxConfig
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, optim
+from fluxlite.train.tasks.full import FULL
 from fluxlite.weights import run_folder, sources
 
 ROOT = Path(__file__).parents[1]
@@ -281,7 +282,7 @@ def test_saving_is_atomic_and_keeps_the_last_k(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.optim, "learning_rate", lambda *_: 1e38)
+    monkeypatch.setattr(optim, "learning_rate", lambda *_: 1e38)
     with pytest.raises(ValueError, match=r"loss of step \d+ is .*mock/.*optim.lr"):
         train(*MOCK, "steps=30", "optim.clip=0", "optim.warmup=0", f"output={tmp_path}/run")
     assert not (tmp_path / "run/checkpoints").exists()
@@ -305,12 +306,12 @@ def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):
     config = configure(*MOCK, f"model.checkpoint={first}", "steps=1")
     device, mesh = parallel.start(config.parallel, "cpu")
     try:
-        model = loop.build_flux(config, device, mesh)
+        [model] = FULL.build_models(config, device, mesh)
         expected = weights(first, ema=True)
         assert all(torch.equal(p, expected[n]) for n, p in model.named_parameters())
         assert any(not torch.equal(v, expected[k]) for k, v in weights(first, ema=False).items())
         with pytest.raises(ValueError, match="num_single_blocks"):
-            loop.build_flux(
+            FULL.build_models(
                 configure(*MOCK, f"model.checkpoint={first}", "model.num_single_blocks=2"),
                 device,
                 mesh,
@@ -386,7 +387,7 @@ def test_training_starts_from_any_layout_at_full_width(tmp_path):
 
 def test_frozen_parameters_stay_and_patterns_must_match():
     model = Flux(FluxConfig(1, 1, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)))
-    optim.freeze(
+    optim.freeze_parameters(
         model, optim.OptimConfig(trainable=["double_blocks.*", "out.*"], freeze=["*.bias"])
     )
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -396,14 +397,14 @@ def test_frozen_parameters_stay_and_patterns_must_match():
         and "img_in.weight" not in trained
     )
     with pytest.raises(ValueError, match="no parameter matches bloks"):
-        optim.freeze(model, optim.OptimConfig(trainable=["bloks.*"]))
+        optim.freeze_parameters(model, optim.OptimConfig(trainable=["bloks.*"]))
 
 
 def test_muon_orthogonalises_and_matches_torch():
     g = torch.Generator().manual_seed(0)
     for shape in ((48, 16), (16, 48), (32, 32)):
         matrix = torch.randn(shape, generator=g) @ torch.diag(torch.logspace(0, -2, shape[1]))
-        values = torch.linalg.svdvals(optim.orthogonalise(matrix))
+        values = torch.linalg.svdvals(optim.orthogonalise_matrix(matrix))
         assert values.max() < 1.4 and values.median() > 0.5
     ours = torch.randn(48, 16, generator=g).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
@@ -433,7 +434,8 @@ def test_meshes_differ_with_muon_by_the_iterations_bfloat16_alone():
 
     def difference(dtype):
         one, other = (
-            optim.orthogonalise(m.double(), dtype=dtype) for m in (gradient, summed_otherwise)
+            optim.orthogonalise_matrix(m.double(), dtype=dtype)
+            for m in (gradient, summed_otherwise)
         )
         return ((one - other).norm() / one.norm()).item()
 

@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 
 from fluxlite import parallel
-from fluxlite.cli.options import check_options, option, same_option
+from fluxlite.cli.options import check_options, option, refuse_first, same_option
 from fluxlite.data import DataConfig
 from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import DrawConfig, PartsConfig, PipelineConfig
-from fluxlite.nets.control_modes import mode_number
-from fluxlite.nets.controlnet import ControlNetConfig, check_starts
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.flux import FluxConfig, check_channels
 from fluxlite.nets.latents import check_size, num_image_tokens
@@ -25,6 +23,8 @@ from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
+from fluxlite.train.tasks import choose_task
+from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
 from fluxlite.weights.sources import TINY, CheckpointConfig
 
 MAX_STEPS = 10**9  # of training
@@ -50,108 +50,6 @@ class MachineConfig:
     device: str | None = same_option(PipelineConfig, "device")
     dtype: str | None = same_option(PipelineConfig, "dtype")
     compile: bool = same_option(PipelineConfig, "compile")
-
-
-@dataclass
-class ControlNetTrainConfig:
-    """The ControlNet that is trained beside a frozen transformer; none without `controlnet=default`
-    or a recipe that has one.
-    """
-
-    train: bool = option(False, "train a ControlNet; set by controlnet=default", group="controlnet")
-    checkpoint: str | None = option(
-        None,
-        "a ControlNet to start from, of any layout; its depth must be the one below",
-        path=True,
-    )
-    init_from_base: bool = option(
-        True,
-        "else start from the transformer's embedders and first blocks; false: random weights",
-    )
-    num_double_blocks: int = same_option(ControlNetConfig, "num_double_blocks")
-    num_single_blocks: int = same_option(ControlNetConfig, "num_single_blocks")
-    hint: str = same_option(ControlNetConfig, "hint")
-    num_modes: int = same_option(ControlNetConfig, "num_modes")
-    dropout: float = option(
-        0.0, "share of samples trained with an empty control", at_least=0, below=1
-    )
-    meter_every: int = option(
-        50,
-        "steps between measurements of whether it learns; 0 for none",
-        at_least=0,
-        at_most=MAX_STEPS,
-        resume=True,
-    )
-    patience: int = option(
-        300,
-        "steps after which a control without effect is said loudly",
-        at_least=0,
-        at_most=MAX_STEPS,
-        resume=True,
-    )
-
-    def shape(self, base):
-        """The `ControlNetConfig` beside a transformer of configuration `base`."""
-        return ControlNetConfig.beside(
-            base,
-            **{
-                name: getattr(self, name)
-                for name in ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
-            },
-        )
-
-    def check(self, config):
-        """Raise `ValueError` where a `TrainConfig` cannot train this ControlNet."""
-        shape = self.shape(config.model.shape())
-        shape.validate()
-        if not config.data.control:
-            raise ValueError(
-                "a ControlNet needs control pictures: set data.control=png (beside the target in "
-                "the tar) or canny"
-            )
-        replicate, shard, _, _ = config.parallel.sizes()
-        least = max(8, 2 * replicate * shard)
-        if self.meter_every and config.data.val_count < least:
-            raise ValueError(
-                "the meter compares a control with another's, which takes eight held-out samples, "
-                "and two on each data-parallel "
-                f"rank: set data.val_count={least} or more, not {config.data.val_count}, or "
-                "controlnet.meter_every=0"
-            )
-        mode = config.data.control_mode
-        if (mode is None) == (self.num_modes > 0):
-            raise ValueError(
-                f"controlnet.num_modes={self.num_modes} and data.control_mode={mode}: only a union "
-                "net has both"
-            )
-        if mode == "json" and config.data.kind != "webdataset":
-            raise ValueError(
-                f"data.control_mode=json: data={config.data.kind} has no modes, name a kind"
-            )
-        if mode not in (None, "json") and not mode_number(mode) < self.num_modes:
-            raise ValueError(
-                f"data.control_mode={mode} is kind {mode_number(mode)}: set controlnet.num_modes "
-                "above that"
-            )
-        if self.init_from_base and not self.checkpoint:
-            check_starts(shape, config.model.shape())
-        shared = config.parallel.cp > 1 or config.parallel.sequence_parallel
-        if shared and (self.hint == "pixel" or self.num_modes):
-            raise ValueError(
-                "parallel.cp and parallel.sequence_parallel share tokens, which a ControlNet with "
-                "controlnet.hint=pixel or "
-                "controlnet.num_modes makes itself: leave them out"
-            )
-        if self.hint == "pixel" and config.data.cache:
-            raise ValueError(
-                "controlnet.hint=pixel needs pictures, and data.cache holds latents: set "
-                "data.cache=null"
-            )
-        if self.hint == "pixel" and config.data.kind == "mock":
-            raise ValueError(
-                "controlnet.hint=pixel needs pictures, and data=mock makes up latents: choose "
-                "other data"
-            )
 
 
 @dataclass
@@ -218,77 +116,88 @@ class TrainConfig(MachineConfig):
     def validate(self):
         check_options(self)
         check_machine(self)
-        if ":" in self.device:
-            raise ValueError(f"device={self.device}: write cuda; CUDA_VISIBLE_DEVICES says which")
         self.model.shape().validate()
         check_channels(self.model, f"model.in_channels={self.model.in_channels}: the transformer")
         for group in (self.data, self.flow, self.parallel):
             group.validate()
         check_size(self.data.height, self.data.width)
-        replicate, shard, _, _ = self.parallel.sizes()
-        dp, micro, batch = replicate * shard, self.data.micro_batch, self.data.global_batch
-        if batch % (dp * micro):
-            above = -(-batch // (dp * micro)) * dp * micro
-            smaller = (
-                f", or data.micro_batch={math.gcd(batch // dp, micro)}" if batch % dp == 0 else ""
-            )
-            raise ValueError(
-                f"data.global_batch={batch} must be a multiple of data-parallel ranks x "
-                "data.micro_batch = "
-                f"{dp} x {micro} = {dp * micro}: set data.global_batch={above}{smaller}"
-            )
+        check_batch(self.data, self.parallel)
         tokens = num_image_tokens(self.data.height // 8, self.data.width // 8)
         self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
-        if self.compile and self.parallel.tp > 1:
-            raise ValueError(
-                "compile=true does not work with parallel.tp above 1 yet: leave one of them out"
-            )
-        if self.parallel.shard_encoders and not self.model.t5:
-            raise ValueError(
-                "parallel.shard_encoders=true shards T5, and model.t5 is null: leave it out"
-            )
-        if self.parallel.shard_encoders and self.data.cache:
-            raise ValueError(
-                "parallel.shard_encoders=true gathers T5 on all ranks together, and data.cache "
-                "encodes on each alone"
-            )
-        if self.parallel.cpu_offload and not self.device.startswith("cuda"):
-            raise ValueError(
-                "parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it "
-                "out"
-            )
-        if self.parallel.cpu_offload and self.optim.kind == "muon":
-            raise ValueError(
-                "parallel.cpu_offload=true does not work with optim.kind=muon, which gathers "
-                "matrices on the GPU"
-            )
-        if self.controlnet.train:
-            self.controlnet.check(self)
-        elif self.controlnet != ControlNetTrainConfig() or self.data.control:
-            raise ValueError(
-                "controlnet.* and data.control= are for training a ControlNet: set "
-                "controlnet=default too, or leave them out"
-            )
-        missing = [
-            f"model.{part}="
-            for part in ("t5", "clip", "autoencoder")
-            if not getattr(self.model, part)
-        ]
-        if missing and (self.data.kind != "mock" or len(missing) < 3):
-            raise ValueError(
-                f"data={self.data.kind} needs {', '.join(missing)}: name a folder or a hub id for "
-                "each"
-            )
-        if self.model.save_converted and not self.model.checkpoint:
-            raise ValueError(
-                "model.save_converted= keeps model.checkpoint= in our layout: name that too, or "
-                "neither"
-            )
-        if self.validation == "round_robin" and self.data.val_count < 8:
-            raise ValueError(
-                "validation=round_robin needs data.val_count to be at least 8, not "
-                f"{self.data.val_count}"
-            )
+        refuse_first([*machine_conflicts(self), *parts_conflicts(self)])
+        choose_task(self).check_settings(self)
+
+
+def check_batch(data, parallel):
+    """Raise `ValueError` unless micro-batches of all data-parallel ranks make up whole batches."""
+    replicate, shard, _, _ = parallel.sizes()
+    dp, micro, batch = replicate * shard, data.micro_batch, data.global_batch
+    together = dp * micro
+    if batch % together:
+        above = -(-batch // together) * together
+        fitting = math.gcd(batch // dp, micro)
+        smaller = f", or data.micro_batch={fitting}" if batch % dp == 0 else ""
+        raise ValueError(
+            f"data.global_batch={batch} must be a multiple of data-parallel ranks x "
+            f"data.micro_batch = {dp} x {micro} = {together}: set data.global_batch={above}"
+            f"{smaller}"
+        )
+
+
+def machine_conflicts(config):
+    """(whether it is so, text) of each way in which settings of the machine do not go together."""
+    parallel = config.parallel
+    yield (
+        ":" in config.device,
+        f"device={config.device}: write cuda; CUDA_VISIBLE_DEVICES says which",
+    )
+    yield (
+        config.compile and parallel.tp > 1,
+        "compile=true does not work with parallel.tp above 1 yet: leave one of them out",
+    )
+    yield (
+        parallel.shard_encoders and not config.model.t5,
+        "parallel.shard_encoders=true shards T5, and model.t5 is null: leave it out",
+    )
+    yield (
+        parallel.shard_encoders and config.data.cache,
+        "parallel.shard_encoders=true gathers T5 on all ranks together, and data.cache encodes on "
+        "each alone",
+    )
+    yield (
+        parallel.cpu_offload and not config.device.startswith("cuda"),
+        "parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it out",
+    )
+    yield (
+        parallel.cpu_offload and config.optim.kind == "muon",
+        "parallel.cpu_offload=true does not work with optim.kind=muon, which gathers matrices on "
+        "the GPU",
+    )
+
+
+def parts_conflicts(config):
+    """The same of the model's parts and the data."""
+    model, data = config.model, config.data
+    parts = [part for part in ("t5", "clip", "autoencoder") if not getattr(model, part)]
+    missing = ", ".join(f"model.{part}=" for part in parts)
+    yield (
+        missing and (data.kind != "mock" or len(parts) < 3),
+        f"data={data.kind} needs {missing}: name a folder or a hub id for each",
+    )
+    unused = data.control or config.controlnet != ControlNetTrainConfig()
+    yield (
+        unused and not config.controlnet.train,
+        "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, "
+        "or leave them out",
+    )
+    yield (
+        model.save_converted and not model.checkpoint,
+        "model.save_converted= keeps model.checkpoint= in our layout: name that too, or neither",
+    )
+    yield (
+        config.validation == "round_robin" and data.val_count < 8,
+        f"validation=round_robin needs data.val_count to be at least 8, not {data.val_count}",
+    )
 
 
 def repeated_fields():

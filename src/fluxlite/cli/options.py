@@ -225,6 +225,13 @@ def check_bounds(value, metadata, key):
             raise ValueError(f"{key}={shortened(one)} must be {bounds_of(metadata)}")
 
 
+def refuse_first(conflicts):
+    """Raise `ValueError` with the text of the first pair (whether it is so, text) that is so."""
+    for holds, text in conflicts:
+        if holds:
+            raise ValueError(text)
+
+
 def bounds_of(metadata):
     """`at least 0 and below 1`, from a field's metadata."""
     return " and ".join(

@@ -26,7 +26,7 @@ class PreflightConfig:
     ranks: int = option(MISSING, "processes of the run", at_least=1, at_most=65_536)
 
 
-def report(found):
+def print_prediction(found):
     """Print a prediction as two tables."""
     print(
         " x ".join(f"{name} {size}" for name, size in found["mesh"].items()),
@@ -52,11 +52,11 @@ def usage():
 def body(arguments):
     with deferred_signals():  # torch's import takes an interruption for a lack of numpy
         from fluxlite.cli.command_line import parse_flags
-        from fluxlite.preflight.prediction import predict
+        from fluxlite.preflight.prediction import predict_step
 
     config, rest = parse_flags(PreflightConfig, arguments, rest=True)
-    found = predict(rest, config.ranks)
-    report(found)
+    found = predict_step(rest, config.ranks)
+    print_prediction(found)
     sent = {" over ".join(key): size for key, size in found["sent"].items()}
     calls = {" over ".join(key): count for key, count in found["calls"].items()}
     print(

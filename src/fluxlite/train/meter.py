@@ -11,18 +11,21 @@ B samples, L tokens, H hidden width.
 
 import logging
 import math
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from fluxlite import rng
-from fluxlite.nets import flow
-from fluxlite.nets.latents import pack_latents
+from fluxlite.train.plots import plot_control
+from fluxlite.train.training_step import fixed_draws, flow_loss
 
 log = logging.getLogger("fluxlite")
 
 TIMES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+KINDS = {"right": "right", "shuffled": "another's", "none": "none"}  # of controls, and in the log
 # standard errors by which the right control must be better: of 64 samples once in 10,000 looks by
 # chance, of 8 in 400
 Z = 4.0
@@ -32,151 +35,128 @@ DEAD = 1e-6  # of the hidden state's norm
 
 
 @dataclass
-class Meter:
-    """Looks at a run with `look(step)`, and keeps the last verdict: "learning", "not yet" or "not
-    learning".
+class ControlMeter:
+    """Looks at a run with `measure(step)`, and keeps the last verdict: "learning", "not yet" or
+    "not learning".
     """
 
     run: object
     held_out: list
-    # (x0, txt, pooled, *, noise, t, guidance, **steer) → (B,), the trainer's `flow_loss` for this
-    # run
-    losses_of: object
+    every: int = 1  # steps between two measurements
+    plot: Callable = plot_control  # (folder): draws what was measured so far
     verdict: str = "not yet"
     alone: list | None = None  # losses without control, which never change
 
     @torch.no_grad()
-    def look(self, step):
+    def measure(self, step):
         """{name: value} of all that was measured, for the metrics; logs one line, and loudly where
         nothing happens. Collective.
         """
         self.run.model.eval()
-        losses, differences = self.measure()
+        losses, differences = self.compare_controls()
         self.alone = losses["none"]
         self.run.model.train()
-        gain, z = significance(differences, losses["right"])
+        gain, z = paired_gain(differences, losses["right"])
         means = {kind: sum(by_t) / len(by_t) for kind, by_t in losses.items()}
-        before, self.verdict = (
-            self.verdict,
-            judge(gain, z, step, self.run.config.controlnet.patience),
-        )
-        ratios = self.ratios()
-        report(
-            step,
-            self.verdict,
-            means,
-            gain,
-            z,
-            ratios,
-            loudly=self.verdict == "not learning" != before,
-        )
-        values = {f"control/{kind}": mean for kind, mean in means.items()} | {
-            "control/gain": gain,
-            "control/z": z,
-        }
-        values |= {
-            f"control/{kind}_t{t:.3f}": loss
-            for kind, by_t in losses.items()
-            for t, loss in zip(TIMES, by_t)
-        }
+        ratios, before = self.residual_ratios(), self.verdict
+        self.verdict = judge_gain(gain, z, step, self.run.config.controlnet.patience)
+        log_verdict(step, self.verdict, means, gain, z)
+        if self.verdict == "not learning" != before and dist.get_rank() == 0:
+            warn_of_no_effect(step, ratios)
+        values = {f"control/{kind}": mean for kind, mean in means.items()}
+        values |= {"control/gain": gain, "control/z": z}
+        for kind, by_t in losses.items():
+            values |= {f"control/{kind}_t{t:.3f}": loss for t, loss in zip(TIMES, by_t)}
         return values | {f"control/residual_{name}": ratio for name, ratio in ratios.items()}
 
-    def measure(self):
+    def compare_controls(self):
         """Losses {"right", "shuffled", "none": one for each of TIMES}, and (count, sum, sum of
         squares) of each sample's gain.
         """
-        kinds, device = ("right", "shuffled") + (() if self.alone else ("none",)), self.run.device
-        sums, gains = (
-            torch.zeros(len(kinds), len(TIMES), device=device),
-            torch.zeros(3, device=device),
-        )
-        count = torch.zeros((), device=device)
-        hints = torch.cat([steer["hint"] for *_, steer, _, _ in self.held_out])
-        others, first = hints[self.partners()], 0
-        for x0, txt, pooled, steer, indices, weights in self.held_out:
-            noise = pack_latents(
-                rng.normal(self.run.latent_shape, seed=0, indices=indices, stream="meter")
-            ).to(device)
-            guidance = torch.full((len(x0),), self.guidance(), device=device)
-            shuffled = steer | {"hint": others[first : first + len(x0)]}
+        run, first = self.run, 0
+        kinds = [kind for kind in KINDS if kind != "none" or not self.alone]
+        sums = torch.zeros(len(kinds), len(TIMES), device=run.device)
+        gains = torch.zeros(3, device=run.device)
+        others = torch.cat([inputs["hint"] for _, _, _, inputs, _, _ in self.held_out])
+        others = others[self.partners()]
+        for x0, txt, pooled, inputs, indices, weights in self.held_out:
+            shuffled = inputs | {"hint": others[first : first + len(x0)]}
             first += len(x0)
-            gain = torch.zeros(len(x0), device=device)
-            for k, time in enumerate(TIMES):
-                t = torch.full((len(x0),), time, device=device)
-                found = [
-                    self.losses_of(x0, txt, pooled, noise=noise, t=t, guidance=guidance, **given)
-                    for given in (steer, shuffled, {})[: len(kinds)]
-                ]
-                sums[:, k] += torch.stack([(losses * weights).sum() for losses in found])
-                gain += (found[1] - found[0]) / len(TIMES)
-            count += weights.sum()
-            gains += torch.stack(
-                [weights.sum(), (gain * weights).sum(), (gain.square() * weights).sum()]
-            )
-        for tensor in (sums, count, gains):
-            dist.all_reduce(tensor)
-        repeats = (
-            self.run.mesh.tp.size() * self.run.mesh.cp.size()
-        )  # ranks that have the same samples
-        return {"none": self.alone} | {k: (row / count).tolist() for k, row in zip(kinds, sums)}, (
-            gains / repeats
-        ).tolist()
+            controls = (inputs, shuffled, {})[: len(kinds)]
+            losses = self.losses_by_time(x0, txt, pooled, indices, controls)
+            sums += (losses * weights).sum(dim=-1)
+            gain = (losses[1] - losses[0]).mean(dim=0)
+            powers = torch.stack([torch.ones_like(gain), gain, gain.square()])
+            gains += (powers * weights).sum(dim=-1)
+        dist.all_reduce(sums)
+        dist.all_reduce(gains)
+        repeats = run.mesh.tp.size() * run.mesh.cp.size()  # ranks that have the same samples
+        found = dict(zip(kinds, (sums / gains[0]).tolist()))
+        return {"none": self.alone} | found, (gains / repeats).tolist()
+
+    def losses_by_time(self, x0, txt, pooled, indices, controls):
+        """The losses (controls, TIMES, B) of some samples under each of the controls."""
+        run, rows = self.run, []
+        drawn = fixed_draws(run, indices, "meter")
+        for given in controls:
+            for time in TIMES:
+                t = torch.full((len(x0),), time, device=run.device)
+                rows.append(flow_loss(run, x0, txt, pooled, t=t, **drawn, **given))
+        return torch.stack(rows).unflatten(0, (len(controls), len(TIMES)))
 
     def partners(self):
         """For each of this rank's samples the place of another one, the one before it unless that
         is the same (padding repeats).
         """
-        numbers = [number for *_, indices, _ in self.held_out for number in indices.tolist()]
-        return [
-            next((p - k for k in range(1, len(numbers)) if numbers[p - k] != numbers[p]), p)
-            for p in range(len(numbers))
-        ]
+        numbers = torch.cat([indices for *_, indices, _ in self.held_out]).tolist()
+        return [other_place(numbers, place) for place in range(len(numbers))]
 
-    def guidance(self):
-        low, high = flow.guidance_range(self.run.config.flow.guidance)
-        return (low + high) / 2
-
-    def ratios(self):
+    def residual_ratios(self):
         """Norm of what is added after each block of the transformer over that of its output:
         {"double_0": ratio, …}, at t = 0.5.
         """
-        x0, txt, pooled, steer, indices, _ = self.held_out[0]
-        found, added = {}, {}
-        base = self.run.base
-
-        def record(name):
-            def hook(_module, _args, out):
-                found[name] = (out[0] if isinstance(out, tuple) else out).float().norm()
-
-            return hook
-
-        def keep(_module, _args, kwargs):
-            for kind, tensors in zip(("double", "single"), kwargs["residuals"]):
-                added.update(
-                    {f"{kind}_{i}": tensor.float().norm() for i, tensor in enumerate(tensors)}
-                )
-
-        blocks = {f"double_{i}": b for i, b in enumerate(base.double_blocks)} | {
-            f"single_{i}": b for i, b in enumerate(base.single_blocks)
-        }
-        hooks = [block.register_forward_hook(record(name)) for name, block in blocks.items()]
-        hooks.append(base.register_forward_pre_hook(keep, with_kwargs=True))
-        noise = pack_latents(
-            rng.normal(self.run.latent_shape, seed=0, indices=indices, stream="meter")
-        ).to(x0.device)
+        x0, txt, pooled, inputs, indices, _ = self.held_out[0]
         half = torch.full((len(x0),), 0.5, device=x0.device)
-        try:
-            guidance = torch.full_like(half, self.guidance())
-            self.losses_of(x0, txt, pooled, noise=noise, t=half, guidance=guidance, **steer)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        drawn = fixed_draws(self.run, indices, "meter")
+        with block_norms(self.run.flux) as (found, added):
+            flow_loss(self.run, x0, txt, pooled, t=half, **drawn, **inputs)
         pairs = torch.stack([torch.stack([added[name], found[name]]).square() for name in added])
         dist.all_reduce(pairs)
         return {name: math.sqrt(a / max(b, 1e-30)) for name, (a, b) in zip(added, pairs.tolist())}
 
 
-def significance(differences, right):
+def other_place(numbers, place):
+    """The nearest place before `place`, around the end too, with another number; else itself."""
+    around = [place - k for k in range(1, len(numbers))]
+    return next((other for other in around if numbers[other] != numbers[place]), place)
+
+
+@contextmanager
+def block_norms(flux):
+    """Norms seen in a forward of the transformer: of each block's output and of what is added to
+    it, ({"double_0": norm}, the same).
+    """
+    found, added, hooks = {}, {}, []
+
+    def keep_output(name, _module, _args, out):
+        found[name] = (out[0] if isinstance(out, tuple) else out).float().norm()
+
+    def keep_residuals(_module, _args, kwargs):
+        for kind, tensors in zip(("double", "single"), kwargs["residuals"]):
+            added.update({f"{kind}_{i}": tensor.float().norm() for i, tensor in enumerate(tensors)})
+
+    for kind, blocks in (("double", flux.double_blocks), ("single", flux.single_blocks)):
+        for i, block in enumerate(blocks):
+            hooks.append(block.register_forward_hook(partial(keep_output, f"{kind}_{i}")))
+    hooks.append(flux.register_forward_pre_hook(keep_residuals, with_kwargs=True))
+    try:
+        yield found, added
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def paired_gain(differences, right):
     """(gain, z): by which share of the loss the right control is better than another's, and by how
     many standard errors.
     """
@@ -187,7 +167,7 @@ def significance(differences, right):
     return mean / loss, mean / math.sqrt(variance / count) if variance > 0 else 0.0
 
 
-def judge(gain, z, step, patience):
+def judge_gain(gain, z, step, patience):
     """The verdict on a gain of so many standard errors at a step; what is between the two is "not
     yet", however late.
     """
@@ -196,33 +176,22 @@ def judge(gain, z, step, patience):
     return "not learning" if step >= patience and (z < DOUBT or gain < GAIN) else "not yet"
 
 
-def report(step, verdict, means, gain, z, ratios, *, loudly):
-    """One line on how it goes; `loudly`, once, that nothing happens, with the blocks that add
-    nothing.
-    """
-    shown = ", ".join(
-        f"{means[kind]:.4f} {name}"
-        for kind, name in (("right", "right"), ("shuffled", "another's"), ("none", "none"))
-    )
+def log_verdict(step, verdict, means, gain, z):
+    """One line on how it goes."""
+    shown = ", ".join(f"{means[kind]:.4f} {name}" for kind, name in KINDS.items())
     worse = ", worse than none yet" if means["right"] > means["none"] else ""
-    log.info(
-        "step %d, control: %s; loss %s (gain %.2f %%, z %.1f%s)",
+    values = verdict, shown, 100 * gain, z, worse
+    log.info("step %d, control: %s; loss %s (gain %.2f %%, z %.1f%s)", step, *values)
+
+
+def warn_of_no_effect(step, ratios):
+    """Say loudly that nothing happens, with the blocks that add nothing."""
+    log.warning(
+        "step %d: THE CONTROL HAS NO EFFECT. Are the control pictures blank or all alike, do "
+        "they belong to their targets, "
+        "is optim.lr too low, is controlnet.dropout near 1?",
         step,
-        verdict,
-        shown,
-        100 * gain,
-        z,
-        worse,
     )
-    if loudly and dist.get_rank() == 0:
-        log.warning(
-            "step %d: THE CONTROL HAS NO EFFECT. Are the control pictures blank or all alike, do "
-            "they belong to their targets, "
-            "is optim.lr too low, is controlnet.dropout near 1?",
-            step,
-        )
-        dead = [name for name, ratio in ratios.items() if ratio < DEAD]
-        if dead:
-            log.warning(
-                "step %d: nothing is added after the transformer's blocks %s", step, ", ".join(dead)
-            )
+    dead = ", ".join(name for name, ratio in ratios.items() if ratio < DEAD)
+    if dead:
+        log.warning("step %d: nothing is added after the transformer's blocks %s", step, dead)

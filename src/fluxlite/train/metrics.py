@@ -1,21 +1,19 @@
-"""What a person watching a run sees: a progress bar, `metrics.jsonl`, TensorBoard or wandb, sample
-pictures, plots of the losses.
+"""What a run writes down while it lives: a progress bar, `metrics.jsonl`, TensorBoard or wandb,
+pictures; its speed.
 
 A run's folder gets:
 
     folder/metrics.jsonl   one JSON line per call of `log`: {"step": …, "time": …, "loss": …}
     folder/images/         pictures, `<name>-<step>.png`
     folder/tensorboard/    tensorboard --logdir folder
-    folder/losses.png      written by `plot_losses`
 """
 
 import importlib.util
 import json
 import math
-import os
 import re
-import resource
 import sys
+import textwrap
 import threading
 import time
 import uuid
@@ -25,12 +23,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fluxlite.cli.atomic import naming_errors
 from fluxlite.cli.descriptions import check_regular, read_text
 from fluxlite.cli.options import check_options, option
+from fluxlite.cli.stage_times import memory_of_process
 from fluxlite.weights.tensor_files import aside
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"); the first name
@@ -207,10 +205,7 @@ class Metrics:
         """Write `values` (name → number) of `step` to all logs; floats are exact in the file."""
         if not self.enabled:
             return
-        values = {
-            name: value if isinstance(value, int) else float(value)
-            for name, value in values.items()
-        }
+        values = {name: v if isinstance(v, int) else float(v) for name, v in values.items()}
         path = self.folder / "metrics.jsonl"
         with naming_errors(path), open(path, "a") as file:
             file.write(format_row({"step": step, "time": round(time.time(), 3), **values}))
@@ -285,15 +280,10 @@ def open_tensorboard(folder, start_step, run_config):
     """
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(
-        folder / "tensorboard", purge_step=start_step + 1 if start_step else 0, flush_secs=10
-    )
-    text = json.dumps(run_config, indent=2, default=str)
-    writer.add_text(
-        "config",
-        "\n".join("    " + line for line in text.splitlines()),
-        start_step + 1 if start_step else 0,
-    )
+    first = start_step + 1 if start_step else 0
+    writer = SummaryWriter(folder / "tensorboard", purge_step=first, flush_secs=10)
+    text = textwrap.indent(json.dumps(run_config, indent=2, default=str), "    ")
+    writer.add_text("config", text, first)
     return writer
 
 
@@ -345,77 +335,7 @@ def memory_gb(device):
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    if os.path.exists("/proc/self/statm"):
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS: the peak, in bytes
-
-
-def memory_of_process():
-    """(private, resident) memory of this process in bytes: anonymous pages, and those with the
-    mapped files' pages that are in.
-    """
-    try:
-        with open("/proc/self/status") as file:
-            fields = dict(line.split(":", 1) for line in file)
-    except OSError:  # macOS: resident alone is known
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak, peak
-    return tuple(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS"))
-
-
-class Stages:
-    """Seconds and peak memory of each stage of a program: `with stages("denoising"): …`, then
-    `table()`.
-    """
-
-    def __init__(self, device="cpu", interval=0.02):
-        self.device, self.interval, self.rows = torch.device(device), interval, []
-
-    @contextmanager
-    def __call__(self, name):
-        done, peaks, began = threading.Event(), [0, 0], time.perf_counter()
-
-        def watch():
-            while True:
-                for i, value in enumerate(memory_of_process()):
-                    peaks[i] = max(peaks[i], value)
-                if done.wait(self.interval):
-                    return
-
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-        finally:
-            done.set()
-            watcher.join()
-            on_device = (
-                torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-            )
-            self.rows.append((name, time.perf_counter() - began, *peaks, on_device))
-
-    def table(self):
-        """A line for each stage: the seconds of all its times, and the most memory of any."""
-        lines = [
-            f"{'stage':<28}{'seconds':>9}{'private GB':>12}{'resident GB':>13}"
-            + "   GPU GB" * (self.device.type == "cuda")
-        ]
-        merged = {}
-        for name, seconds, *peaks in self.rows:
-            before = merged.get(name, (0, *peaks))
-            most = [
-                peak if peak is None else max(peak, old) for peak, old in zip(peaks, before[1:])
-            ]
-            merged[name] = before[0] + seconds, *most
-        for name, (seconds, private, resident, on_device) in merged.items():
-            line = f"{name:<28}{seconds:>9.1f}{private / 1e9:>12.2f}{resident / 1e9:>13.2f}"
-            lines.append(line + (f"{on_device / 1e9:>9.2f}" if on_device is not None else ""))
-        return "\n".join(lines)
+    return memory_of_process()[1] / 1e9
 
 
 class Throughput:
@@ -436,12 +356,8 @@ class Throughput:
         peak=None,
         clock=time.perf_counter,
     ):
-        self.device, self.clock, self.flops_per_sample, self.num_devices = (
-            device,
-            clock,
-            flops_per_sample,
-            num_devices,
-        )
+        self.device, self.clock = device, clock
+        self.flops_per_sample, self.num_devices = flops_per_sample, num_devices
         self.peak = peak if peak is not None else peak_tflops(device)
         self.samples, self.elapsed, self.since = 0, 0.0, clock()
 
@@ -476,225 +392,3 @@ class Throughput:
             if self.peak:
                 values["mfu"] = values["tflops"] / self.peak
         return values
-
-
-def smooth(values, window):
-    """Centred running mean over `window` values, fewer at both ends."""
-    sums = np.convolve(values, np.ones(window), "same")
-    return sums / np.convolve(np.ones(len(values)), np.ones(window), "same")
-
-
-def plot_losses(folder):
-    """Draw `folder/losses.png` from `metrics.jsonl`: losses over steps, and the validation loss
-    over t; returns its path.
-    """
-    rows = read_metrics(folder)
-    figure, (left, right) = two_axes()
-    plot_loss_over_steps(left, rows)
-    plot_loss_over_t(right, rows)
-    return save_axes(figure, (left, right), Path(folder) / "losses.png")
-
-
-def two_axes():
-    """A figure of two axes side by side, the left one wider."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # without pyplot: no display, no global figures
-    return figure, figure.subplots(1, 2, width_ratios=(1.35, 1))
-
-
-def save_axes(figure, both, path):
-    """Give all axes their common look, and save."""
-    for axes in both:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("0.6")
-        axes.tick_params(colors="0.35", labelsize=9)
-        axes.grid(color="0.92", linewidth=0.8)
-        axes.set_axisbelow(True)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False, fontsize=9)
-    with aside(path, overwrite=True) as part:
-        figure.savefig(part, format="png")
-    return path
-
-
-def plot_control(folder):
-    """Draw `folder/control.png` from `metrics.jsonl`: what `meter` saw, over steps, and last over
-    t; returns its path.
-    """
-    rows = [row for row in read_metrics(folder) if "control/right" in row]
-    figure, (left, right) = two_axes()
-    styles = {
-        "right": ("#1f5aa8", "its own control"),
-        "shuffled": ("#e0802f", "another's"),
-        "none": ("0.5", "none"),
-    }
-    for kind, (colour, label) in styles.items():
-        series = [(row["step"], row[f"control/{kind}"]) for row in rows]
-        left.plot(*zip(*series), color=colour, linewidth=1.6, label=label)
-        last = {
-            float(k.split("_t")[1]): v
-            for k, v in rows[-1].items()
-            if k.startswith(f"control/{kind}_t")
-        }
-        right.plot(*zip(*sorted(last.items())), "o-", color=colour, linewidth=1.6, label=label)
-    left.set(
-        xlabel="step", ylabel="held-out loss", title=f"gain {100 * rows[-1]['control/gain']:.1f} %"
-    )
-    right.set(xlabel="t", title="at the last look")
-    return save_axes(figure, (left, right), Path(folder) / "control.png")
-
-
-def plot_loss_over_steps(axes, rows):
-    """Training loss, raw and smoothed, and the validation loss, which is a mean over t."""
-    train, val = (
-        np.array(
-            [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-        ).reshape(-1, 2)
-        for key in ("loss", "val/loss")
-    )
-    highest = []
-    if len(train):
-        window = 1 + 2 * (len(train) // 40)  # odd: an even one would shift the curve by half a step
-        smoothed = smooth(train[:, 1], window)
-        axes.plot(*train.T, color="#3b76c4", alpha=0.22, linewidth=0.9)
-        axes.plot(
-            train[:, 0],
-            smoothed,
-            color="#1f5aa8",
-            linewidth=1.8,
-            label=f"training, {smoothed[-1]:.3f} at the end",
-        )
-        highest += [np.quantile(train[:, 1], 0.99), smoothed[len(smoothed) // 20 :].max()]
-    if len(val):
-        axes.plot(
-            *val.T,
-            "o-",
-            color="#e0802f",
-            linewidth=1.5,
-            markersize=4.5,
-            label=f"validation, {val[-1, 1]:.3f} at the end",
-        )
-        highest += [val[:, 1].max()]
-    if highest:
-        lowest = min(series[:, 1].min() for series in (train, val) if len(series))
-        margin = 0.08 * (max(highest) - lowest) or 0.1
-        axes.set_ylim(
-            max(0, lowest - margin), max(highest) + margin
-        )  # a spike at the start must not flatten the rest
-    else:
-        say_nothing_yet(axes, "no losses yet")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_title("Loss", loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("step")
-    axes.set_ylabel("mean squared error of the velocity")
-
-
-def plot_loss_over_t(axes, rows):
-    """Validation loss over t of the first, a middle and the last evaluation."""
-    curves = []
-    for row in rows:
-        points = sorted(
-            (float(key[len("val/loss_t") :]), value)
-            for key, value in row.items()
-            if key.startswith("val/loss_t")
-        )
-        if points:
-            curves.append((row["step"], np.array(points)))
-    chosen = sorted({0, len(curves) // 2, len(curves) - 1} & set(range(len(curves))))
-    for index, color in zip(chosen, ("#b9c2cc", "#6f9bd1", "#1f5aa8")[-len(chosen) :]):
-        step, points = curves[index]
-        axes.plot(
-            *points.T, "o-", color=color, linewidth=1.8, markersize=4.5, label=f"step {step:,}"
-        )
-    if not curves:
-        say_nothing_yet(axes, "no validation yet")
-    axes.set_xlim(-0.03, 1.03)
-    axes.set_ylim(bottom=0)
-    axes.set_title("Validation loss by noise level", loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("t  (0 = picture, 1 = noise)")
-    axes.set_ylabel("mean squared error of the velocity")
-
-
-def say_nothing_yet(axes, text):
-    axes.set_yticks([])
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.5")
-
-
-def wrap_caption(text, *, font, width, max_lines):
-    """`text` as at most `max_lines` lines of at most `width` pixels; what does not fit ends in an
-    ellipsis.
-    """
-    lines = []
-    for paragraph in text[:1000].split("\n"):  # a caption of a million letters would take for ever
-        line = ""
-        for word in paragraph.split():
-            if line and font.getlength(f"{line} {word}") > width:
-                lines.append(line)
-                line = word
-            else:
-                line = f"{line} {word}".strip()
-        lines.append(line)
-    cut = lines[:max_lines]
-    if len(lines) > max_lines:
-        cut[-1] += "…"
-    for i, line in enumerate(cut):
-        while len(line) > 1 and font.getlength(line) > width:
-            line = line.rstrip("…")[:-1] + "…"
-        cut[i] = line
-    return cut
-
-
-def contact_sheet(images, *, columns=None, captions=None):
-    """A grid of PIL pictures with a caption of up to four lines under each, if any.
-
-    Pictures narrower than 128 pixels are enlarged by a whole factor, the same for all, without
-    smoothing. Raises `ValueError` where there are no pictures or not as many captions.
-    """
-    if not images:
-        raise ValueError("a contact sheet needs at least one picture")
-    if captions is not None and len(captions) != len(images):
-        raise ValueError(
-            f"{len(captions)} captions for {len(images)} pictures: give one for each, '' for none"
-        )
-    factor = max(1, math.ceil(128 / max(image.width for image in images)))
-    images = [
-        image.convert("RGB").resize(
-            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
-        )
-        for image in images
-    ]
-    width, height = max(image.width for image in images), max(image.height for image in images)
-    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
-    font = ImageFont.load_default(size=max(12, width // 24))
-    wrapped = [
-        wrap_caption(text or "", font=font, width=width, max_lines=4)
-        for text in captions or [""] * len(images)
-    ]
-    line_height = math.ceil(1.2 * sum(font.getmetrics()))
-    has_captions = any(text for text in captions or ())
-    below = 4 + line_height * max(len(lines) for lines in wrapped) if has_captions else 0
-    margin = max(8, width // 32)
-    rows = math.ceil(len(images) / columns)
-    sheet = Image.new(
-        "RGB",
-        (margin + columns * (width + margin), margin + rows * (height + below + margin)),
-        "white",
-    )
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, lines) in enumerate(zip(images, wrapped)):
-        x, y = (
-            margin + i % columns * (width + margin),
-            margin + i // columns * (height + below + margin),
-        )
-        left, top = x + (width - image.width) // 2, y + (height - image.height) // 2
-        draw.rectangle(
-            (left - 1, top - 1, left + image.width, top + image.height), outline=(205, 205, 205)
-        )
-        sheet.paste(image, (left, top))
-        for j, line in enumerate(lines if has_captions else ()):
-            draw.text((x, y + height + 4 + j * line_height), line, fill=(60, 60, 60), font=font)
-    return sheet

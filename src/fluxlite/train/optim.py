@@ -53,7 +53,7 @@ class OptimConfig:
     freeze: list[str] = option([], "name patterns of parameters to freeze, after trainable")
 
 
-def freeze(model, config):
+def freeze_parameters(model, config):
     """Set `requires_grad` by the name patterns; raises `ValueError` for a pattern that matches
     nothing or if none is left.
     """
@@ -105,7 +105,7 @@ def make_optimizers(model, config):
     return optimizers
 
 
-def orthogonalise(matrix, steps=5, dtype=torch.bfloat16):
+def orthogonalise_matrix(matrix, steps=5, dtype=torch.bfloat16):
     """The matrix (m, n) with all its singular values moved to about 1, by Newton-Schulz iteration
     in `dtype`.
 
@@ -147,20 +147,21 @@ class Muon(torch.optim.Optimizer):
                 mean = self.state[p]["momentum"]
                 moved = mean.lerp(p.grad, 1 - group["momentum"])
                 update = self.orthogonalised(p.grad.lerp(moved, group["momentum"]))
-                stepped = _local(p) * (1 - group["lr"] * group["weight_decay"])
+                stepped = local_tensor(p) * (1 - group["lr"] * group["weight_decay"])
                 stepped.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+                skipped = getattr(self, "found_inf", None)
                 for old, new in ((mean, moved), (p, stepped)):
-                    _replace_unless(getattr(self, "found_inf", None), _local(old), _local(new))
+                    replace_unless(skipped, local_tensor(old), local_tensor(new))
 
     @staticmethod
     def orthogonalised(update):
         """This rank's part of the whole update."""
         if not isinstance(update, DTensor):
-            return orthogonalise(update)
-        return orthogonalise(update.full_tensor())[local_part(update)]
+            return orthogonalise_matrix(update)
+        return orthogonalise_matrix(update.full_tensor())[local_part(update)]
 
 
-def _replace_unless(skipped, old, new):
+def replace_unless(skipped, old, new):
     """Write `new` into `old`, unless the tensor `skipped` is 1; the host does not wait for it."""
     old.copy_(new if skipped is None else torch.where(skipped.to(old.device) > 0, old, new))
 
@@ -193,11 +194,11 @@ def clip_gradients(model, config, loss=0.0):
         if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    parts = [_local(gradient) for gradient in gradients]
+    parts = [local_tensor(gradient) for gradient in gradients]
     norms = torch._foreach_norm(parts, dtype=torch.float32)
     ranks = dist.get_world_size()
     device = next(p.device for p in model.parameters())
-    shares = torch.tensor([_share(gradient, ranks) for gradient in gradients])
+    shares = torch.tensor([share_of_rank(gradient, ranks) for gradient in gradients])
     norm = torch.stack([part.to(device) for part in norms]).square()
     norm = norm.dot(shares.to(device, non_blocking=True))
     norm += 0 * torch.as_tensor(loss, device=device)
@@ -210,7 +211,7 @@ def clip_gradients(model, config, loss=0.0):
     return norm
 
 
-def _share(tensor, ranks):
+def share_of_rank(tensor, ranks):
     """This rank's share in its part of a tensor: one over the number of ranks that hold the
     same.
     """
@@ -242,17 +243,18 @@ class EMA:
         decay = min(self.decay, (2 + step) / (11 + step))
         share = (1 - decay) * (1 - skipped)
         for name, average in self.average.items():
-            _local(average).lerp_(_local(self.live[name]), share.to(average.device))
+            local_tensor(average).lerp_(local_tensor(self.live[name]), share.to(average.device))
 
     @torch.no_grad()
     def swap(self):
         """Exchange the average and the live weights, in place; call it twice to have both back."""
         for name in self.average:
-            average, live = _local(self.average[name]), _local(self.live[name])
+            average, live = local_tensor(self.average[name]), local_tensor(self.live[name])
             kept = live.clone()
             live.copy_(average)
             average.copy_(kept)
 
 
-def _local(tensor):
+def local_tensor(tensor):
+    """This rank's part of a tensor, which may be a DTensor."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

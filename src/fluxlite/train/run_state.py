@@ -26,11 +26,11 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.tensor import DTensor
 
 from fluxlite import parallel
 from fluxlite.cli.atomic import naming_errors, sync_folder
 from fluxlite.cli.programs import one_line
+from fluxlite.train.optim import local_tensor
 from fluxlite.weights.run_folder import (
     SOON_CHECKED,
     STEP_NAME,
@@ -247,8 +247,7 @@ def check_all_finite(state, what):
     found = None
     for group, tensors in state.items():
         for name, tensor in tensors.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if found is None and not all_finite(local):
+            if found is None and not all_finite(local_tensor(tensor)):
                 found = f"{group}.{name}"
     bad = [name for name in parallel.gather_values(found) if name]
     if bad:

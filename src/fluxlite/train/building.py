@@ -1,0 +1,105 @@
+"""The models of a run: made on meta, wrapped, and filled with weights one tensor at a time.
+
+So no rank ever holds a whole model, not while it is loaded either.
+"""
+
+from dataclasses import asdict
+
+import torch
+
+from fluxlite import parallel, rng
+from fluxlite.nets.flux import Flux, check_channels, initial
+from fluxlite.train import optim
+from fluxlite.weights import sources
+from fluxlite.weights.sources import resolve
+from fluxlite.weights.tensor_files import check_values
+
+
+def meta_flux(config):
+    """The transformer on meta, as it is."""
+    with torch.device("meta"):
+        return Flux(config.model.shape(), config.model.attention)
+
+
+def wrap_flux(config, mesh, *, frozen=False):
+    """The transformer on meta, wrapped as the configuration says; frozen it is in the compute
+    dtype.
+    """
+    model = meta_flux(config)
+    if frozen:
+        model.to(getattr(torch, config.dtype)).requires_grad_(False)
+    else:
+        optim.freeze_parameters(model.train(), config.optim)
+    return wrap_model(model, config, mesh)
+
+
+def wrap_model(model, config, mesh):
+    """A model on meta, parallelized."""
+    return parallel.parallelize(
+        model, mesh, config.parallel, getattr(torch, config.dtype), compile=config.compile
+    )
+
+
+def open_base(config, opened=sources.open_source, *rest):
+    """The `Source` of model.checkpoint; raises `ValueError` where it is no transformer."""
+    given = dict(ema=config.model.ema, given=asdict(config.model.shape()))
+    source = opened(resolve(config.model.checkpoint), *rest, **given)
+    sources.check_part(source, "transformer", "model.checkpoint")
+    return source
+
+
+def check_base(config):
+    """Raise `ValueError`, before anything is loaded, where model.checkpoint cannot be trained."""
+    if config.model.checkpoint:
+        check_channels(open_base(config).config, f"model.checkpoint={config.model.checkpoint}")
+
+
+def flux_weights(config, device, values_of=initial):
+    """The transformer's (name, values), one by one: the checkpoint's, or random by `values_of`."""
+    if not config.model.checkpoint:
+        return random_weights(meta_flux(config), config.seed, device, values_of)
+    source = open_base(config, sources.converted, config.model.save_converted)
+    check_shape(source, config.model.shape(), "model.checkpoint", config.model.checkpoint)
+    return checked_weights(source, "model.checkpoint")
+
+
+def checked_weights(source, setting):
+    """`weights_of` a source; raises `ValueError`, naming the setting and the tensor, where one is
+    not finite.
+    """
+    for name, values in sources.weights_of(source):
+        check_values(f"{setting}={source.where}: {name}", values)
+        yield name, values
+
+
+def check_shape(source, shape, key, value):
+    """Raise `ValueError`, with the differences, where a checkpoint has another shape than the
+    configuration.
+    """
+    if source.config != shape:
+        old, new = asdict(source.config), asdict(shape)
+        changes = list_changes(old, new, changed_keys(old, new))
+        raise ValueError(f"{key}={value} has another shape: {changes}")
+
+
+def changed_keys(old, new):
+    """The keys whose values differ between two dictionaries."""
+    return {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+
+
+def list_changes(old, new, keys):
+    """`key: value there, value here` for each of the keys."""
+    keys = sorted(keys)
+    return ", ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys)
+
+
+def random_weights(model, seed, device, values_of=initial):
+    """Initial values of each parameter of a model, keyed by the seed: the same on any mesh."""
+    generator = device_generator(seed, "weights", device)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    return ((name, values_of(name, shape, device, generator)) for name, shape in shapes.items())
+
+
+def device_generator(seed, stream, device):
+    """A generator on a device, keyed by the seed and a stream."""
+    return torch.Generator(device).manual_seed(rng.generator(seed, 0, stream).initial_seed())

@@ -1,0 +1,78 @@
+"""Pictures that a run draws of itself: the same prompts and noise every time.
+
+B pictures of a batch, L tokens, C channels of a token.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fluxlite.data import CachedSamples, collate
+from fluxlite.draw import sampling
+from fluxlite.draw.contact_sheet import contact_sheet
+from fluxlite.nets.schedule import SampleConfig
+
+
+@dataclass
+class GridBatch:
+    """Prompts that are drawn together, encoded."""
+
+    captions: list
+    txt: torch.Tensor
+    pooled: torch.Tensor
+    inputs: dict  # the task's
+    noise: torch.Tensor  # (B, L, C)
+    shown: list  # of each, the pictures that are shown before the drawn one
+
+
+def encode_grid(run, dataset):
+    """The `GridBatch`es of the validation set's first prompts; none where there are no encoders to
+    draw with.
+    """
+    if run.parts.encoders is None:
+        return []
+    # a cache holds no captions
+    plain = dataset.dataset if isinstance(dataset, CachedSamples) else dataset
+    config = run.config
+    samples = [plain[i] for i in range(min(config.sample.count, config.data.val_count))]
+    captions = [sample["captions"] for sample in samples]
+    txt, pooled = run.parts.encoders.encode(captions, config.model.max_sequence_length)
+    batches = []
+    for start in range(0, len(samples), config.data.micro_batch):
+        rows = slice(start, start + config.data.micro_batch)
+        batches.append(grid_batch(run, samples[rows], txt[rows], pooled[rows], start))
+    return batches
+
+
+@torch.no_grad()
+def grid_batch(run, samples, txt, pooled, start):
+    """The `GridBatch` of some samples, the first of which is number `start` of the grid."""
+    numbers = list(range(start, start + len(samples)))
+    batch = collate(samples) | {"indices": numbers}
+    noise = sampling.initial_noise(run.latent_shape, numbers).to(run.device)
+    shown = [sampling.pictures_of(batch[name]) for _, name in run.task.shown]
+    beside = list(zip(*shown)) or [()] * len(samples)
+    inputs = run.task.encode_inputs(run, batch)
+    return GridBatch(batch["captions"], txt, pooled, inputs, noise, beside)
+
+
+def draw_grid(run, batches):
+    """A contact sheet of pictures, each behind what the task shows with it. Collective."""
+    data, grid = run.config.data, run.config.sample
+    settings = SampleConfig(
+        height=data.height, width=data.width, steps=grid.steps, guidance=grid.guidance
+    )
+    pictures, captions = [], []
+    for batch in batches:
+        velocity = partial(run.velocity, **batch.inputs)
+        texts = batch.txt.to(run.dtype), batch.pooled.to(run.dtype)
+        tokens = sampling.sample_sharded(
+            velocity, run.flux.config, *texts, batch.noise, settings, run.dtype
+        )
+        drawn = sampling.decode_pictures(run.parts.autoencoder, tokens, data.height, data.width)
+        for caption, shown, picture in zip(batch.captions, batch.shown, drawn):
+            pictures += [*shown, picture]
+            captions += [*(label for label, _ in run.task.shown), caption]
+    columns = 2 * (1 + len(run.task.shown)) if run.task.shown else None
+    return contact_sheet(pictures, columns=columns, captions=captions)

@@ -1,0 +1,102 @@
+"""Whether a run may begin or go on, and what its checkpoints say of it."""
+
+import json
+import logging
+from dataclasses import asdict
+
+from fluxlite import __version__, parallel
+from fluxlite.cli.options import resumable_keys
+from fluxlite.data import CachedSamples
+from fluxlite.data.cache import data_digest
+from fluxlite.train import run_state
+from fluxlite.train.building import changed_keys, list_changes
+from fluxlite.weights import run_folder
+
+log = logging.getLogger("fluxlite")
+
+
+def flatten_settings(values, prefix=""):
+    """{dotted key: value} of nested dictionaries."""
+    flat = {}
+    for key, value in values.items():
+        nested = isinstance(value, dict)
+        flat |= flatten_settings(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def check_resume(saved, config):
+    """Say which changed keys a resumed run accepts; raise `ValueError` for the others."""
+    new = flatten_settings(json.loads(json.dumps(asdict(config))))
+    # what an older version did not know has its default
+    defaults = flatten_settings(json.loads(json.dumps(asdict(type(config)()))))
+    old = defaults | flatten_settings(saved)
+    changed = changed_keys(old, new)
+    accepted = changed & resumable_keys(type(config))
+    refused = changed - accepted
+    if refused:
+        listed = list_changes(old, new, refused)
+        raise ValueError(
+            f"resume=auto: {config.output} was started with other settings ({listed}); restore "
+            "them, or set another output="
+        )
+    if accepted - {"resume"}:
+        log.info("resuming with changed %s", ", ".join(sorted(accepted - {"resume"})))
+    if "steps" in changed and config.optim.schedule != "constant":
+        jump = config.optim.schedule, config.steps
+        log.info("optim.schedule=%s now ends at step %d: the learning rate jumps", *jump)
+
+
+def find_resume(config):
+    """The checkpoint to go on from, or None; collective.
+
+    Raises `ValueError` where a run would be overwritten or another one continued.
+    """
+    if config.resume != "auto":
+        parallel.first_rank_does(lambda: run_state.check_unused(config.output))
+        return None
+    folder = run_state.choose_checkpoint(config.output)
+    if folder is not None:
+        meta = run_folder.read_meta(folder)
+        check_resume(meta.config, config)
+        if meta.step > config.steps:
+            raise ValueError(
+                f"output={config.output} is at step {meta.step} already: set steps above that, not "
+                f"{config.steps}"
+            )
+    return folder
+
+
+def describe_data(training, validation):
+    """What a checkpoint says of the data: digests, how many samples are trained on, their files'
+    names.
+    """
+    sets = [d.dataset if isinstance(d, CachedSamples) else d for d in (training, validation)]
+    digests = [data_digest(d) if getattr(d, "shards", []) else "" for d in sets]
+    names = [shard.name for shard in getattr(sets[0], "shards", [])]
+    return run_folder.DataRecord(digests[0], len(sets[0]), names, digests[1])
+
+
+def warn_of_changed_data(folder, data):
+    """Say it loudly where a resumed run's data are not those it was trained on."""
+    changes = run_state.changed_data(run_folder.read_meta(folder).data, data)
+    if changes and parallel.rank() == 0:
+        log.warning(
+            "resuming on other data: the samples have changed (%s); this is no longer the same run",
+            changes,
+        )
+
+
+def describe_run(run):
+    """What a checkpoint says of itself: layout, shape, training math, data, the whole
+    configuration.
+    """
+    return {
+        "layout": "fluxlite",
+        "version": __version__,
+        "what": run.task.name,
+        "model": asdict(run.model.config),
+        "flow": asdict(run.config.flow),
+        "config": asdict(run.config),
+        "data": asdict(run.data),
+        "ema": sorted(run.ema.average) if run.ema else [],
+    }

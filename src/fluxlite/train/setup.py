@@ -1,0 +1,174 @@
+"""Setting a run up: its models, optimizers, frozen encoders and data."""
+
+import hashlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fluxlite import parallel
+from fluxlite.data import (
+    CachedSamples,
+    MockSamples,
+    build_cache,
+    make_loader,
+    open_dataset,
+    prepare,
+)
+from fluxlite.draw.pipeline import check_widths
+from fluxlite.nets.flux import rope_table
+from fluxlite.nets.latents import position_ids
+from fluxlite.train import optim
+from fluxlite.train.building import check_base
+from fluxlite.train.tasks import choose_task
+from fluxlite.train.tasks.task import Task
+from fluxlite.weights import sources
+from fluxlite.weights.run_folder import DataRecord
+from fluxlite.weights.sources import resolve
+from fluxlite.weights.text_encoders import load_text_encoders
+
+log = logging.getLogger("fluxlite")
+
+
+@dataclass
+class FrozenParts:
+    """What surrounds the transformer in training; None where the data needs no encoder."""
+
+    autoencoder: object = None
+    encoders: object = None
+
+
+@dataclass
+class Run:
+    """All that a training step touches."""
+
+    config: object
+    device: torch.device
+    mesh: parallel.Mesh
+    task: Task
+    models: list  # what is trained first, the transformer last
+    optimizers: list
+    ema: optim.EMA | None
+    parts: FrozenParts
+    rope: tuple
+    data: DataRecord = field(default_factory=DataRecord)  # what it is trained on
+
+    def __post_init__(self):
+        self.velocity = self.task.velocity_of(self.models)
+        self.model, self.flux = self.models[0], self.models[-1]  # which may be the same
+        self.dtype = getattr(torch, self.config.dtype)  # what is computed in
+
+    @property
+    def latent_shape(self):
+        """(C, h, w) of one picture's latents."""
+        data = self.config.data
+        return self.config.model.in_channels // 4, data.height // 8, data.width // 8
+
+    @property
+    def micro_batches(self):
+        """How many of this rank's micro-batches make a step."""
+        data = self.config.data
+        return data.global_batch // (data.micro_batch * self.mesh.dp_size)
+
+    def loader(self, dataset, **options):
+        """This rank's batches of a data set: those of its place in data parallelism, the same for
+        tp and cp ranks.
+        """
+        ranks = dict(dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
+        return make_loader(dataset, micro_batch=self.config.data.micro_batch, **ranks, **options)
+
+
+def set_up(config, device, mesh):
+    """Models, optimizers and encoders of a run on this rank's device of a `parallel.Mesh`."""
+    warn_of_warmup(config)
+    check_base(config)
+    parts, task = load_parts(config, device, mesh), choose_task(config)
+    return assemble_run(config, device, mesh, task, task.build_models(config, device, mesh), parts)
+
+
+def warn_of_warmup(config):
+    """Say so where a run ends before its learning rate has risen to `optim.lr`."""
+    if config.optim.warmup >= config.steps and parallel.rank() == 0:
+        lengths = config.optim.warmup, config.steps
+        log.warning("optim.warmup=%d is not over when the run ends at steps=%d", *lengths)
+
+
+def assemble_run(config, device, mesh, task, models, parts):
+    """The `Run` of a task's wrapped models."""
+    optimizers = optim.make_optimizers(models[0], config.optim)
+    ema = optim.EMA(models[0], config.optim.ema_decay) if config.optim.ema_decay else None
+    cells = config.data.height // 8, config.data.width // 8
+    rope = rope_table(
+        position_ids(*cells, config.model.max_sequence_length).to(device), config.model.shape()
+    )
+    flux = models[-1].config
+    flux.scheduler = sources.scheduler_beside(config.model.checkpoint, flux)  # for pictures
+    return Run(config, device, mesh, task, models, optimizers, ema, parts, rope)
+
+
+def load_parts(config, device, mesh):
+    """The frozen autoencoder and text encoders that the configuration names; T5 is sharded where
+    that is asked for.
+    """
+    if not config.model.t5:
+        return FrozenParts()
+    sharded = config.parallel.shard_encoders
+    where = dict(dtype=getattr(torch, config.dtype), device=device)
+    names = resolve(config.model.t5), resolve(config.model.clip)
+    encoders = load_text_encoders(*names, t5_device="cpu" if sharded else device, **where)
+    if sharded:
+        parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.world)
+    autoencoder = sources.load_autoencoder(resolve(config.model.autoencoder), **where)
+    check_widths(config.model.shape(), autoencoder, encoders)
+    return FrozenParts(autoencoder, encoders)
+
+
+def open_data(config, run):
+    """The training and validation sets; with `data.cache` encoded first, by all ranks together."""
+    found = {}
+    return [open_split(config, run, split, found) for split in ("train", "val")]
+
+
+def open_split(config, run, split, found):
+    """One of the sets, "train" or "val"; `found` is for both, as `open_dataset` has it."""
+    data, model = config.data, config.model
+    if run.parts.encoders is None:
+        return MockSamples(
+            data,
+            split=split,
+            seed=config.seed,
+            latent_shape=run.latent_shape,
+            text_shape=(model.max_sequence_length, model.text_width),
+            pooled_width=model.pooled_width,
+        )
+    prepare(data, split, config.seed)
+    dataset = open_dataset(data, split, config.seed, found)
+    return cache_samples(run, dataset, Path(data.cache) / split) if data.cache else dataset
+
+
+def cache_samples(run, dataset, folder):
+    """The samples encoded, in a folder that holds them afterwards."""
+    parts, length = run.parts, run.config.model.max_sequence_length
+    directory = build_cache(
+        dataset,
+        folder,
+        encode_images=lambda images: parts.autoencoder.posterior(images.to(run.device)),
+        encode_texts=lambda texts: parts.encoders.encode(texts, length),
+        digest=encoders_digest(parts, length, run.config.dtype),
+        rank=parallel.rank(),
+        world_size=parallel.world_size(),
+    )
+    parallel.wait_for_all()
+    return CachedSamples(dataset, directory)
+
+
+def encoders_digest(parts, max_sequence_length, dtype):
+    """A digest of all that encoded latents and texts depend on."""
+    digest = hashlib.blake2b(
+        f"{parts.encoders.digest}/{max_sequence_length}/{dtype}".encode(), digest_size=8
+    )
+    for name, tensor in sorted(parts.autoencoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,290 @@
+"""Training a ControlNet beside a transformer, which is frozen in the compute dtype.
+
+B samples, L tokens, C channels of a token.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from fluxlite import parallel, rng
+from fluxlite.cli.options import option, refuse_first, same_option
+from fluxlite.nets.control_modes import mode_number
+from fluxlite.nets.controlnet import (
+    ControlNet,
+    ControlNetConfig,
+    check_starts,
+    initial_value,
+    nearest_depth,
+    spread,
+    unused_parameters,
+    used,
+    weights_from_base,
+)
+from fluxlite.nets.flux import initial
+from fluxlite.train import optim
+from fluxlite.train.batches import encode_pictures
+from fluxlite.train.building import (
+    check_shape,
+    checked_weights,
+    device_generator,
+    flux_weights,
+    random_weights,
+    wrap_flux,
+    wrap_model,
+)
+from fluxlite.train.meter import ControlMeter
+from fluxlite.train.tasks.task import Task
+from fluxlite.weights import sources
+
+log = logging.getLogger("fluxlite")
+
+SHAPE = ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
+CACHED = ("control_mean", "control_logvar")  # of a batch from a cache
+MAX_STEPS = 10**9  # between two measurements
+
+
+@dataclass
+class ControlNetTrainConfig:
+    """The ControlNet that is trained beside a frozen transformer; none without `controlnet=default`
+    or a recipe that has one.
+    """
+
+    train: bool = option(False, "train a ControlNet; set by controlnet=default", group="controlnet")
+    checkpoint: str | None = option(
+        None,
+        "a ControlNet to start from, of any layout; its depth must be the one below",
+        path=True,
+    )
+    init_from_base: bool = option(
+        True,
+        "else start from the transformer's embedders and first blocks; false: random weights",
+    )
+    num_double_blocks: int = same_option(ControlNetConfig, "num_double_blocks")
+    num_single_blocks: int = same_option(ControlNetConfig, "num_single_blocks")
+    hint: str = same_option(ControlNetConfig, "hint")
+    num_modes: int = same_option(ControlNetConfig, "num_modes")
+    dropout: float = option(
+        0.0, "share of samples trained with an empty control", at_least=0, below=1
+    )
+    meter_every: int = option(
+        50,
+        "steps between measurements of whether it learns; 0 for none",
+        at_least=0,
+        at_most=MAX_STEPS,
+        resume=True,
+    )
+    patience: int = option(
+        300,
+        "steps after which a control without effect is said loudly",
+        at_least=0,
+        at_most=MAX_STEPS,
+        resume=True,
+    )
+
+    def shape(self, base):
+        """The `ControlNetConfig` beside a transformer of configuration `base`."""
+        return ControlNetConfig.beside(base, **{name: getattr(self, name) for name in SHAPE})
+
+
+def check_control(config):
+    """Raise `ValueError` where a `TrainConfig` cannot train its ControlNet."""
+    net, base = config.controlnet, config.model.shape()
+    net.shape(base).validate()
+    refuse_first([*meter_conflicts(config), *mode_conflicts(config), *hint_conflicts(config)])
+    if net.init_from_base and not net.checkpoint:
+        check_starts(net.shape(base), base)
+
+
+def meter_conflicts(config):
+    replicate, shard, _, _ = config.parallel.sizes()
+    least, count = max(8, 2 * replicate * shard), config.data.val_count
+    yield (
+        not config.data.control,
+        "a ControlNet needs control pictures: set data.control=png (beside the target in the tar) "
+        "or canny",
+    )
+    yield (
+        config.controlnet.meter_every and count < least,
+        "the meter compares a control with another's, which takes eight held-out samples, and two "
+        f"on each data-parallel rank: set data.val_count={least} or more, not {count}, or "
+        "controlnet.meter_every=0",
+    )
+
+
+def mode_conflicts(config):
+    mode, count = config.data.control_mode, config.controlnet.num_modes
+    kind = -1 if mode in (None, "json") else mode_number(mode)
+    yield (
+        (mode is None) == (count > 0),
+        f"controlnet.num_modes={count} and data.control_mode={mode}: only a union net has both",
+    )
+    yield (
+        mode == "json" and config.data.kind != "webdataset",
+        f"data.control_mode=json: data={config.data.kind} has no modes, name a kind",
+    )
+    yield (
+        kind >= count and mode is not None,
+        f"data.control_mode={mode} is kind {kind}: set controlnet.num_modes above that",
+    )
+
+
+def hint_conflicts(config):
+    pixel = config.controlnet.hint == "pixel"
+    shared = config.parallel.cp > 1 or config.parallel.sequence_parallel
+    yield (
+        shared and (pixel or config.controlnet.num_modes),
+        "parallel.cp and parallel.sequence_parallel share tokens, which a ControlNet with "
+        "controlnet.hint=pixel or controlnet.num_modes makes itself: leave them out",
+    )
+    yield (
+        pixel and config.data.cache,
+        "controlnet.hint=pixel needs pictures, and data.cache holds latents: set data.cache=null",
+    )
+    yield (
+        pixel and config.data.kind == "mock",
+        "controlnet.hint=pixel needs pictures, and data=mock makes up latents: choose other data",
+    )
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def meta_controlnet(config):
+    """The ControlNet on meta, as it is."""
+    with torch.device("meta"):
+        return ControlNet(config.controlnet.shape(config.model.shape()), config.model.attention)
+
+
+def wrap_controlnet(config, mesh):
+    """The ControlNet on meta, wrapped; parameters that no gradient can reach are frozen and
+    logged.
+    """
+    base, net = config.model.shape(), meta_controlnet(config)
+    optim.freeze_parameters(net.train(), config.optim)
+    unused = unused_parameters(net, base)
+    parameters = dict(net.named_parameters())
+    for name in unused:
+        parameters[name].requires_grad_(False)
+    if not any(p.requires_grad for p in parameters.values()):
+        raise ValueError(
+            "optim.trainable and optim.freeze leave nothing to train that a gradient can reach: "
+            "see controlnet's depth"
+        )
+    if parallel.rank() == 0:
+        log_unused(net.config, base, unused)
+    return wrap_model(net, config, mesh)
+
+
+def log_unused(shape, base, unused):
+    """Log what is frozen since no gradient can reach it, and the nearest depth that wastes no
+    block.
+    """
+    for kind in ("double", "single"):
+        count, num_base = getattr(shape, f"num_{kind}_blocks"), getattr(base, f"num_{kind}_blocks")
+        taken = used(num_base, count, cyclic=kind == "double" and shape.hint == "pixel")
+        if taken < count:
+            log.warning(
+                "controlnet.num_%s_blocks=%d: the transformer's %d blocks take the outputs of %d, "
+                "the rest is frozen; %d would waste none",
+                *(kind, count, num_base, taken, nearest_depth(num_base, count)),
+            )
+    if unused:
+        log.info("frozen, since no gradient can reach them: %s", ", ".join(unused))
+
+
+def controlnet_weights(config, device):
+    """A ControlNet's (name, values) to start from: a checkpoint's, its base's, or random."""
+    control, net = config.controlnet, meta_controlnet(config)
+    if control.checkpoint:
+        where = sources.resolve(control.checkpoint)
+        about = dict(setting="controlnet.checkpoint", part="controlnet", ema=config.model.ema)
+        source = sources.open_source(where, **about)
+        sources.check_part(source, "controlnet", "controlnet.checkpoint")
+        check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
+        return checked_weights(source, "controlnet.checkpoint")
+    if control.init_from_base:
+        base = config.model.shape(), flux_weights(config, device, random_base_value)
+        generator = device_generator(config.seed, "controlnet", device)
+        return weights_from_base(net, *base, device, generator)
+    return random_weights(net, config.seed, device, partial(initial_value, net.config))
+
+
+def random_base_value(name, *options):
+    """`initial` with a random output layer: behind a zero one nothing can learn."""
+    return initial("img_in.weight" if name == "out.weight" else name, *options)
+
+
+def base_weights(config, device):
+    """`flux_weights` of the frozen transformer."""
+    if not config.model.checkpoint and parallel.rank() == 0:
+        log.warning(
+            "model.checkpoint is null: the frozen transformer is random, its output layer too; "
+            "only the ControlNet learns"
+        )
+    return flux_weights(config, device, random_base_value)
+
+
+# --- a step ---------------------------------------------------------------------------------------
+
+
+def controlled_velocity(net, flux, img, txt, rope, *, hint=None, mode=None, **inputs):
+    """The transformer's velocity, steered by the ControlNet; without `hint` its own."""
+    if hint is None:
+        return flux(img, txt, rope, **inputs)
+    samples = net(img, txt, rope, hint=hint.to(img.dtype), mode=mode, **inputs)
+    return flux(img, txt, rope, residuals=spread(samples, net.config, flux.config), **inputs)
+
+
+def encode_control(run, batch):
+    """A ControlNet's hint, latents (B, L, C) or pixels (B, 3, H, W), and of a union net the mode
+    (B,).
+    """
+    control = run.config.controlnet
+    if control.hint == "pixel":
+        hint = batch["controls"].to(run.device)
+    else:
+        hint = encode_pictures(run, batch, "controls", CACHED, stream="control")
+    if not control.num_modes:
+        return {"hint": hint}
+    largest = max(batch["modes"].tolist())
+    if largest >= control.num_modes:
+        raise ValueError(
+            f"controlnet.num_modes={control.num_modes}, but a sample's json has the mode {largest}"
+        )
+    return {"hint": hint, "mode": batch["modes"].to(run.device)}
+
+
+def drop_control(run, inputs, indices):
+    """Inputs with the control of a share of the samples emptied: black pixels, or latents of
+    zero.
+    """
+    control, hint = run.config.controlnet, inputs["hint"]
+    if not control.dropout:
+        return inputs
+    drawn = rng.uniform(seed=run.config.seed, indices=indices, stream="control dropout")
+    gone = (drawn < control.dropout).to(run.device).view(-1, *[1] * (hint.ndim - 1))
+    return inputs | {"hint": torch.where(gone, -1.0 if control.hint == "pixel" else 0.0, hint)}
+
+
+def make_meter(run, held_out):
+    """What measures whether the ControlNet learns; None with controlnet.meter_every=0."""
+    every = run.config.controlnet.meter_every
+    return ControlMeter(run, held_out, every) if every else None
+
+
+CONTROLNET = Task(
+    name="controlnet",
+    models=(
+        (wrap_controlnet, controlnet_weights),
+        (partial(wrap_flux, frozen=True), base_weights),
+    ),
+    velocity_of=lambda models: partial(controlled_velocity, *models),
+    check_settings=check_control,
+    encode_inputs=encode_control,
+    drop_inputs=drop_control,
+    make_meter=make_meter,
+    shown=(("control", "controls"), ("target", "images")),
+)

@@ -1,0 +1,34 @@
+"""What is trained is a task: a few functions, which are all that differs from run to run.
+
+The loop, validation, grids, checkpoints and preflight call them and know no task by name. Inputs
+are {name: tensor (B, …)}: what the velocity takes beside noisy latents, text and t.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fluxlite import parallel
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, beside what, and on which inputs."""
+
+    name: str  # of what is trained, as a checkpoint says it
+    # of the trained model first, of a Flux last: (config, mesh) → wrapped on meta, and
+    # (config, device) → its (name, values), one by one
+    models: tuple
+    velocity_of: Callable  # (models) → velocity(img, txt, rope, *, t, pooled, guidance, **inputs)
+    check_settings: Callable = lambda config: None  # raises `ValueError`
+    encode_inputs: Callable = lambda run, batch: {}  # → inputs
+    drop_inputs: Callable = lambda run, inputs, indices: inputs  # some emptied, for a step
+    make_meter: Callable = lambda run, held_out: None  # → `every`, `measure(step)`, `plot(folder)`
+    shown: tuple = ()  # ("control", "controls"): captions and names of pictures that grids show too
+
+    def build_models(self, config, device, mesh):
+        """The models, sharded and filled."""
+        place = "cpu" if config.parallel.cpu_offload else device
+        return [
+            parallel.fill(wrap(config, mesh), weights_of(config, device), place)
+            for wrap, weights_of in self.models
+        ]

@@ -1,0 +1,85 @@
+"""One training step: noise, velocity, loss, gradient, update.
+
+B samples of a micro-batch, L tokens, C channels of a token.
+"""
+
+import torch
+
+from fluxlite import parallel, rng
+from fluxlite.nets import flow
+from fluxlite.nets.latents import pack_latents
+from fluxlite.train import optim
+from fluxlite.train.batches import encode_batch
+
+
+def flow_loss(run, x0, txt, pooled, *, noise, t, guidance, **inputs):
+    """The velocity loss of each sample (B,) at times t (B,), all on the run's device; `inputs` are
+    the task's.
+    """
+    noisy = flow.add_noise(x0, noise, t).to(run.dtype)
+    conditions = dict(t=t, pooled=pooled.to(run.dtype), **inputs)
+    if run.flux.config.guidance_embed:
+        conditions["guidance"] = guidance
+    velocity = run.velocity(noisy, txt.to(run.dtype), run.rope, **conditions)
+    return flow.velocity_loss(velocity, x0, noise)
+
+
+def train_step(run, batches, step):
+    """One optimizer step over this rank's micro-batches; their mean loss and the gradient's norm,
+    both tensors.
+    """
+    total = torch.zeros((), device=run.device)
+    for i, batch in enumerate(batches):
+        parallel.reduce_gradients(run.model, i == len(batches) - 1)
+        x0, txt, pooled, inputs = encode_batch(run, batch)
+        inputs = run.task.drop_inputs(run, inputs, batch["indices"])
+        drawn = draw_step(run, batch["indices"], num_tokens=x0.shape[1])
+        loss = flow_loss(run, x0, txt, pooled, **drawn, **inputs).mean() / len(batches)
+        loss.backward()
+        total += loss.detach()
+    return total, optimizer_step(run, step, total)
+
+
+def draw_step(run, indices, num_tokens):
+    """Noise (B, L, C), t (B,) and guidance (B,) that the samples of a step are trained with."""
+    config, keys = run.config, dict(seed=run.config.seed, indices=indices)
+    return {
+        "noise": packed_noise(run, stream="noise", **keys),
+        "t": flow.sample_t(config.flow, num_tokens, **keys).to(run.device),
+        "guidance": flow.sample_guidance(config.flow, **keys).to(run.device),
+    }
+
+
+def fixed_draws(run, indices, stream):
+    """Noise (B, L, C) and guidance (B,), the middle of its range, that held-out samples are always
+    measured with.
+    """
+    middle = sum(flow.guidance_range(run.config.flow.guidance)) / 2
+    return {
+        "noise": packed_noise(run, seed=0, indices=indices, stream=stream),
+        "guidance": torch.full((len(indices),), middle, device=run.device),
+    }
+
+
+def packed_noise(run, **keys):
+    return pack_latents(rng.normal(run.latent_shape, **keys)).to(run.device)
+
+
+def optimizer_step(run, step, loss=0.0):
+    """Clip the gradient, step the optimizers and the moving average; the gradient's norm, a tensor.
+
+    Where a rank's loss or the gradient is not finite, the norm is not either, and nothing changes:
+    the device sees to that without the host, which learns of it later, in `read_flags`.
+    """
+    config = run.config
+    norm = optim.clip_gradients(run.model, config.optim, loss)
+    skipped = (~torch.isfinite(norm)).float()
+    for optimizer in run.optimizers:
+        optimizer.found_inf = skipped  # as torch.amp.GradScaler has it
+        for group in optimizer.param_groups:
+            group["lr"] = optim.learning_rate(config.optim, step, config.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    if run.ema:
+        run.ema.update(step, skipped)
+    return norm

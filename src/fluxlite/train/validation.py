@@ -1,0 +1,75 @@
+"""Losses over held-out samples, which are encoded once and measured with the same noise each
+time.
+"""
+
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from fluxlite import parallel
+from fluxlite.nets import flow
+from fluxlite.train.batches import encode_batch
+from fluxlite.train.training_step import fixed_draws, flow_loss
+
+
+@contextmanager
+def averaged_weights(run):
+    """The moving average in place of the weights, where there is one."""
+    swap_average(run)
+    try:
+        yield
+    finally:
+        swap_average(run)
+
+
+def swap_average(run):
+    """Exchange weights and moving average."""
+    if run.ema:
+        run.ema.swap()
+        parallel.reshard(run.model)
+
+
+def encode_validation(run, dataset):
+    """This rank's share of the validation set, encoded once: a list of (x0, txt, pooled, inputs,
+    indices, weights) micro-batches.
+
+    Every rank gets as many batches; the surplus samples of the last ones weigh nothing.
+    """
+    count, stride = run.config.data.val_count, run.mesh.dp_size * run.config.data.micro_batch
+    rounded = -(-count // stride) * stride
+    batches = []
+    for batch in run.loader(dataset, global_batch=stride, start_index=0, stop_index=rounded):
+        weights = (batch["indices"] < count).float().to(run.device)
+        batches.append((*encode_batch(run, batch), batch["indices"] % count, weights))
+    return batches
+
+
+@torch.no_grad()
+def validation_losses(run, batches):
+    """The loss at 8 fixed t with fixed noise, over the validation set: {"val/loss_t0.000": …,
+    "val/loss": their mean}.
+
+    With validation=round_robin sample i is measured at the i-th t alone, modulo 8, as MLPerf does:
+    an eighth of the work.
+    """
+    run.model.eval()
+    times = torch.tensor(flow.VALIDATION_T, device=run.device)
+    sums = torch.zeros(2, len(times), device=run.device)  # of losses, and of samples
+    for x0, txt, pooled, inputs, indices, weights in batches:
+        drawn = fixed_draws(run, indices, "validation")
+        for k in time_numbers(run, indices, len(times)):
+            losses = flow_loss(run, x0, txt, pooled, t=times[k], **drawn, **inputs)
+            sums.index_add_(1, k, torch.stack([losses * weights, weights]))
+    run.model.train()
+    dist.all_reduce(sums)
+    losses = (sums[0] / sums[1]).tolist()
+    by_t = {f"val/loss_t{t:.3f}": loss for t, loss in zip(flow.VALIDATION_T, losses)}
+    return by_t | {"val/loss": sum(losses) / len(losses)}
+
+
+def time_numbers(run, indices, count):
+    """For each pass over some samples which of `count` times each is measured at: (B,) each."""
+    if run.config.validation == "round_robin":
+        return [indices.to(run.device) % count]
+    return torch.arange(count, device=run.device)[:, None].expand(count, len(indices))
