@@ -17,6 +17,7 @@ code 2.
 import dataclasses
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -81,10 +82,11 @@ def convert(args):
     with deferred_signals():  # torch's import takes an interruption for a lack of numpy
         import torch
 
-        from fluxlite.draw.pipeline import resolve
-        from fluxlite.weights import sources, verify
+        from fluxlite.weights import sources, verify, writing
 
-    source = sources.open_source(resolve(args.src), setting="--src", ema=not args.no_ema)
+    source = sources.open_source(
+        sources.resolve_tiny(args.src), setting="--src", ema=not args.no_ema
+    )
     if args.no_ema and not sources.is_run(Path(args.src)):
         raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:
@@ -103,19 +105,15 @@ def convert(args):
         dtype=dtype, max_shard_bytes=args.max_shard_size, overwrite=args.overwrite, remedy=REMEDY
     )
     with bar(source.num_bytes(), "converting") as progress:
-        files, digest = sources.write_converted(
+        files, digest = writing.write_converted(
             source, args.dst, to=to, progress=progress.update, **options
         )
     print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
     print(f"source digest {digest}")
     if args.verify:
         with bar(source.num_bytes(), "verifying") as progress:
-            lines = verify.verify(source, args.dst, progress.update)
+            lines = verify.verify_conversion(source, args.dst, progress.update)
         print("\n".join(lines))
-
-
-def usage():
-    return flags_help(ConvertConfig, __doc__)
 
 
 def body(arguments):
@@ -125,4 +123,4 @@ def body(arguments):
 
 
 if __name__ == "__main__":
-    run_program(body, usage=usage, ranks=False)
+    run_program(body, usage=partial(flags_help, ConvertConfig, __doc__), ranks=False)

@@ -52,7 +52,7 @@ def save_picture(picture, folder, name, settings=None):
     from PIL.PngImagePlugin import PngInfo
 
     from fluxlite.cli.atomic import locked
-    from fluxlite.weights.tensor_files import aside
+    from fluxlite.weights.tensor_files import atomic_weights
 
     info = PngInfo()
     if settings:
@@ -61,7 +61,7 @@ def save_picture(picture, folder, name, settings=None):
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f".{stem}.lock"):
         path = free_path(folder, stem)
-        with aside(path) as part:
+        with atomic_weights(path) as part:
             picture.save(part, "PNG", pnginfo=info)
     print(path, flush=True)
 

@@ -68,12 +68,12 @@ def write_proof(folder, report, pictures, results):
     """proof.json and grid.png, each whole or not at all."""
     from fluxlite.draw.contact_sheet import contact_sheet
     from fluxlite.draw.proof import format_verdict
-    from fluxlite.weights.tensor_files import aside
+    from fluxlite.weights.tensor_files import atomic_weights
 
-    with aside(folder / "proof.json", overwrite=True) as path:
+    with atomic_weights(folder / "proof.json", overwrite=True) as path:
         path.write_text(json.dumps({**report, "pictures": results}, indent=1))
     captions = [format_verdict(r) for r in results[:48]]
-    with aside(folder / "grid.png", overwrite=True) as path:
+    with atomic_weights(folder / "grid.png", overwrite=True) as path:
         contact_sheet(pictures[:48], columns=8, captions=captions).save(path, "PNG")
 
 

@@ -40,7 +40,7 @@ def body(arguments):
         with parallel.watching_ranks(config.parallel):
             folder = train(config)
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
     if parallel.rank() == 0:
         print(f"{folder}: checkpoints/last, images/, losses.png, metrics.jsonl, config.json")
 

@@ -51,10 +51,8 @@ class Peak:
         return self.most - self.before
 
 
-def start(args):
-    """The configuration and the mesh: of torchrun's ranks, or of rank 0 of `--ranks` in a process
-    group that only pretends.
-    """
+def start_ranks(args):
+    """(configuration, device, mesh) of torchrun's ranks, or of one that pretends to be."""
     pretend = "RANK" not in os.environ
     if pretend:
         os.environ.update(RANK="0", WORLD_SIZE=str(args.ranks))
@@ -62,17 +60,11 @@ def start(args):
 
         dist.init_process_group("fake", rank=0, world_size=args.ranks, store=FakeStore())
     batch = f"data.global_batch={parallel.world_size()}"
-    config = load_config(
-        TrainConfig, "train", ["model=flux_dev", "data=mock", "device=cpu", batch, *args.set]
-    )
-    device = torch.device("cpu")
-    return (
-        config,
-        device,
-        parallel.make_mesh(config.parallel, device)
-        if pretend
-        else parallel.start(config.parallel, device)[1],
-    )
+    keys = ["model=flux_dev", "data=mock", "device=cpu", batch, *args.set]
+    config, device = load_config(TrainConfig, "train", keys), torch.device("cpu")
+    if pretend:
+        return config, device, parallel.make_mesh(config.parallel, device)
+    return config, *parallel.start_ranks(config.parallel, device)
 
 
 def main():
@@ -85,15 +77,14 @@ def main():
     )
     args = parser.parse_args()
     torch.set_num_threads(1 if "RANK" in os.environ else 2)
-    config, device, mesh = start(args)
+    config, device, mesh = start_ranks(args)
     began = time.perf_counter()
     with Peak() as peak:
         [model] = FULL.build_models(config, device, mesh)
     shard = local_bytes(model.parameters())
-    blocks = [
-        sum(4 * p.numel() for p in block.parameters())
-        for block in (*model.double_blocks, *model.single_blocks)
-    ]
+    blocks = []
+    for block in (*model.double_blocks, *model.single_blocks):
+        blocks.append(sum(4 * p.numel() for p in block.parameters()))
     found = {
         "parameters": model.num_parameters(),
         "ranks": parallel.world_size(),
@@ -105,13 +96,10 @@ def main():
     }
     if parallel.rank() == 0:
         for name, value in found.items():
-            print(
-                f"{name:<24}{value / 1e9:>9.3f} GB"
-                if name in ("shard", "largest block", "peak")
-                else f"{name:<24}{value!s:>12}"
-            )
+            in_bytes = name in ("shard", "largest block", "peak")
+            print(f"{name:<24}" + (f"{value / 1e9:>9.3f} GB" if in_bytes else f"{value!s:>12}"))
         print(json.dumps(found | {"arguments": args.set}))
-    parallel.stop()
+    parallel.stop_ranks()
 
 
 if __name__ == "__main__":

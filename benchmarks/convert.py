@@ -18,12 +18,14 @@ import sys
 from pathlib import Path
 
 from fluxlite.cli.stage_times import StageTimes
-from fluxlite.weights import sources, verify
+from fluxlite.weights.sources import open_source
+from fluxlite.weights.verify import digests_of
+from fluxlite.weights.writing import write_converted
 
 BASELINE = "cp"
 
 
-def forget(files):
+def forget_files(files):
     """Put files on the disk and out of the page cache."""
     for file in files:
         with open(file, "rb") as opened:
@@ -31,70 +33,59 @@ def forget(files):
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse_arguments():
+    """The command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--src", required=True, help="checkpoint in diffusers' layout")
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder on the same disk for what is written"
-    )
+    help = "folder on the same disk for what is written"
+    parser.add_argument("--work", type=Path, required=True, help=help)
     parser.add_argument("--keep", action="store_true", help="leave the fluxlite file there")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    source, stages = sources.open_source(args.src, setting="--src"), StageTimes()
-    if source.layout != "diffusers":
-        raise ValueError(
-            f"--src {args.src} is in {source.layout}'s layout: name a checkpoint in diffusers'"
-        )
-    ours, back, copy = args.work / "flux.safetensors", args.work / "diffusers", args.work / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
+    return parser.parse_args()
 
-    forget(source.files)
-    copy.mkdir()
+
+def go_round(args, source):
+    """Copy, convert and convert back: (`StageTimes`, digests before, digests after)."""
+    ours, back, copy = args.work / "flux.safetensors", args.work / "diffusers", args.work / "copy"
+    stages = StageTimes()
+    shutil.rmtree(copy, ignore_errors=True)
+    forget_files(source.files)
+    copy.mkdir(parents=True)
     with stages(BASELINE):
         subprocess.run(["cp", *map(str, source.files), str(copy)], check=True)
         subprocess.run(["sync", "-f", str(copy)], check=True)
     shutil.rmtree(copy)
-
-    forget(source.files)
+    forget_files(source.files)
     with stages("to fluxlite"):
-        sources.write_converted(source, ours, overwrite=True)
-    forget([ours])
+        write_converted(source, ours, overwrite=True)
+    forget_files([ours])
     with stages("back to diffusers"):
-        sources.write_converted(sources.open_source(ours), back, to="diffusers", overwrite=True)
-    before, after = (verify.digests_of(sources.open_source(path)) for path in (args.src, back))
+        write_converted(open_source(ours), back, to="diffusers", overwrite=True)
+    before, after = (digests_of(open_source(path)) for path in (args.src, back))
     shutil.rmtree(back)
     if not args.keep:
         ours.unlink()
+    return stages, before, after
 
-    baseline = stages.rows[0][1]
+
+def main():
+    args = parse_arguments()
+    source = open_source(args.src, setting="--src")
+    if source.layout != "diffusers":
+        raise ValueError(
+            f"--src {args.src} is in {source.layout}'s layout: name a checkpoint in diffusers'"
+        )
+    stages, before, after = go_round(args, source)
+    baseline, size, count = stages.rows[0][1], source.num_bytes(), len(before[0])
     print(stages.table())
     for name, seconds, *_ in stages.rows[1:]:
-        print(
-            f"{name}: {seconds / baseline:.2f} x {BASELINE}, "
-            f"{source.num_bytes() / seconds / 1e9:.2f} GB/s"
-        )
+        speed = size / seconds / 1e9
+        print(f"{name}: {seconds / baseline:.2f} x {BASELINE}, {speed:.2f} GB/s")
     same = sum(before[0][name] == after[0].get(name) for name in before[0])
-    print(
-        f"{same} of {len(before[0])} tensors have the same SHA-256 after the round trip; all: "
-        f"{before[1]}"
-    )
-    rows = [
-        dict(zip(("stage", "seconds", "private_bytes", "resident_bytes"), row))
-        for row in stages.rows
-    ]
-    print(
-        json.dumps(
-            {
-                "bytes": source.num_bytes(),
-                "tensors": len(before[0]),
-                "same": same,
-                "digest": before[1],
-                "stages": rows,
-            }
-        )
-    )
+    print(f"{same} of {count} tensors have the same SHA-256 after the round trip; all: {before[1]}")
+    names = ("stage", "seconds", "private_bytes", "resident_bytes")
+    found = {"bytes": size, "tensors": count, "same": same, "digest": before[1]}
+    print(json.dumps(found | {"stages": [dict(zip(names, row)) for row in stages.rows]}))
     return 0 if before == after else 1
 
 

@@ -38,9 +38,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fluxlite import parallel
 from fluxlite.draw import sampling
 from fluxlite.nets import flow, schedule
-from fluxlite.nets.flux import Flux, FluxConfig, rope_table
+from fluxlite.nets.configs import FluxConfig
+from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import num_image_tokens, position_ids
-from fluxlite.weights import layouts
+from fluxlite.weights.verify import build_diffusers, diffusers_inputs
 
 DEPTH = {"double": 19, "single": 38}
 TINY = FluxConfig(19, 38, 32, 2, 4, 4, 4, 8, 8, True, (4, 6, 6))
@@ -183,12 +184,8 @@ def count_bytes(tensors):
 
 def make_models(config, dtype, device):
     """{name: (model, double blocks, single blocks, its velocity as a function of a batch)}."""
-    from diffusers import FluxTransformer2DModel
-
-    values = layouts.config_to_diffusers(config)
     with torch.device(device):
-        ours = Flux(config).type(dtype)
-        theirs = FluxTransformer2DModel(**{k: v for k, v in values.items() if k[0] != "_"})
+        ours, theirs = Flux(config).type(dtype), build_diffusers(config)
     theirs.type(dtype)
     their_blocks = theirs.transformer_blocks, theirs.single_transformer_blocks
     our_blocks = ours.double_blocks, ours.single_blocks
@@ -212,22 +209,14 @@ def make_batch(config, *, batch, side, text, dtype, device):
 
 
 def call_flux(model, batch):
-    inputs = {name: batch[name] for name in ("t", "pooled", "guidance")}
-    return model(batch["img"], batch["txt"], batch["rope"], **inputs)
+    """Our velocity of a batch."""
+    return model(**{name: value for name, value in batch.items() if name != "ids"})
 
 
 def call_diffusers(model, batch):
-    ids, text = batch["ids"].float(), batch["txt"].shape[1]
-    return model(
-        hidden_states=batch["img"],
-        encoder_hidden_states=batch["txt"],
-        pooled_projections=batch["pooled"],
-        timestep=batch["t"],
-        guidance=batch["guidance"],
-        txt_ids=ids[:text],
-        img_ids=ids[text:],
-        return_dict=False,
-    )[0]
+    """Diffusers' velocity of a batch."""
+    inputs = {name: value for name, value in batch.items() if name not in ("ids", "rope")}
+    return model(**diffusers_inputs(inputs, batch["ids"]))[0]
 
 
 # --- blocks on meta -----------------------------------------------------------------------------
@@ -307,8 +296,8 @@ def measure_blocks(who, sdpa, checkpointing="none", config=None, **sizes):
 
 def add_up(of_kinds):
     """The figures of FLUX.1-dev's depth."""
-    names = of_kinds["double"]
-    return {n: sum(DEPTH[kind] * of_kinds[kind][n] for kind in DEPTH) for n in names}
+    double, single = of_kinds["double"], of_kinds["single"]
+    return {n: DEPTH["double"] * double[n] + DEPTH["single"] * single[n] for n in double}
 
 
 def count_model(who, sdpa, **sizes):

@@ -18,65 +18,54 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
 from fluxlite import parallel
 from fluxlite.cli.stage_times import memory_of_process
-from fluxlite.nets.flux import Flux, FluxConfig, rope_table
-from fluxlite.nets.latents import position_ids
-from fluxlite.weights import layouts
+from fluxlite.nets.configs import FluxConfig
+from fluxlite.nets.flux import Flux, rope_table
+from fluxlite.nets.latents import num_image_tokens, position_ids
+from fluxlite.weights import conversion
+from fluxlite.weights.verify import build_diffusers, diffusers_inputs
 
 TEXT_TOKENS = 512
 
 
 def make_models(config, dtype, seed=0):
     """Diffusers' model and ours with the same random weights."""
-    from diffusers import FluxTransformer2DModel
-
-    values = {k: v for k, v in layouts.config_to_diffusers(config).items() if not k.startswith("_")}
     generator = torch.Generator().manual_seed(seed)
     with torch.device("meta"):
-        theirs, ours = FluxTransformer2DModel(**values), Flux(config)
-
-    def draw(name, shape):
-        values = torch.randn(shape, generator=generator, dtype=dtype)
-        return (
-            1 + 0.1 * values
-            if "norm_" in name and len(shape) == 1 and name.endswith("weight")
-            else 0.02 * values
-        )
-
-    state = {name: draw(name, value.shape) for name, value in theirs.state_dict().items()}
+        theirs, ours = build_diffusers(config), Flux(config)
+    state = {}
+    for name, value in theirs.state_dict().items():
+        drawn = torch.randn(value.shape, generator=generator, dtype=dtype)
+        of_norm = "norm_" in name and value.ndim == 1 and name.endswith("weight")
+        state[name] = 1 + 0.1 * drawn if of_norm else 0.02 * drawn
     theirs.load_state_dict(state, assign=True)
-    ours.load_state_dict(layouts.to_fluxlite(state, config, "diffusers"), assign=True)
+    ours.load_state_dict(conversion.to_fluxlite(state, config, "diffusers"), assign=True)
     return theirs.eval().requires_grad_(False), ours.eval().requires_grad_(False)
 
 
 def make_inputs(config, side, dtype):
+    """(arguments of our forward but `rope`, positions) for a picture of `side` x `side` pixels."""
     cells = side // 8
     generator = torch.Generator().manual_seed(1)
-    img = torch.randn(1, cells * cells // 4, config.in_channels, generator=generator).to(dtype)
-    txt = torch.randn(1, TEXT_TOKENS, config.text_width, generator=generator).to(dtype)
-    pooled = torch.randn(1, config.pooled_width, generator=generator).to(dtype)
-    return dict(
-        img=img, txt=txt, pooled=pooled, t=torch.tensor([0.5]), guidance=torch.tensor([4.0])
-    ), position_ids(cells, cells, TEXT_TOKENS)
+    shapes = dict(
+        img=(1, num_image_tokens(cells, cells), config.in_channels),
+        txt=(1, TEXT_TOKENS, config.text_width),
+        pooled=(1, config.pooled_width),
+    )
+    drawn = {k: torch.randn(of, generator=generator).to(dtype) for k, of in shapes.items()}
+    times = dict(t=torch.tensor([0.5]), guidance=torch.tensor([4.0]))
+    return drawn | times, position_ids(cells, cells, TEXT_TOKENS)
 
 
 def diffusers_step(theirs, inputs, ids):
-    ids = ids.float()
-    call = dict(
-        hidden_states=inputs["img"],
-        encoder_hidden_states=inputs["txt"],
-        pooled_projections=inputs["pooled"],
-        timestep=inputs["t"],
-        guidance=inputs["guidance"],
-        img_ids=ids[TEXT_TOKENS:],
-        txt_ids=ids[:TEXT_TOKENS],
-        return_dict=False,
-    )
+    """A step of diffusers' pipeline."""
+    call = diffusers_inputs(inputs, ids)
     return lambda: theirs(**call)[0]
 
 
@@ -94,15 +83,11 @@ def floor_step(ours, inputs):
     """The linears and attentions of a step alone, on tensors of the right shapes."""
     config, num_img = ours.config, inputs["img"].shape[1]
     tokens, hidden = TEXT_TOKENS + num_img, config.hidden_size
-    dtype = inputs["img"].dtype
-    x = {
-        length: torch.randn(1, length, hidden, dtype=dtype)
-        for length in (TEXT_TOKENS, num_img, tokens)
-    }
-    wide = {length: torch.randn(1, length, 4 * hidden, dtype=dtype) for length in x}
-    q, k, v = (
-        torch.randn(1, config.num_heads, tokens, config.head_width, dtype=dtype) for _ in range(3)
-    )
+    draw = partial(torch.randn, dtype=inputs["img"].dtype)
+    lengths = (TEXT_TOKENS, num_img, tokens)
+    x = {length: draw(1, length, hidden) for length in lengths}
+    wide = {length: draw(1, length, 4 * hidden) for length in lengths}
+    q, k, v = (draw(1, config.num_heads, tokens, config.head_width) for _ in range(3))
 
     def linear(part, given):
         return F.linear(given, part.weight, part.bias)
@@ -111,16 +96,14 @@ def floor_step(ours, inputs):
         linear(ours.img_in, inputs["img"])
         for block in ours.double_blocks:
             for stream, length in ((block.txt, TEXT_TOKENS), (block.img, num_img)):
-                for part in (stream.qkv.q, stream.qkv.k, stream.qkv.v):
+                qkv = stream.qkv
+                for part in (qkv.q, qkv.k, qkv.v, stream.proj, stream.mlp.linear_in):
                     linear(part, x[length])
-                linear(stream.proj, x[length])
-                linear(stream.mlp.linear_in, x[length])
                 linear(stream.mlp.linear_out, wide[length])
             F.scaled_dot_product_attention(q, k, v)
         for block in ours.single_blocks:
-            for part in (block.qkv.q, block.qkv.k, block.qkv.v):
+            for part in (block.qkv.q, block.qkv.k, block.qkv.v, block.mlp.linear_in):
                 linear(part, x[tokens])
-            linear(block.mlp.linear_in, x[tokens])
             F.scaled_dot_product_attention(q, k, v)
             linear(block.proj, x[tokens])
             linear(block.mlp.linear_out, wide[tokens])
@@ -147,12 +130,9 @@ def alternate(steps, repeats):
 def measure(args, dtype, sides):
     config = FluxConfig(num_double_blocks=args.doubles, num_single_blocks=args.singles)
     theirs, ours = make_models(config, dtype)
-    rows = []
-    variants = [False, True] if args.compile else [False]
     results = {side: {} for side in sides}
-    for compiled in variants:
-        suffix = ", compiled" if compiled else ""
-        if compiled:
+    for suffix in ("", ", compiled") if args.compile else ("",):
+        if suffix:
             torch._dynamo.reset()
             for block in (*theirs.transformer_blocks, *theirs.single_transformer_blocks):
                 block.compile()
@@ -166,21 +146,15 @@ def measure(args, dtype, sides):
                 "ours" + suffix: step,
                 "ours, whole" + suffix: whole,
             }
-            if not compiled:
+            if not suffix:
                 steps["floor"] = floor_step(ours, inputs)
             reference = steps["diffusers" + suffix]().float()
             error = ((step().float() - reference).norm() / reference.norm()).item()
             results[side] |= alternate(steps, args.repeats) | {"error" + suffix: error}
+    rows = []
     for side in sides:
-        flops = ours.forward_flops(TEXT_TOKENS, (side // 16) ** 2)
-        rows.append(
-            {
-                "side": side,
-                "dtype": str(dtype).removeprefix("torch."),
-                "tflop": flops / 1e12,
-                **results[side],
-            }
-        )
+        tflop = ours.forward_flops(TEXT_TOKENS, num_image_tokens(side // 8, side // 8)) / 1e12
+        rows.append({"side": side, "dtype": args.dtype, "tflop": tflop} | results[side])
     return rows, memory(theirs, ours)
 
 
@@ -190,22 +164,20 @@ def memory(theirs, ours):
     ours.drop_conditioning()
     after = sum(p.nbytes for p in ours.parameters())
     with torch.device("meta"):
-        whole, part = Flux(FluxConfig()), Flux(FluxConfig())
-    part.drop_conditioning()
-    count = [sum(p.numel() for p in m.parameters()) for m in (whole, part)]
-    return {"diffusers": before, "ours": after, "FLUX.1-dev saved": 1 - count[1] / count[0]}
+        model = Flux(FluxConfig())
+    whole = model.num_parameters()
+    model.drop_conditioning()
+    saved = 1 - model.num_parameters() / whole
+    return {"diffusers": before, "ours": after, "FLUX.1-dev saved": saved}
 
 
 def peak_gb():
     """The most memory that this process has had resident, in 10^9 bytes."""
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    )
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def report(rows, weights):
+def print_table(rows, weights):
     for row in rows:
         print(
             f"\n{row['side']}² ({TEXT_TOKENS} text tokens), {row['dtype']}, {row['tflop']:.2f} "
@@ -245,29 +217,14 @@ def main():
     torch.set_num_threads(args.threads)
     rows, weights = measure(args, getattr(torch, args.dtype), args.sizes)
     gc.collect()
-    report(rows, weights)
+    print_table(rows, weights)
     print(
         f"memory of this process, both models in it: {memory_of_process()[1] / 1e9:.2f} GB "
         f"resident, {peak_gb():.2f} GB at most"
     )
-    conditions = {
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "repeats": args.repeats,
-        "machine": platform.machine(),
-    }
-    print(
-        json.dumps(
-            {
-                "rows": rows,
-                "weights": weights,
-                "resident_bytes": memory_of_process()[1],
-                "peak_gb": peak_gb(),
-                **vars(args),
-                **conditions,
-            }
-        )
-    )
+    found = {"rows": rows, "weights": weights, "peak_gb": peak_gb(), **vars(args)}
+    found |= {"resident_bytes": memory_of_process()[1], "machine": platform.machine()}
+    print(json.dumps(found | {"torch": torch.__version__}))
 
 
 if __name__ == "__main__":

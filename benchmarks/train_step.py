@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -34,7 +35,8 @@ from fluxlite.settings import TrainConfig
 from fluxlite.train import optim
 from fluxlite.train.setup import set_up
 from fluxlite.train.training_step import flow_loss, optimizer_step
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion
+from fluxlite.weights.verify import build_diffusers, diffusers_inputs
 
 TEXT_TOKENS = 512
 
@@ -63,28 +65,20 @@ def configure(args, checkpointing="none"):
     )
 
 
-def sample(config, seed=1):
+def sample_inputs(config, seed=1):
     """A sample's clean tokens, text, pooled vector, noise, t and guidance."""
-    generator, tokens = (
-        torch.Generator().manual_seed(seed),
-        num_image_tokens(config.data.height // 8, config.data.width // 8),
-    )
-    model = config.model
-    shapes = [
-        (1, tokens, model.in_channels),
-        (1, TEXT_TOKENS, model.text_width),
-        (1, model.pooled_width),
-    ]
-    x0, txt, pooled, noise = (
-        torch.randn(shape, generator=generator) for shape in (*shapes, shapes[0])
-    )
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    model, data = config.model, config.data
+    of_image = 1, num_image_tokens(data.height // 8, data.width // 8), model.in_channels
+    x0, txt = draw(of_image), draw(1, TEXT_TOKENS, model.text_width)
+    pooled, noise = draw(1, model.pooled_width), draw(of_image)
     return x0, txt, pooled, dict(noise=noise, t=torch.tensor([0.5]), guidance=torch.tensor([3.5]))
 
 
 def our_step(config):
     """A function that takes one of our steps and returns its loss."""
-    run = set_up(config, *parallel.start(config.parallel, config.device))
-    x0, txt, pooled, drawn = sample(config)
+    run = set_up(config, *parallel.start_ranks(config.parallel, config.device))
+    x0, txt, pooled, drawn = sample_inputs(config)
 
     def step():
         loss = flow_loss(run, x0, txt, pooled, **drawn).mean()
@@ -97,37 +91,24 @@ def our_step(config):
 
 def their_step(config, checkpointing, weights=None):
     """The same of diffusers' model, with `weights` in our layout where they are given."""
-    from diffusers import FluxTransformer2DModel
-
-    values = {
-        k: v
-        for k, v in layouts.config_to_diffusers(config.model.shape()).items()
-        if not k.startswith("_")
-    }
-    model = FluxTransformer2DModel(**values)
+    model = build_diffusers(config.model.shape())
     if weights is not None:
-        model.load_state_dict(layouts.from_fluxlite(weights, config.model.shape(), "diffusers"))
+        model.load_state_dict(conversion.from_fluxlite(weights, config.model.shape(), "diffusers"))
     if checkpointing != "none":
         model.enable_gradient_checkpointing()
     optimizers = optim.make_optimizers(
         SimpleNamespace(named_parameters=model.named_parameters), config.optim
     )
-    x0, txt, pooled, drawn = sample(config)
-    ids = position_ids(config.data.height // 8, config.data.width // 8, TEXT_TOKENS).float()
-    inputs = dict(
-        encoder_hidden_states=txt,
-        pooled_projections=pooled,
-        timestep=drawn["t"],
-        guidance=drawn["guidance"],
-    )
-    inputs |= dict(img_ids=ids[TEXT_TOKENS:], txt_ids=ids[:TEXT_TOKENS], return_dict=False)
+    x0, txt, pooled, drawn = sample_inputs(config)
+    ids = position_ids(config.data.height // 8, config.data.width // 8, TEXT_TOKENS)
+    inputs = dict(txt=txt, pooled=pooled, t=drawn["t"], guidance=drawn["guidance"])
+    inputs = diffusers_inputs(inputs, ids)
     mixed = config.dtype == "bfloat16"
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            velocity = theirs(
-                hidden_states=flow.add_noise(x0, drawn["noise"], drawn["t"]), **inputs
-            )[0]
+            noisy = flow.add_noise(x0, drawn["noise"], drawn["t"])
+            velocity = model(hidden_states=noisy, **inputs)[0]
         loss = flow.velocity_loss(velocity, x0, drawn["noise"]).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
@@ -138,7 +119,6 @@ def their_step(config, checkpointing, weights=None):
             optimizer.zero_grad()
         return loss.item()
 
-    theirs = model
     return step
 
 
@@ -159,11 +139,17 @@ def alternate(args, checkpointing):
             if name.startswith(("modulation.", "out.")):
                 value.normal_(std=0.02, generator=generator)
     steps = [their_step(config, checkpointing, weights), ours]
-    parallel.fill(model, weights.items())
-    rounds = [[seconds_of(step) for step in steps] for _ in range(args.repeats + 1)]
-    medians = [statistics.median(pair[i][0] for pair in rounds[1:]) for i in range(2)]
-    parallel.stop()
-    return medians, [loss for _, loss in rounds[0]]
+    parallel.fill_weights(model, weights.items())
+    times, losses = ([], []), []
+    for number in range(args.repeats + 1):
+        for taken, step in zip(times, steps):
+            seconds, loss = seconds_of(step)
+            if number:
+                taken.append(seconds)
+            else:  # the first warms up, and both start from the same weights
+                losses.append(loss)
+    parallel.stop_ranks()
+    return [statistics.median(taken) for taken in times], losses
 
 
 def peak_alone(args, who, checkpointing, kept):
@@ -214,7 +200,7 @@ def as_rank(args):
     if parallel.rank() == 0:
         with open(args.rank_of, "w") as file:
             json.dump(parallel.world_size() / statistics.median(times), file)
-    parallel.stop()
+    parallel.stop_ranks()
 
 
 def compare(args):
@@ -236,23 +222,12 @@ def compare(args):
         f"{args.side}², {TEXT_TOKENS} text tokens, {args.doubles} + {args.singles} blocks of width "
         f"{args.heads * 128}, {args.dtype}"
     )
-    heads = (
-        ("diffusers", 11),
-        ("ours", 9),
-        ("ratio", 8),
-        ("memory GB", 15),
-        ("ratio", 8),
-        ("kept GB", 15),
-        ("ratio", 8),
-    )
-    print(
-        f"{'activation checkpointing':<26}" + "".join(f"{name:>{width}}" for name, width in heads)
-    )
+    heads = "diffusers 11|ours 9|ratio 8|memory GB 15|ratio 8|kept GB 15|ratio 8".split("|")
+    columns = [head.rsplit(" ", 1) for head in heads]
+    print(f"{'activation checkpointing':<26}" + "".join(f"{n:>{width}}" for n, width in columns))
     for row in rows:
-        line = (
-            f"{row['diffusers_s']:>9.2f} s{row['ours_s']:>7.2f} "
-            f"s{row['diffusers_s'] / row['ours_s']:>8.2f}"
-        )
+        theirs, ours = row["diffusers_s"], row["ours_s"]
+        line = f"{theirs:>9.2f} s{ours:>7.2f} s{theirs / ours:>8.2f}"
         for theirs, ours in (row["memory"], row["kept"]):
             line += f"{f'{theirs / 1e9:.2f} and {ours / 1e9:.2f}':>15}{ours / theirs:>8.2f}"
         print(f"{row['checkpointing']:<26}{line}")

@@ -25,12 +25,19 @@ import torch
 from einops import rearrange
 
 from fluxlite.cli.command_line import flags_help, parse_flags
-from fluxlite.cli.descriptions import parse_json, read_description
-from fluxlite.cli.options import option
+from fluxlite.cli.descriptions import parse_json
+from fluxlite.cli.options import option, typed_description
 from fluxlite.nets import schedule
-from fluxlite.nets.controlnet import ControlNetConfig
-from fluxlite.nets.flux import FluxConfig
-from fluxlite.weights import layouts, run_folder, run_tensors, sources, tensor_files
+from fluxlite.nets.configs import ControlNetConfig, FluxConfig
+from fluxlite.weights import (
+    conversion,
+    layouts,
+    run_folder,
+    run_tensors,
+    sources,
+    tensor_files,
+    writing,
+)
 
 
 def interleave_pairs(x, config):
@@ -137,8 +144,8 @@ def open_first_edition(path, *, ema=True):
     opened = open_run(path, ema) if run_folder.is_run(path) else open_file(path)
     what, values, read_old, types, about, files, settings = opened
     kind = ControlNetConfig if what == "controlnet" else FluxConfig
-    config = read_description(path, kind, values)
-    shapes = {name: tuple(t.shape) for name, t in layouts.our_shapes(config).items()}
+    config = typed_description(path, kind, values)
+    shapes = {name: tuple(t.shape) for name, t in conversion.our_tensors(config).items()}
     described = {name: (types[old_name(name)], shape) for name, shape in shapes.items()}
     read = partial(read_tensor, read_old, config)
     return sources.Source(
@@ -156,16 +163,12 @@ class FirstEditionConfig:
     no_ema: bool = option(False, "of a run, its weights, not their average")
 
 
-def usage():
-    return flags_help(FirstEditionConfig, __doc__)
-
-
 def main(argv):
     args = parse_flags(FirstEditionConfig, argv)
     source = open_first_edition(Path(args.src), ema=not args.no_ema)
-    files, _ = sources.write_converted(source, args.dst, to=args.to)
+    files, _ = writing.write_converted(source, args.dst, to=args.to)
     print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
 
 
 if __name__ == "__main__":
-    run_program(main, usage=usage, ranks=False)
+    run_program(main, usage=partial(flags_help, FirstEditionConfig, __doc__), ranks=False)

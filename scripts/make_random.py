@@ -13,6 +13,7 @@ assets/flux-tiny.
 import json
 import shutil
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 
 from fluxlite.cli.programs import run_program, stop_at_once
@@ -25,10 +26,9 @@ from tqdm import tqdm
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option, same_option
-from fluxlite.nets.autoencoder import AutoencoderConfig
-from fluxlite.nets.flux import FluxConfig
-from fluxlite.weights import layouts, tensor_files
-from fluxlite.weights.sources import DIFFUSERS_SHARD_BYTES
+from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
+from fluxlite.weights import conversion, diffusers_configs, tensor_files
+from fluxlite.weights.writing import DIFFUSERS_SHARD_BYTES, DIFFUSERS_STEM
 
 TINY = Path(__file__).parents[1] / "assets" / "flux-tiny"
 POOL = 1 << 24
@@ -50,18 +50,12 @@ CLIP_L = dict(
 )
 
 
-def draw(shape, pool, generator, *, norm):
-    """A random bfloat16 tensor: about 1 for a norm's scale, else of variance 1 over its inputs,
-    biases small.
-    """
+def draw_tensor(shape, pool, generator, *, norm):
+    """A random bfloat16 tensor: about 1 for a norm's scale, else of variance 1 over its inputs."""
     count = torch.Size(shape).numel()
     start = torch.randint(POOL // 2, (), generator=generator).item()
-    values = (
-        pool[start : start + count]
-        if count <= POOL - start
-        else pool.repeat(-(-(count + start) // POOL))[start : start + count]
-    )
-    values = values.view(shape)
+    repeated = pool if count <= POOL - start else pool.repeat(-(-(count + start) // POOL))
+    values = repeated[start : start + count].view(shape)
     if norm:
         return 1 + 0.02 * values
     return values * (values[0].numel() ** -0.5 if len(shape) > 1 else 0.02)
@@ -75,10 +69,10 @@ def write_part(folder, stem, shapes, config, pool, generator, bar):
     names = tensor_files.shard_names(stem, len(shards))
     for shard, name in zip(shards, names):
         pieces = (
-            (key, draw(shape, pool, generator, norm="norm" in key and len(shape) == 1))
+            (key, draw_tensor(shape, pool, generator, norm="norm" in key and len(shape) == 1))
             for key, (_, shape) in shard.items()
         )
-        tensor_files.write(folder / name, shard, pieces, {"format": "pt"}, bar.update)
+        tensor_files.write_tensors(folder / name, shard, pieces, {"format": "pt"}, bar.update)
     if len(shards) > 1:
         tensor_files.write_index(folder / f"{stem}.safetensors.index.json", shards, names)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -97,15 +91,17 @@ def encoder_parts():
     ):
         with torch.device("meta"):
             model = cls(config)
-        shapes = {
-            k: v.shape for k, v in model.state_dict().items() if k != "encoder.embed_tokens.weight"
-        }
-        found[folder] = (
-            "model",
-            shapes,
-            config.to_dict() | {"architectures": [cls.__name__], "dtype": "bfloat16"},
-        )
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        shapes.pop("encoder.embed_tokens.weight", None)
+        values = config.to_dict() | {"architectures": [cls.__name__], "dtype": "bfloat16"}
+        found[folder] = "model", shapes, values
     return found
+
+
+def diffusers_part(config):
+    """(stem, {name: shape}, config) of a transformer or an autoencoder in diffusers' layout."""
+    shapes = conversion.layout_shapes("diffusers", config)
+    return DIFFUSERS_STEM, shapes, diffusers_configs.config_to_diffusers(config)
 
 
 @dataclass
@@ -120,34 +116,20 @@ class RandomConfig:
     seed: int = option(0, "of the weights", at_least=0, at_most=2**63 - 1)
 
 
-def usage():
-    return flags_help(RandomConfig, __doc__)
-
-
 def body(arguments):
     args = parse_flags(RandomConfig, arguments)
     dst = Path(args.dst)
     flux = FluxConfig(args.doubles, args.singles, guidance_embed=args.model == "dev")
     flux.validate()
-    parts = {
-        "transformer": (
-            "diffusion_pytorch_model",
-            layouts.shapes("diffusers", flux),
-            layouts.config_to_diffusers(flux),
-        )
-    }
+    parts = {"transformer": diffusers_part(flux)}
     if args.encoders:
-        vae = AutoencoderConfig()
-        values = layouts.autoencoder_config_to_diffusers(vae)
-        parts |= encoder_parts() | {
-            "vae": ("diffusion_pytorch_model", layouts.shapes("diffusers", vae), values)
-        }
-    total = 2 * sum(
-        torch.Size(shape).numel() for _, shapes, _ in parts.values() for shape in shapes.values()
-    )
+        parts |= encoder_parts() | {"vae": diffusers_part(AutoencoderConfig())}
+    total = 0
+    for _, shapes, _ in parts.values():
+        total += sum(2 * torch.Size(shape).numel() for shape in shapes.values())
     generator = torch.Generator().manual_seed(args.seed)
     pool = torch.randn(POOL, generator=generator).bfloat16()
-    with tensor_files.aside(dst, folder=True) as folder:
+    with tensor_files.atomic_weights(dst, folder=True) as folder:
         tensor_files.check_room(dst, total)
         with tqdm(total=total, unit="B", unit_scale=True, desc=str(dst)) as bar:
             for name, (stem, shapes, config) in parts.items():
@@ -158,4 +140,4 @@ def body(arguments):
 
 
 if __name__ == "__main__":
-    run_program(body, usage=usage, ranks=False)
+    run_program(body, usage=partial(flags_help, RandomConfig, __doc__), ranks=False)

@@ -9,10 +9,8 @@ bfloat16.
 """
 
 import json
-import math
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,59 +23,31 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tiny_fit import fit_parameters
 from tiny_text import make_text
 from torch import nn
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
 from fluxlite.data import fill50k
-from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig, sample_posterior
-from fluxlite.weights import layouts
-from fluxlite.weights.sources import load_transformer, open_source, write_converted
+from fluxlite.nets.autoencoder import Autoencoder, sample_posterior
+from fluxlite.nets.configs import AutoencoderConfig
+from fluxlite.weights import conversion, diffusers_configs
+from fluxlite.weights.sources import load_transformer, open_source
+from fluxlite.weights.writing import write_converted
 
 SIZE = 64
 STAGES = ("vae", "text", "transformer", "controlnet")
 ASSETS = Path(__file__).parent.parent / "assets" / "flux-tiny"
 
 
-def cosine(progress, warmup=0.02):
-    return min(1.0, progress / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def fit(parameters, step, *, minutes, lr, log_every=200):
-    """AdamW with a cosine schedule over wall time; `step()` returns a loss; keeps and returns the
-    mean of the last weights.
-    """
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    shadow = [p.detach().clone() for p in parameters]
-    start, count = time.time(), 0
-    while (progress := (time.time() - start) / (60 * minutes)) < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(progress)
-        loss = step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        count += 1
-        decay = min(0.995, (1 + count) / (10 + count))
-        torch._foreach_lerp_(shadow, parameters, 1 - decay)
-        if count % log_every == 0:
-            print(
-                f"{progress:5.1%} of {minutes} min, step {count}, loss {loss.item():.5f}",
-                flush=True,
-            )
-    with torch.no_grad():
-        for p, s in zip(parameters, shadow):
-            p.copy_(s)
-
-
-def save_module(folder, tensors, config, name):
+def save_module(folder, tensors, config):
+    """Write a part in bfloat16 as diffusers does, with its config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().to(torch.bfloat16).contiguous() for k, v in tensors.items()}
-    save_file(tensors, folder / name, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    described = diffusers_configs.config_to_diffusers(config)
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
 # --- autoencoder ----------------------------------------------------------------------------------
@@ -85,12 +55,11 @@ def save_module(folder, tensors, config, name):
 
 def picture_batches(batch, seed):
     """Endless batches of training pictures, (batch, 3, SIZE, SIZE) in [-1, 1], drawn afresh."""
-    choices, index = fill50k.pairs(held_out=False), 0
+    choices, index = fill50k.colour_pairs(held_out=False), 0
     while True:
-        rows = [
-            fill50k.draw_sample(index + i, size=SIZE, seed=seed, choices=choices)[0]
-            for i in range(batch)
-        ]
+        numbers = range(index, index + batch)
+        options = dict(size=SIZE, seed=seed, choices=choices)
+        rows = [fill50k.draw_sample(number, **options)[0] for number in numbers]
         index += batch
         yield torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -112,17 +81,11 @@ def make_vae(minutes):
     decoder forgives errors.
     """
     torch.manual_seed(0)
-    config = AutoencoderConfig(
-        block_out_channels=(16, 32, 64, 96),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=1,
-    )
+    config = AutoencoderConfig((16, 32, 64, 96), layers_per_block=1, norm_num_groups=1)
     vae = Autoencoder(config).to(memory_format=torch.channels_last)
     initialise_residual(vae)
-    nn.init.constant_(
-        vae.encoder.conv_out.bias[config.latent_channels :], -4
-    )  # little noise at first: pictures before priors
+    # little noise at first: pictures before priors
+    nn.init.constant_(vae.encoder.conv_out.bias[config.latent_channels :], -4)
     batches = picture_batches(8, seed=1)
 
     def step(noise):
@@ -130,33 +93,24 @@ def make_vae(minutes):
         with torch.autocast("cpu", torch.bfloat16):
             mean, logvar = vae.posterior(images)
             level = noise * mean.detach().std() * torch.rand(len(mean), 1, 1, 1)
-            out = vae.decoder(
-                sample_posterior(mean, logvar, torch.randn_like(mean))
-                + level * torch.randn_like(mean)
-            )
+            latents = sample_posterior(mean, logvar, torch.randn_like(mean))
+            out = vae.decoder(latents + level * torch.randn_like(mean))
         error = out.float() - images
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + error.square().mean() + 1e-4 * kl
 
-    fit(vae.parameters(), partial(step, 0.0), minutes=0.7 * minutes, lr=2e-3)
-    fit(vae.parameters(), partial(step, 0.4), minutes=0.3 * minutes, lr=2e-3)
+    fit_parameters(vae.parameters(), partial(step, 0.0), minutes=0.7 * minutes, lr=2e-3)
+    fit_parameters(vae.parameters(), partial(step, 0.4), minutes=0.3 * minutes, lr=2e-3)
     vae = vae.to(memory_format=torch.contiguous_format).to(torch.bfloat16).float()
     with torch.no_grad():
         images = torch.cat([next(batches) for _ in range(64)])
         mean, logvar = vae.posterior(images)
         sample = sample_posterior(mean, logvar, torch.randn_like(mean))
-        config.shift_factor, config.scaling_factor = (
-            round(sample.mean().item(), 4),
-            round(1 / sample.std().item(), 4),
-        )
+        config.shift_factor = round(sample.mean().item(), 4)
+        config.scaling_factor = round(1 / sample.std().item(), 4)
         error = (vae.decode(vae.encode(images)) - images) * 127.5
     print(f"reconstruction: mean |error| {error.abs().mean():.2f} of 255; latents {config}")
-    save_module(
-        ASSETS / "vae",
-        vae.state_dict(),
-        layouts.autoencoder_config_to_diffusers(config),
-        "diffusion_pytorch_model.safetensors",
-    )
+    save_module(ASSETS / "vae", vae.state_dict(), config)
 
 
 # --- transformer ----------------------------------------------------------------------------------
@@ -174,9 +128,8 @@ def make_transformer():
     )
     model = load_transformer(root / run)
     state = model.state_dict()
-    tensors = layouts.from_fluxlite(state, model.config, "diffusers")
-    config = layouts.config_to_diffusers(model.config)
-    save_module(ASSETS / "transformer", tensors, config, "diffusion_pytorch_model.safetensors")
+    tensors = conversion.from_fluxlite(state, model.config, "diffusers")
+    save_module(ASSETS / "transformer", tensors, model.config)
     write_index()
 
 
@@ -225,13 +178,7 @@ def write_index():
         "shift": 3.0,
         "use_dynamic_shifting": True,
     }
-    settings = {
-        "height": SIZE,
-        "width": SIZE,
-        "steps": 28,
-        "guidance": 3.5,
-        "max_sequence_length": 16,
-    }
+    settings = dict(height=SIZE, width=SIZE, steps=28, guidance=3.5, max_sequence_length=16)
     (ASSETS / "scheduler").mkdir(exist_ok=True)
     for name, values in {
         "model_index.json": index,
@@ -254,10 +201,6 @@ class TinyConfig:
     threads: int = option(2, "threads of torch", at_least=1, at_most=1024)
 
 
-def usage():
-    return flags_help(TinyConfig, __doc__)
-
-
 def body(arguments):
     config = parse_flags(TinyConfig, arguments)
     torch.set_num_threads(config.threads)
@@ -272,4 +215,4 @@ def body(arguments):
 
 
 if __name__ == "__main__":
-    run_program(body, usage=usage, ranks=False)
+    run_program(body, usage=partial(flags_help, TinyConfig, __doc__), ranks=False)

@@ -13,17 +13,17 @@ Shapes: B captions, L tokens, D width.
 """
 
 import io
+import itertools
 import json
-import math
 import random
 import tempfile
-import time
 import unicodedata
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
+from tiny_fit import fit_parameters
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -65,54 +65,38 @@ NO_COLOUR = 127.5  # what a caption that does not name a colour stands for
 # --- tokenizers -----------------------------------------------------------------------------------
 
 
-def words():
+def known_words():
     """Every word that is a token of its own."""
-    return sorted({word for colour in fill50k.COLOURS for word in colour.split()}.union(MORE_WORDS))
+    return sorted({*" ".join(fill50k.COLOURS).split(), *MORE_WORDS})
 
 
 def lowercase_charsmap():
     """A compiled sentencepiece normaliser: lower case, no accents, plain quotes and dashes."""
-    rules = {
-        0x2018: "'",
-        0x2019: "'",
-        0x201C: '"',
-        0x201D: '"',
-        0x2010: "-",
-        0x2013: "-",
-        0x2014: "-",
-        0xA0: " ",
-    }
-    for code in [
-        *range(65, 91),
-        *range(0xC0, 0x250),
-        *range(0x1E00, 0x1F00),
-        *range(0xFF01, 0xFF5F),
-    ]:
-        plain = "".join(
-            c
-            for c in unicodedata.normalize("NFKD", chr(code)).casefold()
-            if not unicodedata.combining(c)
-        )
+    plain_marks = {"\u2018\u2019": "'", "\u201c\u201d": '"', "\u2010\u2013\u2014": "-", "\xa0": " "}
+    rules = {}
+    for marks, plain in plain_marks.items():
+        rules |= dict.fromkeys(map(ord, marks), plain)
+    letters = (range(65, 91), range(0xC0, 0x250), range(0x1E00, 0x1F00), range(0xFF01, 0xFF5F))
+    for code in itertools.chain(*letters):
+        folded = unicodedata.normalize("NFKD", chr(code)).casefold()
+        plain = "".join(c for c in folded if not unicodedata.combining(c))
         if plain and plain.isascii():
             rules[code] = plain
     written = io.BytesIO()
     with tempfile.NamedTemporaryFile("w", suffix=".tsv") as tsv:
-        tsv.writelines(
-            f"{code:X}\t{' '.join(f'{ord(c):X}' for c in plain)}\n"
-            for code, plain in sorted(rules.items())
-        )
+        for code, plain in sorted(rules.items()):
+            tsv.write(f"{code:X}\t{' '.join(f'{ord(c):X}' for c in plain)}\n")
         tsv.flush()
         SentencePieceTrainer.train(
-            sentence_iterator=iter(words() * 4),
+            sentence_iterator=iter(known_words() * 4),
             model_writer=written,
             vocab_size=60,
             hard_vocab_limit=False,
             normalization_rule_tsv=tsv.name,
             minloglevel=2,
         )
-    return sentencepiece_model_pb2.ModelProto.FromString(
-        written.getvalue()
-    ).normalizer_spec.precompiled_charsmap
+    model = sentencepiece_model_pb2.ModelProto.FromString(written.getvalue())
+    return model.normalizer_spec.precompiled_charsmap
 
 
 def t5_tokenizer():
@@ -121,7 +105,7 @@ def t5_tokenizer():
     """
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     characters = [(chr(i), -8.0) for i in range(33, 127) if not chr(i).isupper()]
-    vocab = special + [("▁" + word, -4.0) for word in words()] + characters
+    vocab = special + [("▁" + word, -4.0) for word in known_words()] + characters
     return T5TokenizerFast(
         vocab=vocab,
         extra_ids=0,
@@ -131,13 +115,13 @@ def t5_tokenizer():
 
 
 def clip_tokenizer():
-    """A byte-level BPE of CLIP's kind, merged until each of `words()` is one token."""
+    """A byte-level BPE of CLIP's kind, merged until each of `known_words()` is one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=10_000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False
     )
-    bpe.train_from_iterator(words(), trainer)
+    bpe.train_from_iterator(known_words(), trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [c + "</w>" for c in alphabet] + ["".join(pair) for pair in merges]
@@ -150,7 +134,7 @@ def clip_tokenizer():
 # --- captions -------------------------------------------------------------------------------------
 
 
-def phrase(circle, background, rng):
+def phrase_pair(circle, background, rng):
     """A caption of the pair in one of many wordings, and the six numbers in [0, 255] that it stands
     for.
     """
@@ -159,16 +143,14 @@ def phrase(circle, background, rng):
     if rng.random() < 0.1:
         for old, new in SYNONYMS.items():
             text = text.replace(old, new)
-    named = [
-        np.full(3, NO_COLOUR) if field not in template else fill50k.rgb(c)
-        for field, c in [("{c}", circle), ("{b}", background)]
-    ]
-    return rng.choice([str, str, str, str.capitalize, str.title, str.upper])(text), np.concatenate(
-        named
-    )
+    unnamed = np.full(3, NO_COLOUR)
+    named = [fill50k.rgb(circle) if "{c}" in template else unnamed]
+    named += [fill50k.rgb(background) if "{b}" in template else unnamed]
+    spelling = rng.choice([str, str, str, str.capitalize, str.title, str.upper])
+    return spelling(text), np.concatenate(named)
 
 
-def encode(tokenizer, texts, length):
+def encode_texts(tokenizer, texts, length):
     """Token ids (B, L), padded and truncated to `length`."""
     return tokenizer(
         texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -192,59 +174,36 @@ def clip_features(model, ids):
     return model(ids[:, :shortest]).pooler_output[:, None]
 
 
-def train(model, features, tokenizer, *, length, minutes, batch=64, lr=2e-3):
-    """Fit `model` and a linear head to the colours of captions; returns the head, both with the
-    mean of their last weights.
-    """
-    rng, choices = random.Random(0), fill50k.pairs(held_out=False)
+def train_encoder(model, features, tokenizer, *, length, minutes, batch=64):
+    """Fit `model` and a linear head, which is returned, to the colours of captions."""
+    rng, choices = random.Random(0), fill50k.colour_pairs(held_out=False)
     head = nn.Linear(model.config.hidden_size, 6)
-    parameters = [*model.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
-    shadow = [p.detach().clone() for p in parameters]
-    start, count = time.time(), 0
-    while (progress := (time.time() - start) / (60 * minutes)) < 1:
-        optimizer.param_groups[0]["lr"] = (
-            lr * min(1, progress / 0.03) * 0.5 * (1 + math.cos(math.pi * progress))
-        )
-        texts, colours = zip(*(phrase(*rng.choice(choices), rng) for _ in range(batch)))
+
+    def step():
+        texts, colours = zip(*(phrase_pair(*rng.choice(choices), rng) for _ in range(batch)))
         target = torch.from_numpy(np.stack(colours)).float()[:, None] / 127.5 - 1  # (B, 1, 6)
-        ids = encode(tokenizer, list(texts), length)
+        ids = encode_texts(tokenizer, list(texts), length)
         with torch.autocast("cpu", torch.bfloat16):
             out = features(model, ids)
         error = head(out.float()) - target
         per_token = error.square().mean((0, 2)) + 0.2 * error.abs().mean((0, 2))
-        loss = per_token[0] + 0.5 * per_token[1:].sum() / max(1, len(per_token) - 1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        count += 1
-        torch._foreach_lerp_(shadow, parameters, 1 - min(0.995, (1 + count) / (10 + count)))
-        if count % 200 == 0:
-            print(
-                f"{progress:5.1%} of {minutes:.1f} min, step {count}, loss {loss.item():.5f}",
-                flush=True,
-            )
-    with torch.no_grad():
-        for p, s in zip(parameters, shadow):
-            p.copy_(s)
+        return per_token[0] + 0.5 * per_token[1:].sum() / max(1, len(per_token) - 1)
+
+    fit_parameters([*model.parameters(), *head.parameters()], step, minutes=minutes, warmup=0.03)
     return head
 
 
 @torch.no_grad()
-def report(name, model, head, features, tokenizer, *, length):
+def report_colours(name, model, head, features, tokenizer, *, length):
     """Print how far the colours are that `head` reads from captions of held-out pairs, and the
     scale of the features.
     """
-    wordings = [TEMPLATES[0], "a {c} circle on a {b} background", "{c} circle, {b} background"]
-    for wording in wordings:
-        pairs = fill50k.pairs(held_out=True)
-        target = torch.from_numpy(
-            np.stack([np.concatenate([fill50k.rgb(a), fill50k.rgb(b)]) for a, b in pairs])
-        )
-        out = features(
-            model, encode(tokenizer, [wording.format(c=a, b=b) for a, b in pairs], length)
-        )
+    pairs = fill50k.colour_pairs(held_out=True)
+    colours = [[fill50k.rgb(circle), fill50k.rgb(background)] for circle, background in pairs]
+    target = torch.from_numpy(np.stack(colours)).flatten(1)
+    for wording in (TEMPLATES[0], "a {c} circle on a {b} background", "{c} circle, {b} background"):
+        texts = [wording.format(c=circle, b=background) for circle, background in pairs]
+        out = features(model, encode_texts(tokenizer, texts, length))
         error = ((head(out[:, 0]) + 1) * 127.5 - target).abs()
         print(
             f"{name}: '{wording}': mean |error| {error.mean():.2f}, worst {error.max():.1f} of "
@@ -273,10 +232,9 @@ def make_text(assets, minutes):
     )
     model = T5EncoderModel(config)
     bias = model.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight
-    nn.init.normal_(
-        bias, std=2.0
-    )  # at the default of 0.09 word order goes unnoticed for a thousand steps
-    finish(model, t5_features, tokenizer, T5_LENGTH, assets, "_2", minutes * 0.65)
+    # at the default of 0.09 word order goes unnoticed for a thousand steps
+    nn.init.normal_(bias, std=2.0)
+    finish_encoder(model, t5_features, tokenizer, T5_LENGTH, assets, "_2", minutes * 0.65)
     tokenizer = clip_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -291,27 +249,23 @@ def make_text(assets, minutes):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    finish(CLIPTextModel(config), clip_features, tokenizer, CLIP_LENGTH, assets, "", minutes * 0.35)
+    model = CLIPTextModel(config)
+    finish_encoder(model, clip_features, tokenizer, CLIP_LENGTH, assets, "", minutes * 0.35)
 
 
-def finish(model, features, tokenizer, length, assets, suffix, minutes):
+def finish_encoder(model, features, tokenizer, length, assets, suffix, minutes):
     """Train, round to bfloat16, report and write one encoder and its tokenizer."""
-    assert all(
-        len(tokenizer(word).input_ids) == len(tokenizer("").input_ids) + 1 for word in words()
-    )
-    head = train(model, features, tokenizer, length=length, minutes=minutes)
+    empty = len(tokenizer("").input_ids)
+    assert all(len(tokenizer(word).input_ids) == empty + 1 for word in known_words())
+    head = train_encoder(model, features, tokenizer, length=length, minutes=minutes)
     model.to(torch.bfloat16).float().eval()
-    report(type(model).__name__, model, head, features, tokenizer, length=length)
-    prefix = (
-        "text_model." if isinstance(model, CLIPTextModel) else ""
-    )  # as published; newer transformers leave it out
+    report_colours(type(model).__name__, model, head, features, tokenizer, length=length)
+    # as published; newer transformers leave it out
+    prefix = "text_model." if isinstance(model, CLIPTextModel) else ""
     model.to(torch.bfloat16).save_pretrained(assets / f"text_encoder{suffix}")
     weights = assets / f"text_encoder{suffix}" / "model.safetensors"
-    save_file(
-        {prefix + name: tensor for name, tensor in load_file(weights).items()},
-        weights,
-        metadata={"format": "pt"},
-    )
+    tensors = {prefix + name: tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
     tokenizer.save_pretrained(assets / f"tokenizer{suffix}")
     if isinstance(tokenizer, CLIPTokenizer):
         write_clip_files(tokenizer, assets / f"tokenizer{suffix}")

@@ -25,9 +25,10 @@ import prove
 import train
 from fluxlite import parallel
 from fluxlite.cli.programs import run_program
-from fluxlite.data import fill50k, open_dataset
+from fluxlite.data import fill50k
+from fluxlite.data.opening import open_dataset
 from fluxlite.train import metrics, plots
-from fluxlite.weights import sources
+from fluxlite.weights import writing
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "assets" / "flux-tiny"
@@ -69,7 +70,7 @@ def run_training(out):
             + [f"output={out}"]
         )
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
 
 
 def infer_converted(out):
@@ -86,7 +87,7 @@ WRITERS = {
     "convert to a file": lambda out: convert_hf.body([*CONVERT, f"{out}.safetensors"]),
     "convert to a folder": lambda out: convert_hf.body([*CONVERT, out, "--to", "diffusers"]),
     "convert to shards": lambda out: convert_hf.body([*CONVERT, out, "--max-shard-size", "200KB"]),
-    "save_converted": lambda out: sources.converted(TINY, f"{out}.safetensors"),
+    "save_converted": lambda out: writing.open_converted(TINY, f"{out}.safetensors"),
     "generator": lambda out: fill50k.body(
         ["--dst", out, "--count", "40", "--size", "32", "--workers", "0"]
     ),

@@ -20,10 +20,10 @@ from reference import SMALL, our_controlnet_from, ours_from
 import fluxlite
 from fluxlite import rng
 from fluxlite.nets import flow
-from fluxlite.nets.controlnet import spread
+from fluxlite.nets.controlnet import spread_samples
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion
 from fluxlite.weights.sources import ASSETS
 
 FOLDER, ROOT = Path(__file__).parent / "golden", Path(__file__).parents[1]
@@ -126,12 +126,12 @@ def take_our_step(theirs, control):
             hint=batch[trained.config.hint],
             mode=batch["mode"] if trained.config.num_modes else None,
         )
-        residuals = spread(trained(*args, **inputs, **steer), trained.config, base.config)
+        residuals = spread_samples(trained(*args, **inputs, **steer), trained.config, base.config)
     loss = flow.velocity_loss(
         base(*args, **inputs, residuals=residuals), batch["x0"], batch["noise"]
     ).mean()
     loss.backward()
-    return loss.item(), layouts.from_fluxlite(gradients_of(trained), trained.config, "diffusers")
+    return loss.item(), conversion.from_fluxlite(gradients_of(trained), trained.config, "diffusers")
 
 
 def take_their_step(theirs, control):

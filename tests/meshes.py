@@ -17,8 +17,8 @@ from reference import last_of_each, randomise
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.cli.processes import leave
-from fluxlite.data import MockSamples
+from fluxlite.cli.processes import leave_process
+from fluxlite.data.mock import MockSamples
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
@@ -164,7 +164,7 @@ def train(config, steps=10):
         mock.patch.object(building, "random_weights", random_weights),
         mock.patch.object(controlnet, "random_weights", random_weights),
     ):
-        run = setup.set_up(config, *parallel.start(config.parallel, config.device))
+        run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device))
     figures, loaded = {}, batches_of(config, run)
     real_step = training_step.optimizer_step
 
@@ -193,11 +193,11 @@ def plain_autograd(config):
         mock.patch.object(parallel, "parallelize", lambda model, *_args, **_options: model),
         mock.patch.object(
             parallel,
-            "fill",
+            "fill_weights",
             lambda model, _weights, device: randomise(model.to_empty(device=device), config.seed),
         ),
     ):
-        run = setup.set_up(config, *parallel.start(config.parallel, config.device))
+        run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device))
     gradients = {}
 
     def update(run, _step, _loss):
@@ -226,8 +226,8 @@ def main():
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))
     if parallel.rank() == 0:
         torch.save(figures, sys.argv[1])
-    parallel.stop()
-    leave(0)
+    parallel.stop_ranks()
+    leave_process(0)
 
 
 if __name__ == "__main__":

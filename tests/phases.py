@@ -30,7 +30,7 @@ PHASES = {
     "composing": (command_line, "load_config", 1),
     "generating": (fill50k.TarWriter, "write", 5),
     "loading": (setup, "load_parts", 1),
-    "encoding": (cache, "_stacked", 2),
+    "encoding": (cache, "_encoded_pictures", 2),
     "first validation": (loop, "encode_validation", 1),
     "training": (loop, "train_step", 2),
     "validating": (loop, "validation_losses", 1),

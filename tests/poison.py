@@ -92,7 +92,7 @@ def check_poisoned_steps(options, kind, accumulation):
     )
     config.validate()
     with mock.patch.object(building, "random_weights", random_weights):  # none is zero, all move
-        run = setup.set_up(config, *parallel.start(config.parallel, config.device))
+        run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device))
     batches = batches_of(config, run)
     training_step.train_step(run, next(batches), 0)
     before = state_of(run)
@@ -132,7 +132,7 @@ def main():
         for kind, accumulation in (("adamw", 1), ("muon", 2)):
             check_poisoned_steps(options, kind, accumulation)
     check_samples()
-    parallel.stop()
+    parallel.stop_ranks()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ relative errors.
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
+from fluxlite.nets.configs import ControlNetConfig
 from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.flux import Flux
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion, net_configs
 
 
 def randomise(module, seed=0):
@@ -61,18 +62,20 @@ def diffusers_controlnet(
 
 def ours_from(theirs):
     """Our Flux with the parameters of a FluxTransformer2DModel."""
-    config = layouts.config_from_diffusers(theirs.config)
+    config = net_configs.config_from_diffusers(theirs.config)
     state = theirs.state_dict()
     model = Flux(config)
-    model.load_state_dict(layouts.to_fluxlite(state, config, "diffusers"), strict=True)
+    model.load_state_dict(conversion.to_fluxlite(state, config, "diffusers"), strict=True)
     return model
 
 
 def our_controlnet_from(theirs):
     """Our ControlNet with the parameters of a FluxControlNetModel."""
-    config = layouts.controlnet_config_from_diffusers(theirs.config)
+    config = net_configs.config_from_diffusers(theirs.config, ControlNetConfig)
     net = ControlNet(config)
-    net.load_state_dict(layouts.to_fluxlite(theirs.state_dict(), config, "diffusers"), strict=True)
+    net.load_state_dict(
+        conversion.to_fluxlite(theirs.state_dict(), config, "diffusers"), strict=True
+    )
     return net
 
 

@@ -24,9 +24,9 @@ from test_trainer import MOCK
 
 from fluxlite.cli.programs import one_line
 from fluxlite.draw import offload
+from fluxlite.weights import conversion, run_tensors, tensor_files, verify, writing
 from fluxlite.weights import layouts as convert
 from fluxlite.weights import run_folder as run_folders
-from fluxlite.weights import run_tensors, tensor_files, verify
 from fluxlite.weights import sources as checkpoint
 from fluxlite.weights.sources import ASSETS
 
@@ -50,7 +50,7 @@ def sources(theirs, tmp_path):
         state = {k: v.contiguous() for k, v in in_layout(theirs, layout).items()}
         save_file({k: v.clone() for k, v in state.items()}, tmp_path / f"{layout}.safetensors")
     source = checkpoint.open_source(tmp_path / "diffusers")
-    checkpoint.write_converted(source, tmp_path / "fluxlite.safetensors")
+    writing.write_converted(source, tmp_path / "fluxlite.safetensors")
     paths = {layout: tmp_path / f"{layout}.safetensors" for layout in ("fluxlite", "bfl", "nemo")}
     return paths | {"diffusers": tmp_path / "diffusers"}
 
@@ -64,8 +64,8 @@ def digests(path):
 def test_files_go_round_to_identical_bytes(sources, tmp_path, first, second):
     there = tmp_path / ("there" if second == "diffusers" else "there.safetensors")
     back = tmp_path / ("back" if first == "diffusers" else "back.safetensors")
-    checkpoint.write_converted(checkpoint.open_source(sources[first]), there, to=second)
-    _, source_digest = checkpoint.write_converted(checkpoint.open_source(there), back, to=first)
+    writing.write_converted(checkpoint.open_source(sources[first]), there, to=second)
+    _, source_digest = writing.write_converted(checkpoint.open_source(there), back, to=first)
     assert digests(back) == digests(sources[first])
     assert digests(there) == digests(sources[second]) and source_digest == digests(there)[1]
 
@@ -101,7 +101,7 @@ def test_digests_are_those_of_the_bytes(sources):
 
 def test_diffusers_loads_an_export_in_shards(sources, theirs, tmp_path):
     source = checkpoint.open_source(sources["bfl"])
-    files, _ = checkpoint.write_converted(
+    files, _ = writing.write_converted(
         source, tmp_path / "out", to="diffusers", max_shard_bytes=100_000
     )
     assert len(files) > 3 and all(f.stat().st_size < 120_000 for f in files)
@@ -149,7 +149,7 @@ def test_weights_stay_in_the_mapped_files_and_only_what_changes_is_copied(source
 
 
 def test_dtype_and_prefix_and_autoencoder(sources, tmp_path):
-    files, _ = checkpoint.write_converted(
+    files, _ = writing.write_converted(
         checkpoint.open_source(sources["nemo"]),
         tmp_path / "f.safetensors",
         to="bfl",
@@ -161,7 +161,7 @@ def test_dtype_and_prefix_and_autoencoder(sources, tmp_path):
         {f"model.diffusion_model.{k}": v for k, v in state.items()}, tmp_path / "comfy.safetensors"
     )
     assert digests(tmp_path / "comfy.safetensors")[1] == digests(files[0])[1]
-    checkpoint.write_converted(
+    writing.write_converted(
         checkpoint.open_source(TINY, part="vae"), tmp_path / "ae.safetensors", to="bfl"
     )  # its group count is not FLUX's, and travels in the metadata
     a, b = (checkpoint.load_autoencoder(p) for p in (TINY, tmp_path / "ae.safetensors"))
@@ -171,14 +171,14 @@ def test_dtype_and_prefix_and_autoencoder(sources, tmp_path):
 
 def test_save_converted_is_written_once_used_again_and_checked(sources, tmp_path):
     kept = tmp_path / "kept.safetensors"
-    first = checkpoint.converted(sources["diffusers"], kept)
+    first = writing.open_converted(sources["diffusers"], kept)
     written = kept.stat().st_mtime_ns
-    again = checkpoint.converted(sources["diffusers"], kept)
+    again = writing.open_converted(sources["diffusers"], kept)
     assert kept.stat().st_mtime_ns == written and first.layout == again.layout == "fluxlite"
     with pytest.raises(ValueError, match="was not made from"):
-        checkpoint.converted(sources["bfl"], kept)
+        writing.open_converted(sources["bfl"], kept)
     with pytest.raises(ValueError, match="^model.save_converted=.* lies in the source's folder"):
-        checkpoint.converted(sources["diffusers"], sources["diffusers"] / "new.safetensors")
+        writing.open_converted(sources["diffusers"], sources["diffusers"] / "new.safetensors")
 
 
 def test_verify_proves_a_conversion_and_finds_a_flipped_bit(sources, tmp_path):
@@ -188,8 +188,8 @@ def test_verify_proves_a_conversion_and_finds_a_flipped_bit(sources, tmp_path):
         dst = (
             tmp_path / f"v-{layout}" if to == "diffusers" else tmp_path / f"v-{layout}.safetensors"
         )
-        checkpoint.write_converted(source, dst, to=to)
-        lines = verify.verify(source, dst)
+        writing.write_converted(source, dst, to=to)
+        lines = verify.verify_conversion(source, dst)
         assert "bit for bit" in lines[0] and "equals diffusers" in lines[1]
     file = tmp_path / "v-bfl.safetensors"
     with open(file, "r+b") as opened:
@@ -198,23 +198,23 @@ def test_verify_proves_a_conversion_and_finds_a_flipped_bit(sources, tmp_path):
         opened.seek(-100, os.SEEK_END)
         opened.write(bytes([byte[0] ^ 1]))
     with pytest.raises(ValueError, match="1 of .* tensors differ"):
-        verify.verify(checkpoint.open_source(sources["bfl"]), file)
+        verify.verify_conversion(checkpoint.open_source(sources["bfl"]), file)
 
 
 def test_verify_judges_the_forward_and_rounding(sources, tmp_path, monkeypatch):
     source = checkpoint.open_source(sources["bfl"])
     wide, half = tmp_path / "wide.safetensors", tmp_path / "half.safetensors"
-    checkpoint.write_converted(source, wide, dtype=torch.float32)
+    writing.write_converted(source, wide, dtype=torch.float32)
     resave(
         wide, lambda s: s.update({k: v * (1 + 1e-4) for k, v in s.items()})
     )  # no bfloat16 values any more
     fine = checkpoint.open_source(wide)
-    checkpoint.write_converted(fine, half, to="bfl", dtype=torch.bfloat16)
-    lines = verify.verify(fine, half)
+    writing.write_converted(fine, half, to="bfl", dtype=torch.bfloat16)
+    lines = verify.verify_conversion(fine, half)
     assert "as its values in bfloat16" in lines[0] and "equals diffusers" in lines[1]
     monkeypatch.setattr(verify, "forward_error", lambda *_: float("nan"))
     with pytest.raises(ValueError, match="differs from diffusers"):
-        verify.verify(fine, half)
+        verify.verify_conversion(fine, half)
 
 
 def test_a_wrong_mapping_gives_a_large_forward_error(sources):
@@ -233,10 +233,10 @@ def test_a_wrong_mapping_gives_a_large_forward_error(sources):
 
 def test_values_too_large_for_the_type_are_refused(sources, tmp_path):
     wide = tmp_path / "wide.safetensors"
-    checkpoint.write_converted(checkpoint.open_source(sources["bfl"]), wide, dtype=torch.float32)
+    writing.write_converted(checkpoint.open_source(sources["bfl"]), wide, dtype=torch.float32)
     resave(wide, lambda s: s["img_in.weight"].view(-1)[3:4].fill_(1e6))
     with pytest.raises(ValueError, match="img_in.weight has values up to 1e\\+06"):
-        checkpoint.write_converted(
+        writing.write_converted(
             checkpoint.open_source(wide), tmp_path / "half.safetensors", dtype=torch.float16
         )
     assert not (tmp_path / "half.safetensors").exists()
@@ -246,12 +246,12 @@ def test_each_tensor_keeps_its_type(sources, tmp_path):
     mixed = tmp_path / "mixed.safetensors"
     mixed.write_bytes(sources["bfl"].read_bytes())
     resave(mixed, lambda s: s.update({k: v.float() for k, v in s.items() if v.ndim > 1}))
-    checkpoint.write_converted(checkpoint.open_source(mixed), tmp_path / "out.safetensors")
+    writing.write_converted(checkpoint.open_source(mixed), tmp_path / "out.safetensors")
     state = load_file(tmp_path / "out.safetensors")
     assert all(v.dtype == (torch.float32 if v.ndim > 1 else torch.bfloat16) for v in state.values())
     assert (
         "bit for bit"
-        in verify.verify(checkpoint.open_source(mixed), tmp_path / "out.safetensors")[0]
+        in verify.verify_conversion(checkpoint.open_source(mixed), tmp_path / "out.safetensors")[0]
     )
 
 
@@ -288,17 +288,17 @@ def test_a_run_of_two_shards_is_a_source_and_its_average_is_chosen(run_folder, t
         torch.equal(source.read(k), v) and torch.equal(source.read(k, 3, 9), v[3:9])
         for k, v in expected.items()
     )
-    checkpoint.write_converted(source, tmp_path / "out", to="diffusers")
-    assert "bit for bit" in verify.verify(source, tmp_path / "out")[0]
+    writing.write_converted(source, tmp_path / "out", to="diffusers")
+    assert "bit for bit" in verify.verify_conversion(source, tmp_path / "out")[0]
     with safe_open(tmp_path / "out" / "diffusion_pytorch_model.safetensors", "pt") as file:
         training = json.loads(file.metadata()["training"])
     assert (
         training["step"] == 2 and training["ema"] == ema and training["density"] == "logit_normal"
     )
     kept = tmp_path / "kept.safetensors"
-    checkpoint.converted(run_folder, kept, ema=ema)
+    writing.open_converted(run_folder, kept, ema=ema)
     with pytest.raises(ValueError, match="was not made from"):
-        checkpoint.converted(run_folder, kept, ema=not ema)
+        writing.open_converted(run_folder, kept, ema=not ema)
 
 
 def test_a_run_is_read_once_and_a_linear_at_a_time(run_folder):
@@ -310,7 +310,7 @@ def test_a_run_is_read_once_and_a_linear_at_a_time(run_folder):
         sizes.append(tensor.nbytes)
         return tensor
 
-    for _ in convert.convert(watched, "fluxlite", "diffusers", source.config):
+    for _ in conversion.convert_weights(watched, "fluxlite", "diffusers", source.config):
         pass
     largest = max(tensor_files.num_bytes({name: entry}) for name, entry in source.described.items())
     assert max(sizes) == largest < source.num_bytes() / 8 and sum(sizes) == source.num_bytes()
@@ -320,12 +320,12 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     final, found = tmp_path / "x.safetensors", []
 
     def write_second():
-        with tensor_files.aside(final, overwrite=True) as b:
+        with tensor_files.atomic_weights(final, overwrite=True) as b:
             found.append(final.read_bytes())
             b.write_bytes(b"b" * 10)
 
     second = threading.Thread(target=write_second)
-    with tensor_files.aside(final) as a:
+    with tensor_files.atomic_weights(final) as a:
         a.write_bytes(b"a" * 100)
         second.start()
         second.join(0.3)
@@ -613,7 +613,7 @@ def test_controlnets_go_through_every_layout_to_identical_bytes(controlnets, tmp
     source = original
     for number, layout in enumerate([*HOLDS[kind], original.layout]):
         dst = tmp_path / str(number)
-        files, _ = checkpoint.write_converted(source, dst, to=layout)
+        files, _ = writing.write_converted(source, dst, to=layout)
         if layout != "diffusers":
             names = {
                 "fluxlite": "fluxlite_controlnet",
@@ -621,7 +621,7 @@ def test_controlnets_go_through_every_layout_to_identical_bytes(controlnets, tmp
                 "nemo": "nemo_flux_controlnet_transformer",
             }
             assert [f.name for f in files] == [f"{names[layout]}.safetensors"]
-        assert "equals diffusers' model" in verify.verify(source, dst)[-1]
+        assert "equals diffusers' model" in verify.verify_conversion(source, dst)[-1]
         source = checkpoint.open_source(dst)
         assert (source.what, source.layout, source.config) == (
             "controlnet",
@@ -634,8 +634,8 @@ def test_controlnets_go_through_every_layout_to_identical_bytes(controlnets, tmp
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffusers_loads_an_exported_controlnet(controlnets, tmp_path, kind):
     ours, exported = tmp_path / "ours.safetensors", tmp_path / "exported"
-    checkpoint.write_converted(checkpoint.open_source(controlnets[kind]), ours)
-    checkpoint.write_converted(checkpoint.open_source(ours), exported, to="diffusers")
+    writing.write_converted(checkpoint.open_source(controlnets[kind]), ours)
+    writing.write_converted(checkpoint.open_source(ours), exported, to="diffusers")
     again = FluxControlNetModel.from_pretrained(exported, torch_dtype=torch.bfloat16)
     theirs = diffusers_controlnet(**KINDS[kind], in_channels=16, **CHANGES).to(torch.bfloat16)
     assert all(torch.equal(again.state_dict()[k], v) for k, v in theirs.state_dict().items())
@@ -665,21 +665,21 @@ def test_controlnets_and_other_parts_are_not_mixed_up(controlnets, sources, tmp_
         ("union", "bfl", "7 modes"),
     ):
         with pytest.raises(ValueError, match=named):
-            checkpoint.write_converted(
+            writing.write_converted(
                 checkpoint.open_source(controlnets[kind]), tmp_path / "no.safetensors", to=to
             )
     assert not (tmp_path / "no.safetensors").exists()
     with pytest.raises(ValueError, match="holds something other than a FLUX controlnet"):
-        checkpoint.write_converted(
+        writing.write_converted(
             checkpoint.open_source(controlnets["union"]), sources["bfl"], overwrite=True
         )
 
 
 def test_a_converted_controlnet_is_kept_and_used_again(controlnets, tmp_path, caplog):
     kept, of = tmp_path / "kept.safetensors", dict(group="controlnet", part="controlnet")
-    first = checkpoint.converted(controlnets["xlabs"], kept, **of)
+    first = writing.open_converted(controlnets["xlabs"], kept, **of)
     written = kept.stat().st_mtime_ns
-    again = checkpoint.converted(controlnets["xlabs"], kept, **of)
+    again = writing.open_converted(controlnets["xlabs"], kept, **of)
     assert (
         first.layout == again.layout == "fluxlite"
         and kept.stat().st_mtime_ns == written
@@ -688,17 +688,17 @@ def test_a_converted_controlnet_is_kept_and_used_again(controlnets, tmp_path, ca
     with pytest.raises(
         ValueError, match="controlnet.save_converted=.*was not made from controlnet.checkpoint="
     ):
-        checkpoint.converted(controlnets["union"], kept, **of)
+        writing.open_converted(controlnets["union"], kept, **of)
 
 
 def test_a_flipped_bit_in_a_controlnet_is_found(controlnets, tmp_path):
     source, dst = checkpoint.open_source(controlnets["union"]), tmp_path / "out.safetensors"
-    checkpoint.write_converted(source, dst)
+    writing.write_converted(source, dst)
     state, about = load_file(dst), safe_open(dst, "pt").metadata()
     state["mode_in.weight"].view(torch.uint8)[0, 0] ^= 1
     save_file(state, dst, about)
     with pytest.raises(ValueError, match="controlnet_mode_embedder"):
-        verify.verify(source, dst)
+        verify.verify_conversion(source, dst)
 
 
 def test_the_script_converts_a_controlnet(controlnets, tmp_path, capfd):
@@ -728,13 +728,16 @@ def test_what_a_killed_conversion_left_is_gone_after_the_next(tmp_path):
     """Gigabytes of it: the next writer takes a file over, and brings back what was moved away."""
     source = checkpoint.open_source(str(ASSETS / "flux-tiny" / "transformer"))
     (tmp_path / ".x.safetensors.part").write_bytes(bytes(10))
-    checkpoint.write_converted(source, tmp_path / "x.safetensors")
+    writing.write_converted(source, tmp_path / "x.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
     (tmp_path / ".d.part").mkdir()
     (tmp_path / ".d.part" / "half.safetensors").write_bytes(bytes(10))
-    checkpoint.write_converted(source, tmp_path / "d", to="diffusers")
+    writing.write_converted(source, tmp_path / "d", to="diffusers")
     (tmp_path / "d").rename(tmp_path / ".d.old")  # killed between the two renames
-    with pytest.raises(ValueError, match="exists"), tensor_files.aside(tmp_path / "d", folder=True):
+    with (
+        pytest.raises(ValueError, match="exists"),
+        tensor_files.atomic_weights(tmp_path / "d", folder=True),
+    ):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "x.safetensors"]
     checkpoint.open_source(str(tmp_path / "d"))

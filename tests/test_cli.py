@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from fluxlite.cli.descriptions import parse_json, read_description, read_json, read_text
-from fluxlite.cli.options import check_options, option, typed_options
+from fluxlite.cli.descriptions import parse_json, read_json, read_text
+from fluxlite.cli.options import check_options, option, typed_description, typed_options
 from fluxlite.cli.programs import one_line
 
 
@@ -88,10 +88,13 @@ def test_what_is_no_json_object_is_one_line_that_names_the_file(data, tmp_path):
 
 def test_a_description_names_its_file_and_key(tmp_path):
     (tmp_path / "about.json").write_text('\ufeff{"count": 3}', encoding="utf-8")
-    assert read_description(tmp_path / "about.json", Outer).count == 3
+    assert (
+        typed_description(tmp_path / "about.json", Outer, read_json(tmp_path / "about.json")).count
+        == 3
+    )
     (tmp_path / "about.json").write_text(json.dumps({"count": [3]}))
     with pytest.raises(ValueError, match=r"about.json: count=\[3\]"):
-        read_description(tmp_path / "about.json", Outer)
+        typed_description(tmp_path / "about.json", Outer, read_json(tmp_path / "about.json"))
     with pytest.raises(ValueError, match="metadata"):
         parse_json("[", "metadata of x")
 

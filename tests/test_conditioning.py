@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fluxlite.weights.text_encoders import CLIP, T5, load_text_encoders, locate
+from fluxlite.weights.encoder_files import CLIP, T5, locate_encoder
+from fluxlite.weights.text_encoders import load_text_encoders
 
 TINY = Path(__file__).parent.parent / "assets" / "flux-tiny"
 PROMPTS = [
@@ -150,13 +151,13 @@ def test_prompts_must_be_a_list(encoders):
 def test_tokenizer_is_found_in_the_pipeline_beside_the_encoder_and_inside_it(copy):
     for kind in (T5, CLIP):
         expected = (copy / kind.encoder, copy / kind.tokenizer)
-        assert locate(copy, kind) == locate(copy / kind.encoder, kind) == expected
+        assert locate_encoder(copy, kind) == locate_encoder(copy / kind.encoder, kind) == expected
         for file in (copy / kind.tokenizer).iterdir():
             shutil.copy(file, copy / kind.encoder)
         shutil.rmtree(copy / kind.tokenizer)
         assert (
-            locate(copy, kind)
-            == locate(copy / kind.encoder, kind)
+            locate_encoder(copy, kind)
+            == locate_encoder(copy / kind.encoder, kind)
             == (copy / kind.encoder, copy / kind.encoder)
         )
     txt, pooled = load(copy / T5.encoder, copy).encode(PROMPTS, 16)
@@ -168,21 +169,21 @@ def test_tokenizer_is_found_in_the_pipeline_beside_the_encoder_and_inside_it(cop
 def test_missing_parts_are_errors_that_name_the_setting(copy, kind):
     other = CLIP if kind is T5 else T5
     with pytest.raises(ValueError, match=f"{kind.key}=.*{other.encoder} holds a model of type"):
-        locate(copy / other.encoder, kind)
+        locate_encoder(copy / other.encoder, kind)
     shutil.rmtree(copy / kind.tokenizer)
     with pytest.raises(
         ValueError, match=f"{kind.key}=.*no tokenizer: put tokenizer.json.*{kind.tokenizer}"
     ):
-        locate(copy, kind)
+        locate_encoder(copy, kind)
     (copy / kind.encoder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=f"{kind.key}=.*no weights"):
-        locate(copy, kind)
+        locate_encoder(copy, kind)
     shutil.rmtree(copy / kind.encoder)
     with pytest.raises(ValueError, match=f"{kind.key}=.*config.json"):
-        locate(copy, kind)
+        locate_encoder(copy, kind)
     for where in (copy / "absent", "", None, "one_word", "too/many/parts/here"):
         with pytest.raises(ValueError, match=f"{kind.key}="):
-            locate(where, kind)
+            locate_encoder(where, kind)
 
 
 def test_unreachable_hub_fails_at_once_in_one_line():
@@ -190,7 +191,7 @@ def test_unreachable_hub_fails_at_once_in_one_line():
     with pytest.raises(
         ValueError, match="model.t5=nobody-at-all/no-such-model is no folder"
     ) as caught:
-        locate("nobody-at-all/no-such-model", T5)
+        locate_encoder("nobody-at-all/no-such-model", T5)
     assert time.time() - start < 10 and "\n" not in str(caught.value)
 
 
@@ -213,8 +214,8 @@ def test_hub_repository_is_fetched_in_part(copy, monkeypatch):
 
     calls = fake_hub(monkeypatch, copy)
     assert (
-        locate("owner/name", T5)
-        == locate("owner/name/text_encoder_2", T5)
+        locate_encoder("owner/name", T5)
+        == locate_encoder("owner/name/text_encoder_2", T5)
         == (copy / T5.encoder, copy / T5.tokenizer)
     )
     unwanted = [
@@ -244,7 +245,7 @@ def test_gated_repository_says_how_to_get_in(monkeypatch):
         ValueError,
         match="model.clip=a/b is gated: accept its licence at https://huggingface.co/a/b, then run",
     ):
-        locate("a/b", CLIP)
+        locate_encoder("a/b", CLIP)
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from fluxlite.cli.command_line import help_text, load_config, parse_flags
 from fluxlite.cli.options import option_fields, resumable_keys
 from fluxlite.draw.proof import ProofConfig
-from fluxlite.nets.flux import FluxConfig
+from fluxlite.nets.configs import FluxConfig
 from fluxlite.settings import InferConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]

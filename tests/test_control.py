@@ -25,10 +25,11 @@ from fluxlite.data.circles import figure_mask
 from fluxlite.draw import sampling
 from fluxlite.draw.control import Control, open_control, prepare_hint, read_picture
 from fluxlite.draw.pipeline import picture_seed
-from fluxlite.nets.controlnet import ControlNet, ControlNetConfig
+from fluxlite.nets.configs import ControlNetConfig
+from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.latents import pack_latents
 from fluxlite.settings import InferConfig
-from fluxlite.weights import sources
+from fluxlite.weights import sources, writing
 from fluxlite.weights.sources import ASSETS
 
 TINY, ROOT = ASSETS / "flux-tiny", Path(__file__).parents[1]
@@ -249,7 +250,7 @@ def test_every_layout_of_the_same_net_draws_the_same_picture(saved, pictures, tm
     for layout in ("diffusers", "fluxlite", "bfl", "nemo"):
         where = saved["pixel"] if layout == "diffusers" else tmp_path / layout
         if layout != "diffusers":
-            sources.write_converted(source, where, to=layout)
+            writing.write_converted(source, where, to=layout)
         options = dict(
             steps=2,
             dtype=torch.float32,

@@ -11,21 +11,21 @@ from reference import (
     relative_error,
 )
 
+from fluxlite.nets.configs import ControlNetConfig, FluxConfig
 from fluxlite.nets.controlnet import (
     ControlNet,
-    ControlNetConfig,
-    combine,
+    count_used,
     init_from_base,
     nearest_depth,
-    placement,
-    spread,
+    place_blocks,
+    spread_samples,
+    sum_residuals,
     unused_parameters,
-    used,
     weights_from_base,
 )
-from fluxlite.nets.flux import Flux, FluxConfig, rope_table
+from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion
 
 HEIGHT, WIDTH, NUM_TEXT = 4, 6, 5  # latent cells
 DEPTHS = [(4, 10), (4, 0), (2, 0), (6, 0), (5, 15)]
@@ -102,7 +102,7 @@ def test_samples_and_the_velocity_of_the_base_match_diffusers(bases, doubles, si
         **as_theirs(values), **samples, controlnet_blocks_repeat=kind == "pixel"
     )[0]
     plain = base(**without_hint(values))
-    velocity = base(**without_hint(values), residuals=spread(got, net.config, base.config))
+    velocity = base(**without_hint(values), residuals=spread_samples(got, net.config, base.config))
     assert relative_error(velocity, reference) < 1e-5 and relative_error(plain, reference) > 0.1
 
 
@@ -136,30 +136,30 @@ def test_several_nets_sum_each_by_its_own_depth(bases):
         for d, s in ((4, 10), (3, 0))
     ]
     values = inputs(base.config)
-    parts = [spread(net(**values), net.config, base.config) for net in nets]
-    double, single = combine(parts)
+    parts = [spread_samples(net(**values), net.config, base.config) for net in nets]
+    double, single = sum_residuals(parts)
     assert len(double) == 19 and len(single) == 38
     assert all(torch.equal(got, a + b) for got, a, b in zip(double, parts[0][0], parts[1][0]))
     assert all(torch.equal(got, a) for got, a in zip(single, parts[0][1]))
     assert len({id(t) for t in double}) == 6  # of 4 and of 3 samples, in turn: sums are shared
-    assert combine(parts[1:])[1] == []
+    assert sum_residuals(parts[1:])[1] == []
 
 
 def test_placement_stretches_or_repeats_and_wastes_what_diffusers_wastes():
     assert (
-        placement(5, 2) == [0, 0, 0, 1, 1]
-        and placement(5, 2, cyclic=True) == [0, 1, 0, 1, 0]
-        and placement(5, 0) == []
+        place_blocks(5, 2) == [0, 0, 0, 1, 1]
+        and place_blocks(5, 2, cyclic=True) == [0, 1, 0, 1, 0]
+        and place_blocks(5, 0) == []
     )
-    counts = {n: used(19, n) for n in range(20)}
+    counts = {n: count_used(19, n) for n in range(20)}
     assert [n for n in counts if counts[n] != n] == [6, 8, 9, *range(11, 19)]
     assert (
         counts[6] == 5
         and counts[8] == counts[9] == 7
         and {counts[n] for n in range(11, 19)} == {10}
-        and used(38, 15) == 13
+        and count_used(38, 15) == 13
     )
-    assert used(19, 12, cyclic=True) == 12 and used(3, 12, cyclic=True) == 3
+    assert count_used(19, 12, cyclic=True) == 12 and count_used(3, 12, cyclic=True) == 3
     assert [nearest_depth(19, n) for n in (0, 4, 6, 9, 11, 18)] == [
         0,
         4,
@@ -175,7 +175,9 @@ def without_gradient(net, base, values):
 
     A chunk is a parameter's H rows: of the modulation there are several.
     """
-    out = base(**without_hint(values), residuals=spread(net(**values), net.config, base.config))
+    out = base(
+        **without_hint(values), residuals=spread_samples(net(**values), net.config, base.config)
+    )
     (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
     whole, chunks = [], []
     for name, p in net.named_parameters():
@@ -206,7 +208,7 @@ def test_unused_parameters_are_those_that_autograd_leaves_without_gradient(
     assert bool(whole) == ((doubles, singles) != (4, 10))
     # what alone is left: of the last text stream's modulation all but the shift and scale before
     # attention
-    last = used(19, doubles, cyclic=kind == "pixel") - 1
+    last = count_used(19, doubles, cyclic=kind == "pixel") - 1
     tail = [f"modulation.txt.{last}.{leaf} {i}" for leaf in ("weight", "bias") for i in range(2, 6)]
     assert chunks == ([] if singles else tail)
 
@@ -225,7 +227,7 @@ def test_a_net_from_its_base_leaves_the_first_step_bit_for_bit(bases, kind):
     )
     plain = base(**without_hint(values))
     assert torch.equal(
-        base(**without_hint(values), residuals=spread(samples, config, base.config)), plain
+        base(**without_hint(values), residuals=spread_samples(samples, config, base.config)), plain
     )
     assert all(
         torch.equal(p, dict(base.named_parameters())[n])
@@ -239,7 +241,7 @@ def test_a_net_from_its_base_leaves_the_first_step_bit_for_bit(bases, kind):
     assert (net.hint_in.weight.abs().max() > 0) == (kind == "pixel")
     # the outputs learn at the first step, whatever the hint
     base(
-        **without_hint(values), residuals=spread(samples, config, base.config)
+        **without_hint(values), residuals=spread_samples(samples, config, base.config)
     ).square().sum().backward()
     assert all(out.weight.grad.norm() > 0 for out in [*net.double_out, *net.single_out])
 
@@ -251,10 +253,14 @@ def test_a_net_starts_from_its_base_tensor_by_tensor_too(bases):
         base.config, num_double_blocks=5, num_single_blocks=7, num_modes=3
     )
     net = init_from_base(ControlNet(config), base, torch.Generator().manual_seed(0))
-    stream = layouts.convert(base.state_dict().__getitem__, "fluxlite", "fluxlite", base.config)
+    stream = conversion.convert_weights(
+        base.state_dict().__getitem__, "fluxlite", "fluxlite", base.config
+    )
     generator = torch.Generator().manual_seed(0)
     state = dict(
-        weights_from_base(layouts.on_meta(config), base.config, stream, generator=generator)
+        weights_from_base(
+            conversion.build_on_meta(config), base.config, stream, generator=generator
+        )
     )
     assert state.keys() == net.state_dict().keys() and all(
         torch.equal(state[k], v) for k, v in net.state_dict().items()

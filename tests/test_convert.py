@@ -12,10 +12,12 @@ from reference import (
     relative_error,
 )
 
-from fluxlite.nets.autoencoder import Autoencoder, AutoencoderConfig
+from fluxlite.nets.autoencoder import Autoencoder
+from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig
 from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
+from fluxlite.weights import conversion, diffusers_configs, net_configs
 from fluxlite.weights import layouts as convert
 
 
@@ -182,11 +184,11 @@ def in_layout(theirs, layout):
 @pytest.mark.parametrize("layout", ["diffusers", "bfl", "nemo"])
 def test_each_layout_is_the_hand_made_one_both_ways(layout, guidance, dtype):
     theirs = diffusers_flux(guidance=guidance).to(dtype)
-    config, by_hand = convert.config_from_diffusers(theirs.config), in_layout(theirs, layout)
+    config, by_hand = net_configs.config_from_diffusers(theirs.config), in_layout(theirs, layout)
     ours = ours_from(theirs).state_dict()
     got, back = (
-        convert.from_fluxlite(ours, config, layout),
-        convert.to_fluxlite(by_hand, config, layout),
+        conversion.from_fluxlite(ours, config, layout),
+        conversion.to_fluxlite(by_hand, config, layout),
     )
     assert got.keys() == by_hand.keys() and all(torch.equal(got[k], by_hand[k]) for k in got)
     assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
@@ -196,10 +198,10 @@ def test_each_layout_is_the_hand_made_one_both_ways(layout, guidance, dtype):
 @pytest.mark.parametrize("source", convert.LAYOUTS)
 @pytest.mark.parametrize("target", convert.LAYOUTS)
 def test_every_layout_goes_over_into_every_other(theirs, source, target):
-    config, mine = convert.config_from_diffusers(theirs.config), ours_from(theirs).state_dict()
+    config, mine = net_configs.config_from_diffusers(theirs.config), ours_from(theirs).state_dict()
     state = mine if source == "fluxlite" else in_layout(theirs, source)
     expected = mine if target == "fluxlite" else in_layout(theirs, target)
-    got = dict(convert.convert(state.__getitem__, source, target, config))
+    got = dict(conversion.convert_weights(state.__getitem__, source, target, config))
     assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in expected)
 
 
@@ -208,9 +210,9 @@ def test_every_layout_goes_over_into_every_other(theirs, source, target):
 def test_a_forward_through_each_layout_equals_diffusers(layout, dtype, bound):
     theirs = diffusers_flux().to(dtype)
     state = in_layout(theirs, layout)
-    config = convert.config_from_diffusers(theirs.config)
+    config = net_configs.config_from_diffusers(theirs.config)
     ours = Flux(config).to(dtype)
-    ours.load_state_dict(convert.to_fluxlite(state, config, layout), strict=True)
+    ours.load_state_dict(conversion.to_fluxlite(state, config, layout), strict=True)
     g = torch.Generator().manual_seed(3)
     img, txt = (
         torch.randn(2, 15, 12, generator=g).to(dtype),
@@ -230,22 +232,22 @@ def test_a_forward_through_each_layout_equals_diffusers(layout, dtype, bound):
 
 
 def test_a_bias_that_nemo_writes_twice_counts_once(theirs):
-    config, state = convert.config_from_diffusers(theirs.config), in_layout(theirs, "nemo")
-    expected = convert.to_fluxlite(state, config, "nemo")
+    config, state = net_configs.config_from_diffusers(theirs.config), in_layout(theirs, "nemo")
+    expected = conversion.to_fluxlite(state, config, "nemo")
     key = "single_blocks.0.self_attention.linear_proj.bias"
     state[key] = torch.full_like(state[key], 7.0)  # NeMo's forward ignores it
-    other = convert.to_fluxlite(state, config, "nemo")
+    other = conversion.to_fluxlite(state, config, "nemo")
     del state[key]  # and a checkpoint may lack it
-    third = convert.to_fluxlite(state, config, "nemo")
+    third = conversion.to_fluxlite(state, config, "nemo")
     assert all(
         torch.equal(expected[k], other[k]) and torch.equal(expected[k], third[k]) for k in expected
     )
 
 
 def test_the_final_scale_and_shift_change_places(theirs):
-    config, state = convert.config_from_diffusers(theirs.config), theirs.state_dict()
+    config, state = net_configs.config_from_diffusers(theirs.config), theirs.state_dict()
     scale, shift = state["norm_out.linear.bias"].chunk(2)
-    ours = convert.to_fluxlite(state, config, "diffusers")["modulation.out.bias"]
+    ours = conversion.to_fluxlite(state, config, "diffusers")["modulation.out.bias"]
     assert torch.equal(ours, torch.cat([scale, shift])) and not torch.equal(scale, shift)
     assert torch.equal(
         in_layout(theirs, "bfl")["final_layer.adaLN_modulation.1.bias"], torch.cat([shift, scale])
@@ -261,12 +263,12 @@ def test_layout_and_shape_are_recognised_from_keys(layout, doubles, singles, gui
     changes = dict(attention_head_dim=32, axes_dims_rope=(4, 14, 14))
     theirs = diffusers_flux(guidance=guidance, doubles=doubles, singles=singles, **changes)
     state = ours_from(theirs).state_dict() if layout == "fluxlite" else in_layout(theirs, layout)
-    assert convert.recognise(state) == ("transformer", layout, "")
-    assert convert.infer_config(layout, shapes_of(state)) == convert.config_from_diffusers(
+    assert convert.recognise_layout(state) == ("transformer", layout, "")
+    assert net_configs.infer_config(layout, shapes_of(state)) == net_configs.config_from_diffusers(
         theirs.config
     )
     if layout == "bfl":
-        assert convert.recognise({f"model.diffusion_model.{k}" for k in state}) == (
+        assert convert.recognise_layout({f"model.diffusion_model.{k}" for k in state}) == (
             "transformer",
             "bfl",
             "model.diffusion_model.",
@@ -274,18 +276,18 @@ def test_layout_and_shape_are_recognised_from_keys(layout, doubles, singles, gui
 
 
 def test_faults_are_listed(theirs):
-    config, state = convert.config_from_diffusers(theirs.config), theirs.state_dict()
+    config, state = net_configs.config_from_diffusers(theirs.config), theirs.state_dict()
     del state["proj_out.bias"]
     state["transformer_blocks.0.surplus"] = torch.zeros(1)
     state["x_embedder.weight"] = torch.zeros(48, 13)
     with pytest.raises(
         ValueError, match=r"proj_out\.bias.*surplus.*x_embedder\.weight \[48, 13\], not \[48, 12\]"
     ):
-        convert.to_fluxlite(state, config, "diffusers")
+        conversion.to_fluxlite(state, config, "diffusers")
     with pytest.raises(ValueError, match="mix layouts"):
-        convert.recognise({**in_layout(theirs, "bfl"), **theirs.state_dict()})
+        convert.recognise_layout({**in_layout(theirs, "bfl"), **theirs.state_dict()})
     with pytest.raises(ValueError, match="neither"):
-        convert.recognise(["a", "b"])
+        convert.recognise_layout(["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -300,22 +302,22 @@ def test_faults_are_listed(theirs):
 def test_true_configurations_have_the_keys_shapes_and_size_of_diffusers(values, count):
     with torch.device("meta"):
         theirs = FluxTransformer2DModel(**values)
-    config = convert.config_from_diffusers(theirs.config)
-    assert convert.shapes("diffusers", config) == shapes_of(theirs.state_dict())
+    config = net_configs.config_from_diffusers(theirs.config)
+    assert conversion.layout_shapes("diffusers", config) == shapes_of(theirs.state_dict())
     with torch.device("meta"):
         assert Flux(config).num_parameters() == count == sum(p.numel() for p in theirs.parameters())
     for layout in convert.LAYOUTS:
-        assert convert.infer_config(layout, convert.shapes(layout, config)) == config
-    round_trip = convert.config_to_diffusers(config)
-    assert convert.config_from_diffusers(json.loads(json.dumps(round_trip))) == config
+        assert net_configs.infer_config(layout, conversion.layout_shapes(layout, config)) == config
+    round_trip = diffusers_configs.config_to_diffusers(config)
+    assert net_configs.config_from_diffusers(json.loads(json.dumps(round_trip))) == config
 
 
 def test_the_autoencoder_goes_over_to_bfl_and_back():
     config = AutoencoderConfig((8, 16, 24), 1, 4, 4, 0.5, 0.1)
     state = randomise(Autoencoder(config)).state_dict()
-    bfl = dict(convert.convert(state.__getitem__, "diffusers", "bfl", config))
+    bfl = dict(conversion.convert_weights(state.__getitem__, "diffusers", "bfl", config))
     assert (
-        convert.recognise(bfl) == ("autoencoder", "bfl", "")
+        convert.recognise_layout(bfl) == ("autoencoder", "bfl", "")
         and bfl["encoder.mid.attn_1.q.weight"].ndim == 4
     )
     assert torch.equal(
@@ -323,8 +325,8 @@ def test_the_autoencoder_goes_over_to_bfl_and_back():
         state["decoder.up_blocks.2.resnets.0.conv1.weight"],
     )
     values = {"norm_num_groups": 4, "scaling_factor": 0.5, "shift_factor": 0.1}
-    assert convert.infer_autoencoder_config("bfl", shapes_of(bfl), values) == config
-    back = dict(convert.convert(bfl.__getitem__, "bfl", "fluxlite", config))
+    assert net_configs.infer_autoencoder_config("bfl", shapes_of(bfl), values) == config
+    back = dict(conversion.convert_weights(bfl.__getitem__, "bfl", "fluxlite", config))
     assert back.keys() == state.keys() and all(torch.equal(back[k], state[k]) for k in state)
 
 
@@ -342,19 +344,19 @@ def test_each_layout_of_a_controlnet_is_the_hand_made_one_both_ways(kind, layout
     changes = dict(in_channels=16, attention_head_dim=32, axes_dims_rope=(4, 14, 14))
     theirs = diffusers_controlnet(**CONTROLS[kind], **changes)
     config, by_hand = (
-        convert.controlnet_config_from_diffusers(theirs.config),
+        net_configs.config_from_diffusers(theirs.config, ControlNetConfig),
         in_layout(theirs, layout),
     )
     ours = our_controlnet_from(theirs).state_dict()
     got, back = (
-        convert.from_fluxlite(ours, config, layout),
-        convert.to_fluxlite(by_hand, config, layout),
+        conversion.from_fluxlite(ours, config, layout),
+        conversion.to_fluxlite(by_hand, config, layout),
     )
     assert got.keys() == by_hand.keys() and all(torch.equal(got[k], by_hand[k]) for k in got)
     assert back.keys() == ours.keys() and all(torch.equal(back[k], ours[k]) for k in ours)
     for name, state in ((layout, by_hand), ("fluxlite", ours)):
-        assert convert.recognise(state) == ("controlnet", name, "")
-        assert convert.infer_config(name, shapes_of(state)) == config
+        assert convert.recognise_layout(state) == ("controlnet", name, "")
+        assert net_configs.infer_config(name, shapes_of(state)) == config
 
 
 @pytest.mark.parametrize(
@@ -375,14 +377,14 @@ def test_each_layout_of_a_controlnet_is_the_hand_made_one_both_ways(kind, layout
 def test_controlnets_as_published_have_the_keys_shapes_and_size_of_diffusers(values):
     with torch.device("meta"):
         theirs = FluxControlNetModel(**values)
-    config = convert.controlnet_config_from_diffusers(theirs.config)
-    assert convert.shapes("diffusers", config) == shapes_of(theirs.state_dict())
+    config = net_configs.config_from_diffusers(theirs.config, ControlNetConfig)
+    assert conversion.layout_shapes("diffusers", config) == shapes_of(theirs.state_dict())
     with torch.device("meta"):
         assert ControlNet(config).num_parameters() == sum(p.numel() for p in theirs.parameters())
     for layout in convert.LAYOUTS:
-        assert convert.infer_config(layout, convert.shapes(layout, config)) == config
-    written = json.loads(json.dumps(convert.config_to_diffusers(config)))
-    assert convert.controlnet_config_from_diffusers(written) == config
+        assert net_configs.infer_config(layout, conversion.layout_shapes(layout, config)) == config
+    written = json.loads(json.dumps(diffusers_configs.config_to_diffusers(config)))
+    assert net_configs.config_from_diffusers(written, ControlNetConfig) == config
     assert all(
         written[k] == theirs.config[k]
         for k in written

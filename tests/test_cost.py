@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from diffusers import __version__ as diffusers_version
 
 from benchmarks.cost import KernelCount, count_model, dispatch_as_cuda, measure_blocks
-from fluxlite.nets.flux import FluxConfig
+from fluxlite.nets.configs import FluxConfig
 
 SIZES = dict(batch=1, side=1024, text=512)
 FIGURES = {  # kernels and GB forward, kernels and GB backward, GB saved: none, selective, full

@@ -15,20 +15,22 @@ import torch
 from PIL import Image
 
 from fluxlite import rng
-from fluxlite.data import (
-    CachedSamples,
-    DataConfig,
-    MockPictures,
-    MockSamples,
-    build_cache,
-    fill50k,
-    make_loader,
-    open_dataset,
-    prepare,
-)
 from fluxlite.data import cache as cache_module
-from fluxlite.data.images import BadSample, decode, edges, frame, pixels, resize_crop
-from fluxlite.data.shards import Order
+from fluxlite.data import fill50k
+from fluxlite.data.cache import CachedSamples, build_cache
+from fluxlite.data.config import DataConfig
+from fluxlite.data.images import (
+    BadSample,
+    canny_edges,
+    choose_frame,
+    decode_picture,
+    picture_pixels,
+    resize_crop,
+)
+from fluxlite.data.loading import make_loader
+from fluxlite.data.mock import MockPictures, MockSamples
+from fluxlite.data.opening import open_dataset, prepare_data
+from fluxlite.data.shards import SampleOrder
 
 
 def picture(value, kind="jpeg", size=(32, 32)):
@@ -178,8 +180,9 @@ def test_loading_leaves_the_global_generator_alone(tars):
 
 @pytest.mark.parametrize("seed", [0, -3])
 def test_windows_keep_shards_together(seed):
-    order = Order([4, 0, 4, 4, 4], seed=seed, shuffle=True, window=2)
-    numbers = [order.sample_at(i)[1] for i in range(16)]
+    order = SampleOrder([4, 0, 4, 4, 4], seed=seed, shuffle=True, window=2)
+    numbers = [next(order.following(i)) for i in range(16)]
+    assert numbers == list(order.following(0))
     assert sorted(numbers) == list(range(16)) and numbers != list(range(16))
     owners = [number // 4 for number in numbers]
     spread = [
@@ -187,11 +190,9 @@ def test_windows_keep_shards_together(seed):
         for shard in range(4)
     ]
     assert max(spread) < 8
-    assert order.sample_at(35)[0] == 2 and list(order.following(14))[:3] == [
-        numbers[14],
-        numbers[15],
-        numbers[0],
-    ]
+    assert list(order.following(14))[:3] == [numbers[14], numbers[15], numbers[0]]
+    later = list(order.following(32))
+    assert next(order.following(35)) == later[3] and later != numbers
 
 
 def test_no_shuffle_is_the_order_of_the_tars(tars):
@@ -333,7 +334,7 @@ def test_every_kind_of_picture_becomes_rgb(mode):
     )
     stream = io.BytesIO()
     image.save(stream, "jpeg" if mode == "CMYK" else "png")
-    got = decode(stream.getvalue())
+    got = decode_picture(stream.getvalue())
     assert got.mode == "RGB" and got.size == (8, 8)
     assert np.abs(np.array(got)[4, 4].astype(int) - SEEN[mode]).max() <= 2
 
@@ -343,14 +344,14 @@ def test_transparent_palettes_lie_on_white():
     image.putpalette([10, 20, 30])
     stream = io.BytesIO()
     image.save(stream, "png", transparency=0)
-    assert np.array(decode(stream.getvalue())).min() == 255
+    assert np.array(decode_picture(stream.getvalue())).min() == 255
 
 
 def test_exif_rotation_is_applied():
     exif, stream = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.new("RGB", (8, 4)).save(stream, "jpeg", exif=exif)
-    assert decode(stream.getvalue()).size == (4, 8)
+    assert decode_picture(stream.getvalue()).size == (4, 8)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +367,7 @@ def test_exif_rotation_is_applied():
 )
 def test_broken_pictures_are_refused(data):
     with pytest.raises(BadSample):
-        decode(data)
+        decode_picture(data)
 
 
 def test_a_picture_that_fits_is_not_resampled():
@@ -449,7 +450,7 @@ def test_the_control_is_not_the_picture_and_hidden_files_are_none(tmp_path):
     write_tar(tmp_path / "0.tar", content)
     dataset = open_dataset(config_for(tmp_path, val_path=str(tmp_path)), "train", 0)
     assert (
-        torch.equal(dataset[0]["images"], resize_crop(decode(picture(2)), 32, 32))
+        torch.equal(dataset[0]["images"], resize_crop(decode_picture(picture(2)), 32, 32))
         and len(dataset) == 1
     )
 
@@ -663,8 +664,8 @@ def fill50k_config(path, **changes):
 def test_generated_samples_are_deterministic_and_hold_pairs_out(tmp_path):
     config = fill50k_config(tmp_path / "data")
     for split, count in (("train", 40), ("val", 10)):
-        prepare(config, split, 0)
-        prepare(config, split, 1)
+        prepare_data(config, split, 0)
+        prepare_data(config, split, 1)
         dataset = open_dataset(config, split, 0)
         for text in {dataset[i]["captions"] for i in range(count)} - {""}:
             assert fill50k.is_held_out(
@@ -683,16 +684,16 @@ def test_generated_samples_are_deterministic_and_hold_pairs_out(tmp_path):
 
 def test_other_generated_shards_are_refused(tmp_path):
     for split in ("train", "val"):
-        prepare(fill50k_config(tmp_path / "data"), split)
+        prepare_data(fill50k_config(tmp_path / "data"), split)
     for split, changes, named in (
         ("train", dict(count=41), "40 pictures of 32 pixels, but data.count=41"),
         ("train", dict(generate_size=64), "data.generate_size=64"),
         ("val", dict(val_count=11), "data.val_count=11"),
     ):
         with pytest.raises(ValueError, match=named):
-            prepare(fill50k_config(tmp_path / "data", **changes), split)
+            prepare_data(fill50k_config(tmp_path / "data", **changes), split)
     smaller = fill50k_config(tmp_path / "data", val_count=3)
-    prepare(smaller, "val")
+    prepare_data(smaller, "val")
     assert len(open_dataset(smaller, "val", 0)) == 3
 
 
@@ -704,7 +705,7 @@ def test_the_generators_own_tars_in_the_path_itself_are_the_training_set(tmp_pat
     )
     config = fill50k_config(tmp_path / "made", count=5)
     for split in ("train", "val"):
-        prepare(config, split)
+        prepare_data(config, split)
     assert len(open_dataset(config, "train", 0)) == 5 and len(open_dataset(config, "val", 0)) == 10
     assert not (tmp_path / "made" / "train").exists()
 
@@ -718,20 +719,20 @@ def test_nothing_is_written_into_a_folder_of_the_users(tmp_path, names):
     before = sorted(tmp_path.rglob("*"))
     for split in ("train", "val"):
         with pytest.raises(ValueError, match="data.path=.*mine holds .*set data=webdataset"):
-            prepare(fill50k_config(tmp_path / "mine"), split)
+            prepare_data(fill50k_config(tmp_path / "mine"), split)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_both_orders_of_a_held_out_pair_are_held_out():
-    held = fill50k.pairs(held_out=True)
+    held = fill50k.colour_pairs(held_out=True)
     assert {(b, a) for a, b in held} == set(held)
-    assert 0.03 < len(held) / (len(held) + len(fill50k.pairs(held_out=False))) < 0.07
+    assert 0.03 < len(held) / (len(held) + len(fill50k.colour_pairs(held_out=False))) < 0.07
     assert len(fill50k.COLOURS) == len({tuple(fill50k.rgb(c)) for c in fill50k.COLOURS}) > 130
 
 
 def _prepare(path, count):
     torch.set_num_threads(1)
-    prepare(fill50k_config(path, count=count), "train")
+    prepare_data(fill50k_config(path, count=count), "train")
 
 
 def test_racing_and_killed_generators_leave_whole_shards(tmp_path):
@@ -755,8 +756,13 @@ def test_racing_and_killed_generators_leave_whole_shards(tmp_path):
 
 def test_the_original_layout_is_imported(tmp_path):
     source = tmp_path / "fill50k"
-    circle, background = next(pair for pair in fill50k.pairs(held_out=True) if pair[0] == "cyan")
-    held_out = fill50k.caption(circle, background), fill50k.caption("aqua", background)
+    circle, background = next(
+        pair for pair in fill50k.colour_pairs(held_out=True) if pair[0] == "cyan"
+    )
+    held_out = (
+        fill50k.circle_caption(circle, background),
+        fill50k.circle_caption("aqua", background),
+    )
     lines = []
     for i, text in enumerate(
         ["red circle with blue background", *held_out, "a caption of another kind"]
@@ -802,7 +808,7 @@ def controlled(numbers, **fields):
             f"{i:03d}.webp": picture(i, "webp", (48, 40)),
             f"{i:03d}.txt": f"picture {i}".encode(),
         }
-        found[f"{i:03d}.png"] = encoded(decode(found[f"{i:03d}.webp"]))
+        found[f"{i:03d}.png"] = encoded(decode_picture(found[f"{i:03d}.webp"]))
         if f"_{i}" in fields:
             found[f"{i:03d}.json"] = json.dumps(fields[f"_{i}"]).encode()
     return found
@@ -860,7 +866,7 @@ def test_a_control_of_another_size_shows_the_same_part(tmp_path, scale):
 def test_a_box_of_whole_pixels_is_copied_from_a_control_of_half_the_size():
     pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)
     target = Image.fromarray(pixels).resize((48, 32), Image.Resampling.NEAREST)
-    got = frame(target.size, 16, 16).of(Image.fromarray(pixels))
+    got = choose_frame(target.size, 16, 16).of(Image.fromarray(pixels))
     assert np.array_equal(np.array(got), pixels[:, 4:20])
 
 
@@ -907,8 +913,8 @@ def test_controls_with_endings_of_their_own_leave_other_pngs_alone(tmp_path):
         }
     write_tar(tmp_path / "0.tar", content)
     sample = open_dataset(config_for(tmp_path, control="depth.png", shuffle=False), "train", 0)[0]
-    assert torch.equal(sample["images"], resize_crop(decode(picture(0, "png")), 32, 32))
-    assert torch.equal(sample["controls"], resize_crop(decode(picture(5, "png")), 32, 32))
+    assert torch.equal(sample["images"], resize_crop(decode_picture(picture(0, "png")), 32, 32))
+    assert torch.equal(sample["controls"], resize_crop(decode_picture(picture(5, "png")), 32, 32))
 
 
 def test_canny_draws_the_outline_of_a_square(tmp_path):
@@ -935,7 +941,9 @@ def test_canny_draws_the_outline_of_a_square(tmp_path):
         0,
     )
     for i in range(8):
-        assert torch.equal(flipped[i]["controls"], pixels(edges(to_picture(flipped[i]["images"]))))
+        assert torch.equal(
+            flipped[i]["controls"], picture_pixels(canny_edges(to_picture(flipped[i]["images"])))
+        )
     assert same(by_index(batches(flipped, workers=2)), by_index(batches(flipped)))
 
 
@@ -948,7 +956,7 @@ def test_canny_sees_edges_by_two_thresholds():
         image = np.zeros((32, 16 * len(steps), 3), np.uint8)
         for i, step in enumerate(steps):
             image[16:, 16 * i : 16 * i + 16] = step
-        return (pixels(edges(Image.fromarray(image)))[0] > 0).any(dim=0)[2:-2]
+        return (picture_pixels(canny_edges(Image.fromarray(image)))[0] > 0).any(dim=0)[2:-2]
 
     assert not outlined(45).any() and outlined(55).all()
     assert outlined(45, 55).all()  # a weak edge that continues a strong one
@@ -972,7 +980,7 @@ def test_validation_has_controls_of_the_centre(tmp_path):
     dataset = open_dataset(config, "val", 0)
     for i in range(3):
         assert torch.equal(
-            dataset[i]["controls"], resize_crop(decode(picture(56 + i, "png")), 16, 24)
+            dataset[i]["controls"], resize_crop(decode_picture(picture(56 + i, "png")), 16, 24)
         )
 
 
@@ -1078,12 +1086,12 @@ def test_generated_circles_have_their_outlines_as_controls(tmp_path):
     config = fill50k_config(tmp_path / "data", control="png", caption_dropout=0.0)
     config.validate()
     for split, seed in (("train", 0), ("val", 1)):
-        prepare(config, split, 0)
+        prepare_data(config, split, 0)
         sample = open_dataset(config, split, 0)[0]
         number = int(sample["keys"].split("/")[1])
         _, outline, text = fill50k.draw_sample(number, size=32, seed=seed, held_out=split == "val")
         assert sample["captions"] == text and torch.equal(
-            sample["controls"], pixels(Image.fromarray(outline))
+            sample["controls"], picture_pixels(Image.fromarray(outline))
         )
 
 

@@ -27,9 +27,11 @@ from fluxlite.cli import atomic
 from fluxlite.cli.atomic import atomic_file, atomic_folder, locked
 from fluxlite.cli.options import check_sources
 from fluxlite.cli.programs import one_line
-from fluxlite.data import CachedSamples, data_digest, fill50k, images, open_dataset, places, prepare
 from fluxlite.data import cache as cache_module
+from fluxlite.data import fill50k, images, urls
 from fluxlite.data.braces import count_names, expand_braces
+from fluxlite.data.cache import CachedSamples
+from fluxlite.data.opening import open_dataset, prepare_data
 from fluxlite.data.rows import CHECKSUM, RowFile, write_rows
 from fluxlite.draw.control import read_picture
 from fluxlite.settings import TrainConfig
@@ -454,7 +456,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     assert len(open_dataset(config_for("~/{d,d}/0.tar::~/d", val_path="~/d"), "train", 0)) == 27
     dataset = open_dataset(config_for("~/d"), "train", 0)
     assert make_cache(dataset, "~/cache").parent == tmp_path / "cache"
-    prepare(fill50k_config("~/made"), "train")
+    prepare_data(fill50k_config("~/made"), "train")
     open_dataset(config_for(f"pipe:cat {tmp_path}/d/0.tar", download="~/fetched"), "train", 0)
     assert sorted(os.listdir(tmp_path)) == ["cache", "d", "fetched", "made"]
     with pytest.raises(ValueError, match="there is no such user"):
@@ -484,15 +486,15 @@ def test_a_tar_replaced_behind_its_url_is_fetched_again(tmp_path, caplog):
     with serving(tmp_path / "server") as address:
         config = config_for(f"{address}/a.tar", download=str(tmp_path / "fetched"), shuffle=False)
         old = open_dataset(config, "train", 0)
-        digest = data_digest(old)
+        digest = old.digest()
         assert old[0]["captions"] == "picture 0"
         write_tar(tmp_path / "server" / "a.tar", members(range(10, 16)))
         os.utime(tmp_path / "server" / "a.tar", (10**9, 10**9))
         new = open_dataset(config, "train", 0)
-        assert new[0]["captions"] == "picture 10" and data_digest(new) != digest
+        assert new[0]["captions"] == "picture 10" and new.digest() != digest
         assert "is another tar than was fetched" in caplog.text
         assert old[1]["captions"] == "picture 1"  # of the file that it holds open
-        assert data_digest(open_dataset(config, "train", 0)) == data_digest(new)
+        assert open_dataset(config, "train", 0).digest() == new.digest()
     assert (
         len(open_dataset(config, "train", 0)) == 5
         and "using what was fetched before" in caplog.text
@@ -502,7 +504,7 @@ def test_a_tar_replaced_behind_its_url_is_fetched_again(tmp_path, caplog):
 
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\nabc"])
 def test_a_server_that_stalls_is_given_up(tmp_path, monkeypatch, sent):
-    monkeypatch.setattr(places, "STALLED", 0.5)
+    monkeypatch.setattr(urls, "STALLED", 0.5)
     kept, server = [], socket.create_server(("127.0.0.1", 0))
 
     def answer():
@@ -524,7 +526,7 @@ def test_a_server_that_stalls_is_given_up(tmp_path, monkeypatch, sent):
 
 
 def test_a_command_that_prints_nothing_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(places, "SLOW_COMMAND", 0.5)
+    monkeypatch.setattr(urls, "SLOW_COMMAND", 0.5)
     with pytest.raises(
         ValueError, match="pipe:sleep 60 cannot be fetched .nothing came for 0.5 seconds"
     ):
@@ -545,7 +547,7 @@ def test_a_fetch_that_ends_early_is_refused(tmp_path):
         )
         connection.close()
 
-    threads = [threading.Thread(target=answer, daemon=True) for _ in range(places.ATTEMPTS)]
+    threads = [threading.Thread(target=answer, daemon=True) for _ in range(urls.ATTEMPTS)]
     for thread in threads:
         thread.start()
     with pytest.raises(ValueError, match=f"it ends after {len(data)} of {len(data) + 9} bytes"):
@@ -770,14 +772,14 @@ def test_a_complete_cache_is_used_without_writing(tars, tmp_path):  # noqa: F811
 
 def test_the_digest_of_data_tells_contents_and_what_is_read_of_them(tmp_path):
     write_captions(tmp_path / "d", b"red")
-    digests = [data_digest(open_dataset(config_for(tmp_path / "d"), "train", 0)) for _ in range(2)]
+    digests = [open_dataset(config_for(tmp_path / "d"), "train", 0).digest() for _ in range(2)]
     digests.append(
-        data_digest(open_dataset(config_for(tmp_path / "d", caption_field="text"), "train", 0))
+        open_dataset(config_for(tmp_path / "d", caption_field="text"), "train", 0).digest()
     )
     write_captions(tmp_path / "d", b"tan")
-    digests.append(data_digest(open_dataset(config_for(tmp_path / "d"), "train", 0)))
+    digests.append(open_dataset(config_for(tmp_path / "d"), "train", 0).digest())
     write_captions(tmp_path / "d", b"longer")
-    digests.append(data_digest(open_dataset(config_for(tmp_path / "d"), "train", 0)))
+    digests.append(open_dataset(config_for(tmp_path / "d"), "train", 0).digest())
     assert (
         digests[0] == digests[1] and len(set(digests)) == 4 and all(len(d) == 16 for d in digests)
     )
@@ -791,9 +793,9 @@ def test_servers_are_asked_once_and_the_first_rank_alone_warns(tmp_path, monkeyp
         where = dict(path=f"{address}/a.tar::{address}/a.tar", val_path=f"{address}/b.tar")
         config = config_for(**where, download=str(tmp_path / "fetched"))
         open_both(config)
-        asked, real = [], places.urlopen
+        asked, real = [], urls.urlopen
         monkeypatch.setattr(
-            places, "urlopen", lambda r, **o: asked.append(r.full_url[-5:]) or real(r, **o)
+            urls, "urlopen", lambda r, **o: asked.append(r.full_url[-5:]) or real(r, **o)
         )
         caplog.clear()
         open_both(config)
@@ -880,7 +882,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tars, tmp_path,
         if writer == "cache":
             make_cache(open_dataset(config_for(tars), "train", 0), work)
         elif writer == "generator":
-            prepare(fill50k_config(work / "made"), "train")
+            prepare_data(fill50k_config(work / "made"), "train")
         else:
             open_dataset(config_for(f"pipe:cat {tars}/0.tar", download=str(work)), "train", 0)
 
@@ -946,7 +948,7 @@ def test_a_running_generators_folder_is_waited_for_and_the_wait_is_said(tmp_path
     )
     other.start()
     assert ready.wait(20)
-    waiting = threading.Thread(target=lambda: prepare(fill50k_config(data), "train"))
+    waiting = threading.Thread(target=lambda: prepare_data(fill50k_config(data), "train"))
     waiting.start()
     deadline = time.monotonic() + 20
     while (

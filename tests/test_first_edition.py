@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fluxlite.settings import TrainConfig
 from fluxlite.train.resume import find_resume
-from fluxlite.weights import sources, verify
+from fluxlite.weights import sources, verify, writing
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -40,7 +40,7 @@ def test_a_file_of_the_first_edition_is_refused_with_the_command_that_converts_i
     assert "\n" not in str(caught.value)
     expected, new = metadata(FILES[part])["source_digest"], tmp_path / "new.safetensors"
     script["main"](["--src", str(FILES[part]), "--dst", str(new)])
-    sources.write_converted(sources.open_source(new), tmp_path / "back", to="diffusers")
+    writing.write_converted(sources.open_source(new), tmp_path / "back", to="diffusers")
     script["main"](
         ["--src", str(FILES[part]), "--dst", str(tmp_path / "direct"), "--to", "diffusers"]
     )

@@ -74,7 +74,7 @@ def test_significance_is_that_of_paired_differences():
 def built(*arguments):
     """A run that is set up and not trained."""
     config = configure(*TINY, *arguments)
-    return setup.set_up(config, *parallel.start(config.parallel, "cpu"))
+    return setup.set_up(config, *parallel.start_ranks(config.parallel, "cpu"))
 
 
 def batch_of(run, count=4):
@@ -105,7 +105,7 @@ def test_before_training_the_base_is_as_it_was_and_by_the_third_step_all_has_a_g
             *(flow_loss(run, *texts, **rest, **given) for given in ({}, {"hint": hint}))
         )
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
 
 
 def test_what_no_gradient_reaches_stays_as_it_is_under_weight_decay(data):
@@ -122,7 +122,7 @@ def test_what_no_gradient_reaches_stays_as_it_is_under_weight_decay(data):
         for name, (before, p) in held.items():
             assert torch.equal(p, before) == (name in unused), name
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
 
 
 def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path, caplog):

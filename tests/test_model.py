@@ -7,22 +7,22 @@ import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
 from reference import diffusers_flux, ours_from, randomise, relative_error
 
+from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import (
     ATTENTION,
     MLP,
     Flux,
-    FluxConfig,
     Rotate,
     can_fuse_gelu,
     fan_out,
     gelu,
-    initial,
+    initial_weight,
     pair_tables,
     rope_table,
     sinusoid,
 )
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import layouts
+from fluxlite.weights import conversion
 
 
 def inputs(config, *, batch=3, height=6, width=10, num_text_tokens=5, dtype=torch.float32):
@@ -75,7 +75,7 @@ def test_forward_and_gradients_match_diffusers(guidance, doubles, singles):
         gradients |= {
             name: torch.zeros_like(p) for name, p in ours.named_parameters() if p.grad is None
         }
-    converted = layouts.from_fluxlite(gradients, ours.config, "diffusers")
+    converted = conversion.from_fluxlite(gradients, ours.config, "diffusers")
     for name, gradient in reference.items():
         if name.endswith(("to_k.bias", "add_k_proj.bias")) or gradient.norm() > 0:
             assert gradient.norm() > 0 or not singles, name
@@ -89,7 +89,7 @@ def test_dev_and_schnell_have_the_keys_shapes_and_size_of_diffusers(guidance, co
         ours = Flux(FluxConfig(guidance_embed=guidance))
         assert ours.num_parameters() == count == sum(p.numel() for p in theirs.parameters())
         state = ours.state_dict()
-        converted = layouts.from_fluxlite(state, ours.config, "diffusers")
+        converted = conversion.from_fluxlite(state, ours.config, "diffusers")
     assert {k: v.shape for k, v in converted.items()} == {
         k: v.shape for k, v in theirs.state_dict().items()
     }
@@ -173,7 +173,7 @@ def test_the_fused_gelu_passes_by_no_adapter_and_no_hook(kind):
 def test_initial_queries_are_those_of_a_fused_linear():
     """Of BFL's code, as MLPerf trains it: xavier over H inputs and 3H outputs."""
     generator = torch.Generator().manual_seed(0)
-    values = initial("double_blocks.0.img.qkv.k.weight", (256, 256), "cpu", generator)
+    values = initial_weight("double_blocks.0.img.qkv.k.weight", (256, 256), "cpu", generator)
     bound = (6 / (256 + 3 * 256)) ** 0.5
     assert 0.99 * bound < values.abs().max() <= bound
 

@@ -24,9 +24,10 @@ from test_trainer import MOCK, command, losses, run, train, wait_for_steps, weig
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.nets.flux import FluxConfig, Modulation
+from fluxlite.nets.configs import FluxConfig
+from fluxlite.nets.flux import Modulation
+from fluxlite.parallel.modulation import spread_modulation
 from fluxlite.preflight import prediction
 from fluxlite.settings import TrainConfig
 
@@ -174,7 +175,7 @@ def test_modulation_spread_unevenly_is_the_whole_one_by_one_gather_and_one_all_t
 
     def modulate(rank):
         part, vec = copy.deepcopy(whole), vecs[rank].clone().requires_grad_()
-        parallel.spread_modulation(part, init_device_mesh("cpu", (ranks,)), torch.float32)
+        spread_modulation(part, init_device_mesh("cpu", (ranks,)), torch.float32)
         with Collectives() as counted:
             out = part(vec)
             out.backward(gradients[rank])

@@ -53,7 +53,7 @@ def test_a_gradient_that_is_not_finite_changes_no_bit_on_one_process():
     try:
         poison.main()
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_no_bit_on_any():
@@ -304,7 +304,7 @@ def test_a_rank_whose_torchrun_is_gone_says_so_and_does_not_wait(monkeypatch):
     for name, value in values.items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ValueError, match=f"torchrun is gone: 127.0.0.1:{port} does not answer"):
-        parallel.start(parallel.ParallelConfig(), "cpu")
+        parallel.start_ranks(parallel.ParallelConfig(), "cpu")
 
 
 # --- every phase ----------------------------------------------------------------------------------

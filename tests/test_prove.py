@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 import fluxlite
 from fluxlite.data import circles
-from fluxlite.data.fill50k import disc, distance_from, draw_sample, rgb
+from fluxlite.data.fill50k import disc_coverage, distance_from, draw_sample, rgb
 from fluxlite.draw import proof
 
 PROVE = Path(__file__).parents[1] / "prove.py"
@@ -23,7 +23,7 @@ def script():
 
 
 def draw_disc(size, *, centre, radius):
-    return disc(distance_from(centre, size), radius)[..., 0]
+    return disc_coverage(distance_from(centre, size), radius)[..., 0]
 
 
 def paint(coverage, circle, background):
@@ -67,9 +67,10 @@ def square(side, *, corner=(15, 20)):
 @pytest.mark.parametrize("through", [lambda picture: picture, as_jpeg], ids=["exact", "jpeg"])
 def test_generated_pictures_are_right(script, through):
     chosen = script["choose_pairs"](200, 3)
-    prompts = [script["caption"](*pair) for pair in chosen]
+    prompts = [script["circle_caption"](*pair) for pair in chosen]
     results = [
-        circles.measure(through(picture), *pair) for picture, pair in zip(perfect(prompts), chosen)
+        circles.measure_circle(through(picture), *pair)
+        for picture, pair in zip(perfect(prompts), chosen)
     ]
     assert np.mean([result["right"] for result in results]) > 0.98
     assert min(result["iou"] for result in results) > 0.9
@@ -100,24 +101,24 @@ def test_a_soft_rim_leaves_the_figure_its_size(circle, background):
 
 def test_no_figure_has_no_circle():
     assert circles.fit_circle(np.zeros((64, 64), bool)) is None
-    result = circles.measure(Image.new("RGB", (64, 64), "red"), "blue", "red")
+    result = circles.measure_circle(Image.new("RGB", (64, 64), "red"), "blue", "red")
     assert not result["colours"] and not result["shape"] and result["centre"] is None
 
 
 @pytest.mark.parametrize("side", [20, 24, 30])
 def test_square_is_no_circle(side):
-    result = circles.measure(paint(square(side), "red", "blue"), "red", "blue")
+    result = circles.measure_circle(paint(square(side), "red", "blue"), "red", "blue")
     assert result["colours"] and not result["shape"] and result["iou"] < circles.MIN_IOU
 
 
 def test_two_discs_are_no_circle():
     discs = draw_disc(64, centre=(17, 17), radius=12) + draw_disc(64, centre=(48, 48), radius=10)
-    result = circles.measure(paint(discs, "red", "blue"), "red", "blue")
+    result = circles.measure_circle(paint(discs, "red", "blue"), "red", "blue")
     assert result["colours"] and not result["shape"]
 
 
 def test_disc_cut_by_the_border_is_no_circle():
-    result = circles.measure(
+    result = circles.measure_circle(
         paint(draw_disc(64, centre=(2, 32), radius=16), "red", "blue"), "red", "blue"
     )
     assert result["colours"] and not result["shape"]
@@ -125,7 +126,7 @@ def test_disc_cut_by_the_border_is_no_circle():
 
 @pytest.mark.parametrize("radius", [4, 26])
 def test_disc_of_a_wrong_size_is_refused(radius):
-    result = circles.measure(
+    result = circles.measure_circle(
         paint(draw_disc(64, centre=(32, 32), radius=radius), "red", "blue"), "red", "blue"
     )
     assert result["iou"] > 0.9 and not result["shape"]
@@ -137,8 +138,8 @@ def test_disc_of_a_wrong_size_is_refused(radius):
 )
 def test_wrong_colours_are_refused(circle, background):
     picture = paint(draw_disc(64, centre=(30, 30), radius=12), "red", "blue")
-    assert circles.measure(picture, "red", "blue")["right"]
-    assert not circles.measure(picture, circle, background)["colours"]
+    assert circles.measure_circle(picture, "red", "blue")["right"]
+    assert not circles.measure_circle(picture, circle, background)["colours"]
 
 
 def test_perfect_pictures_prove_it_and_shuffled_prompts_do_not(script):
@@ -150,7 +151,7 @@ def test_perfect_pictures_prove_it_and_shuffled_prompts_do_not(script):
 
 def test_model_that_confuses_circle_and_background_fails_the_swap(script):
     def unbound(prompts, _controls):  # knows the two colours, not which is which
-        return perfect([script["caption"](*sorted(names(prompt))) for prompt in prompts])
+        return perfect([script["circle_caption"](*sorted(names(prompt))) for prompt in prompts])
 
     report, _, _ = script["prove"](unbound, num=NUM, num_swaps=20, seed=0)
     assert report["swap"] == 0 and 0.2 < report["colours"] < 0.8
@@ -177,7 +178,7 @@ def test_pairs_depend_on_the_seed_alone_and_are_held_out(script):
     chosen = script["choose_pairs"](NUM, 5)
     assert chosen == script["choose_pairs"](NUM, 5) != script["choose_pairs"](NUM, 6)
     assert len(set(chosen)) == NUM and all(
-        pair in script["pairs"](held_out=True) for pair in chosen
+        pair in script["colour_pairs"](held_out=True) for pair in chosen
     )
     assert all(circles.colour_difference(rgb(a), rgb(b)) > 25 for a, b in chosen)
     with pytest.raises(ValueError, match="num=100000"):

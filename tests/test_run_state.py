@@ -26,7 +26,7 @@ from test_trainer import MOCK, ROOT, SMALL, command, losses, train
 import fluxlite
 from fluxlite import parallel
 from fluxlite.train import loop, metrics, run_state
-from fluxlite.weights import run_folder, run_tensors, sources, verify
+from fluxlite.weights import run_folder, run_tensors, sources, verify, writing
 
 COMMON = [*MOCK, "checkpoint.every=2", "checkpoint.keep=0", "validate_every=0", "sample.every=0"]
 
@@ -52,9 +52,9 @@ def run(original, tmp_path):
 @pytest.fixture
 def group():
     """A process group of this process alone."""
-    parallel.start(parallel.ParallelConfig(), "cpu")
+    parallel.start_ranks(parallel.ParallelConfig(), "cpu")
     yield
-    parallel.stop()
+    parallel.stop_ranks()
 
 
 def resume(run, *more, steps=8):
@@ -291,7 +291,7 @@ def test_a_large_run_is_checked_by_tensors_and_whole_before_a_result(run, monkey
             verify.digests_of(source)
         if k % 20 == 0:
             with pytest.raises(ValueError, match="damaged"):
-                sources.write_converted(source, tmp_path / "out.safetensors")
+                writing.write_converted(source, tmp_path / "out.safetensors")
             assert not (tmp_path / "out.safetensors").exists()
         shard(folder).write_bytes(data)
     assert 5 < noticed < 55
@@ -808,11 +808,11 @@ import torch
 sys.path.insert(0, "tests")
 from test_trainer import MOCK, configure
 from fluxlite import parallel
-from fluxlite.cli.processes import leave
+from fluxlite.cli.processes import leave_process
 from fluxlite.train import resume, run_state, setup
 from fluxlite.cli.programs import one_line
 config = configure(*MOCK, f"output={sys.argv[1]}")
-device, mesh = parallel.start(config.parallel, "cpu")
+device, mesh = parallel.start_ranks(config.parallel, "cpu")
 run = setup.set_up(config, device, mesh)
 state = dict(model=run.model, optimizers=run.optimizers, ema=run.ema)
 about = dict(meta=resume.describe_run(run), keep=0)
@@ -834,8 +834,8 @@ if parallel.rank() == 0:
     os.truncate(shard, shard.stat().st_size - 1)
 torch.distributed.barrier()
 assert run_state.choose_checkpoint(config.output).name == "step-000001"
-parallel.stop()
-leave(0)
+parallel.stop_ranks()
+leave_process(0)
 """
 
 

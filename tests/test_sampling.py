@@ -15,7 +15,7 @@ from fluxlite.draw import sampling
 from fluxlite.draw.pipeline import picture_seed
 from fluxlite.nets import schedule
 from fluxlite.nets.latents import unpack_latents
-from fluxlite.weights import sources
+from fluxlite.weights import sources, writing
 from fluxlite.weights.sources import ASSETS
 
 ROOT = Path(__file__).parents[1]
@@ -339,7 +339,7 @@ def test_a_drawing_that_was_stopped_does_not_spoil_the_next(pipeline):
 
 def test_a_loaded_pipeline_and_a_converted_file_keep_their_own_settings(pipeline, tmp_path):
     assert fluxlite.generate(PROMPT, checkpoint=pipeline, steps=2)[0].size == (64, 64)
-    sources.write_converted(sources.open_source(TINY), tmp_path / "tiny.safetensors")
+    writing.write_converted(sources.open_source(TINY), tmp_path / "tiny.safetensors")
     parts = dict(t5=TINY, clip=TINY, autoencoder=TINY)
     assert fluxlite.generate(PROMPT, checkpoint=tmp_path / "tiny.safetensors", steps=2, **parts)[
         0
@@ -387,12 +387,12 @@ def test_every_layout_of_the_same_weights_draws_the_same_picture(tmp_path):
         folder = tmp_path / layout
         shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("transformer"))
         where = folder / ("transformer" if layout == "diffusers" else f"{layout}.safetensors")
-        sources.write_converted(source, where, to=layout)
+        writing.write_converted(source, where, to=layout)
         assert (
             pixels(fluxlite.generate(PROMPT, checkpoint=where, **options)) == reference
         ).all(), layout
     bare = tmp_path / "elsewhere" / "flux.safetensors"
-    sources.write_converted(source, bare)
+    writing.write_converted(source, bare)
     with pytest.raises(ValueError, match="model.t5=, model.clip=, model.autoencoder="):
         fluxlite.generate(PROMPT, checkpoint=bare, **options)
     parts = dict(t5=TINY, clip=TINY, autoencoder=TINY)

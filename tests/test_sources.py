@@ -23,9 +23,10 @@ from fluxlite.nets import flow, schedule
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.schedule import SampleConfig, times_for
 from fluxlite.settings import TrainConfig
-from fluxlite.weights import foreign, layouts, sources, tensor_files
-from fluxlite.weights.sources import ASSETS, open_source, write_converted
+from fluxlite.weights import conversion, foreign, layouts, net_configs, sources, tensor_files
+from fluxlite.weights.sources import ASSETS, open_source
 from fluxlite.weights.text_encoders import load_text_encoders
+from fluxlite.weights.writing import write_converted
 
 TINY = ASSETS / "flux-tiny"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -253,13 +254,15 @@ def test_a_folder_without_safetensors_says_what_it_has(tmp_path):
 
 @pytest.mark.parametrize("layout", layouts.LAYOUTS)
 def test_no_layout_of_ours_is_taken_for_something_else(theirs, layout):
-    config = layouts.config_from_diffusers(theirs.config)
-    foreign.check_keys(list(layouts.shapes(layout, config)))
-    foreign.check_keys([f"model.diffusion_model.{key}" for key in layouts.shapes("bfl", config)])
+    config = net_configs.config_from_diffusers(theirs.config)
+    foreign.check_keys(list(conversion.layout_shapes(layout, config)))
+    foreign.check_keys(
+        [f"model.diffusion_model.{key}" for key in conversion.layout_shapes("bfl", config)]
+    )
     for path in (TINY / "controlnet", TINY / "vae"):
         source = open_source(path)
         if (source.what, layout) != ("autoencoder", "nemo"):
-            foreign.check_keys(list(layouts.shapes(layout, source.config)))
+            foreign.check_keys(list(conversion.layout_shapes(layout, source.config)))
 
 
 SHAPES = {
@@ -469,7 +472,7 @@ def test_rotations_of_a_bare_file_are_said_and_can_be_set(bfl_file, caplog):
 
 def test_rotations_named_for_drawing_are_taken_or_compared(tmp_path):
     bare = tmp_path / "bare.safetensors"
-    state = layouts.from_fluxlite(
+    state = conversion.from_fluxlite(
         sources.load_state(open_source(TINY)), open_source(TINY).config, "bfl"
     )
     save_state(bare, state)
@@ -679,7 +682,7 @@ def test_the_widest_type_of_a_tensors_pieces_wins(bfl_file, tmp_path):
     source, original = open_source(bfl_file), load_file(bfl_file)
     assert {dtype for dtype, _ in source.described.values()} == FLOATS
     loaded = sources.load_transformer(source, dtype=torch.float32).state_dict()
-    back = layouts.from_fluxlite(loaded, source.config, "bfl")
+    back = conversion.from_fluxlite(loaded, source.config, "bfl")
     assert all(torch.equal(back[name], tensor.float()) for name, tensor in original.items())
     for layout in ("fluxlite", "nemo", "diffusers"):
         there, home = tmp_path / f"there-{layout}", tmp_path / f"home-{layout}.safetensors"

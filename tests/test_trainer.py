@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.nets.flux import Flux, FluxConfig
+from fluxlite.nets.configs import FluxConfig
+from fluxlite.nets.flux import Flux
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, optim
 from fluxlite.train.tasks.full import FULL
-from fluxlite.weights import run_folder, sources
+from fluxlite.weights import run_folder, sources, writing
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -61,7 +62,7 @@ def train(*arguments):
     try:
         return loop.train(configure(*arguments))
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
 
 
 def command(*arguments, ranks=None):
@@ -291,7 +292,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeyp
 def test_weights_that_are_not_finite_start_no_run(tmp_path):
     first = train(*MOCK, "steps=1", f"output={tmp_path}/a")
     file = tmp_path / "a.safetensors"
-    sources.write_converted(sources.open_source(str(first)), file)
+    writing.write_converted(sources.open_source(str(first)), file)
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     state = load_file(file)
@@ -304,7 +305,7 @@ def test_weights_that_are_not_finite_start_no_run(tmp_path):
 def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):
     first = train(*MOCK, "steps=3", f"output={tmp_path}/a")
     config = configure(*MOCK, f"model.checkpoint={first}", "steps=1")
-    device, mesh = parallel.start(config.parallel, "cpu")
+    device, mesh = parallel.start_ranks(config.parallel, "cpu")
     try:
         [model] = FULL.build_models(config, device, mesh)
         expected = weights(first, ema=True)
@@ -317,7 +318,7 @@ def test_a_checkpoint_starts_another_run_and_shapes_are_checked(tmp_path):
                 mesh,
             )
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
 
 
 def test_accumulation_equals_a_larger_batch(tmp_path):

@@ -13,11 +13,11 @@ import torch
 
 from fluxlite import parallel
 from fluxlite.cli.options import check_options, option, refuse_first, same_option
-from fluxlite.data import DataConfig
+from fluxlite.data.config import DataConfig
 from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import DrawConfig, PartsConfig, PipelineConfig
+from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
-from fluxlite.nets.flux import FluxConfig, check_channels
 from fluxlite.nets.latents import check_size, num_image_tokens
 from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel import ParallelConfig
@@ -25,7 +25,8 @@ from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
-from fluxlite.weights.sources import TINY, CheckpointConfig
+from fluxlite.weights.run_folder import CheckpointConfig
+from fluxlite.weights.sources import TINY
 
 MAX_STEPS = 10**9  # of training
 

@@ -11,8 +11,9 @@ from fuzzing import BOTH, try_cases
 from PIL import Image
 from test_data import config_for, make_cache, members, write_tar
 
-from fluxlite.data import CachedSamples, open_dataset
-from fluxlite.data.images import BadSample, decode
+from fluxlite.data.cache import CachedSamples
+from fluxlite.data.images import BadSample, decode_picture
+from fluxlite.data.opening import open_dataset
 
 ENDINGS = {"png": "PNG", "webp": "WEBP", "jpg": "JPEG"}
 
@@ -165,7 +166,7 @@ def test_no_picture_does_more_than_be_skipped(count):
 
     def case(random):
         try:
-            image = decode(mutated(random, random.choice(pictures)))
+            image = decode_picture(mutated(random, random.choice(pictures)))
         except BadSample:
             return "skipped"
         assert image.mode == "RGB" and min(image.size) >= 1

@@ -177,9 +177,9 @@ def change_names(rng, root):
 
 @pytest.fixture
 def one_process():
-    parallel.start(parallel.ParallelConfig(), "cpu")
+    parallel.start_ranks(parallel.ParallelConfig(), "cpu")
     yield
-    parallel.stop()
+    parallel.stop_ranks()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from test_convert import in_layout
 
 from fluxlite.nets.schedule import SampleConfig, times_for
-from fluxlite.weights import sources
+from fluxlite.weights import sources, writing
 from fluxlite.weights.sources import ASSETS
 from fluxlite.weights.text_encoders import load_text_encoders
 
@@ -116,7 +116,7 @@ def originals(tmp_path_factory):
     )
     state = {name: t.clone().contiguous() for name, t in in_layout(theirs, "bfl").items()}
     save_file(state, root / "bfl.safetensors")
-    sources.write_converted(sources.open_source(root / "pipe"), root / "ours.safetensors")
+    writing.write_converted(sources.open_source(root / "pipe"), root / "ours.safetensors")
     source = sources.open_source(root / "pipe")
     return root, source.config, sources.load_state(source)
 

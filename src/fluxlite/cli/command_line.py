@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import typing
 from pathlib import Path
@@ -26,9 +27,8 @@ from fluxlite.cli.options import (
 )
 
 CONFIGS = Path(__file__).parents[3] / "configs"
-LONGEST_VALUE = (
-    10_000  # characters of a value in Hydra's grammar, whose parser is slow and recursive
-)
+# characters of a value in Hydra's grammar, whose parser is slow and recursive
+LONGEST_VALUE = 10_000
 
 
 def group_choices(name):
@@ -36,8 +36,10 @@ def group_choices(name):
     from omegaconf import OmegaConf
 
     defaults = OmegaConf.load(CONFIGS / f"{name}.yaml").get("defaults", [])
-    chosen = [key for entry in defaults if not isinstance(entry, str) for key in entry]
-    return {group: sorted(f.stem for f in (CONFIGS / group).glob("*.yaml")) for group in chosen}
+    choices = {}
+    for group in itertools.chain.from_iterable(d for d in defaults if not isinstance(d, str)):
+        choices[group] = sorted(f.stem for f in (CONFIGS / group).glob("*.yaml"))
+    return choices
 
 
 def load_config(cls, name, argv):

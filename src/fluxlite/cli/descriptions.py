@@ -1,19 +1,14 @@
-"""Descriptions from a disk (JSON, YAML), read in one place: what they say is checked before anyone
-uses it.
+"""What files on a disk say (JSON, YAML, text), read in one place and refused where it is no such.
 
-about = read_description(folder / "meta.json", CheckpointDescription)      # or ValueError that
-names the file
+`options.typed_description` checks the values that they hold.
 """
 
-import dataclasses
 import json
 import math
 import os
 import stat
 from collections import Counter
 from pathlib import Path
-
-from fluxlite.cli.options import check_sources, typed_options
 
 MAX_BYTES = 1 << 26  # a description is text; a diffusers index of 12 billion weights has 0.2 MB
 MAX_YAML_BYTES = 1 << 24  # read at some 5 MB/s
@@ -173,21 +168,3 @@ def _check_plain(node, seen):
     for part in node.value if node.id in ("mapping", "sequence") else []:
         for one in part if isinstance(part, tuple) else [part]:
             _check_plain(one, seen)
-
-
-def read_description(path, cls, values=None, *, foreign=False):
-    """The dataclass `cls` that the JSON object of a file describes (or `values`, read from it
-    before).
-
-    Of a `foreign` file, another program's, unknown keys are left out, and null is a default.
-    Raises `ValueError` that names the file and the key.
-    """
-    values = read_json(path) if values is None else values
-    check_sources(cls, values if isinstance(values, dict) else {}, path)
-    if foreign and isinstance(values, dict):
-        known = {f.name for f in dataclasses.fields(cls)}
-        values = {k: value for k, value in values.items() if k in known and value is not None}
-    try:
-        return typed_options(cls, values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None

@@ -125,6 +125,23 @@ def typed_options(cls, values, prefix=""):
     return cls(**arguments)
 
 
+def typed_description(where, cls, values, *, foreign=False):
+    """The dataclass `cls` from the JSON object `values` that the file `where` holds.
+
+    Of a `foreign` file, another program's, unknown keys are left out, and null is a default.
+    Raises `ValueError` that names the file and the key.
+    """
+    if isinstance(values, dict):
+        check_sources(cls, values, where)
+        if foreign:
+            known = {f.name for f in dataclasses.fields(cls)}
+            values = {k: v for k, v in values.items() if k in known and v is not None}
+    try:
+        return typed_options(cls, values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def checked_value(value, hint, metadata, key):
     """`typed_value`, its home folder expanded where it is a path, within its bounds."""
     value = typed_value(value, hint, key)

@@ -86,7 +86,7 @@ def end_children_at_exit():
     atexit.register(end_children)
 
 
-def leave(code):
+def leave_process(code):
     """End this process with every exit function called, but without taking the interpreter apart.
 
     A thread of torch's gloo may still hold the tensors of a collective that is over. Where it lets

@@ -11,7 +11,7 @@ import time
 import traceback
 from functools import partial
 
-from fluxlite.cli.processes import STOP_SIGNALS, deferred_signals, die_with_parent, leave
+from fluxlite.cli.processes import STOP_SIGNALS, deferred_signals, die_with_parent, leave_process
 
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
@@ -44,7 +44,7 @@ def run_program(body, *, usage=None, ranks=True):
             body(arguments)
         sys.stdout.flush()
         _let_go()
-        leave(0)
+        leave_process(0)
     except Terminated:
         _end(143, _said_once("stopped by SIGTERM"))
     except KeyboardInterrupt:
@@ -55,7 +55,7 @@ def run_program(body, *, usage=None, ranks=True):
         line = one_line(error)
         if line is None or os.environ.get(BUG):
             sys.excepthook(*sys.exc_info())
-            leave(1)
+            leave_process(1)
         if not is_first_rank():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 has spoken
             time.sleep(FIRST_SPEAKS)
@@ -114,7 +114,7 @@ def _end(code, line):
         sys.stdout.flush()
     except OSError:  # its reader is gone, or its disk full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing to flush at exit
-    leave(code)
+    leave_process(code)
 
 
 def is_first_rank():

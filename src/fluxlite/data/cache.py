@@ -14,7 +14,6 @@ T5 and CLIP.
 import hashlib
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,25 +21,19 @@ import torch
 from tqdm import tqdm
 
 from fluxlite.cli.atomic import atomic_file
-from fluxlite.cli.descriptions import read_description, read_json
-from fluxlite.cli.options import expand_home
+from fluxlite.cli.descriptions import read_json
+from fluxlite.cli.options import expand_home, typed_description
 from fluxlite.data.images import BadSample
 from fluxlite.data.loading import load_batches
-from fluxlite.data.parts import CONTROL, config_parts
-from fluxlite.data.places import fetched_description
 from fluxlite.data.rows import RowFile, write_rows
-from fluxlite.data.shards import Kept, first_good
+from fluxlite.data.shards import RecentValues, first_good_sample
 
 POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
-OF_PICTURES = (
-    *POSTERIORS["images"],
-    *POSTERIORS["controls"],
-    "modes",
-)  # tensors of a row for each good sample
+# tensors of a row for each good sample
+OF_PICTURES = (*POSTERIORS["images"], *POSTERIORS["controls"], "modes")
 OF_TEXTS = ("txt", "pooled")
-ROWS = (
-    1000  # samples of a file: 4 GB of FLUX.1-dev's texts, all in memory until the file is written
-)
+# samples of a file: 4 GB of FLUX.1-dev's texts, all in memory until the file is written
+ROWS = 1000
 EMPTY = "empty.safetensors"  # the empty caption
 TIMES = "times.json"
 
@@ -57,8 +50,7 @@ class CacheDescription:
 
 
 def build_cache(dataset, directory, *, encode_images, encode_texts, digest, rank=0, world_size=1):
-    """Encode the samples of `dataset`, a `Samples`, that `directory` does not hold yet; returns the
-    folder for `CachedSamples`.
+    """Encode what a cache in `directory` lacks of a `Samples`; returns a `CachedSamples`' folder.
 
     encode_images: (B, 3, H, W) → mean, logvar (B, C, h, w); encode_texts: B strings → txt (B, L,
     D), pooled (B, P), both with B up to `data.micro_batch`; `digest` names the encoders. Each rank
@@ -66,9 +58,9 @@ def build_cache(dataset, directory, *, encode_images, encode_texts, digest, rank
     encoders, data or size, or more than `data.max_bad_fraction` of the samples are bad.
     """
     config = dataset.config
-    made_from = CacheDescription(digest, layout_digest(dataset), f"{config.height}x{config.width}")
+    made_from = CacheDescription(digest, dataset.layout_digest(), f"{config.height}x{config.width}")
     folder = _claimed_folder(Path(expand_home(str(directory), "data.cache")), made_from)
-    mine = pieces(dataset)[rank::world_size]
+    mine = cache_pieces(dataset)[rank::world_size]
     if rank == 0 and not (folder / EMPTY).is_file():
         with torch.no_grad():
             txt, pooled = encode_texts([""])
@@ -77,11 +69,10 @@ def build_cache(dataset, directory, *, encode_images, encode_texts, digest, rank
     contents = _Contents(dataset, folder)
     contents.check([RowFile(folder / piece[0]) for piece in mine if piece not in todo])
     total = sum(len(numbers) for _, numbers in todo)
-    with tqdm(
-        total=total, desc=f"encoding into {directory}", unit="picture", disable=rank > 0 or not todo
-    ) as bar:
+    options = dict(total=total, unit="picture", disable=rank > 0 or not todo)
+    with tqdm(desc=f"encoding into {directory}", **options) as bar:
         for file, numbers in todo:
-            tensors, about = _encode(dataset, numbers, encode_images, encode_texts, bar)
+            tensors, about = _encoded_piece(dataset, numbers, encode_images, encode_texts, bar)
             write_rows(folder / file, tensors, about | {"tar": contents.describe(numbers[0])})
     _check_bad(dataset, [(RowFile(folder / file), numbers) for file, numbers in mine])
     return folder
@@ -91,9 +82,8 @@ def _check_bad(dataset, files):
     """Log the bad samples of cache files; raises `ValueError` where there are too many."""
     bad, limit = [], dataset.config.max_bad_fraction
     for file, numbers in files:
-        bad += [
-            f"{dataset.key(numbers[int(row)])}: {why}" for row, why in file.about["bad"].items()
-        ]
+        found = file.about["bad"].items()
+        bad += [f"{dataset.key(numbers[int(row)])}: {why}" for row, why in found]
     for entry in bad:
         log.warning("skipped %s", entry)
     seen = sum(len(numbers) for _, numbers in files)
@@ -104,7 +94,7 @@ def _check_bad(dataset, files):
         )
 
 
-def pieces(dataset):
+def cache_pieces(dataset):
     """The files of a cache: (name, numbers of the samples in it)."""
     starts, found = dataset.order.starts.tolist(), []
     for shard, (first, end) in enumerate(zip(starts, starts[1:])):
@@ -123,62 +113,25 @@ def piece_name(shard, row):
 # --- what it was made from ------------------------------------------------------------------------
 
 
-def layout_digest(dataset):
-    """Sixteen hexadecimal digits for the tars' names and sizes and for what is read from where in
-    them.
-    """
-    config = dataset.config
-    control = f"/{config.control}/{config.control_mode}" if config.control else ""
-    digest = hashlib.blake2b(f"{config.caption_field}{control}".encode(), digest_size=8)
-    for shard in dataset.shards:
-        spans = shard.spans if config.control_ending else shard.spans[:, :CONTROL]
-        digest.update(f"{shard.name}/{shard.size}/{len(shard.keys)}/".encode())
-        digest.update(b"/".join(shard.keys.tolist()))
-        digest.update(spans.tobytes())
-        if shard.parts != config_parts(config):
-            digest.update(repr(shard.parts).encode())
-    return digest.hexdigest()
-
-
-def data_digest(dataset):
-    """Sixteen hexadecimal digits for all that a set's samples depend on: `layout_digest`, and which
-    contents the tars have.
-
-    A tar's contents are told by what its server said of it, else by its time of change, as `make`
-    and `rsync` do. Made-up data have the digest of their settings.
-    """
-    dataset = getattr(dataset, "dataset", dataset)  # a cache's
-    if not hasattr(dataset, "shards"):
-        return hashlib.blake2b(f"mock/{dataset.config}".encode(), digest_size=8).hexdigest()
-    digest = hashlib.blake2b(layout_digest(dataset).encode(), digest_size=8)
-    for shard in dataset.shards:
-        fetched = fetched_description(shard.path)
-        known = fetched and (fetched.etag or fetched.modified)
-        digest.update(f"/{known or shard.modified}".encode())
-    return digest.hexdigest()
-
-
 def _claimed_folder(directory, made_from):
-    """The folder for a cache that is made from these; raises `ValueError` where `directory` has one
-    that is made from others.
+    """The folder for a cache that is made from these.
+
+    Raises `ValueError` where `directory` has one that is made from others.
     """
-    key = hashlib.blake2b(
-        json.dumps(vars(made_from), sort_keys=True).encode(), digest_size=8
-    ).hexdigest()
+    text = json.dumps(vars(made_from), sort_keys=True)
+    key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     for file in sorted(directory.glob("*/cache.json")):
-        old = read_description(file, CacheDescription)
-        differing = [f"{name} ({getattr(old, name)} there, {new} "
-                     "now)" for name, new in vars(made_from).items()
-                     if getattr(old, name) != new]  # fmt: skip
+        old = typed_description(file, CacheDescription, read_json(file))
+        differing = [name for name, new in vars(made_from).items() if getattr(old, name) != new]
         if differing:
+            there, now = vars(old), vars(made_from)
+            shown = [f"{name} ({there[name]} there, {now[name]} now)" for name in differing]
             raise ValueError(
-                f"the cache in {directory} is stale: other {', '.join(differing)}; remove it, or "
+                f"the cache in {directory} is stale: other {', '.join(shown)}; remove it, or "
                 "set another data.cache="
             )
     folder = directory / key
-    if not (
-        folder / "cache.json"
-    ).is_file():  # a complete one may lie on a disk that only can be read
+    if not (folder / "cache.json").is_file():  # a whole one may lie on a disk that is only read
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / "cache.json") as file:
             file.write((json.dumps(vars(made_from), indent=2) + "\n").encode())
@@ -189,18 +142,18 @@ class _Contents:
     """Whether tars have the contents that were encoded: each is hashed once at most."""
 
     def __init__(self, dataset, folder):
-        self.dataset, self.folder, self.digests = dataset, folder, Kept(1 << 20)
+        self.dataset, self.folder, self.digests = dataset, folder, RecentValues(1 << 20)
 
     def describe(self, number):
         """Size, time of change and digest of the tar of a sample, as they are now."""
         shard = self.dataset.shards[self.dataset.place(number)[0]]
-        digest = self.digests.get(shard.path, lambda: file_digest(shard))
-        return {"size": shard.size, "modified": shard.modified, "digest": digest}
+        return {"size": shard.size, "modified": shard.modified, "digest": self._digest(shard)}
+
+    def _digest(self, shard):
+        return self.digests.get(shard.path, lambda: file_digest(shard))
 
     def check(self, files):
-        """Raise `ValueError` where cache files were made from other contents than their tars
-        have.
-        """
+        """Raise `ValueError` where cache files were made from other contents than tars have."""
         known, accepted = self._times(), {}
         for file in files:
             number = Path(file.path).name.split("-")[0]
@@ -208,10 +161,7 @@ class _Contents:
             now = [shard.size, shard.modified]
             if now in ([old["size"], old["modified"]], known.get(number)):
                 continue
-            if (
-                self.digests.get(shard.path, lambda shard=shard: file_digest(shard))
-                != old["digest"]
-            ):
+            if self._digest(shard) != old["digest"]:
                 raise ValueError(
                     f"the cache in {self.folder.parent} is stale: {shard.path} has other contents "
                     "than were encoded; "
@@ -225,9 +175,7 @@ class _Contents:
         return read_json(self.folder / TIMES) if (self.folder / TIMES).is_file() else {}
 
     def _keep(self, accepted):
-        """Note the times of tars that were touched, where that can be written: else they are hashed
-        at each start.
-        """
+        """Note the times of tars that were touched; unwritten, they are hashed at each start."""
         try:
             with atomic_file(self.folder / TIMES) as file:
                 file.write(json.dumps(self._times() | accepted).encode())
@@ -240,15 +188,13 @@ class _Contents:
 
 
 def file_digest(shard):
-    """A digest of all bytes of a shard's tar; raises `ValueError` where it is not the one that was
-    indexed.
-    """
+    """A digest of all bytes of a shard's tar; `ValueError` where it is not as it was indexed."""
     digest = hashlib.blake2b(digest_size=16)
     with open(shard.path, "rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
-        about = os.fstat(file.fileno())
-    if (about.st_size, about.st_mtime_ns) != (shard.size, shard.modified):
+        identity = shard.identity_of(file)
+    if identity != (shard.size, shard.modified):
         raise ValueError(f"{shard.path} was changed while it is read: start again")
     return digest.hexdigest()
 
@@ -273,72 +219,64 @@ class _Readable:
 
 
 @torch.no_grad()
-def _encode(dataset, numbers, encode_images, encode_texts, bar):
-    """One file's tensors, mean, logvar (n', C, h, w), txt (m, L, D), pooled (m, P); and image_row,
-    text_row (n,), bad {row: why}.
+def _encoded_piece(dataset, numbers, encode_images, encode_texts, bar):
+    """One file's tensors, and what it says of its rows.
 
-    Where samples have a control and a mode also control_mean, control_logvar (n', C, h, w) and
-    modes (n',).
+    Tensors: mean, logvar (n', C, h, w), txt (m, L, D), pooled (m, P); where samples have a control
+    and a mode also control_mean, control_logvar (n', C, h, w) and modes (n',). Of the rows:
+    image_row, text_row (n,), bad {row: why}.
     """
     config, parts, texts, image_rows, text_rows, bad = dataset.config, {}, {}, [], [], {}
-    readable = _Readable(dataset, numbers)
-    for items in load_batches(
-        readable, workers=config.workers, batch_size=config.micro_batch, collate_fn=list
-    ):
+    options = dict(workers=config.workers, batch_size=config.micro_batch, collate_fn=list)
+    for items in load_batches(_Readable(dataset, numbers), **options):
         for sample, reason in items:
             if sample is None:
                 bad[len(image_rows)] = reason
-            image_rows.append(-1 if sample is None else len(image_rows) - len(bad))
-            text_rows.append(
-                -1 if sample is None else texts.setdefault(sample["captions"], len(texts))
-            )
-        for name, values in _stacked([sample for sample, _ in items if sample is not None]).items():
-            encoded = (
-                zip(POSTERIORS[name], encode_images(values))
-                if name in POSTERIORS
-                else [(name, values)]
-            )
-            for part, rows in encoded:
-                parts.setdefault(part, []).append(rows.cpu())
+                image_rows.append(-1)
+                text_rows.append(-1)
+            else:
+                image_rows.append(len(image_rows) - len(bad))
+                text_rows.append(texts.setdefault(sample["captions"], len(texts)))
+        good = [sample for sample, _ in items if sample is not None]
+        for name, rows in _encoded_pictures(good, encode_images).items():
+            parts.setdefault(name, []).append(rows.cpu())
         bar.update(len(items))
-    about, tensors = {"image_row": image_rows, "text_row": text_rows, "bad": bad}, {}
-    if texts:
-        captions, size = list(texts), config.micro_batch
-        encoded = [
-            [x.cpu() for x in encode_texts(captions[i : i + size])]
-            for i in range(0, len(captions), size)
-        ]
-        tensors = {
-            name: torch.cat(rows)
-            for name, rows in (parts | dict(zip(OF_TEXTS, zip(*encoded)))).items()
-        }
-    return tensors, about
+    captions = list(texts)
+    for start in range(0, len(captions), config.micro_batch):
+        encoded = encode_texts(captions[start : start + config.micro_batch])
+        for name, rows in zip(OF_TEXTS, encoded):
+            parts.setdefault(name, []).append(rows.cpu())
+    about = {"image_row": image_rows, "text_row": text_rows, "bad": bad}
+    return {name: torch.cat(rows) for name, rows in parts.items()}, about
 
 
-def _stacked(samples):
-    """The tensors of some samples, stacked by name."""
-    names = [name for name in (*POSTERIORS, "modes") if samples and name in samples[0]]
-    return {name: torch.stack([sample[name] for sample in samples]) for name in names}
+def _encoded_pictures(samples, encode_images):
+    """{name: rows} of the pictures of some samples, encoded, and of their modes."""
+    found = {}
+    for name in (*POSTERIORS, "modes") if samples else ():
+        if name not in samples[0]:
+            continue
+        values = torch.stack([sample[name] for sample in samples])
+        if name in POSTERIORS:
+            found |= zip(POSTERIORS[name], encode_images(values))
+        else:
+            found[name] = values
+    return found
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
 class CachedSamples:
-    """A `Samples` from its cache: mean, logvar, txt, pooled, indices, keys, bad by global index, in
-    the same order.
+    """The data set of a `Samples` from its cache: encoded, and in the same order.
 
-    Those with a control have control_mean, control_logvar and perhaps modes. Substitutes of bad
-    samples and dropped captions are the same too.
+    Substitutes of bad samples and dropped captions are the same too.
     """
 
     def __init__(self, dataset, folder):
         self.dataset, self.config, self.folder = dataset, dataset.config, Path(folder)
-        missing = [
-            name
-            for name in (EMPTY, *(name for name, _ in pieces(dataset)))
-            if not (self.folder / name).is_file()
-        ]
+        names = [EMPTY, *(name for name, _ in cache_pieces(dataset))]
+        missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             raise ValueError(
                 f"data.cache: {folder} lacks {len(missing)} files, {missing[0]} first; it must be "
@@ -346,13 +284,21 @@ class CachedSamples:
             )
         empty = RowFile(self.folder / EMPTY)
         self.empty = {name: empty.row(name, 0) for name in OF_TEXTS}
-        self.files = Kept(256)
+        self.files = RecentValues(256)
 
     def __len__(self):
         return len(self.dataset)
 
+    def file_names(self):
+        """The names of the tars that were encoded."""
+        return self.dataset.file_names()
+
+    def digest(self):
+        """That of the samples that were encoded."""
+        return self.dataset.digest()
+
     def __getitem__(self, index):
-        number, sample, bad = first_good(self.dataset, index, self._read)
+        number, sample, bad = first_good_sample(self.dataset, index, self._read)
         if self.dataset.drops_caption(index):
             sample |= self.empty
         return sample | {"indices": index, "keys": self.dataset.key(number), "bad": bad}

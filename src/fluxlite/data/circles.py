@@ -46,7 +46,7 @@ def inner_colour(picture, mask):
     )
 
 
-def components(mask):
+def connected_pieces(mask):
     """The connected pieces of `mask` that are no specks, the largest first, as boolean masks."""
     labels, count = label(mask)
     sizes = np.bincount(labels.reshape(-1), minlength=count + 1)[1:]
@@ -61,7 +61,7 @@ def fit_circle(mask):
     piece; for each centre the best radius comes from counting pixels by distance. What of the
     circle lies outside the picture counts against it.
     """
-    pieces = components(mask)
+    pieces = connected_pieces(mask)
     if not pieces:
         return None
     pad = int(np.ceil(np.sqrt(pieces[0].sum() / np.pi))) + 2
@@ -97,7 +97,7 @@ def fit_circle(mask):
     return (float(centre[0]), float(centre[1])), float(radius), float(iou)
 
 
-def surrounds(mask):
+def surrounds_picture(mask):
     """Whether `mask` has most of the picture's rim, as the background of every circle has.
 
     Without this, two right colours in each other's place (a red disc on blue for a blue circle on
@@ -114,7 +114,7 @@ def has_circle_size(mask):
     return bool(RADIUS[0] * mask.shape[0] - 1 <= radius <= RADIUS[1] * mask.shape[0] + 1)
 
 
-def measure(picture, circle, background):
+def measure_circle(picture, circle, background):
     """Measure a PIL picture against the two colours that its caption names; a dictionary.
 
     `colours`: both are there, each in its place, and right; `shape`: the figure is one circle of
@@ -127,9 +127,11 @@ def measure(picture, circle, background):
     background_error = float(colour_difference(inner_colour(picture, ~mask), rgb(background)))
     centre, radius, iou = fit_circle(mask) or (None, None, 0.0)
     colours = bool(
-        centre and surrounds(~mask) and max(circle_error, background_error) <= MAX_COLOUR_ERROR
+        centre
+        and surrounds_picture(~mask)
+        and max(circle_error, background_error) <= MAX_COLOUR_ERROR
     )
-    shape = len(components(mask)) == 1 and has_circle_size(mask) and iou >= MIN_IOU
+    shape = len(connected_pieces(mask)) == 1 and has_circle_size(mask) and iou >= MIN_IOU
     return {
         "colours": colours,
         "shape": shape,

@@ -9,7 +9,8 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fluxlite.cli.descriptions import inside_folder, read_description, read_json, read_yaml
+from fluxlite.cli.descriptions import inside_folder, read_json, read_yaml
+from fluxlite.cli.options import typed_description
 from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.parts import JSON, TEXT
@@ -36,7 +37,7 @@ def energon_split(folder, split, setting):
     if file is None:
         return None
     values = read_yaml(file) if file.suffix == ".yaml" else read_json(file)
-    about = read_description(
+    about = typed_description(
         file, SplitDescription, {k: v for k, v in values.items() if v is not None}
     )
     patterns = about.split_parts.get(split) or []

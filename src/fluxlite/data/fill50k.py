@@ -10,10 +10,12 @@ Each sample is a target `.jpg`, a control `.png` (the circle's white outline on 
 """
 
 import io
+import itertools
 import json
 import os
 import zlib
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +25,10 @@ from webdataset import TarWriter
 
 from fluxlite.cli.atomic import atomic_folder
 from fluxlite.cli.command_line import flags_help, parse_flags
-from fluxlite.cli.descriptions import (
-    check_regular,
-    inside_folder,
-    parse_json,
-    read_description,
-    read_text,
-)
-from fluxlite.cli.options import option
+from fluxlite.cli.descriptions import check_regular, inside_folder, parse_json, read_text
+from fluxlite.cli.options import option, typed_description
 from fluxlite.cli.programs import run_program
-from fluxlite.data.images import BadSample, decode
+from fluxlite.data.images import BadSample, decode_picture
 from fluxlite.data.loading import load_batches
 
 NOTE = "fill50k.json"
@@ -82,7 +78,7 @@ def rgb(name):
     return np.array([int(COLOURS[name][i : i + 2], 16) for i in (0, 2, 4)], np.float64)
 
 
-def caption(circle, background):
+def circle_caption(circle, background):
     """The caption of the original set: `pale golden rod circle with old lace background`."""
     return f"{circle} circle with {background} background"
 
@@ -94,9 +90,10 @@ def is_held_out(circle, background):
     return zlib.crc32("|".join(sorted((circle, background))).encode()) < HELD_OUT_FRACTION * 2**32
 
 
-def pairs(held_out):
+def colour_pairs(held_out):
     """All ordered pairs of different colour names that are, or are not, held out."""
-    return [(a, b) for a in COLOURS for b in COLOURS if a != b and is_held_out(a, b) == held_out]
+    every = itertools.permutations(COLOURS, 2)
+    return [pair for pair in every if is_held_out(*pair) == held_out]
 
 
 def distance_from(centre, size):
@@ -105,7 +102,7 @@ def distance_from(centre, size):
     return np.sqrt(x[None, :] + y[:, None])[..., None]
 
 
-def disc(distance, radius):
+def disc_coverage(distance, radius):
     """Coverage in [0, 1] of a disc, antialiased over one pixel."""
     return np.clip(radius + 0.5 - distance, 0, 1)
 
@@ -113,24 +110,27 @@ def disc(distance, radius):
 def draw_sample(index, *, size, seed, held_out=False, choices=None):
     """Sample `index`: target and control as (size, size, 3) uint8 arrays, and its caption."""
     rng = np.random.default_rng((seed, index))
-    choices = choices or pairs(held_out)
+    choices = choices or colour_pairs(held_out)
     circle, background = choices[rng.integers(len(choices))]
     radius = rng.uniform(*RADIUS) * size
     distance = distance_from(rng.uniform(radius, size - radius, 2), size)
-    inside = disc(distance, radius)
+    inside = disc_coverage(distance, radius)
     target = rgb(background) + inside * (rgb(circle) - rgb(background))
     half = max(1.0, size / 256) / 2
     outline = np.repeat(
-        255 * (disc(distance, radius + half) - disc(distance, radius - half)), 3, axis=2
+        255 * (disc_coverage(distance, radius + half) - disc_coverage(distance, radius - half)),
+        3,
+        axis=2,
     )
     return (
         np.rint(target).astype(np.uint8),
         np.rint(outline).astype(np.uint8),
-        caption(circle, background),
+        circle_caption(circle, background),
     )
 
 
-def _encode(array, kind):
+def encode_picture(array, kind):
+    """An array (H, W, 3) of uint8 as the bytes of a jpeg or png."""
     stream = io.BytesIO()
     options = {"quality": 95, "subsampling": 0} if kind == "jpeg" else {}
     Image.fromarray(array).save(stream, kind, **options)
@@ -141,7 +141,7 @@ class _Drawn:
     """Generated samples as WebDataset dictionaries, by index."""
 
     def __init__(self, count, *, size, seed, held_out):
-        self.count, self.options = count, dict(size=size, seed=seed, choices=pairs(held_out))
+        self.count, self.options = count, dict(size=size, seed=seed, choices=colour_pairs(held_out))
 
     def __len__(self):
         return self.count
@@ -150,8 +150,8 @@ class _Drawn:
         target, control, text = draw_sample(index, **self.options)
         return {
             "__key__": f"{index:06d}",
-            "jpg": _encode(target, "jpeg"),
-            "png": _encode(control, "png"),
+            "jpg": encode_picture(target, "jpeg"),
+            "png": encode_picture(control, "png"),
             "txt": text.encode(),
         }
 
@@ -202,7 +202,7 @@ def imported_samples(source):
         )
     for index, line in enumerate(read_text(prompts).splitlines()):
         where = f"{prompts} line {index + 1}"
-        row = read_description(where, PromptDescription, parse_json(line, where))
+        row = typed_description(where, PromptDescription, parse_json(line, where))
         names = row.prompt.removesuffix(" background").split(" circle with ")
         if len(names) == 2 and is_held_out(
             *(SYNONYMS.get(name, name).replace("grey", "gray") for name in names)
@@ -212,7 +212,7 @@ def imported_samples(source):
         check_regular(control)
         yield {
             "__key__": f"{index:06d}",
-            "jpg": _encode(np.asarray(_decoded(target)), "jpeg"),
+            "jpg": encode_picture(np.asarray(_decoded(target)), "jpeg"),
             "png": control.read_bytes(),
             "txt": row.prompt.encode(),
         }
@@ -221,7 +221,7 @@ def imported_samples(source):
 def _decoded(path):
     check_regular(path)
     try:
-        return decode(path.read_bytes())
+        return decode_picture(path.read_bytes())
     except BadSample as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -295,11 +295,8 @@ class GeneratorConfig:
             )
 
 
-def usage():
-    return flags_help(GeneratorConfig, __doc__)
-
-
-def body(arguments):
+def generate_tars(arguments):
+    """The program: write the tars that the command line names."""
     config = parse_flags(GeneratorConfig, arguments)
     config.validate()
     if config.source:
@@ -313,4 +310,4 @@ def body(arguments):
 
 
 if __name__ == "__main__":
-    run_program(body, usage=usage, ranks=False)
+    run_program(generate_tars, usage=partial(flags_help, GeneratorConfig, __doc__), ranks=False)

@@ -14,7 +14,7 @@ class BadSample(ValueError):
     """A sample that cannot be used: it is skipped, counted and logged."""
 
 
-def decode(data):
+def decode_picture(data):
     """Encoded bytes as an RGB PIL image, as `to_rgb` makes it. Raises `BadSample`."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -85,7 +85,7 @@ class Frame:
         return ImageOps.mirror(image) if self.mirrored else image
 
 
-def frame(size, height, width, *, crop="center", flip=False, generator=None):
+def choose_frame(size, height, width, *, crop="center", flip=False, generator=None):
     """The `Frame` of height x width for a picture of `size`: its short side is resized to cover,
     the rest is cropped.
 
@@ -103,7 +103,7 @@ def frame(size, height, width, *, crop="center", flip=False, generator=None):
     return Frame(size, box, height, width, bool(flip and draw[2] < 0.5))
 
 
-def pixels(image):
+def picture_pixels(image):
     """An RGB image as (3, H, W) float32 in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
 
@@ -112,10 +112,10 @@ def resize_crop(image, height, width, **options):
     """An RGB image as (3, height, width) float32 in [-1, 1], framed as `frame` does with
     `options`.
     """
-    return pixels(frame(image.size, height, width, **options).of(image))
+    return picture_pixels(choose_frame(image.size, height, width, **options).of(image))
 
 
-def edges(image):
+def canny_edges(image):
     """The edges of an RGB image, white on black, as OpenCV's Canny finds them with the thresholds
     100 and 200.
     """

@@ -15,7 +15,7 @@ import torch
 from fluxlite.cli.atomic import atomic_file
 from fluxlite.cli.descriptions import check_regular, json_values
 
-DTYPES = {
+ROW_TYPES = {  # as safetensors spells them
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
@@ -24,7 +24,7 @@ DTYPES = {
     "I32": torch.int32,
     "U8": torch.uint8,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+TYPE_NAMES = {dtype: name for name, dtype in ROW_TYPES.items()}
 CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{8})"')
 UNSET = b'"checksum":"00000000"'
 MAX_HEADER = 100_000_000  # bytes, as safetensors itself has it: some 2 million rows
@@ -33,12 +33,14 @@ MAX_HEADER = 100_000_000  # bytes, as safetensors itself has it: some 2 million 
 def write_rows(path, tensors, about):
     """Write tensors, whose first dimension counts rows, and the JSON object `about`."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    checksums = {name: [zlib.crc32(_bytes_of(row)) for row in x] for name, x in tensors.items()}
+    checksums = {}
+    for name, tensor in tensors.items():
+        checksums[name] = [zlib.crc32(_row_bytes(row)) for row in tensor]
     rows = json.dumps(about | {"checksums": checksums})
     header, end = {"__metadata__": {"rows": rows, "checksum": "00000000"}}, 0
     for name, tensor in tensors.items():
         span = [end, end := end + tensor.numel() * tensor.element_size()]
-        about_tensor = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape)}
+        about_tensor = {"dtype": TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape)}
         header[name] = about_tensor | {"data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -49,10 +51,10 @@ def write_rows(path, tensors, about):
     with atomic_file(path) as file:
         file.write(length + text.replace(UNSET, checksum, 1))
         for tensor in tensors.values():
-            file.write(_bytes_of(tensor))
+            file.write(_row_bytes(tensor))
 
 
-def _bytes_of(tensor):
+def _row_bytes(tensor):
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
@@ -119,7 +121,7 @@ class RowFile:
 
 def _row_layout(described):
     """Where a tensor begins, its rows, a row's bytes, its dtype, a row's shape."""
-    (rows, *shape), dtype = described["shape"], DTYPES[described["dtype"]]
+    (rows, *shape), dtype = described["shape"], ROW_TYPES[described["dtype"]]
     width = dtype.itemsize
     for side in shape:
         width *= side

@@ -4,27 +4,32 @@ The sample of a global index is the same on any mesh and with any workers, and a
 nothing that was consumed.
 """
 
+import hashlib
 import os
 
 import numpy as np
 import torch
 
 from fluxlite import rng
-from fluxlite.cli.descriptions import check_regular, foreign_json
+from fluxlite.cli.descriptions import foreign_json
 from fluxlite.cli.options import shortened
-from fluxlite.data.images import BadSample, decode, edges, frame, pixels
-from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, printable_name
-from fluxlite.data.tars import index_tar
+from fluxlite.data.images import (
+    BadSample,
+    canny_edges,
+    choose_frame,
+    decode_picture,
+    picture_pixels,
+)
+from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, config_parts, printable_name
+from fluxlite.data.urls import fetched_description
 from fluxlite.nets.control_modes import MODES, mode_number
 
 MAX_IN_A_ROW = 100  # bad samples, before a wrong setting is a likelier reason than bad luck
 MAX_PART_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24}  # of a file
 
 
-class Kept:
-    """A dictionary of the last `limit` values that were made; in another process it starts
-    empty.
-    """
+class RecentValues:
+    """The last `limit` values that were made, by key; in another process it starts empty."""
 
     def __init__(self, limit):
         self.limit, self.values = limit, {}
@@ -37,13 +42,11 @@ class Kept:
         return self.values[key]
 
     def __reduce__(self):
-        return Kept, (self.limit,)
+        return RecentValues, (self.limit,)
 
 
 def stated_mode(data):
-    """What the json of a sample, as bytes or None, says of its kind of control; None where it says
-    nothing.
-    """
+    """What a sample's json, bytes or None, says of its kind of control; None for nothing."""
     try:
         fields = foreign_json(data or b"{}")
     except ValueError:  # then there is no caption either, which is reported
@@ -54,40 +57,32 @@ def stated_mode(data):
 # --- in which order -------------------------------------------------------------------------------
 
 
-class Order:
-    """Which sample a global index is: each epoch permutes the shards, then the samples within
-    windows of `window` shards.
+class SampleOrder:
+    """Which sample a global index is.
 
-    Samples are numbered through the shards, whose sizes are `counts`. Only the windows in use are
-    permuted.
+    Each epoch permutes the shards, then the samples within windows of `window` shards. Samples are
+    numbered through the shards, whose sizes are `counts`. Only the windows in use are permuted.
     """
 
     def __init__(self, counts, *, seed, shuffle, window):
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.seed, self.shuffle, self.window = seed, shuffle, window
-        self.kept = Kept(6)
+        self.permuted = RecentValues(6)
 
     def __len__(self):
         return int(self.starts[-1])
 
-    def sample_at(self, index):
-        """The epoch of a global index and the number of its sample."""
-        epoch, position = divmod(int(index), len(self))
-        return epoch, self._number(epoch, position)
-
     def following(self, index):
-        """The numbers of all samples of an epoch, from that of a global index on, the epoch's first
-        after its last.
-        """
+        """The numbers of an epoch's samples, from a global index on, the first after the last."""
         epoch, position = divmod(int(index), len(self))
         return (self._number(epoch, (position + i) % len(self)) for i in range(len(self)))
 
     def _number(self, epoch, position):
         if not self.shuffle:
             return position
-        shards, ends = self.kept.get(epoch, lambda: self._permuted_shards(epoch))
+        shards, ends = self.permuted.get(epoch, lambda: self._permuted_shards(epoch))
         i = int(np.searchsorted(ends, position, side="right"))
-        numbers = self.kept.get((epoch, i), lambda: self._permuted_window(epoch, i, shards))
+        numbers = self.permuted.get((epoch, i), lambda: self._permuted_window(epoch, i, shards))
         return int(numbers[position - (ends[i - 1] if i else 0)])
 
     def _rng(self, epoch, stream):
@@ -110,12 +105,11 @@ class Order:
 # --- samples --------------------------------------------------------------------------------------
 
 
-def first_good(samples, index, load):
-    """The sample of a global index, or else the next good one of its epoch: (number, what
-    `load(number)` gives, the bad before).
+def first_good_sample(samples, index, load):
+    """The sample of a global index, or else the next good one of its epoch.
 
-    `load` raises `BadSample`; the bad are "shard/key: reason". Raises `ValueError` where too many
-    in a row are bad.
+    Returns its number, what `load(number)` gives, and the bad before, as "shard/key: reason".
+    `load` raises `BadSample`. Raises `ValueError` where too many in a row are bad.
     """
     bad = []
     for number in samples.order.following(index):
@@ -129,32 +123,62 @@ def first_good(samples, index, load):
 
 
 class Samples:
-    """Pictures and captions by global index, as dictionaries named as batches are: images (3, H,
-    W), captions, …
+    """The data set of tars: pictures and captions, read by position.
 
-    With `data.control` also controls (3, H, W), in the same frame as the image, and, where
-    `data.control_mode` or the json of any sample says of which kind they are, modes, an int64. A
-    bad sample's place is taken by the epoch's next good one, and `bad` lists what was passed over.
-    In training the crop, the flip and the dropping of the caption are keyed by (seed, index);
-    otherwise the crop is the centre's and captions stay.
+    Controls are in the same frame as their images. A bad sample's place is taken by the epoch's
+    next good one. In training the crop, the flip and the dropping of the caption are keyed by
+    (seed, index); otherwise the crop is the centre's and captions stay.
     """
 
     def __init__(self, config, shards, *, seed, training):
         self.config, self.shards, self.seed, self.training = config, shards, seed, training
         counts = [len(shard.keys) for shard in shards]
-        self.order = Order(
+        self.order = SampleOrder(
             counts, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window
         )
-        self.files = Kept(256)
+        self.files = RecentValues(256)
 
     def __len__(self):
         return len(self.order)
 
     def __getitem__(self, index):
-        number, sample, bad = first_good(self, index, lambda number: self.read(number, index))
+        number, sample, bad = first_good_sample(
+            self, index, lambda number: self.read(number, index)
+        )
         if self.drops_caption(index):
             sample["captions"] = ""
         return sample | {"indices": index, "keys": self.key(number), "bad": bad}
+
+    def file_names(self):
+        """The names of the tars."""
+        return [shard.name for shard in self.shards]
+
+    def layout_digest(self):
+        """Sixteen hexadecimal digits for tars' names and sizes, and for what is read of them."""
+        config = self.config
+        control = f"/{config.control}/{config.control_mode}" if config.control else ""
+        digest = hashlib.blake2b(f"{config.caption_field}{control}".encode(), digest_size=8)
+        for shard in self.shards:
+            spans = shard.spans if config.control_ending else shard.spans[:, :CONTROL]
+            digest.update(f"{shard.name}/{shard.size}/{len(shard.keys)}/".encode())
+            digest.update(b"/".join(shard.keys.tolist()))
+            digest.update(spans.tobytes())
+            if shard.parts != config_parts(config):
+                digest.update(repr(shard.parts).encode())
+        return digest.hexdigest()
+
+    def digest(self):
+        """Sixteen hexadecimal digits for all that the samples depend on.
+
+        That is `layout_digest` and the tars' contents. These are told by what a server said of a
+        tar, else by its time of change, as `make` and `rsync` do.
+        """
+        digest = hashlib.blake2b(self.layout_digest().encode(), digest_size=8)
+        for shard in self.shards:
+            fetched = fetched_description(shard.path)
+            known = fetched and (fetched.etag or fetched.modified)
+            digest.update(f"/{known or shard.modified}".encode())
+        return digest.hexdigest()
 
     def place(self, number):
         """The shard of a sample, by its position among the shards, and the row in it."""
@@ -167,16 +191,15 @@ class Samples:
         return f"{self.shards[shard].name}/{printable_name(self.shards[shard].keys[row])}"
 
     def read(self, number, index):
-        """Sample `number` as a global index has it: images and captions, and controls and modes;
-        raises `BadSample`.
-        """
-        caption, image = self._caption(number), decode(self._bytes(number, IMAGE))
+        """Sample `number` as a global index has it; raises `BadSample`."""
+        caption, image = self._caption(number), decode_picture(self._bytes(number, IMAGE))
         framed = self._frame(image.size, index)
         target = framed.of(image)
-        sample = {"images": pixels(target), "captions": caption}
+        sample = {"images": picture_pixels(target), "captions": caption}
         if self.config.control:
-            sample["controls"] = pixels(
-                self._control(number, framed) if self.config.control_ending else edges(target)
+            of_file = self.config.control_ending
+            sample["controls"] = picture_pixels(
+                self._control(number, framed) if of_file else canny_edges(target)
             )
         if self.config.control_mode is not None:
             sample["modes"] = torch.tensor(self._mode(number))
@@ -191,27 +214,19 @@ class Samples:
         """The part of a picture of `size` that a global index shows."""
         config = self.config
         if not self.training or (config.crop == "center" and not config.flip):
-            return frame(size, config.height, config.width)
+            return choose_frame(size, config.height, config.width)
         generator = rng.generator(self.seed, index, "crop")
-        return frame(
-            size,
-            config.height,
-            config.width,
-            crop=config.crop,
-            flip=config.flip,
-            generator=generator,
-        )
+        drawn = dict(crop=config.crop, flip=config.flip, generator=generator)
+        return choose_frame(size, config.height, config.width, **drawn)
 
     def _control(self, number, framed):
         try:
-            return framed.of(decode(self._bytes(number, CONTROL)))
+            return framed.of(decode_picture(self._bytes(number, CONTROL)))
         except BadSample as error:
             raise BadSample(f"its control ({self.config.control}): {error}") from None
 
     def _mode(self, number):
-        """The number of a sample's kind of control: what its json says, else
-        `data.control_mode`.
-        """
+        """The number of a sample's kind of control: its json's, else `data.control_mode`."""
         stated = stated_mode(self._bytes(number, JSON))
         mode = self.config.control_mode if stated is None else stated
         if mode == "json":
@@ -240,8 +255,8 @@ class Samples:
 
     def _opened(self, shard):
         """The tar as a file, the one that was indexed: in another one the pairs would be wrong."""
-        file, identity = self.files.get(shard.path, lambda: open_unchanged(shard))
-        if identity_of(file) != identity:
+        file, identity = self.files.get(shard.path, shard.open_unchanged)
+        if shard.identity_of(file) != identity:
             del self.files.values[shard.path]
             return self._opened(shard)
         return file
@@ -255,30 +270,6 @@ class Samples:
             if text is not None:
                 return _checked_caption(text)
         raise BadSample(f"no caption: {self.shards[shard].parts.wanted()}")
-
-
-def identity_of(file):
-    """Size and time of change of an open file."""
-    about = os.fstat(file.fileno())
-    return about.st_size, about.st_mtime_ns
-
-
-def open_unchanged(shard):
-    """A shard's tar, unbuffered, and its `identity_of`.
-
-    Raises `ValueError` where it is not the one that was indexed. One that was touched or written
-    anew will do where its files lie where they lay.
-    """
-    check_regular(shard.path)
-    file = open(shard.path, "rb", buffering=0)
-    identity = identity_of(file)
-    if identity != (shard.size, shard.modified):
-        now = index_tar(shard.path, shard.parts)
-        rows = {key: i for i, key in enumerate(now.keys.tolist())}
-        same = [rows.get(key, -1) for key in shard.keys.tolist()]
-        if -1 in same or not np.array_equal(now.spans[same], shard.spans):
-            raise ValueError(f"{shard.path} was changed while it is read: start again")
-    return file, identity
 
 
 def _decoded_text(data, keys):

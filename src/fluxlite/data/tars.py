@@ -14,17 +14,13 @@ import numpy as np
 
 from fluxlite.cli.descriptions import check_regular
 from fluxlite.cli.programs import warn_for_all
-from fluxlite.data.parts import MAX_KEY, Parts, choose_parts, printable_name, split_name
+from fluxlite.data.pairing import choose_parts, split_name
+from fluxlite.data.parts import MAX_KEY, SampleParts, printable_name
 
 MAX_TAR_HEADER = 1 << 20  # bytes of a long name or of attributes
-TAR_DAMAGE = (
-    tarfile.TarError,
-    ValueError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    RecursionError,
+TAR_DAMAGE = (  # what reading nonsense as a tar can raise
+    *(tarfile.TarError, ValueError, IndexError, KeyError),
+    *(EOFError, OverflowError, RecursionError),
 )
 
 
@@ -38,7 +34,7 @@ class Shard:
     path: str
     size: int
     modified: int  # mtime in nanoseconds
-    parts: Parts
+    parts: SampleParts
     keys: np.ndarray  # (n,) bytes
     spans: np.ndarray  # (n, 4, 2) offset and size, by column
     skipped: tuple  # "key: reason" of samples without a picture, a caption or a control
@@ -48,8 +44,31 @@ class Shard:
         """The tar's name without its ending, as a log or a JSON file can show it."""
         return printable_name(Path(self.path).stem)
 
+    @staticmethod
+    def identity_of(file):
+        """Size and time of change of an open file."""
+        about = os.fstat(file.fileno())
+        return about.st_size, about.st_mtime_ns
 
-def index_tar(path, parts=Parts()):  # noqa: B008 (frozen)
+    def open_unchanged(self):
+        """The tar, unbuffered, and its `identity_of`.
+
+        Raises `ValueError` where it is not the one that was indexed. One that was touched or
+        written anew will do where its files lie where they lay.
+        """
+        check_regular(self.path)
+        file = open(self.path, "rb", buffering=0)
+        identity = self.identity_of(file)
+        if identity != (self.size, self.modified):
+            now = index_tar(self.path, self.parts)
+            rows = {key: i for i, key in enumerate(now.keys.tolist())}
+            same = [rows.get(key, -1) for key in self.keys.tolist()]
+            if -1 in same or not np.array_equal(now.spans[same], self.spans):
+                raise ValueError(f"{self.path} was changed while it is read: start again")
+        return file, identity
+
+
+def index_tar(path, parts=SampleParts()):  # noqa: B008 (frozen)
     """The `Shard` of a tar; raises `ValueError` for one that is damaged, cut short or
     compressed.
     """
@@ -72,15 +91,8 @@ def _indexed(path, size, modified, parts):
             keys.append(encoded)
             spans.append([place or (0, -1) for place in places])
     keys = np.array(keys, f"S{max(map(len, keys), default=1)}")
-    return Shard(
-        path,
-        size,
-        modified,
-        parts,
-        keys,
-        np.array(spans, np.int64).reshape(-1, 4, 2),
-        tuple(skipped),
-    )
+    spans = np.array(spans, np.int64).reshape(-1, 4, 2)
+    return Shard(path, size, modified, parts, keys, spans, tuple(skipped))
 
 
 def _files_by_key(path):
@@ -152,7 +164,7 @@ def _plain_name(name):
 
 
 def open_shards(places, *, setting, max_bad_fraction):
-    """Index tars, [(path, its `Parts`)], in parallel, as `index_tar` does.
+    """Index tars, [(path, its `SampleParts`)], in parallel, as `index_tar` does.
 
     Raises `ValueError`, naming `setting`, where nothing or too little in them is usable.
     """
@@ -167,10 +179,8 @@ def open_shards(places, *, setting, max_bad_fraction):
         skipped += [f"{shard.name}/{entry}" for entry in shard.skipped]
     usable = sum(len(shard.keys) for shard in shards)
     if not usable or len(skipped) > max_bad_fraction * (usable + len(skipped)):
-        shown, limit = (
-            "; ".join(skipped[:3]) or "they are empty",
-            f"data.max_bad_fraction={max_bad_fraction}",
-        )
+        shown = "; ".join(skipped[:3]) or "they are empty"
+        limit = f"data.max_bad_fraction={max_bad_fraction}"
         counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(places)} tars"
         raise ValueError(f"{setting}: {counts} cannot be used, more than {limit}: {shown}")
     for entry in skipped:

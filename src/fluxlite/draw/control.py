@@ -22,9 +22,9 @@ from fluxlite.data import images
 from fluxlite.draw.sampling import prepare_conditions
 from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.control_modes import MODES, mode_number
-from fluxlite.nets.controlnet import ControlNet, check_fits, combine, spread
+from fluxlite.nets.controlnet import ControlNet, spread_samples, sum_residuals
 from fluxlite.nets.latents import pack_latents
-from fluxlite.weights import sources
+from fluxlite.weights import sources, writing
 
 
 @dataclass
@@ -104,8 +104,8 @@ def open_control(control, base, height, width, num_prompts=1):
     if not is_loaded(control):
         where = f"controlnet.checkpoint={control.checkpoint}"
         options = dict(group="controlnet", part="controlnet")
-        net = sources.converted(sources.resolve(net), control.save_converted, **options)
-    check_fits(net.config, base, where)
+        net = writing.open_converted(sources.resolve_tiny(net), control.save_converted, **options)
+    net.config.check_fits(base, where)
     mode = union_mode(control.mode, net.config.num_modes, where)
     return replace(control, checkpoint=net, image=pixels, mode=mode)
 
@@ -147,7 +147,9 @@ def read_picture(image, height, width):
     """
     given, name = image, "the control image" if is_picture(image) else f"control_image={image}"
     try:
-        decoded = images.to_rgb(given) if is_picture(given) else images.decode(_read_file(given))
+        decoded = (
+            images.to_rgb(given) if is_picture(given) else images.decode_picture(_read_file(given))
+        )
         return images.resize_crop(decoded, height, width)
     except images.BadSample as error:
         remedy = ": pass it as RGB" * is_picture(given)
@@ -205,7 +207,7 @@ def prepare_controls(pipeline, controls, texts, times, guidance) -> Callable:
         def residuals(x, step, rope):
             pairs = zip(controls, added)
             active = [of(x, step, rope) for c, of in pairs if c.active(step, len(times) - 1)]
-            return combine(active) if active else None
+            return sum_residuals(active) if active else None
 
         return residuals
 
@@ -227,7 +229,7 @@ def prepare_control(pipeline, control, number, texts, times, guidance) -> Callab
         def residuals(x, step, rope):
             modulation = known.modulation[step]
             samples = net.samples(x, known.txt, rope, modulation, embedded, control.scale)
-            return spread(samples, net.config, base.config)
+            return spread_samples(samples, net.config, base.config)
 
         return residuals
 

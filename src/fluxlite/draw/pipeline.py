@@ -29,7 +29,8 @@ from fluxlite.draw.sampling import (
     prepare_conditions,
     sample_latents,
 )
-from fluxlite.nets.flux import ATTENTION, FluxConfig, check_channels
+from fluxlite.nets.configs import FluxConfig, check_channels
+from fluxlite.nets.flux import ATTENTION
 from fluxlite.nets.latents import num_image_tokens, pack_latents, unpack_latents
 from fluxlite.nets.schedule import (
     SCHNELL_SCHEDULER,
@@ -39,8 +40,8 @@ from fluxlite.nets.schedule import (
     is_schnell,
     times_for,
 )
-from fluxlite.weights import run_folder, sources
-from fluxlite.weights.sources import TINY, resolve
+from fluxlite.weights import run_folder, sources, writing
+from fluxlite.weights.sources import TINY, resolve_tiny
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
@@ -276,14 +277,14 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
 
 def find_sources(model):
     """The `Pipeline.sources` that an `ExpectedConfig` names; raises `ValueError`."""
-    checkpoint = str(sources.local(resolve(model.checkpoint), PIPELINE_FILES))
+    checkpoint = str(sources.local_path(resolve_tiny(model.checkpoint), PIPELINE_FILES))
     expected = expected_shape(model)
     transformer = sources.open_source(checkpoint, ema=model.ema, given=expected)
     sources.check_part(transformer, "transformer", "model.checkpoint")
     check_channels(transformer.config, f"model.checkpoint={checkpoint}")
     check_expected(transformer.config, expected, checkpoint)
     named = {part: getattr(model, part) for part in PART_FOLDERS}
-    parts = find_parts(checkpoint) | {part: resolve(v) for part, v in named.items() if v}
+    parts = find_parts(checkpoint) | {part: resolve_tiny(v) for part, v in named.items() if v}
     missing = [f"model.{part}=" for part in PART_FOLDERS if part not in parts]
     if missing:
         raise ValueError(
@@ -295,7 +296,7 @@ def find_sources(model):
     check_widths(transformer.config, vae)
     if model.save_converted:
         options = dict(ema=model.ema, given=expected)
-        transformer = sources.converted(checkpoint, model.save_converted, **options)
+        transformer = writing.open_converted(checkpoint, model.save_converted, **options)
     return parts | {"transformer": transformer, "autoencoder": vae}
 
 
@@ -303,9 +304,9 @@ def find_parts(checkpoint):
     """Where the other parts of a transformer's pipeline lie: {part: path} for those that are
     found.
     """
-    path = Path(resolve(checkpoint)).expanduser()
+    path = Path(resolve_tiny(checkpoint)).expanduser()
     if sources.is_run(path):
-        return {part: resolve(name) for part, name in run_folder.saved_parts(path).items()}
+        return {part: resolve_tiny(name) for part, name in run_folder.saved_parts(path).items()}
     root = path if (path / "transformer").is_dir() else path.parent
     places = {part: root / name for part, name in PART_FOLDERS.items()}
     found = {part: str(place) for part, place in places.items() if place.is_dir()}

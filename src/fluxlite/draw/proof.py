@@ -11,8 +11,14 @@ import numpy as np
 from PIL import Image
 
 from fluxlite.cli.options import option, same_option
-from fluxlite.data.circles import MAX_COLOUR_ERROR, MIN_IOU, colour_difference, figure_mask, measure
-from fluxlite.data.fill50k import caption, draw_sample, pairs, rgb
+from fluxlite.data.circles import (
+    MAX_COLOUR_ERROR,
+    MIN_IOU,
+    colour_difference,
+    figure_mask,
+    measure_circle,
+)
+from fluxlite.data.fill50k import circle_caption, colour_pairs, draw_sample, rgb
 from fluxlite.draw.pipeline import DrawConfig
 from fluxlite.nets.schedule import SampleConfig
 
@@ -58,7 +64,7 @@ def choose_pairs(num, seed):
     """
     candidates = [
         (a, b)
-        for a, b in pairs(held_out=True)
+        for a, b in colour_pairs(held_out=True)
         if colour_difference(rgb(a), rgb(b)) > MIN_DIFFERENCE
     ]
     if not 2 <= num <= len(candidates):
@@ -97,7 +103,7 @@ def prove_position(pictures, chosen, controls):
 
 def measure_all(pictures, chosen):
     """What `measure` says of each picture, as one of its pair of colours."""
-    return [measure(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
+    return [measure_circle(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
 
 
 def prove(draw, *, num, num_swaps, seed, control_size=None):
@@ -111,7 +117,7 @@ def prove(draw, *, num, num_swaps, seed, control_size=None):
     chosen, num_swaps = choose_pairs(num, seed), min(num_swaps, num)
     controls = draw_controls(chosen, control_size, seed) if control_size else []
     images = [image for image, _ in controls] or None
-    prompts = [caption(*pair) for pair in chosen]
+    prompts = [circle_caption(*pair) for pair in chosen]
     began = time.perf_counter()
     pictures = draw(prompts, images)
     report = {"num": num, "num_swaps": num_swaps}
@@ -128,7 +134,7 @@ def prove(draw, *, num, num_swaps, seed, control_size=None):
 def draw_swapped(draw, chosen, images):
     """Measurements of pairs drawn with their two colours swapped."""
     swapped = [pair[::-1] for pair in chosen]
-    prompts = [caption(*pair) for pair in swapped]
+    prompts = [circle_caption(*pair) for pair in swapped]
     return measure_all(draw(prompts, images and images[: len(prompts)]), swapped) if prompts else []
 
 

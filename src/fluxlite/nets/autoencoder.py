@@ -6,35 +6,10 @@ Names and shapes of the weights are those of diffusers' AutoencoderKL; `convert`
 Shapes: B batch, C channels, H and W in pixels or latent cells.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-
-from fluxlite.cli.options import option
-
-
-@dataclass
-class AutoencoderConfig:
-    """The shape of an autoencoder and the scale of its latents; the defaults are FLUX.1's."""
-
-    block_out_channels: tuple[int, ...] = option(
-        (128, 256, 512, 512), "channels at each resolution", at_least=1, at_most=100_000
-    )
-    layers_per_block: int = option(2, "residual blocks of each", at_least=1, at_most=100)
-    latent_channels: int = option(16, "channels of a latent cell", at_least=1, at_most=100_000)
-    norm_num_groups: int = option(32, "groups of the norms", at_least=1, at_most=100_000)
-    scaling_factor: float = option(0.3611, "what latents are multiplied by", above=0, at_most=1e6)
-    shift_factor: float = option(
-        0.1159, "what is taken from latents before", at_least=-1e6, at_most=1e6
-    )
-
-    @property
-    def downsampling(self):
-        """Pixels per latent cell along a side."""
-        return 2 ** (len(self.block_out_channels) - 1)
 
 
 def group_norm(channels, groups):

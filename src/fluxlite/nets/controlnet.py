@@ -3,7 +3,7 @@ to the base's image tokens.
 
     # one for each of its blocks, then one for each of the base's
     samples = controlnet(img, txt, rope, t=t, pooled=pooled, guidance=guidance, hint=hint)
-    residuals = spread(samples, controlnet.config, flux.config)
+    residuals = spread_samples(samples, controlnet.config, flux.config)
     velocity = flux(img, txt, rope, t=t, …, residuals=residuals)
 
 `Trunk`, embedders and blocks, is Flux's own. The hint is the latents of the control picture
@@ -13,76 +13,17 @@ training the base is as it was, bit for bit.
 B batch, L tokens (text first, then image), H hidden width.
 """
 
-from dataclasses import dataclass, fields
 from functools import partial
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fluxlite.cli.options import check_options, option
-from fluxlite.nets.flux import MAX_BLOCKS, FluxConfig, Trunk, initial
-from fluxlite.nets.latents import pack_latents
+from fluxlite.nets.flux import Trunk, initial_weight
+from fluxlite.nets.latents import PATCH, pack_latents
 
-HINTS = ("latent", "pixel")
 HINT_CHANNELS = 16
 HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)  # of the convolutions from pixels to latent cells
-
-
-@dataclass
-class ControlNetConfig(FluxConfig):
-    """The shape of a ControlNet: a depth of its own, and for the rest the widths of its base."""
-
-    num_double_blocks: int = option(
-        4, "double blocks of the ControlNet", at_least=0, at_most=MAX_BLOCKS
-    )
-    num_single_blocks: int = option(
-        10, "single blocks of the ControlNet", at_least=0, at_most=MAX_BLOCKS
-    )
-    hint: str = option(
-        "latent",
-        "what it sees of the control picture: latent, or pixel (XLabs)",
-        choices=HINTS,
-    )
-    num_modes: int = option(
-        0,
-        "kinds of control that it tells apart (union); 0 for one kind",
-        at_least=0,
-        at_most=1000,
-    )
-    out_channels: ClassVar[int] = 0  # there is no final layer
-
-    def validate(self):
-        """Raise `ValueError` for a shape that no ControlNet can have."""
-        own = ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
-        check_options(self, "controlnet.", only=own)
-        if self.hint == "pixel" and self.in_channels % 4:
-            raise ValueError(
-                f"controlnet.hint=pixel needs model.in_channels={self.in_channels} to be a "
-                "multiple of 4"
-            )
-        if not self.num_double_blocks + self.num_single_blocks:
-            raise ValueError(
-                "controlnet.num_double_blocks=0 and controlnet.num_single_blocks=0 leave nothing: "
-                "set one of them"
-            )
-        super().validate()
-
-    @property
-    def modulation_chunks(self):
-        """Vectors of width H that modulate each block: there is no final layer."""
-        return super().modulation_chunks[:-1]
-
-    @classmethod
-    def beside(cls, base, **changes):
-        """A configuration with the widths of `base`, a `FluxConfig`, and the depth, hint and modes
-        of `changes`.
-        """
-        own = {"num_double_blocks", "num_single_blocks", "hint", "num_modes"}
-        return cls(
-            **{f.name: getattr(base, f.name) for f in fields(cls) if f.name not in own} | changes
-        )
 
 
 class ControlNet(Trunk):
@@ -94,7 +35,7 @@ class ControlNet(Trunk):
         self.hint_in = nn.Linear(config.in_channels, hidden)
         self.mode_in = nn.Embedding(config.num_modes, hidden) if config.num_modes else None
         self.hint_convs = nn.ModuleList(
-            convolutions(config.in_channels // 4) if config.hint == "pixel" else ()
+            hint_convolutions(config.in_channels // PATCH**2) if config.hint == "pixel" else ()
         )
         self.double_out = nn.ModuleList(
             nn.Linear(hidden, hidden) for _ in range(config.num_double_blocks)
@@ -169,16 +110,18 @@ class ControlNet(Trunk):
         self.mode_in = None
 
     def initialise(self, generator=None):
-        """Fill all parameters with what `initial_value` gives."""
+        """Fill all parameters with what `initial_control_weight` gives."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(
-                    initial_value(self.config, name, parameter.shape, parameter.device, generator)
+                    initial_control_weight(
+                        self.config, name, parameter.shape, parameter.device, generator
+                    )
                 )
         return self
 
 
-def convolutions(channels_out):
+def hint_convolutions(channels_out):
     """From pixels to latent cells in eight 3x3 convolutions."""
     widths = [3, *[HINT_CHANNELS] * (len(HINT_STRIDES) - 1), channels_out]
     conv = partial(nn.Conv2d, kernel_size=3, padding=1)
@@ -188,7 +131,7 @@ def convolutions(channels_out):
 # --- starting -------------------------------------------------------------------------------------
 
 
-def initial_value(config, name, shape, device, generator=None):
+def initial_control_weight(config, name, shape, device, generator=None):
     """A parameter's values by Flux's initialisation, with zeros where the net is to start without
     effect.
 
@@ -198,7 +141,7 @@ def initial_value(config, name, shape, device, generator=None):
     hint = "hint_in." if config.hint == "latent" else f"hint_convs.{len(HINT_STRIDES) - 1}."
     if name.startswith(("double_out.", "single_out.", hint)):
         return torch.zeros((), device=device).expand(shape)
-    return initial(name, shape, device, generator)
+    return initial_weight(name, shape, device, generator)
 
 
 def weights_from_base(controlnet, base, weights, device="cpu", generator=None):
@@ -212,12 +155,12 @@ def weights_from_base(controlnet, base, weights, device="cpu", generator=None):
     """
     config = controlnet.config
     shapes = {name: p.shape for name, p in controlnet.named_parameters()}
-    check_starts(config, base)
+    config.check_starts(base)
     for name, values in weights:
         if shapes.pop(name, None) is not None:
             yield name, values
     for name, shape in shapes.items():
-        yield name, initial_value(config, name, shape, device, generator)
+        yield name, initial_control_weight(config, name, shape, device, generator)
 
 
 @torch.no_grad()
@@ -230,47 +173,10 @@ def init_from_base(controlnet, base, generator=None):
     return controlnet
 
 
-def check_starts(config, base):
-    """Raise `ValueError` unless a ControlNet of `config` can start from a transformer of
-    configuration `base`.
-    """
-    check_fits(config, base, "the ControlNet")
-    _check_equal(config, base, "the ControlNet", ("mlp_ratio", "guidance_embed"))
-    for name in ("num_double_blocks", "num_single_blocks"):
-        if getattr(config, name) > getattr(base, name):
-            raise ValueError(
-                f"controlnet.{name}={getattr(config, name)}: the transformer to start from has "
-                f"{getattr(base, name)}; "
-                "take as many at most, or set controlnet.init_from_base=false"
-            )
-
-
-def check_fits(config, base, where):
-    """Raise `ValueError`, naming `where`, unless a ControlNet's `config` has the widths and
-    positions of `base`.
-    """
-    _check_equal(
-        config,
-        base,
-        where,
-        ("hidden_size", "num_heads", "in_channels", "text_width", "pooled_width"),
-    )
-    _check_equal(config, base, where, ("rope_axes", "rope_theta"))
-
-
-def _check_equal(config, base, where, names):
-    for name in names:
-        if getattr(config, name) != getattr(base, name):
-            raise ValueError(
-                f"{where} has {name}={getattr(config, name)}, but the transformer has "
-                f"{getattr(base, name)}"
-            )
-
-
 # --- which block of the base gets which sample ----------------------------------------------------
 
 
-def placement(num_base, num_control, *, cyclic=False):
+def place_blocks(num_base, num_control, *, cyclic=False):
     """For each of `num_base` blocks the number of the control block whose sample it gets:
     stretched, or repeated in turn.
     """
@@ -280,28 +186,28 @@ def placement(num_base, num_control, *, cyclic=False):
     return [i % num_control if cyclic else i // stretch for i in range(num_base)]
 
 
-def placements(config, base):
-    """`placement` of the double and of the single blocks; a net that sees pixels repeats its double
-    blocks, as x-flux does.
+def block_places(config, base):
+    """`place_blocks` of the double and of the single blocks.
+
+    A net that sees pixels repeats its double blocks, as x-flux does.
     """
-    double = placement(
+    double = place_blocks(
         base.num_double_blocks, config.num_double_blocks, cyclic=config.hint == "pixel"
     )
-    return double, placement(base.num_single_blocks, config.num_single_blocks)
+    return double, place_blocks(base.num_single_blocks, config.num_single_blocks)
 
 
-def spread(samples, config, base):
-    """A net's samples as `residuals` of `Flux.forward`: two lists over the blocks of the base;
-    nothing is copied.
+def spread_samples(samples, config, base):
+    """A net's samples as `residuals` of `Flux.forward`: two lists over the blocks of the base.
+
+    Nothing is copied.
     """
-    return tuple(
-        [of_kind[i] for i in places] for of_kind, places in zip(samples, placements(config, base))
-    )
+    (double, single), (places, single_places) = samples, block_places(config, base)
+    return [double[i] for i in places], [single[i] for i in single_places]
 
 
-def combine(residuals):
-    """The sum of several nets' `residuals`, each a pair of lists that are as long as the base or
-    empty.
+def sum_residuals(residuals):
+    """The sum of several nets' `residuals`, pairs of lists as long as the base or empty.
 
     Blocks that get the same tensors share their sum.
     """
@@ -313,23 +219,20 @@ def combine(residuals):
             sums[key] = sum(tensors[1:], start=tensors[0])
         return sums[key]
 
-    return tuple(
-        [total(tensors) for tensors in zip(*filter(None, of_kind))] for of_kind in zip(*residuals)
-    )
+    double, single = (zip(*filter(None, of_kind)) for of_kind in zip(*residuals))
+    return [total(tensors) for tensors in double], [total(tensors) for tensors in single]
 
 
-def used(num_base, num_control, *, cyclic=False):
-    """How many of `num_control` blocks have a sample that a base of `num_base` blocks gets: the
-    first so many.
-    """
-    return 1 + max(placement(num_base, num_control, cyclic=cyclic), default=-1)
+def count_used(num_base, num_control, *, cyclic=False):
+    """How many control blocks, from the first on, have a sample that some base block gets."""
+    return 1 + max(place_blocks(num_base, num_control, cyclic=cyclic), default=-1)
 
 
 def nearest_depth(num_base, num_control):
     """The number of control blocks nearest to `num_control` of which stretching wastes none; of two
     the smaller.
     """
-    lossless = [n for n in range(num_base + 1) if used(num_base, n) == n]
+    lossless = [n for n in range(num_base + 1) if count_used(num_base, n) == n]
     return min(lossless, key=lambda n: (abs(n - num_control), n))
 
 
@@ -342,7 +245,7 @@ def unused_parameters(controlnet, base):
     get no gradient, and weight decay shrinks them towards zero, which no output shows.
     """
     config = controlnet.config
-    double, single = (1 + max(places, default=-1) for places in placements(config, base))
+    double, single = (1 + max(places, default=-1) for places in block_places(config, base))
     blocks = double if not single else config.num_double_blocks  # single blocks see all doubles
     found = []
     for i in range(blocks, config.num_double_blocks):

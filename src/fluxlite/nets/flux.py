@@ -14,19 +14,16 @@ things are arranged otherwise, and neither moves a number:
   and the MLP's. Their products are added, and the one bias is with the MLP's.
 """
 
+import itertools
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from fluxlite.cli.options import check_options, option
 
 ATTENTION = {
     "auto": None,
@@ -36,85 +33,6 @@ ATTENTION = {
     "math": SDPBackend.MATH,
 }
 SINUSOID = 256
-MAX_BLOCKS, MAX_WIDTH = 1000, 1_000_000  # beyond any net: a damaged description
-
-
-@dataclass
-class FluxConfig:
-    """The shape of a Flux; the defaults are FLUX.1-dev's."""
-
-    num_double_blocks: int = option(
-        19, "blocks with separate text and image weights", at_least=0, at_most=MAX_BLOCKS
-    )
-    num_single_blocks: int = option(
-        38, "blocks with one set of weights for both", at_least=0, at_most=MAX_BLOCKS
-    )
-    hidden_size: int = option(
-        3072, "width of a token inside the network", at_least=1, at_most=MAX_WIDTH
-    )
-    num_heads: int = option(
-        24,
-        "attention heads; hidden_size / num_heads must be the sum of rope_axes",
-        at_least=1,
-        at_most=10_000,
-    )
-    mlp_ratio: int = option(4, "width of the MLPs over hidden_size", at_least=1, at_most=64)
-    in_channels: int = option(
-        64, "channels of an input token: latent channels x 4", at_least=1, at_most=MAX_WIDTH
-    )
-    out_channels: int = option(64, "channels of an output token", at_least=1, at_most=MAX_WIDTH)
-    text_width: int = option(
-        4096, "width of the T5 encoder's output", at_least=1, at_most=MAX_WIDTH
-    )
-    pooled_width: int = option(768, "width of CLIP's pooled output", at_least=1, at_most=MAX_WIDTH)
-    guidance_embed: bool = option(True, "whether guidance is an input (dev) or not (schnell)")
-    rope_axes: tuple[int, ...] = option(
-        (16, 56, 56),
-        "head channels that rotate with each position axis",
-        at_least=0,
-        at_most=MAX_WIDTH,
-    )
-    rope_theta: float = option(10_000, "base of the rotation frequencies", at_least=1, at_most=1e12)
-    scheduler: ClassVar[object] = None  # a checkpoint's `SchedulerConfig`, if any; it is no shape
-
-    def validate(self):
-        """Raise `ValueError` for a shape that no Flux can have."""
-        check_options(self, "model.")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"model.hidden_size={self.hidden_size} must be a multiple of "
-                f"model.num_heads={self.num_heads}"
-            )
-        head = self.hidden_size // self.num_heads
-        if sum(self.rope_axes) != head or any(a % 2 or a < 0 for a in self.rope_axes):
-            raise ValueError(
-                f"model.rope_axes={list(self.rope_axes)} must be even and add up to the head "
-                f"width, {head}"
-            )
-
-    @property
-    def head_width(self):
-        """Channels of an attention head, D."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def modulation_chunks(self):
-        """Vectors of width H that modulate each part of the network: double blocks, single, end."""
-        return [12] * self.num_double_blocks + [3] * self.num_single_blocks + [2]
-
-
-CHANNEL_NAMES = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or FLUX.1-Depth"}  # by input channels
-
-
-def check_channels(config, where):
-    """Raise `ValueError`, naming `where`, for a model that takes more than noise."""
-    if config.in_channels != config.out_channels:
-        name = CHANNEL_NAMES.get(config.in_channels, "a model that sees more than noise")
-        raise ValueError(
-            f"{where} takes {config.in_channels} channels and gives {config.out_channels}, "
-            f"as {name}: it can be converted, but drawing with it and training it are not "
-            "supported yet"
-        )
 
 
 def sinusoid(x):
@@ -193,7 +111,7 @@ def modulated_norm(x, shift, scale):
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-def initial(name, shape, device, generator=None):
+def initial_weight(name, shape, device, generator=None):
     """A parameter's values by DiT's initialisation (arXiv 2212.09748).
 
     Linears are xavier, embedders N(0, 0.02), the ends zero. Queries, keys and values are as if they
@@ -373,7 +291,7 @@ class Modulation(nn.Module):
 
     def linears(self):
         """All of them, in the order that the network uses them."""
-        double = [linear for pair in zip(self.img, self.txt) for linear in pair]
+        double = itertools.chain.from_iterable(zip(self.img, self.txt))
         return [*double, *self.single] + ([self.out] if self.out else [])
 
     def forward(self, vec):
@@ -431,10 +349,10 @@ class Trunk(nn.Module):
         return x.to(self.img_in.weight.dtype)
 
     def initialise(self, generator=None):
-        """Fill all parameters with what `initial` gives."""
+        """Fill all parameters with what `initial_weight` gives."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                parameter.copy_(initial(name, parameter.shape, parameter.device, generator))
+                parameter.copy_(initial_weight(name, parameter.shape, parameter.device, generator))
         return self
 
     def num_parameters(self):

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fluxlite import __version__
-from fluxlite.cli.descriptions import read_description
-from fluxlite.cli.options import check_options, option, shortened
+from fluxlite.cli.options import check_options, option, shortened, typed_description
 from fluxlite.nets import flow
 from fluxlite.nets.latents import MAX_SIDE, check_size
 
@@ -54,9 +53,9 @@ FIXED_FIELDS = (
 FIXED_FIELDS += ("use_beta_sigmas", "stochastic_sampling", "_class_name")
 
 
-def read_scheduler(file, values=None):
-    """The `SchedulerConfig` of a file, or of `values` read from it; `ValueError` names the file."""
-    return read_description(file, SchedulerConfig, values, foreign=True)
+def read_scheduler(file, values):
+    """The `SchedulerConfig` of the `values` that a file holds; `ValueError` names the file."""
+    return typed_description(file, SchedulerConfig, values, foreign=True)
 
 
 def is_schnell(scheduler):
@@ -144,7 +143,7 @@ def read_settings(where, values):
     """
     version = values.get("version", "")
     given = {name: value for name, value in values.items() if name != "version"}
-    config = read_description(where, SampleConfig, given)
+    config = typed_description(where, SampleConfig, given)
     try:
         if config.shift not in ("auto", "resolution", "none"):
             config.shift = shift_as_factor(config.shift, version)

@@ -134,7 +134,7 @@ def fake_ranks(ranks):
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         yield
     finally:
-        parallel.stop()
+        parallel.stop_ranks()
         os.environ.clear()
         os.environ.update(environment)
 

@@ -8,10 +8,11 @@ from dataclasses import asdict
 import torch
 
 from fluxlite import parallel, rng
-from fluxlite.nets.flux import Flux, check_channels, initial
+from fluxlite.nets.configs import check_channels
+from fluxlite.nets.flux import Flux, initial_weight
 from fluxlite.train import optim
-from fluxlite.weights import sources
-from fluxlite.weights.sources import resolve
+from fluxlite.weights import sources, writing
+from fluxlite.weights.sources import resolve_tiny
 from fluxlite.weights.tensor_files import check_values
 
 
@@ -43,7 +44,7 @@ def wrap_model(model, config, mesh):
 def open_base(config, opened=sources.open_source, *rest):
     """The `Source` of model.checkpoint; raises `ValueError` where it is no transformer."""
     given = dict(ema=config.model.ema, given=asdict(config.model.shape()))
-    source = opened(resolve(config.model.checkpoint), *rest, **given)
+    source = opened(resolve_tiny(config.model.checkpoint), *rest, **given)
     sources.check_part(source, "transformer", "model.checkpoint")
     return source
 
@@ -54,11 +55,11 @@ def check_base(config):
         check_channels(open_base(config).config, f"model.checkpoint={config.model.checkpoint}")
 
 
-def flux_weights(config, device, values_of=initial):
+def flux_weights(config, device, values_of=initial_weight):
     """The transformer's (name, values), one by one: the checkpoint's, or random by `values_of`."""
     if not config.model.checkpoint:
         return random_weights(meta_flux(config), config.seed, device, values_of)
-    source = open_base(config, sources.converted, config.model.save_converted)
+    source = open_base(config, writing.open_converted, config.model.save_converted)
     check_shape(source, config.model.shape(), "model.checkpoint", config.model.checkpoint)
     return checked_weights(source, "model.checkpoint")
 
@@ -93,7 +94,7 @@ def list_changes(old, new, keys):
     return ", ".join(f"{key}: {old.get(key)} there, {new.get(key)} here" for key in keys)
 
 
-def random_weights(model, seed, device, values_of=initial):
+def random_weights(model, seed, device, values_of=initial_weight):
     """Initial values of each parameter of a model, keyed by the seed: the same on any mesh."""
     generator = device_generator(seed, "weights", device)
     shapes = {name: p.shape for name, p in model.named_parameters()}

@@ -8,7 +8,8 @@ from functools import partial
 
 import torch
 
-from fluxlite.data import CachedSamples, collate
+from fluxlite.data.cache import CachedSamples
+from fluxlite.data.loading import collate_samples
 from fluxlite.draw import sampling
 from fluxlite.draw.contact_sheet import contact_sheet
 from fluxlite.nets.schedule import SampleConfig
@@ -49,7 +50,7 @@ def encode_grid(run, dataset):
 def grid_batch(run, samples, txt, pooled, start):
     """The `GridBatch` of some samples, the first of which is number `start` of the grid."""
     numbers = list(range(start, start + len(samples)))
-    batch = collate(samples) | {"indices": numbers}
+    batch = collate_samples(samples) | {"indices": numbers}
     noise = sampling.initial_noise(run.latent_shape, numbers).to(run.device)
     shown = [sampling.pictures_of(batch[name]) for _, name in run.task.shown]
     beside = list(zip(*shown)) or [()] * len(samples)

@@ -25,7 +25,7 @@ from fluxlite.train.resume import describe_data, describe_run, find_resume, warn
 from fluxlite.train.setup import open_data, set_up
 from fluxlite.train.training_step import train_step
 from fluxlite.train.validation import averaged_weights, encode_validation, validation_losses
-from fluxlite.weights.tensor_files import aside
+from fluxlite.weights.tensor_files import atomic_weights
 
 log = logging.getLogger("fluxlite")
 
@@ -43,7 +43,7 @@ class RunMonitor:
 
 def train(config):
     """Train as `config`, a `TrainConfig`, says; returns the run's folder."""
-    device, mesh = parallel.start(config.parallel, config.device)
+    device, mesh = parallel.start_ranks(config.parallel, config.device)
     with run_state.locked_run(config.output):
         last = find_resume(config)
         run, monitor, batches, start = start_run(config, device, mesh, last)
@@ -162,7 +162,7 @@ def start_monitor(run, validation, start):
     config, main = run.config, parallel.rank() == 0
     settings = asdict(config)
     if main:
-        with aside(Path(config.output) / "config.json", overwrite=True) as part:
+        with atomic_weights(Path(config.output) / "config.json", overwrite=True) as part:
             part.write_text(json.dumps(settings, indent=2, allow_nan=False) + "\n")
     metrics = Metrics(
         config.metrics,

@@ -29,7 +29,7 @@ from fluxlite.cli.atomic import naming_errors
 from fluxlite.cli.descriptions import check_regular, read_text
 from fluxlite.cli.options import check_options, option
 from fluxlite.cli.stage_times import memory_of_process
-from fluxlite.weights.tensor_files import aside
+from fluxlite.weights.tensor_files import atomic_weights
 
 # Dense bf16 TFLOP/s from NVIDIA's data sheets (half of the figure "with sparsity"); the first name
 # found in the device's wins.
@@ -147,7 +147,7 @@ def rewind_metrics(folder, step):
     """
     path = Path(folder) / "metrics.jsonl"
     rows = [row for row in read_metrics(folder) if 0 < step >= row["step"]]
-    with aside(path, overwrite=True) as part, open(part, "w") as file:
+    with atomic_weights(path, overwrite=True) as part, open(part, "w") as file:
         file.writelines(format_row(row) for row in rows)
 
 
@@ -223,7 +223,7 @@ class Metrics:
         if not self.enabled:
             return None
         path = self.folder / "images" / f"{name}-{step:06d}.png"
-        with aside(path, overwrite=True) as part:
+        with atomic_weights(path, overwrite=True) as part:
             picture.save(part, "PNG")
         if self.writer:
             with self._events():
@@ -298,7 +298,7 @@ def open_wandb(folder, start_step, run_config):
 
     kept = folder / "wandb_id"
     if not (start_step and kept.exists()):
-        with aside(kept, overwrite=True) as part:
+        with atomic_weights(kept, overwrite=True) as part:
             part.write_text(uuid.uuid4().hex[:12])
     run = wandb.init(
         project="fluxlite",

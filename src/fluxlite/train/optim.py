@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from fluxlite.cli.options import option
-from fluxlite.parallel import local_part
+from fluxlite.parallel.weights import local_part
 
 SCHEDULES = ("constant", "cosine", "linear")
 KINDS = ("adamw", "muon")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxlite.train.metrics import read_metrics
-from fluxlite.weights.tensor_files import aside
+from fluxlite.weights.tensor_files import atomic_weights
 
 CONTROL_CURVES = (  # kind, colour, label
     ("right", "#1f5aa8", "its own control"),
@@ -79,7 +79,7 @@ def save_axes(figure, both, path):
         axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=9)
-    with aside(path, overwrite=True) as part:
+    with atomic_weights(path, overwrite=True) as part:
         figure.savefig(part, format="png")
     return path
 

@@ -6,8 +6,6 @@ from dataclasses import asdict
 
 from fluxlite import __version__, parallel
 from fluxlite.cli.options import resumable_keys
-from fluxlite.data import CachedSamples
-from fluxlite.data.cache import data_digest
 from fluxlite.train import run_state
 from fluxlite.train.building import changed_keys, list_changes
 from fluxlite.weights import run_folder
@@ -70,10 +68,8 @@ def describe_data(training, validation):
     """What a checkpoint says of the data: digests, how many samples are trained on, their files'
     names.
     """
-    sets = [d.dataset if isinstance(d, CachedSamples) else d for d in (training, validation)]
-    digests = [data_digest(d) if getattr(d, "shards", []) else "" for d in sets]
-    names = [shard.name for shard in getattr(sets[0], "shards", [])]
-    return run_folder.DataRecord(digests[0], len(sets[0]), names, digests[1])
+    names = training.file_names()
+    return run_folder.DataRecord(training.digest(), len(training), names, validation.digest())
 
 
 def warn_of_changed_data(folder, data):

@@ -8,14 +8,10 @@ from pathlib import Path
 import torch
 
 from fluxlite import parallel
-from fluxlite.data import (
-    CachedSamples,
-    MockSamples,
-    build_cache,
-    make_loader,
-    open_dataset,
-    prepare,
-)
+from fluxlite.data.cache import CachedSamples, build_cache
+from fluxlite.data.loading import make_loader
+from fluxlite.data.mock import MockSamples
+from fluxlite.data.opening import open_dataset, prepare_data
 from fluxlite.draw.pipeline import check_widths
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
@@ -25,7 +21,7 @@ from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.task import Task
 from fluxlite.weights import sources
 from fluxlite.weights.run_folder import DataRecord
-from fluxlite.weights.sources import resolve
+from fluxlite.weights.sources import resolve_tiny
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
@@ -115,23 +111,23 @@ def load_parts(config, device, mesh):
         return FrozenParts()
     sharded = config.parallel.shard_encoders
     where = dict(dtype=getattr(torch, config.dtype), device=device)
-    names = resolve(config.model.t5), resolve(config.model.clip)
+    names = resolve_tiny(config.model.t5), resolve_tiny(config.model.clip)
     encoders = load_text_encoders(*names, t5_device="cpu" if sharded else device, **where)
     if sharded:
         parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.world)
-    autoencoder = sources.load_autoencoder(resolve(config.model.autoencoder), **where)
+    autoencoder = sources.load_autoencoder(resolve_tiny(config.model.autoencoder), **where)
     check_widths(config.model.shape(), autoencoder, encoders)
     return FrozenParts(autoencoder, encoders)
 
 
 def open_data(config, run):
     """The training and validation sets; with `data.cache` encoded first, by all ranks together."""
-    found = {}
-    return [open_split(config, run, split, found) for split in ("train", "val")]
+    places = {}
+    return [open_split(config, run, split, places) for split in ("train", "val")]
 
 
-def open_split(config, run, split, found):
-    """One of the sets, "train" or "val"; `found` is for both, as `open_dataset` has it."""
+def open_split(config, run, split, places):
+    """One of the sets, "train" or "val"; `places` are for both, as `open_dataset` has them."""
     data, model = config.data, config.model
     if run.parts.encoders is None:
         return MockSamples(
@@ -142,8 +138,8 @@ def open_split(config, run, split, found):
             text_shape=(model.max_sequence_length, model.text_width),
             pooled_width=model.pooled_width,
         )
-    prepare(data, split, config.seed)
-    dataset = open_dataset(data, split, config.seed, found)
+    prepare_data(data, split, config.seed)
+    dataset = open_dataset(data, split, config.seed, places)
     return cache_samples(run, dataset, Path(data.cache) / split) if data.cache else dataset
 
 

@@ -15,7 +15,7 @@ def is_repository(where):
     )
 
 
-def fetch(where, patterns, *, key):
+def fetch_repository(where, patterns, *, key):
     """The local folder of the hub repository `owner/name[/folder…]` with the files in that folder
     that match `patterns`.
 

@@ -6,14 +6,17 @@ agree with the weights: it can promise nothing, such as a billion blocks, that t
 """
 
 import logging
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
-from fluxlite.cli.descriptions import parse_json, read_description, read_json
-from fluxlite.cli.options import option, shortened, typed_value
-from fluxlite.nets.autoencoder import AutoencoderConfig
-from fluxlite.nets.controlnet import ControlNetConfig
-from fluxlite.nets.flux import FluxConfig
+from fluxlite.cli.descriptions import parse_json, read_json
+from fluxlite.cli.options import option, shortened, typed_description, typed_value
+from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig, FluxConfig
 from fluxlite.weights import layouts
+from fluxlite.weights.diffusers_configs import (
+    CLASS_NAMES,
+    DIFFUSERS_FIELDS,
+    fields_from_diffusers,
+)
 
 log = logging.getLogger("fluxlite")
 
@@ -58,29 +61,127 @@ class AutoencoderDescription:
     shift_factor: float | None = option(None, "shift of the latents", at_least=-1e6, at_most=1e6)
 
 
-THEIR_NAMES = {  # of our fields in diffusers' config.json
-    "num_double_blocks": "num_layers",
-    "num_single_blocks": "num_single_layers",
-    "num_heads": "num_attention_heads",
+# Our fields as an error names them in diffusers' config.json.
+THEIR_NAMES = DIFFUSERS_FIELDS | {
     "hidden_size": "num_attention_heads x attention_head_dim",
-    "text_width": "joint_attention_dim",
-    "pooled_width": "pooled_projection_dim",
-    "guidance_embed": "guidance_embeds",
     "num_modes": "num_mode",
     "hint": "conditioning_embedding_channels, so hint",
 }
-DIFFUSERS_CLASSES = {  # what: its class there, what is read of it, and how that becomes ours
-    "transformer": (
-        "FluxTransformer2DModel",
-        TransformerDescription,
-        layouts.config_from_diffusers,
-    ),
-    "controlnet": (
-        "FluxControlNetModel",
-        ControlNetDescription,
-        layouts.controlnet_config_from_diffusers,
-    ),
+DESCRIPTIONS = {  # of each part: what is read of diffusers' config.json
+    "transformer": TransformerDescription,
+    "controlnet": ControlNetDescription,
+    "autoencoder": AutoencoderDescription,
 }
+
+
+# --- what the weights show ------------------------------------------------------------------------
+
+SHOWN_SIZES = {  # our fields: a tensor of ours and the dimension that shows it
+    "in_channels": ("img_in.weight", 1),
+    "text_width": ("txt_in.weight", 1),
+    "pooled_width": ("pooled_in.linear_in.weight", 1),
+    "out_channels": ("out.weight", 0),
+    "num_modes": ("mode_in.weight", 0),
+}
+FIRST_STREAMS = ("double_blocks.0.img", "single_blocks.0")
+
+
+def infer_config(layout, found):
+    """The `FluxConfig` or `ControlNetConfig` that {name: shape} of such a net in `layout` shows.
+
+    RoPE axes cannot be seen in the weights: they are FLUX's share of the head width, D/8, 7D/16,
+    7D/16.
+    """
+    at = layouts.first_names(layout)
+
+    def there(name):
+        return at.get(name, name) in found
+
+    def shape(name):
+        if not there(name):
+            raise ValueError(f"missing: this {layout} checkpoint has no {at.get(name, name)}")
+        return checked_shape(
+            at.get(name, name), found[at.get(name, name)], 1 + ("norm" not in name)
+        )
+
+    norms = [f"{stream}.qkv.q_norm.weight" for stream in FIRST_STREAMS]
+    patterns = [at.get(norm, norm).split(".0.")[0] + ".{i}" for norm in norms]
+    doubles, singles = (layouts.count_blocks(found, pattern) for pattern in patterns)
+    first = 0 if doubles else 1
+    hidden, head = shape("img_in.weight")[0], shape(norms[first])[0]
+    if layout == "bfl" and not doubles:  # one linear makes queries, keys, values and the MLP's
+        mlp = shape("single_blocks.0.qkv.q.weight")[0] - 3 * hidden
+    else:
+        mlp = shape(f"{FIRST_STREAMS[first]}.mlp.linear_in.weight")[0]
+    values = dict(
+        num_double_blocks=doubles,
+        num_single_blocks=singles,
+        hidden_size=hidden,
+        num_heads=max(1, hidden // head),
+        mlp_ratio=mlp // hidden,
+        guidance_embed=there("guidance_in.linear_in.weight"),
+        rope_axes=(head // 8, *2 * [head // 16 * 7]),
+    )
+    of_controlnet = there("hint_in.weight")
+    absent = ["out_channels"] if of_controlnet else ["num_modes"]
+    absent += ["num_modes"] * (not there("mode_in.weight"))
+    sizes = {name: place for name, place in SHOWN_SIZES.items() if name not in absent}
+    values |= {name: shape(tensor)[axis] for name, (tensor, axis) in sizes.items()}
+    if not of_controlnet:
+        return FluxConfig(**values)
+    return ControlNetConfig(**values, hint="pixel" if there("hint_convs.0.weight") else "latent")
+
+
+def checked_shape(name, shape, rank):
+    """`shape` if it has so many dimensions, none absurdly wide; else `ValueError`."""
+    if len(shape) != rank or max(shape) > 1 << 20:
+        raise ValueError(
+            f"{name} has the shape {list(shape)} where {rank} dimensions belong: it is damaged, or "
+            "flattened by a trainer"
+        )
+    return shape
+
+
+def infer_autoencoder_config(layout, found, said=None):
+    """The `AutoencoderConfig` of an autoencoder's {name: shape}.
+
+    `said`, the values of a vae/config.json, adds what shapes do not show.
+    """
+    level, resnet = "encoder.down_blocks.{i}", "resnets.{i}"
+    if layout == "bfl":
+        level, resnet = "encoder.down.{i}", "block.{i}"
+
+    def shape(name):
+        if name not in found:
+            raise ValueError(f"missing: this {layout} autoencoder has no {name}")
+        return checked_shape(name, found[name], 4)
+
+    levels, first = layouts.count_blocks(found, level), f"{level}.{resnet}.conv1.weight"
+    firsts = [first.replace("{i}", str(i), 1).format(i=0) for i in range(levels)]
+    inferred = AutoencoderConfig(
+        block_out_channels=tuple(shape(name)[0] for name in firsts),
+        layers_per_block=layouts.count_blocks(found, f"{level.format(i=0)}.{resnet}"),
+        latent_channels=shape("decoder.conv_in.weight")[1],
+    )
+    if not levels:
+        raise ValueError(f"missing: this {layout} autoencoder has no encoder")
+    for name in ("norm_num_groups", "scaling_factor", "shift_factor"):
+        if (said or {}).get(name) is not None:
+            setattr(inferred, name, said[name])
+    if any(width % inferred.norm_num_groups for width in inferred.block_out_channels):
+        raise ValueError(
+            "an autoencoder of other widths than FLUX's needs its config.json beside it, with "
+            "norm_num_groups"
+        )
+    return inferred
+
+
+# --- what is written beside them ------------------------------------------------------------------
+
+
+def config_from_diffusers(values, cls=FluxConfig):
+    """The `FluxConfig`, or `ControlNetConfig`, of the values of a diffusers `config.json`."""
+    return cls(**fields_from_diffusers(values, cls.part))
 
 
 def read_net_config(what, layout, shapes, *, saved, where, beside, given=None):
@@ -92,12 +193,10 @@ def read_net_config(what, layout, shapes, *, saved, where, beside, given=None):
     """
     if what == "autoencoder":
         return _autoencoder_config(layout, shapes, saved, where, beside)
-    shown = layouts.infer_config(layout, shapes)
+    shown = infer_config(layout, shapes)
     said, by = _said_config(what, layout, saved, where, beside)
     if said is None:
-        return _with_rotations(
-            shown, {k: v for k, v in (given or {}).items() if k in ROPE_FIELDS}, where
-        )
+        return _with_rotations(shown, given or {}, where)
     check_agreement(said, shown, by, but=ROPE_FIELDS, names={} if saved else THEIR_NAMES)
     said.validate()
     return said
@@ -107,18 +206,19 @@ def _said_config(what, layout, saved, where, beside):
     """What a description says (None without one), and the name of where it says so."""
     if saved:
         by = f"{where}'s metadata"
-        return read_description(by, NET_CONFIGS[what], parse_json(saved, by)), by
-    class_name, description, ours_from = DIFFUSERS_CLASSES[what]
-    values = diffusers_values(beside, class_name) if layout == "diffusers" else None
+        return typed_description(by, NET_CONFIGS[what], parse_json(saved, by)), by
+    values = diffusers_values(beside, what) if layout == "diffusers" else None
     if not values:
         return None, None
-    return ours_from(asdict(read_description(beside, description, values, foreign=True))), beside
+    described = typed_description(beside, DESCRIPTIONS[what], values, foreign=True)
+    return config_from_diffusers(vars(described), NET_CONFIGS[what]), beside
 
 
-def diffusers_values(file, class_name):
-    """A diffusers config.json of `class_name`, or None where there is none."""
+def diffusers_values(file, part):
+    """The values of diffusers' config.json of such a part, or None where there is none."""
     values = read_json(file) if file.exists() else {}
-    return values if values.get("_class_name", class_name) == class_name and values else None
+    ours = values.get("_class_name", CLASS_NAMES[part]) == CLASS_NAMES[part]
+    return values if ours and values else None
 
 
 def check_agreement(said, shown, by, *, but=(), names=None):
@@ -139,7 +239,7 @@ def check_agreement(said, shown, by, *, but=(), names=None):
 def _with_rotations(config, given, where):
     """A configuration whose rotations nothing says: the `given`, or FLUX.1's, which is logged."""
     for f in fields(config):
-        if f.name in given:
+        if f.name in ROPE_FIELDS and f.name in given:
             setattr(config, f.name, typed_value(given[f.name], f.type, f"model.{f.name}"))
     assumed = [name for name in ROPE_FIELDS if name not in given]
     try:
@@ -155,9 +255,9 @@ def _with_rotations(config, given, where):
 
 def _autoencoder_config(layout, shapes, saved, where, beside):
     by = f"{where}'s metadata" if saved else beside
-    values = parse_json(saved, by) if saved else diffusers_values(beside, "AutoencoderKL") or {}
-    said = read_description(by, AutoencoderDescription, values, foreign=True)
-    shown = layouts.infer_autoencoder_config(layout, shapes, asdict(said))
+    values = parse_json(saved, by) if saved else diffusers_values(beside, "autoencoder") or {}
+    said = typed_description(by, AutoencoderDescription, values, foreign=True)
+    shown = infer_autoencoder_config(layout, shapes, vars(said))
     unsaid = [f.name for f in fields(AutoencoderConfig) if getattr(said, f.name) is None]
     check_agreement(said, shown, by, but=unsaid)
     return shown

@@ -13,8 +13,8 @@ import zlib
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
-from fluxlite.cli.descriptions import parse_json, read_description, read_text
-from fluxlite.cli.options import option, typed_options
+from fluxlite.cli.descriptions import parse_json, read_text
+from fluxlite.cli.options import option, typed_description, typed_options
 from fluxlite.weights.layouts import FIRST_EDITION
 from fluxlite.weights.run_tensors import (
     DESCRIPTION,
@@ -25,6 +25,18 @@ from fluxlite.weights.run_tensors import (
 
 STEP_NAME = re.compile(r"step-(\d{6,})")
 SOON_CHECKED = 1 << 30  # bytes of a checkpoint that are read in less time than a program starts in
+
+
+@dataclass
+class CheckpointConfig:
+    """When a run saves, and how much it keeps."""
+
+    every: int = option(
+        1000, "steps between checkpoints; the last step always saves", at_least=1, at_most=10**9
+    )
+    keep: int = option(
+        2, "checkpoints kept, the newest; 0 keeps all", at_least=0, at_most=1_000_000
+    )
 
 
 # --- what a checkpoint says of itself -------------------------------------------------------------
@@ -82,7 +94,7 @@ def read_meta(folder):
     if not file.exists():
         raise ValueError(f"{file} is missing: {folder} is no whole checkpoint")
     values = parse_json(read_text(file), file)
-    meta = read_description(file, CheckpointMeta, values)
+    meta = typed_description(file, CheckpointMeta, values)
     try:
         meta.files = {name: typed_options(FileRecord, of) for name, of in meta.files.items()}
     except ValueError as error:
@@ -118,7 +130,7 @@ def saved_parts(run):
     folder = Path(run) if (Path(run) / "meta.json").is_file() else last_checkpoint(run)
     part = saved_part(folder, read_meta(folder), "model")
     values = {f.name: part.get(f.name) for f in fields(SavedParts)}
-    parts = read_description(folder / "meta.json", SavedParts, values)
+    parts = typed_description(folder / "meta.json", SavedParts, values)
     return {name: value for name, value in vars(parts).items() if value}
 
 
@@ -132,7 +144,7 @@ class SavedBase:
 def saved_base(folder, meta):
     """The path or hub id of the transformer that a run started from, or None."""
     values = {"checkpoint": saved_part(folder, meta, "model").get("checkpoint")}
-    return read_description(folder / "meta.json", SavedBase, values).checkpoint
+    return typed_description(folder / "meta.json", SavedBase, values).checkpoint
 
 
 @dataclass
@@ -153,7 +165,7 @@ def run_settings(folder, meta):
     for group, names in (places | {"model": ("max_sequence_length",)}).items():
         part = saved_part(folder, meta, group)
         values |= {name: part[name] for name in names if name in part}
-    return vars(read_description(Path(folder) / "meta.json", DrawingSettings, values))
+    return vars(typed_description(Path(folder) / "meta.json", DrawingSettings, values))
 
 
 # --- finding --------------------------------------------------------------------------------------

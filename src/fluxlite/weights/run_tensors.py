@@ -10,6 +10,7 @@ tensors.read("ema.img_in.weight", 0, 64)                    # rows, mapped
 """
 
 import io
+import itertools
 import math
 import os
 import pickle
@@ -35,7 +36,7 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from torch.futures import Future
 
 from fluxlite.cli.descriptions import check_regular
-from fluxlite.weights.tensor_files import DTYPES
+from fluxlite.weights.dtypes import DTYPES
 
 SavedTensor = namedtuple("SavedTensor", "dtype shape chunks")
 # Where a part of a tensor lies: `length` bytes of a file from `begin` on, a zip of its own.
@@ -57,20 +58,10 @@ class PickledRecord:
 
 
 IN_DCP = "torch.distributed.checkpoint"
+IN_METADATA = """Metadata StorageMeta MetadataIndex TensorStorageMetadata BytesStorageMetadata
+    ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING"""
 KNOWN_NAMES = {  # all that DCP's description names
-    *(
-        f"{IN_DCP}.metadata.{name}"
-        for name in (
-            "Metadata",
-            "StorageMeta",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "BytesStorageMetadata",
-            "ChunkStorageMetadata",
-            "TensorProperties",
-            "_MEM_FORMAT_ENCODING",
-        )
-    ),
+    *(f"{IN_DCP}.metadata.{name}" for name in IN_METADATA.split()),
     f"{IN_DCP}.filesystem._StorageInfo",
     "torch.Size",
     "torch.serialization._get_layout",
@@ -223,7 +214,8 @@ class RunTensors:
 
     def file_names(self):
         """The files that hold them."""
-        return {chunk.file for tensor in self.tensors.values() for chunk in tensor.chunks}
+        chunks = itertools.chain.from_iterable(t.chunks for t in self.tensors.values())
+        return {chunk.file for chunk in chunks}
 
     def described(self, key):
         """(dtype, shape); raises `ValueError` where there is no such tensor."""

@@ -1,16 +1,16 @@
-"""safetensors files of any size at constant memory: mapped and checked on reading, streamed,
-renamed when whole on writing.
+"""safetensors files of any size at constant memory: mapped and checked on reading, streamed, and
+renamed when whole, on writing.
 
-tensors = Tensors("FLUX.1-dev/transformer")          # a file, or a folder with its index; nothing
-is read yet with aside("out.safetensors") as path:               # a killed or failed writer leaves
-nothing under the final name
-    write(path, {"a": (torch.bfloat16, (2, 3))}, [("a", tensor)], {"layout": "fluxlite"})
+    tensors = Tensors("FLUX.1-dev/transformer")  # a file, or a folder with its index; none is read
+    with atomic_weights("out.safetensors") as path:  # whole under that name, or not there
+        write_tensors(path, {"a": (torch.bfloat16, (2, 3))}, [("a", tensor)], {"format": "pt"})
 """
 
 import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import struct
@@ -25,18 +25,14 @@ from safetensors import SafetensorError, safe_open
 from fluxlite.cli.atomic import atomic_folder, atomic_path
 from fluxlite.cli.descriptions import DAMAGED, check_regular, inside_folder, parse_json, read_json
 from fluxlite.weights import foreign
+from fluxlite.weights.dtypes import DTYPES, SPELLED
 
-DTYPES = {  # of weights, as safetensors spells them
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+WRITE_ERRORS = {
+    errno.EFBIG: "file too large for this user's limit",
+    errno.ENOSPC: "no space left on the disk; free some",
 }
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 DIGEST_BYTES = 1 << 26  # read at a time
-SPELLED = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -186,7 +182,7 @@ class Tensors:
 # --- digests --------------------------------------------------------------------------------------
 
 
-def raw(tensor):
+def tensor_bytes(tensor):
     """A tensor's bytes as a one-dimensional numpy array, without a copy where it is contiguous."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
@@ -208,15 +204,12 @@ class Digests:
     def _digest(self, name, source):
         try:
             dtype, shape = source.described[name]
-            digest, step = (
-                hashlib.sha256(),
-                max(1, DIGEST_BYTES * shape[0] // max(1, num_bytes({name: (dtype, shape)}))),
-            )
+            size = max(1, num_bytes({name: (dtype, shape)}))
+            digest, step = hashlib.sha256(), max(1, DIGEST_BYTES * shape[0] // size)
             for start in range(0, shape[0], step):
-                digest.update(raw(source.read(name, start, start + step)))
-            return hashlib.sha256(
-                f"{SPELLED[dtype]}{list(shape)}".encode() + digest.digest()
-            ).hexdigest()
+                digest.update(tensor_bytes(source.read(name, start, start + step)))
+            described = f"{SPELLED[dtype]}{list(shape)}".encode()
+            return hashlib.sha256(described + digest.digest()).hexdigest()
         finally:
             self.room.release()
 
@@ -226,9 +219,8 @@ class Digests:
 
     def total(self):
         """One digest of all names and digests, in whatever order and files they came."""
-        return hashlib.sha256(
-            "".join(f"{k} {v}\n" for k, v in self.each().items()).encode()
-        ).hexdigest()
+        lines = "".join(f"{name} {digest}\n" for name, digest in self.each().items())
+        return hashlib.sha256(lines.encode()).hexdigest()
 
     def close(self):
         self.pool.shutdown(cancel_futures=True)
@@ -243,16 +235,14 @@ def num_bytes(described):
 
 
 def split_shards(described, max_bytes):
-    """{name: (dtype, shape)} as a list of such, in order, each of at most `max_bytes` or of one
-    tensor; None: all in one.
+    """{name: (dtype, shape)} as a list of such, in order; all in one without `max_bytes`.
+
+    Each has at most so many bytes, or one tensor.
     """
     shards = [{}]
     for name, entry in described.items():
-        if (
-            max_bytes
-            and shards[-1]
-            and num_bytes(shards[-1]) + num_bytes({name: entry}) > max_bytes
-        ):
+        full = num_bytes(shards[-1] | {name: entry}) > (max_bytes or math.inf)
+        if full and shards[-1]:
             shards.append({})
         shards[-1][name] = entry
     return shards
@@ -269,18 +259,15 @@ def _header(described, metadata):
     entries, offset = {"__metadata__": {k: str(v) for k, v in metadata.items()}}, 0
     for name, (dtype, shape) in described.items():
         end = offset + num_bytes({name: (dtype, shape)})
-        entries[name] = {
-            "dtype": SPELLED[dtype],
-            "shape": list(shape),
-            "data_offsets": [offset, end],
-        }
+        about = {"dtype": SPELLED[dtype], "shape": list(shape)}
+        entries[name] = about | {"data_offsets": [offset, end]}
         offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def cast(name, tensor, dtype):
+def checked_cast(name, tensor, dtype):
     """`tensor` as `dtype`; raises `ValueError` where a finite value becomes infinite."""
     if tensor.dtype == dtype:
         return tensor
@@ -315,18 +302,8 @@ def all_finite(tensor):
     return all(end.isfinite().item() for end in (tensor.float() if narrow else tensor).aminmax())
 
 
-def wider(a, b):
-    """The smallest type that holds values of both."""
-    if a == b:
-        return a
-    return (
-        torch.float32 if a.itemsize == b.itemsize else max(a, b, key=lambda dtype: dtype.itemsize)
-    )
-
-
-def write(path, described, pieces, metadata, progress=lambda count: None):
-    """Write a safetensors file of {name: (dtype, shape)} from its (name, tensor) pieces, which come
-    in the file's order.
+def write_tensors(path, described, pieces, metadata, progress=lambda count: None):
+    """Write a safetensors file of {name: (dtype, shape)} from (name, tensor) pieces in its order.
 
     Returns what rewrites the metadata, for values of the same length that are known only now: a
     function of {key: text}.
@@ -335,14 +312,12 @@ def write(path, described, pieces, metadata, progress=lambda count: None):
     with open(path, "wb") as file:
         file.write(header)
         for name, tensor in pieces:
-            data = raw(cast(name, tensor, described[name][0]))
+            data = tensor_bytes(checked_cast(name, tensor, described[name][0]))
             file.write(data)
             progress(data.nbytes)
         if file.tell() != len(header) + num_bytes(described):
-            raise RuntimeError(
-                f"{path}: {file.tell() - len(header)} bytes were written, not "
-                f"{num_bytes(described)}"
-            )
+            written = file.tell() - len(header)
+            raise RuntimeError(f"{path}: {written} bytes were written, not {num_bytes(described)}")
 
     def rewrite(changes):
         with open(path, "r+b") as file:
@@ -354,24 +329,22 @@ def write(path, described, pieces, metadata, progress=lambda count: None):
 
 
 def write_index(path, shards, names):
-    """The index of shards ({name: (dtype, shape)} each) in files `names`, as transformers and
-    diffusers read it.
-    """
-    index = {
-        "metadata": {"total_size": sum(map(num_bytes, shards))},
-        "weight_map": {key: name for name, shard in zip(names, shards) for key in shard},
-    }
+    """Write the index of shards, {name: (dtype, shape)} each, in files `names`."""
+    places = {}
+    for name, shard in zip(names, shards):
+        places |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(map(num_bytes, shards))}, "weight_map": places}
     path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 @contextlib.contextmanager
-def aside(final, *, overwrite=False, folder=False, remedy="name another"):
-    """A path beside `final` to write a file or a `folder` to, renamed to it at the end and removed
-    if that is not reached.
+def atomic_weights(final, *, overwrite=False, folder=False, remedy="name another"):
+    """A path to write a file or a `folder` to, which is `final` once the block ends.
 
-    A link to a file is replaced and not followed: a run's folder may come from somebody else.
-    Raises `ValueError` where `final` exists and `overwrite` is false, is of the other kind or holds
-    what no checkpoint does, and where it cannot be written: full disk, no permission.
+    It is gone if the block raises. A link to a file is replaced and not followed: a run's folder
+    may come from somebody else. Raises `ValueError` where `final` exists and `overwrite` is false,
+    is of the other kind or holds what no checkpoint does, and where it cannot be written: full
+    disk, no permission.
     """
     final = Path(final).resolve() if folder else Path(final).parent.resolve() / Path(final).name
     free = partial(check_replaceable, final, overwrite=overwrite, folder=folder, remedy=remedy)
@@ -382,13 +355,8 @@ def aside(final, *, overwrite=False, folder=False, remedy="name another"):
             free()  # nobody has written it while we waited
             yield path
     except OSError as error:
-        reason = {
-            errno.EFBIG: "file too large for this user's limit",
-            errno.ENOSPC: "no space left on the disk; free some",
-        }
-        raise ValueError(
-            f"{final} cannot be written: {reason.get(error.errno) or error.strerror or error}"
-        ) from error
+        reason = WRITE_ERRORS.get(error.errno) or error.strerror or error
+        raise ValueError(f"{final} cannot be written: {reason}") from error
 
 
 def check_replaceable(final, *, overwrite, folder, remedy):

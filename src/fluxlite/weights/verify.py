@@ -9,11 +9,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from fluxlite.nets.autoencoder import AutoencoderConfig
-from fluxlite.nets.controlnet import ControlNetConfig
+from fluxlite.nets.configs import ControlNetConfig
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import layouts, tensor_files
+from fluxlite.weights import conversion, tensor_files
+from fluxlite.weights.diffusers_configs import config_to_diffusers
 from fluxlite.weights.sources import open_source
 
 MAX_ERROR = 1e-4  # ‖ours − theirs‖ / ‖theirs‖ in float32; a wrong row order gives about 1
@@ -34,35 +34,20 @@ def digests_of(source, progress=lambda count: None):
         digests.close()
 
 
-def verify(source, dst, progress=lambda count: None):
-    """Compare what lies at `dst` with the `Source` it was made from; lines that say what was
-    proved, or `ValueError`.
+def verify_conversion(source, dst, progress=lambda count: None):
+    """Compare what lies at `dst` with the `Source` it was made from: lines that say what is proved.
 
-    The forward takes about 3 GB at FLUX's width; the comparison of bytes a few linears.
+    The forward takes about 3 GB at FLUX's width; the comparison of bytes a few linears. Raises
+    `ValueError` where they differ.
     """
     back = open_source(dst, setting="--dst")
-    optional = {
-        name for rule in layouts.rules(source.layout, source.config) for name in rule.optional
-    }
-    wrong, rounded, count = [], set(), 0
-    for name, tensor in layouts.convert(back.read, back.layout, source.layout, source.config):
-        if name in optional:  # a bias that NeMo's layout may lack, and whose value nothing reads
-            continue
-        expected = source.read(name)
-        if tensor.dtype != expected.dtype:
-            rounded.add(str(tensor.dtype).removeprefix("torch."))
-        if not np.array_equal(
-            tensor_files.raw(expected.to(tensor.dtype)), tensor_files.raw(tensor)
-        ):
-            wrong.append(name)
-        count += 1
-        progress(expected.nbytes)
+    wrong, rounded, count = compare_tensors(source, back, progress)
     if wrong:
         found = f"{len(wrong)} of {count} tensors differ from {source.where}, {wrong[0]} first"
         raise ValueError(f"--verify: {found}: do not use {dst}")
     how = f"as its values in {', '.join(sorted(rounded))}" if rounded else "bit for bit"
     lines = [f"verified: {count} tensors of {source.where} come back from {dst} {how}"]
-    if isinstance(source.config, AutoencoderConfig) or source.config.mlp_ratio != 4:
+    if source.what == "autoencoder" or source.config.mlp_ratio != 4:
         return lines
     if importlib.util.find_spec("diffusers") is None:
         return [*lines, "no forward was compared: diffusers is not installed"]
@@ -71,10 +56,27 @@ def verify(source, dst, progress=lambda count: None):
         raise ValueError(
             f"--verify: a forward of {dst} differs from diffusers' by {error:.1e}: do not use it"
         )
-    return [
-        *lines,
-        f"verified: a forward of its first blocks equals diffusers' model to {error:.1e}",
-    ]
+    proved = f"verified: a forward of its first blocks equals diffusers' model to {error:.1e}"
+    return [*lines, proved]
+
+
+def compare_tensors(source, back, progress):
+    """(names that differ, types that were rounded to, how many tensors) of `back` in `source`."""
+    optional = conversion.optional_names(source.layout, source.config)
+    wrong, rounded, count = [], set(), 0
+    layouts = back.layout, source.layout
+    for name, tensor in conversion.convert_weights(back.read, *layouts, source.config):
+        if name in optional:  # a bias that NeMo's layout may lack, and whose value nothing reads
+            continue
+        expected = source.read(name)
+        if tensor.dtype != expected.dtype:
+            rounded.add(str(tensor.dtype).removeprefix("torch."))
+        both = expected.to(tensor.dtype), tensor
+        if not np.array_equal(*map(tensor_files.tensor_bytes, both)):
+            wrong.append(name)
+        count += 1
+        progress(expected.nbytes)
+    return wrong, rounded, count
 
 
 def first_blocks(config):
@@ -93,12 +95,12 @@ def forward_error(source, back):
     """
     shallow = first_blocks(source.config)
     inputs = make_inputs(shallow)
-    weights = layouts.convert(back.read, back.layout, "fluxlite", shallow)
+    weights = conversion.convert_weights(back.read, back.layout, "fluxlite", shallow)
     got = our_forward(shallow, {name: t.float() for name, t in weights}, inputs)
 
     described = {name: dtype for name, (dtype, _) in back.described.items()}
-    types = layouts.dtypes(back.layout, "diffusers", source.config, described)
-    weights = layouts.convert(source.read, source.layout, "diffusers", shallow)
+    types = conversion.layout_dtypes(back.layout, "diffusers", source.config, described)
+    weights = conversion.convert_weights(source.read, source.layout, "diffusers", shallow)
     theirs = {name: t.to(types[name]).float() for name, t in weights}
     expected = diffusers_forward(shallow, theirs, inputs)
     return ((got - expected).norm() / expected.norm()).item()
@@ -123,34 +125,46 @@ def make_inputs(config):
 
 
 def our_forward(config, state, inputs):
-    model = layouts.on_meta(config)
+    model = conversion.build_on_meta(config)
     model.load_state_dict(state, strict=True, assign=True)
     out = model(rope=rope_table(position_ids(6, 8, 5), config), **inputs)
     return torch.cat(sum(out, [])) if isinstance(config, ControlNetConfig) else out
 
 
 def diffusers_forward(config, state, inputs):
+    with torch.device("meta"):
+        model = build_diffusers(config)
+    model.load_state_dict(state, strict=True, assign=True)
+    out = model(**diffusers_inputs(inputs, position_ids(6, 8, 5)))
+    if not isinstance(config, ControlNetConfig):
+        return out[0]
+    return torch.cat([*(out[0] or ()), *(out[1] or ())])
+
+
+def build_diffusers(config):
+    """diffusers' own network of such a shape."""
     import diffusers
 
-    values = layouts.config_to_diffusers(config)
-    with torch.device("meta"):
-        model = getattr(diffusers, values["_class_name"])(
-            **{k: v for k, v in values.items() if not k.startswith("_")}
-        )
-    model.load_state_dict(state, strict=True, assign=True)
-    names = {
-        "img": "hidden_states",
-        "txt": "encoder_hidden_states",
-        "pooled": "pooled_projections",
-        "t": "timestep",
-    }
-    names |= {"guidance": "guidance", "hint": "controlnet_cond", "mode": "controlnet_mode"}
-    ids, given = position_ids(6, 8, 5).float(), {names[k]: v for k, v in inputs.items()}
+    values = config_to_diffusers(config)
+    own = {name: value for name, value in values.items() if not name.startswith("_")}
+    return getattr(diffusers, values["_class_name"])(**own)
+
+
+DIFFUSERS_INPUTS = {  # ours → what diffusers' forward calls them
+    "img": "hidden_states",
+    "txt": "encoder_hidden_states",
+    "pooled": "pooled_projections",
+    "t": "timestep",
+    "guidance": "guidance",
+    "hint": "controlnet_cond",
+    "mode": "controlnet_mode",
+}
+
+
+def diffusers_inputs(inputs, ids):
+    """Arguments of our forward, and positions ids (L, 3) in place of `rope`, for diffusers'."""
+    given = {DIFFUSERS_INPUTS[name]: value for name, value in inputs.items()}
     if given.get("controlnet_mode") is not None:
         given["controlnet_mode"] = given["controlnet_mode"][:, None]
-    out = model(**given, img_ids=ids[5:], txt_ids=ids[:5], return_dict=False)
-    return (
-        torch.cat([*(out[0] or ()), *(out[1] or ())])
-        if isinstance(config, ControlNetConfig)
-        else out[0]
-    )
+    text = inputs["txt"].shape[1]
+    return given | dict(txt_ids=ids[:text].float(), img_ids=ids[text:].float(), return_dict=False)

@@ -11,19 +11,18 @@ import torch
 
 from fluxlite import parallel, rng
 from fluxlite.cli.options import option, refuse_first, same_option
+from fluxlite.nets.configs import ControlNetConfig
 from fluxlite.nets.control_modes import mode_number
 from fluxlite.nets.controlnet import (
     ControlNet,
-    ControlNetConfig,
-    check_starts,
-    initial_value,
+    count_used,
+    initial_control_weight,
     nearest_depth,
-    spread,
+    spread_samples,
     unused_parameters,
-    used,
     weights_from_base,
 )
-from fluxlite.nets.flux import initial
+from fluxlite.nets.flux import initial_weight
 from fluxlite.train import optim
 from fluxlite.train.batches import encode_pictures
 from fluxlite.train.building import (
@@ -95,7 +94,7 @@ def check_control(config):
     net.shape(base).validate()
     refuse_first([*meter_conflicts(config), *mode_conflicts(config), *hint_conflicts(config)])
     if net.init_from_base and not net.checkpoint:
-        check_starts(net.shape(base), base)
+        net.shape(base).check_starts(base)
 
 
 def meter_conflicts(config):
@@ -184,7 +183,7 @@ def log_unused(shape, base, unused):
     """
     for kind in ("double", "single"):
         count, num_base = getattr(shape, f"num_{kind}_blocks"), getattr(base, f"num_{kind}_blocks")
-        taken = used(num_base, count, cyclic=kind == "double" and shape.hint == "pixel")
+        taken = count_used(num_base, count, cyclic=kind == "double" and shape.hint == "pixel")
         if taken < count:
             log.warning(
                 "controlnet.num_%s_blocks=%d: the transformer's %d blocks take the outputs of %d, "
@@ -199,7 +198,7 @@ def controlnet_weights(config, device):
     """A ControlNet's (name, values) to start from: a checkpoint's, its base's, or random."""
     control, net = config.controlnet, meta_controlnet(config)
     if control.checkpoint:
-        where = sources.resolve(control.checkpoint)
+        where = sources.resolve_tiny(control.checkpoint)
         about = dict(setting="controlnet.checkpoint", part="controlnet", ema=config.model.ema)
         source = sources.open_source(where, **about)
         sources.check_part(source, "controlnet", "controlnet.checkpoint")
@@ -209,12 +208,12 @@ def controlnet_weights(config, device):
         base = config.model.shape(), flux_weights(config, device, random_base_value)
         generator = device_generator(config.seed, "controlnet", device)
         return weights_from_base(net, *base, device, generator)
-    return random_weights(net, config.seed, device, partial(initial_value, net.config))
+    return random_weights(net, config.seed, device, partial(initial_control_weight, net.config))
 
 
 def random_base_value(name, *options):
     """`initial` with a random output layer: behind a zero one nothing can learn."""
-    return initial("img_in.weight" if name == "out.weight" else name, *options)
+    return initial_weight("img_in.weight" if name == "out.weight" else name, *options)
 
 
 def base_weights(config, device):
@@ -235,7 +234,9 @@ def controlled_velocity(net, flux, img, txt, rope, *, hint=None, mode=None, **in
     if hint is None:
         return flux(img, txt, rope, **inputs)
     samples = net(img, txt, rope, hint=hint.to(img.dtype), mode=mode, **inputs)
-    return flux(img, txt, rope, residuals=spread(samples, net.config, flux.config), **inputs)
+    return flux(
+        img, txt, rope, residuals=spread_samples(samples, net.config, flux.config), **inputs
+    )
 
 
 def encode_control(run, batch):

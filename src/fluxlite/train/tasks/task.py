@@ -29,6 +29,6 @@ class Task:
         """The models, sharded and filled."""
         place = "cpu" if config.parallel.cpu_offload else device
         return [
-            parallel.fill(wrap(config, mesh), weights_of(config, device), place)
+            parallel.fill_weights(wrap(config, mesh), weights_of(config, device), place)
             for wrap, weights_of in self.models
         ]

@@ -1,0 +1,188 @@
+"""The settings of data: where samples come from, what is made of them, how they are batched."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+
+from fluxlite.cli.options import check_options, option
+from fluxlite.data.parts import IMAGES
+from fluxlite.nets.control_modes import MODES, mode_number
+from fluxlite.nets.latents import MAX_SIDE
+
+KINDS = ("mock", "fill50k", "webdataset")
+CROPS = ("center", "random")
+
+
+@dataclass
+class DataConfig:
+    """Where samples come from and how they are batched."""
+
+    kind: str = option(
+        "fill50k",
+        "where samples come from; fill50k is generated where there are no shards",
+        choices=KINDS,
+        group="data",
+    )
+    path: str | None = option(
+        None,
+        "tars: a folder, a glob, a brace pattern, a URL, or from the command line alone "
+        "pipe:COMMAND, a shell command that prints a tar; several with :: between them; fill50k: "
+        "the "
+        "folder where they are or will be",
+        verbatim=True,
+        only_given="pipe:",
+    )
+    count: int = option(
+        50_000,
+        "fill50k: pictures to generate; mock: samples of an epoch",
+        only_with={"data.kind": ("fill50k", "mock")},
+        at_least=1,
+        at_most=10**9,
+    )
+    generate_size: int = option(
+        512,
+        "fill50k: side of the generated pictures in pixels",
+        only_with={"data.kind": ("fill50k",)},
+        at_least=8,
+        at_most=MAX_SIDE,
+    )
+    height: int = option(
+        512,
+        "height that pictures are resized to, in pixels, a multiple of 16",
+        at_least=16,
+        at_most=MAX_SIDE,
+    )
+    width: int = option(
+        512,
+        "width that pictures are resized to, in pixels, a multiple of 16",
+        at_least=16,
+        at_most=MAX_SIDE,
+    )
+    crop: str = option("center", "which part stays of a picture of another shape", choices=CROPS)
+    flip: bool = option(False, "mirror every other picture, drawn for each sample")
+    caption_field: str = option(
+        "caption", "field of a sample's json that is its caption; without it, its txt is"
+    )
+    caption_dropout: float = option(
+        0.1, "share of samples trained with the empty caption", at_least=0, at_most=1
+    )
+    control: str | None = option(
+        None,
+        "a ControlNet's picture: an ending, as png, of a file beside the target; canny: its edges",
+    )
+    control_mode: str | None = option(
+        None,
+        "kind of control, for union nets: json (its field mode), or "
+        f"{', '.join(MODES)} or a number without one",
+    )
+    micro_batch: int = option(
+        1,
+        "samples of a forward pass, for each data-parallel rank",
+        at_least=1,
+        at_most=100_000,
+        resume=True,
+    )
+    global_batch: int = option(
+        8, "samples of an optimizer step, over all ranks", at_least=1, at_most=10_000_000
+    )
+    shuffle: bool = option(True, "a new order each epoch; false: the tars' own")
+    shuffle_window: int = option(
+        64, "tars whose samples are mixed at a time", at_least=1, at_most=10**9
+    )
+    workers: int = option(
+        2,
+        "loader processes for each rank; 0 loads in the training process",
+        at_least=0,
+        at_most=1024,
+        resume=True,
+    )
+    max_bad_fraction: float = option(
+        0.01,
+        "share of unusable samples above which the run stops",
+        at_least=0,
+        at_most=1,
+        resume=True,
+    )
+    cache: str | None = option(
+        None,
+        "folder for latents and texts that are encoded once; null: encode them each time",
+        path=True,
+    )
+    val_path: str | None = option(
+        None,
+        "tars of the validation set, as data.path; null: an Energon split, fill50k's held-out "
+        "pairs, "
+        "or the last samples",
+        verbatim=True,
+        only_given="pipe:",
+    )
+    val_count: int = option(
+        64, "held-out samples that validation takes", at_least=1, at_most=10_000_000
+    )
+    download: str = option(
+        "~/.cache/fluxlite/shards", "folder for tars fetched from URLs", path=True, resume=True
+    )
+
+    @property
+    def control_ending(self):
+        """The ending of the control's file; None where there is no such file."""
+        return None if self.control == "canny" else self.control
+
+    def validate(self):
+        """Raise `ValueError` for values that make no sense, here or together."""
+        check_options(self, "data.")
+        self._check_places()
+        self._check_control()
+        if self.cache and (self.crop == "random" or self.flip):
+            raise ValueError(
+                "data.cache encodes each picture once: set data.crop=center and data.flip=false, "
+                "or data.cache=null"
+            )
+        if self.cache and self.kind == "mock":
+            raise ValueError("data=mock makes its samples as they are read: set data.cache=null")
+        given = [name for name in ("path", "val_path") if getattr(self, name)]
+        if given and self.kind == "mock":
+            raise ValueError(
+                f"data.{given[0]}={getattr(self, given[0])} is not read with data=mock: set "
+                "data=webdataset, or leave it out"
+            )
+
+    def _check_places(self):
+        """Raise `ValueError` where `kind` and the places of tars do not belong together."""
+        for name, what in (("path", "tars"), ("val_path", "tars"), ("caption_field", "a field")):
+            value = getattr(self, name)
+            if value is not None and not value.strip():
+                raise ValueError(f"data.{name}= is empty: name {what}, or leave it out")
+        if self.kind == "webdataset" and not self.path:
+            raise ValueError(
+                "data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a "
+                "URL"
+            )
+        if self.kind == "fill50k" and re.match(r"[A-Za-z][\w+.-]*:", self.path or ""):
+            raise ValueError(
+                f"data.path={self.path} must be a folder for data=fill50k; data=webdataset reads "
+                "URLs"
+            )
+
+    def _check_control(self):
+        """Raise `ValueError` where nothing can be read as the control, or as its kind."""
+        picture = rf"([a-z0-9_-]+\.)*({'|'.join(IMAGES)})"
+        if self.control_ending is not None and not re.fullmatch(picture, self.control_ending):
+            raise ValueError(
+                f"data.control={self.control}: choose {', '.join(IMAGES)}, an ending such as "
+                "depth.png, canny, or null"
+            )
+        if self.control == "canny" and not importlib.util.find_spec("cv2"):
+            raise ValueError(
+                "data.control=canny needs OpenCV: pip install opencv-python-headless, or -e "
+                "'.[control]'"
+            )
+        mode = self.control_mode
+        if mode is not None and not self.control:
+            raise ValueError(
+                f"data.control_mode={mode} says of which kind a control is: set data.control= too"
+            )
+        if mode not in (None, "json") and mode_number(mode) is None:
+            raise ValueError(
+                f"data.control_mode={mode}: choose json, one of {', '.join(MODES)}, or a number"
+            )

@@ -1,0 +1,177 @@
+"""Which data set a configuration names: made up, generated, or tars found and indexed."""
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+
+from fluxlite.cli.descriptions import read_json
+from fluxlite.cli.options import expand_home, typed_description
+from fluxlite.cli.programs import warn_for_all
+from fluxlite.data import fill50k
+from fluxlite.data.mock import MockPictures
+from fluxlite.data.parts import config_parts
+from fluxlite.data.places import expand_places
+from fluxlite.data.shards import Samples
+from fluxlite.data.tars import cut_shards, index_tar, open_shards
+
+log = logging.getLogger("fluxlite")
+
+
+def fill50k_folder(config, split):
+    """Where fill50k's tars of a split are or will be: `path/train`, `path/val`.
+
+    `path` itself is the training set where it holds tars that the generator wrote there.
+    """
+    root = fill50k_root(config)
+    return root if split == "train" and any(root.glob("*.tar")) else root / split
+
+
+def fill50k_root(config):
+    """The folder that fill50k's splits lie in."""
+    root = config.path or f"data/fill50k-{config.generate_size}-{config.count}"
+    return Path(expand_home(root, "data.path"))
+
+
+def prepare_data(config, split, seed=0):
+    """Generate fill50k's tars of a split where there are none.
+
+    Every rank calls it: one works, the others wait. The pictures are the same whatever the `seed`
+    of a run, so that runs share them. Raises `ValueError` where pictures of another count or size
+    were generated before, and for a folder with files of the user's: nothing is written into that.
+    """
+    if config.kind != "fill50k" or (split == "val" and config.val_path):
+        return
+    folder, held_out = fill50k_folder(config, split), split == "val"
+    count = config.val_count if held_out else config.count
+    _check_ours(fill50k_root(config))
+    if not any(folder.glob("*.tar")):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        workers = min(os.cpu_count() or 1, count // 500)
+        options = dict(seed=int(held_out), held_out=held_out, workers=workers)
+        samples = fill50k.generated_samples(count, size=config.generate_size, **options)
+        about = {"count": count, "size": config.generate_size}
+        fill50k.write_shards(samples, folder, count=count, about=about)
+    _check_generated(config, folder, count, at_least=held_out)
+
+
+def _check_ours(root):
+    """Raise `ValueError` unless fill50k's folder is new, or holds only what the generator wrote."""
+    names = sorted(p.name for p in root.iterdir()) if root.exists() else []
+    if fill50k.NOTE in names:
+        return
+    foreign = [n for n in names if n[0] != "." and not (root / n / fill50k.NOTE).is_file()]
+    if foreign:
+        raise ValueError(
+            f"data.path={root} holds {foreign[0]}, which is not data=fill50k's: set "
+            "data=webdataset to train on tars of "
+            "your own, or name a new folder to generate circles in"
+        )
+
+
+def _check_generated(config, folder, count, *, at_least):
+    """Raise `ValueError` unless tars are as asked for; a larger validation set will do."""
+    note, size = folder / fill50k.NOTE, config.generate_size
+    old = typed_description(note, fill50k.GeneratedDescription, read_json(note))
+    if old.count is None:  # imported from the original download
+        return
+    if old.size != size or (old.count < count if at_least else old.count != count):
+        setting = "data.val_count" if at_least else "data.count"
+        raise ValueError(
+            f"{folder} holds {old.count} pictures of {old.size} pixels, but {setting}={count} and "
+            f"data.generate_size={size}: "
+            "remove that folder, or set another data.path="
+        )
+
+
+def find_shards(config, split, places):
+    """The shards of a split; `places` as `open_dataset` has them.
+
+    Without a validation set of its own, the last `val_count` samples are validation's.
+    """
+    expanded = partial(_expanded, config, places)
+    if split == "val" and config.val_path:
+        found = expanded("val_path", "val") or expanded("val_path", "train")
+        _warn_of_overlap(config, found, places)
+        return _opened(config, "val_path", found)
+    if config.kind == "fill50k":
+        folder, parts = fill50k_folder(config, split), config_parts(config)
+        found = [(str(path), parts) for path in sorted(folder.glob("*.tar"))]
+        return _opened(config, "path", found, where=folder)
+    held_out = [] if config.val_path else expanded("path", "val")
+    if split == "val" and held_out:
+        return _opened(config, "path", held_out)
+    shards = _opened(config, "path", expanded("path", "train"))
+    return shards if config.val_path or held_out else _split_off(config, split, shards)
+
+
+def _expanded(config, places, name, split):
+    """[(path, its `Parts`)] of the tars that `data.path` or `data.val_path` names for a split.
+
+    They are kept in `places`, by (name, split), and taken from there the next time.
+    """
+    if (name, split) not in places:
+        options = dict(setting=f"data.{name}", download=config.download, check=index_tar)
+        where, parts = getattr(config, name), config_parts(config)
+        places[name, split] = expand_places(where, split, parts=parts, **options)
+    return places[name, split]
+
+
+def _opened(config, name, found, where=None):
+    """The shards of tars that the setting `name` gave, indexed."""
+    setting = f"data.{name}={where or getattr(config, name)}"
+    return open_shards(found, setting=setting, max_bad_fraction=config.max_bad_fraction)
+
+
+def _split_off(config, split, shards):
+    """The part of "train" or "val" where validation's samples are the last of the training set."""
+    total = sum(len(shard.keys) for shard in shards)
+    start = total - config.val_count
+    if start < 1:
+        raise ValueError(
+            f"data.path={config.path} holds {total} samples: set data.val_count below that, or "
+            "data.val_path="
+        )
+    if split == "val":
+        return cut_shards(shards, start, total)
+    log.info("the last %d of %d samples are kept for validation", config.val_count, total)
+    return cut_shards(shards, 0, start)
+
+
+def _warn_of_overlap(config, found, places):
+    """Say so where a tar is of the training set and of the validation set."""
+    trained = {os.path.realpath(path) for path in training_paths(config, places)}
+    shared = [path for path, _ in found if os.path.realpath(path) in trained]
+    if shared:
+        warn_for_all(
+            "%d of %d tars of data.val_path are trained on too, %s first: validation will look "
+            "better than it is",
+            *(len(shared), len(found), shared[0]),
+        )
+
+
+def training_paths(config, places):
+    """The training set's tars."""
+    if config.kind == "fill50k":
+        return [str(path) for path in fill50k_folder(config, "train").glob("*.tar")]
+    return [path for path, _ in _expanded(config, places, "path", "train")]
+
+
+def open_dataset(config, split, seed, places=None):
+    """The data set of "train" or "val"; `prepare_data` comes first.
+
+    `places`, a dictionary for both sets of a run, keeps what their settings were expanded to:
+    servers are asked once. Raises `ValueError` where there are too few samples.
+    """
+    places = {} if places is None else places
+    if config.kind == "mock":
+        return MockPictures(config, split=split, seed=seed)
+    shards = find_shards(config, split, places)
+    if split == "train":
+        return Samples(config, shards, seed=seed, training=True)
+    total = sum(len(shard.keys) for shard in shards)
+    if total < config.val_count:
+        raise ValueError(
+            f"the validation set holds {total} samples: set data.val_count={total} or less"
+        )
+    return Samples(config, cut_shards(shards, 0, config.val_count), seed=seed, training=False)

@@ -1,0 +1,153 @@
+"""The settings of parallelism, and what must divide among the ranks."""
+
+from dataclasses import dataclass
+
+from fluxlite.cli.options import option
+from fluxlite.parallel.ranks import world_size
+
+MAX_RANKS = 65_536
+
+
+@dataclass
+class ParallelConfig:
+    """The mesh, and what each of its ranks keeps."""
+
+    dp_replicate: int = option(
+        1, "copies of the sharded weights (HSDP)", at_least=1, at_most=MAX_RANKS
+    )
+    dp_shard: int = option(
+        -1,
+        "ranks that share one copy of the weights (FSDP2); -1: all that are left",
+        at_least=-1,
+        at_most=MAX_RANKS,
+    )
+    cp: int = option(
+        1,
+        "context-parallel ranks, which share the tokens of a sample (Ulysses)",
+        at_least=1,
+        at_most=MAX_RANKS,
+    )
+    tp: int = option(
+        1,
+        "tensor-parallel ranks, which share the heads and the width of each block",
+        at_least=1,
+        at_most=MAX_RANKS,
+    )
+    sequence_parallel: bool = option(
+        False, "tensor-parallel ranks share the tokens between the blocks' linears too: less memory"
+    )
+    shard_modulation: bool = option(
+        True,
+        "spread the modulation's features over all ranks and never gather them: 27 % less traffic",
+    )
+    shard_encoders: bool = option(
+        False,
+        "shard the T5 encoder over all ranks, gathered block by block: less memory, more traffic",
+    )
+    reshard_after_forward: bool = option(
+        True,
+        "free gathered weights between forward and backward: less memory, one more all-gather",
+    )
+    prefetch: int = option(
+        0,
+        "blocks gathered ahead of the one that computes; 0: what FSDP2 does, one",
+        at_least=0,
+        at_most=1000,
+    )
+    cpu_offload: bool = option(
+        False, "keep sharded weights, gradients and optimizer in host memory"
+    )
+    activation_checkpointing: str = option(
+        "none",
+        "recompute in the backward: none, full (each block), a number k (each k-th block), or "
+        "selective (all but matrix products and fused attention)",
+        verbatim=True,
+    )
+    timeout_s: int = option(
+        600,
+        "seconds after which a rank that waits for another gives up",
+        at_least=1,
+        at_most=1_000_000,
+    )
+
+    def validate(self):
+        """Raise `ValueError` for settings that do not belong together, or divide no ranks."""
+        self.sizes()
+        if self.sequence_parallel and self.tp == 1:
+            raise ValueError(
+                "parallel.sequence_parallel=true needs parallel.tp above 1, whose ranks share the "
+                "tokens"
+            )
+        kind = self.activation_checkpointing
+        if kind not in ("none", "full", "selective") and not checkpoint_interval(kind):
+            raise ValueError(
+                f"parallel.activation_checkpointing={kind}: choose none, full, selective or a "
+                "number k of 1 or more, for each k-th block"
+            )
+
+    def sizes(self):
+        """(dp_replicate, dp_shard, cp, tp), with -1 filled in.
+
+        Raises `ValueError` unless their product is the number of ranks.
+        """
+        ranks, product = world_size(), self.dp_replicate * self.cp * self.tp
+        fixed = {name: getattr(self, name) for name in ("dp_replicate", "cp", "tp")}
+        shown = " x ".join(f"{name}={value}" for name, value in fixed.items() if value > 1)
+        if ranks == 1 and product > 1:
+            raise ValueError(
+                f"parallel.{shown} needs {product} processes or a multiple: torchrun "
+                f"--nproc_per_node {product} train.py …"
+            )
+        if ranks % product:
+            raise ValueError(
+                f"parallel.{shown} does not divide the {ranks} processes: the product of "
+                f"dp_replicate, cp and tp must be one of {list_divisors(ranks)}"
+            )
+        if self.dp_shard not in (-1, ranks // product):
+            raise ValueError(
+                f"parallel.dp_shard={self.dp_shard}{f' x {shown}' if shown else ''} is not the "
+                f"number of processes, {ranks}: "
+                f"set parallel.dp_shard={ranks // product} or -1"
+            )
+        return self.dp_replicate, ranks // product, self.cp, self.tp
+
+    def check_model(self, shape, num_text_tokens, num_image_tokens):
+        """Raise `ValueError` where a model of `shape` does not divide among the ranks.
+
+        That is its heads, its blocks, or the tokens of its text and its pictures.
+        """
+        if shape.num_heads % (self.tp * self.cp):
+            raise ValueError(
+                f"parallel.tp={self.tp} x parallel.cp={self.cp} does not divide "
+                f"model.num_heads={shape.num_heads}: "
+                f"their product must be one of {list_divisors(shape.num_heads)}"
+            )
+        blocks = shape.num_double_blocks + shape.num_single_blocks
+        if checkpoint_interval(self.activation_checkpointing) > max(blocks, 1):
+            raise ValueError(
+                f"parallel.activation_checkpointing={self.activation_checkpointing}: there are "
+                f"{blocks} blocks"
+            )
+        parts, what = self.cp, "parallel.cp"
+        if self.sequence_parallel:
+            parts, what = self.cp * self.tp, "parallel.cp x parallel.tp (sequence_parallel)"
+        counts = {
+            "model.max_sequence_length": num_text_tokens,
+            "image tokens, of height x width,": num_image_tokens,
+        }
+        for name, count in counts.items():
+            if count % parts:
+                raise ValueError(
+                    f"{count} {name} do not divide among {what} = {parts} ranks: choose a multiple "
+                    f"of {parts}"
+                )
+
+
+def list_divisors(count):
+    """The divisors of a number, as an error lists them."""
+    return ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+
+
+def checkpoint_interval(text):
+    """The k of activation_checkpointing=k, or 0."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 7 else 0

@@ -1,0 +1,197 @@
+"""How a model is wrapped: `parallelize` has the order in view."""
+
+import warnings
+from functools import partial
+
+import torch
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from fluxlite.parallel.config import checkpoint_interval
+from fluxlite.parallel.exchange import SumGradient
+from fluxlite.parallel.modulation import spread_modulation
+from fluxlite.parallel.tensor_parallel import shard_heads
+from fluxlite.parallel.tokens import share_tokens
+
+
+def parallelize(model, mesh, config, dtype, *, compile=False):
+    """Wrap a model as `config` says: tp → cp → modulation → checkpointing → compile → FSDP2.
+
+    The model, on any device or meta, has double_blocks, single_blocks and a modulation. Compute is
+    in `dtype`; weights, gradients and their reduction stay float32. `fill` then gives a model on
+    meta its weights.
+    """
+    if mesh.tp.size() > 1:
+        shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
+    if mesh.cp.size() > 1 or config.sequence_parallel:
+        share_tokens(model, mesh.cp, mesh.tp if config.sequence_parallel else None)
+    alone, spread = mesh.fsdp.size() == 1, config.shard_modulation and mesh.world.size() > 1
+    if spread:
+        spread_modulation(model.modulation, mesh.world, dtype)
+    if alone:
+        compute_in(model, dtype, spread)
+    checkpoint_activations(model, config.activation_checkpointing)
+    if compile:
+        compile_blocks(model)
+    if config.sequence_parallel:
+        model.modulation.register_forward_hook(
+            lambda _module, _args, out: SumGradient.apply(out, mesh.tp)
+        )
+    return model if alone else shard_weights(model, mesh.fsdp, config, dtype, spread)
+
+
+def blocks_of(model):
+    """All blocks of a model, in the order of its forward."""
+    return [*model.double_blocks, *model.single_blocks]
+
+
+# --- activation checkpointing and compilation ----------------------------------------------------
+
+# What selective checkpointing keeps: the linears' products, fused attention, and what ranks sent.
+SAVED_NAMES = """mm addmm linear _scaled_dot_product_flash_attention
+    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
+    _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"""
+SAVED_OPERATORS = {torch.ops._c10d_functional.all_to_all_single.default} | {
+    getattr(torch.ops.aten, name).default
+    for name in SAVED_NAMES.split()
+    if hasattr(torch.ops.aten, name)
+}
+
+
+def checkpoint_activations(model, kind):
+    """Make blocks recompute their forward in the backward.
+
+    That is all of them with "full", each k-th with "k", all in part with "selective".
+    """
+    if kind == "none":
+        return
+
+    def policy(_context, operator, *_args, **_kwargs):
+        kept = operator in SAVED_OPERATORS
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    # an early stop may leave a collective unwaited
+    options = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    for block in blocks_of(model)[:: checkpoint_interval(kind) or 1]:
+        block.forward = partial(checkpoint, block.forward, **options)
+
+
+def compile_blocks(model):
+    """Compile each block by itself: one compilation serves all blocks of a kind."""
+    for block in blocks_of(model):
+        block.compile()
+    return model
+
+
+# --- FSDP2 ---------------------------------------------------------------------------------------
+
+
+def shard_weights(model, mesh, config, dtype, spread):
+    """FSDP2 over `mesh`: a unit for each block, for the modulation unless `spread`, for the ends.
+
+    Inputs are not cast: t, guidance and RoPE tables stay float32.
+    """
+    # nothing here writes to outputs in place
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    precision = dict(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = dict(
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(**precision),
+        offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+        reshard_after_forward=config.reshard_after_forward,
+    )
+    for block in blocks_of(model):
+        fully_shard(block, **options)
+    if not spread:
+        fully_shard(model.modulation, **options)
+    elsewhere = set(model.modulation.parameters()) if spread else None
+    fully_shard(model, ignored_params=elsewhere, **options)
+    if config.prefetch:
+        prefetch_blocks(blocks_of(model), config.prefetch)
+    return model
+
+
+def prefetch_blocks(blocks, count):
+    """Gather so many blocks ahead of the one that computes, in the forward and in the backward."""
+    for i, block in enumerate(blocks):
+        block.set_modules_to_forward_prefetch(blocks[i + 1 : i + 1 + count])
+        block.set_modules_to_backward_prefetch(blocks[max(0, i - count) : i][::-1])
+
+
+def shard_frozen(model, blocks, mesh):
+    """FSDP2 over `mesh` of a model that is only used: a unit for each of `blocks`."""
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def reduce_gradients(model, flag):
+    """Whether the next backward reduces gradients over ranks, or leaves that to a later one."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(flag)
+
+
+def reshard(model):
+    """Free gathered weights, which FSDP2 keeps after a forward without a backward.
+
+    This is needed after writing to the sharded ones.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+# --- mixed precision on one rank -----------------------------------------------------------------
+
+
+def compute_in(model, dtype, spread):
+    """Mixed precision on one rank: blocks and ends see their weights in `dtype` while they run.
+
+    FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a
+    CPU. The modulation computes in the type of its weights: so few rows pass through it that to
+    cast them costs more than to use them. Where it is `spread` it does so already.
+    """
+    blocks = blocks_of(model)
+    inside = {*model.modulation.parameters()}.union(*(block.parameters() for block in blocks))
+    if not spread:
+        forward, stored = model.modulation.forward, next(model.modulation.parameters()).dtype
+        model.modulation.forward = partial(_as_stored, forward, stored, dtype)
+    for block in blocks:
+        block.forward = partial(_with_cast, block.forward, _owners(block, ()), dtype)
+    model.forward = partial(_with_cast, model.forward, _owners(model, inside), dtype)
+
+
+def _owners(part, elsewhere):
+    """(module, name) of each parameter of a part of a model, without those that are elsewhere."""
+    found = []
+    for module in part.modules():
+        own = module.named_parameters(recurse=False)
+        found += [(module, name) for name, p in own if p not in elsewhere]
+    return found
+
+
+def _as_stored(forward, stored, dtype, vec):
+    return forward(vec.to(stored)).to(dtype)
+
+
+def _with_cast(forward, owners, dtype, *args, **kwargs):
+    kept = [module._parameters[name] for module, name in owners]
+    for (module, name), p in zip(owners, kept):
+        module._parameters[name] = p.to(dtype)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        for (module, name), p in zip(owners, kept):
+            module._parameters[name] = p

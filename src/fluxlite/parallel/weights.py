@@ -1,0 +1,38 @@
+"""The weights of a wrapped model: which part of each a rank has, and how it is filled."""
+
+import torch
+from torch.distributed.tensor import DTensor
+
+
+def local_part(tensor):
+    """The slices of the whole that this rank's part of a DTensor is; of others, all of it."""
+    if not isinstance(tensor, DTensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    begin, size = [0] * tensor.ndim, list(tensor.shape)
+    mesh = tensor.device_mesh
+    splits = zip(tensor.placements, mesh.shape, mesh.get_coordinate())
+    splits = [split for split in splits if hasattr(split[0], "dim")]
+    # FSDP2 splits what tensor parallelism has split, though its mesh dimension comes first: that is
+    # what split_factor says
+    for placement, ranks, number in sorted(splits, key=lambda s: hasattr(s[0], "split_factor")):
+        step = -(-size[placement.dim] // ranks)
+        offset = min(number * step, size[placement.dim])
+        begin[placement.dim] += offset
+        size[placement.dim] = min(step, size[placement.dim] - offset)
+    return tuple(slice(first, first + count) for first, count in zip(begin, size))
+
+
+@torch.no_grad()
+def fill_weights(model, weights, device=None):
+    """Give a parallelized model its weights, on `device` where it is on meta yet; returns it.
+
+    `weights` yields (name, whole values): no more than a few are whole in memory, on each rank.
+    """
+    if device is not None:
+        model.to_empty(device=device)
+    parameters = dict(model.named_parameters())
+    for name, values in weights:
+        p = parameters[name]
+        local = p.to_local() if isinstance(p, DTensor) else p
+        local.copy_(values[local_part(p)])
+    return model
