@@ -88,7 +88,7 @@ WRITERS = {
     "convert to a folder": lambda out: convert_hf.body([*CONVERT, out, "--to", "diffusers"]),
     "convert to shards": lambda out: convert_hf.body([*CONVERT, out, "--max-shard-size", "200KB"]),
     "save_converted": lambda out: writing.open_converted(TINY, f"{out}.safetensors"),
-    "generator": lambda out: fill50k.body(
+    "generator": lambda out: fill50k.generate_tars(
         ["--dst", out, "--count", "40", "--size", "32", "--workers", "0"]
     ),
     "make_random": lambda out: make_random["body"](
