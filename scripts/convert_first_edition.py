@@ -16,13 +16,17 @@ from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 
+from fluxlite.cli.programs import run_program, stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 import torch
 from einops import rearrange
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.descriptions import parse_json
 from fluxlite.cli.options import option, typed_description
-from fluxlite.cli.programs import run_program
 from fluxlite.nets import schedule
 from fluxlite.nets.configs import ControlNetConfig, FluxConfig
 from fluxlite.weights import (

@@ -16,12 +16,16 @@ from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
 
+from fluxlite.cli.programs import run_program, stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 import torch
 from tqdm import tqdm
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option, same_option
-from fluxlite.cli.programs import run_program
 from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.weights import conversion, diffusers_configs, tensor_files
 from fluxlite.weights.writing import DIFFUSERS_SHARD_BYTES, DIFFUSERS_STEM

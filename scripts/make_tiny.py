@@ -15,6 +15,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fluxlite.cli.programs import run_program, stop_at_once
+
+if __name__ == "__main__":
+    stop_at_once()
+
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -24,7 +29,6 @@ from torch import nn
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
-from fluxlite.cli.programs import run_program
 from fluxlite.data import fill50k
 from fluxlite.nets.autoencoder import Autoencoder, sample_posterior
 from fluxlite.nets.configs import AutoencoderConfig

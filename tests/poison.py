@@ -117,7 +117,9 @@ def check_samples():
     last = dist.get_world_size() - 1
     loss = torch.tensor(float("inf") if dist.get_rank() == last else 1.0)
     try:
-        loop.check_finite(False, loss, loss, 7, [{"keys": [f"sample {dist.get_rank()}"]}])
+        loop.check_finite(
+            False, loss, loss, 7, [{"keys": [f"sample {dist.get_rank()}"]}], "nowhere"
+        )
     except ValueError as error:
         assert f"the loss of step 7 is inf; its samples: sample {last}. Try" in str(error), error
     else:

@@ -239,3 +239,23 @@ def test_scripts_exit_with_2_and_one_line():
         [sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
     assert "optim.lr=" in shown and "recipe=" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments,named",
+    [
+        (["data=webdataset", "data.count=9"], "data.count= is not read with data=webdataset"),
+        (["data=webdataset", "data.generate_size=64"], "data.generate_size= is not read with"),
+        (["data=mock", "data.generate_size=64"], "data.generate_size= is not read with data=mock"),
+        (["data=webdataset", "data.caption_field="], "data.caption_field= is empty: name a field"),
+    ],
+)
+def test_what_the_data_do_not_read_is_refused(arguments, named):
+    path = ["data.path=x"] if "data=webdataset" in arguments else []
+    with pytest.raises(ValueError, match=named):
+        load_config(TrainConfig, "train", [*arguments, *path])
+
+
+def test_what_a_recipe_says_of_pictures_it_would_generate_is_no_error_with_other_data():
+    config = load_config(TrainConfig, "train", ["recipe=laptop", "data=webdataset", "data.path=x"])
+    assert config.data.kind == "webdataset"

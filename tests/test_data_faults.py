@@ -13,7 +13,9 @@ import socket
 import tarfile
 import threading
 import time
+import zlib
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from PIL import Image
 from test_data import batches, config_for, fill50k_config, make_cache, members, write_tar
 from test_data import tars as tars
 
+from fluxlite.cli import atomic
 from fluxlite.cli.atomic import atomic_file, atomic_folder, locked
 from fluxlite.cli.options import check_sources
 from fluxlite.cli.programs import one_line
@@ -29,10 +32,10 @@ from fluxlite.data import fill50k, images, urls
 from fluxlite.data.braces import count_names, expand_braces
 from fluxlite.data.cache import CachedSamples
 from fluxlite.data.opening import open_dataset, prepare_data
-from fluxlite.data.rows import RowFile
+from fluxlite.data.rows import CHECKSUM, RowFile, write_rows
 from fluxlite.draw.control import read_picture
 from fluxlite.settings import TrainConfig
-from fluxlite.train.setup import warn_of_warmup
+from fluxlite.train.setup import open_data, warn_of_warmup
 
 COLOURS = {
     "red": (255, 0, 0),
@@ -782,6 +785,76 @@ def test_the_digest_of_data_tells_contents_and_what_is_read_of_them(tmp_path):
     )
 
 
+def test_servers_are_asked_once_and_the_first_rank_alone_warns(tmp_path, monkeypatch, caplog):
+    """Of a whole run: training set, validation set, and whether they overlap."""
+    for name in "ab":
+        write_tar(tmp_path / "server" / f"{name}.tar", members(range(6)))
+    with serving(tmp_path / "server") as address:
+        where = dict(path=f"{address}/a.tar::{address}/a.tar", val_path=f"{address}/b.tar")
+        config = config_for(**where, download=str(tmp_path / "fetched"))
+        open_both(config)
+        asked, real = [], urls.urlopen
+        monkeypatch.setattr(
+            urls, "urlopen", lambda r, **o: asked.append(r.full_url[-5:]) or real(r, **o)
+        )
+        caplog.clear()
+        open_both(config)
+        assert sorted(asked) == ["a.tar", "a.tar", "b.tar"]  # a is named twice
+        assert [r.getMessage().count("twice") for r in caplog.records] == [2]
+        monkeypatch.setenv("RANK", "1")
+        caplog.clear()
+        open_both(config)
+        assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def open_both(config):
+    """Both sets, as a run opens them."""
+    run = SimpleNamespace(parts=SimpleNamespace(encoders=True))
+    settings = SimpleNamespace(data=config, model=None, seed=0)
+    return open_data(settings, run)
+
+
+def test_a_json_of_another_program_may_hold_nan_and_not_be_nested_without_end(tmp_path, caplog):
+    """img2dataset writes NaN for what it does not know."""
+    good = b'{"caption": "red", "similarity": NaN, "mode": "canny"}'
+    texts = {"a": good, "b": b"[" * 100_000, "c": b'{"caption": ', "d": b"\xff{}"}
+    files = [(f"{key}.png", colour("red")) for key in texts]
+    files += [(f"{key}.json", text) for key, text in texts.items()]
+    write_members(tmp_path / "0.tar", sorted(files))
+    config = config_for(tmp_path, shuffle=False, max_bad_fraction=1.0, val_path=str(tmp_path))
+    dataset = open_dataset(config, "train", 0)
+    sample = dataset[0]
+    assert sample["captions"] == "red" and sample["bad"] == []
+    bad = dataset[1]["bad"]
+    assert [entry.split(": ")[0] for entry in bad] == ["0/b", "0/c", "0/d"]
+    assert "nested too deeply" in bad[0] and all("unreadable caption" in b for b in bad)
+
+
+def test_rows_of_nonsense_behind_a_right_checksum_are_a_damaged_file(tmp_path):
+    rows = tmp_path / "rows.safetensors"
+    write_rows(rows, {"x": torch.zeros(2, 3)}, {})
+    whole = rows.read_bytes()
+    header = whole[8 : 8 + int.from_bytes(whole[:8], "little")]
+    for text in (b"[" * 100_000 + CHECKSUM_MEMBER, b'{"x": NaN,' + CHECKSUM_MEMBER + b"}", b"{}"):
+        write_header(rows, text if text != b"{}" else header.replace(b'"dtype"', b'"d"'))
+        with pytest.raises(ValueError, match="rows.safetensors is damaged .no header of ours"):
+            RowFile(rows)
+    rows.write_bytes((1 << 40).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="rows.safetensors is damaged .no whole header"):
+        RowFile(rows)
+
+
+CHECKSUM_MEMBER = b'"checksum":"00000000"'
+
+
+def write_header(path, text):
+    """A file of rows with this header, its checksum made right, and no rows."""
+    text = CHECKSUM.sub(CHECKSUM_MEMBER, text)
+    length = len(text).to_bytes(8, "little")
+    checksum = f'"checksum":"{zlib.crc32(length + text):08x}"'.encode()
+    path.write_bytes(length + text.replace(CHECKSUM_MEMBER, checksum, 1))
+
+
 # --- writers --------------------------------------------------------------------------------------
 
 
@@ -922,3 +995,17 @@ def test_a_link_laid_where_a_file_is_written_is_not_followed(tmp_path):
         pass
     assert (tmp_path / "victim").read_bytes() == b"mine"
     shutil.rmtree(tmp_path)
+
+
+def test_a_disk_without_locks_is_said_once_and_written_all_the_same(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(atomic, "_unlockable", set())
+    monkeypatch.setattr(atomic.fcntl, "flock", refuse)
+    for name in "abc":
+        with atomic_file(tmp_path / name) as file:
+            file.write(name.encode())
+    assert sorted(p.read_text() for p in tmp_path.iterdir()) == ["a", "b", "c"]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and ".a.part and files beside it cannot be locked: Op" in said[0]

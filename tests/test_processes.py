@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import poison
@@ -78,7 +79,7 @@ def test_a_bad_step_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_path,
     with poison.poisoned_gradient(math.nan, call=bad_step):
         with pytest.raises(
             ValueError,
-            match=rf"gradient's norm of step {bad_step} is nan; its samples: mock.*is whole",
+            match=rf"norm of step {bad_step} is nan.*mock.*: step-00000{bad_step - 1} is",
         ):
             train(*common, f"output={tmp_path}/run")
     last = tmp_path / "run/checkpoints/last"
@@ -86,6 +87,82 @@ def test_a_bad_step_ends_the_run_and_leaves_a_checkpoint_to_go_on_from(tmp_path,
     assert all(torch.isfinite(value).all() for value in weights(last).values())
     resumed = weights(train(*common, f"output={tmp_path}/run", "resume=auto"))
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+
+
+def test_a_bad_first_step_says_that_there_is_nothing_to_go_on_from(tmp_path):
+    with poison.poisoned_gradient(math.nan):
+        with pytest.raises(ValueError, match="is nan; .*: there is no checkpoint to go on from"):
+            train(*MOCK, "steps=4", f"output={tmp_path}/run")
+
+
+# --- a rank that dies -----------------------------------------------------------------------------
+
+
+def two_ranks(folder, timeout, other):
+    """What `watching_ranks` makes of a sum over two ranks where the second does `other()`
+    instead.
+    """
+    import torch.distributed as dist
+
+    children = []
+    for rank in range(2):
+        if not (child := os.fork()):
+            store = dist.FileStore(str(folder / "store"), 2)
+            options = dict(store=store, rank=rank, world_size=2)
+            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout), **options)
+            dist.all_reduce(torch.ones(1))
+            if rank == 1:
+                other()
+                os._exit(0)
+            try:
+                with parallel.watching_ranks(parallel.ParallelConfig(timeout_s=timeout)):
+                    dist.all_reduce(torch.ones(1))
+            except BaseException as error:
+                (folder / "said").write_text(f"{type(error).__name__}: {error}")
+            os._exit(0)
+        children.append(child)
+    os.waitpid(children[0], 0)
+    os.kill(children[1], signal.SIGKILL)
+    os.waitpid(children[1], 0)
+    return (folder / "said").read_text()
+
+
+@pytest.mark.parametrize("other", [lambda: None, lambda: time.sleep(60)], ids=["gone", "stuck"])
+def test_a_rank_that_is_gone_or_stuck_is_said_in_one_line(tmp_path, other):
+    said = two_ranks(tmp_path, 2, other)
+    assert said.startswith("ValueError: another rank died, or kept this one waiting for"), said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:3690"),
+        torch.distributed.DistNetworkError("Failed to recv, got 0 bytes"),
+        torch.distributed.DistStoreError("wait timeout after 600000ms"),
+        RuntimeError("[/a/gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:9"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_torch_raises_where_a_rank_is_lost_is_told_by_type_or_by_gloos_words(error):
+    with pytest.raises(ValueError, match="another rank died"):
+        with parallel.watching_ranks(parallel.ParallelConfig()):
+            raise error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No backend type associated with device type cuda: gloo has none",
+        "NCCL takes no tensors of this type",
+        "[enforce fail at third_party/gloo/gloo/transport/tcp/pair.cc:99] rv == nbytes",
+        "Connection closed by peer",
+    ],
+)
+def test_a_bug_that_names_gloo_or_nccl_stays_a_bug(text):
+    with pytest.raises(RuntimeError) as raised:
+        with parallel.watching_ranks(parallel.ParallelConfig()):
+            raise RuntimeError(text)
+    assert str(raised.value) == text
 
 
 # --- signals --------------------------------------------------------------------------------------
@@ -358,6 +435,30 @@ def test_a_signal_while_importing_ends_a_run_in_one_line(tmp_path, name):
         assert (process.returncode, errors.strip()) == STOPPED[name]
 
 
+SCRIPTS = {
+    "generator": ["-m", "fluxlite.data.fill50k", "--dst"],
+    "make_random": ["scripts/make_random.py", "--doubles", "1", "--singles", "1", "--dst"],
+    "make_tiny": ["scripts/make_tiny.py", "--stage"],
+    "convert_first_edition": ["scripts/convert_first_edition.py", "--src", "nowhere", "--dst"],
+}
+
+
+@pytest.mark.parametrize("script,name", list(zip(SCRIPTS, [*STOPPED] * 2)), ids=SCRIPTS)
+def test_a_signal_while_importing_ends_a_script_in_one_line(tmp_path, script, name):
+    process = subprocess.Popen(
+        [sys.executable, *SCRIPTS[script], str(tmp_path / "out")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT / "src")},
+    )
+    maps = Path(f"/proc/{process.pid}/maps")
+    wait_until(lambda: "numpy" in maps.read_text() or "libtorch" in maps.read_text(), "it imports")
+    process.send_signal(signal.Signals[name])
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors.strip()) == STOPPED[name] and not os.listdir(tmp_path)
+
+
 def imports(pid):
     """Whether a Python has come to a library of its own."""
     return (
@@ -452,10 +553,12 @@ SHIMS = {
 }
 
 
+@pytest.mark.parametrize("log", ["fluxlite-7.log", "elsewhere.txt"])  # sbatch --output
 @pytest.mark.parametrize(
     "earlier,lines,code,requeued",
     [
         ("", "echo stopped by SIGTERM after step 3", 0, True),
+        ("", "printf 'stopped by SIGTERM after step 3'", 0, True),
         ("", "echo stopped by SIGTERM", 143, True),  # while it was set up
         ("", "true", 143, True),  # on a rank that is not the first
         ("stopped by SIGTERM after step 3", "echo done", 0, False),
@@ -464,10 +567,10 @@ SHIMS = {
     ],
 )
 def test_the_slurm_script_requeues_a_run_that_was_told_to_stop_and_no_other(
-    tmp_path, earlier, lines, code, requeued
+    tmp_path, earlier, lines, code, requeued, log
 ):
     (tmp_path / "bin").mkdir()
-    for name, body in (SHIMS | {"python": f"{lines}\nseq 30\nexit {code}"}).items():
+    for name, body in (SHIMS | {"python": f"{lines} >&2\nseq 30\nexit {code}"}).items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     job = {
@@ -482,7 +585,7 @@ def test_the_slurm_script_requeues_a_run_that_was_told_to_stop_and_no_other(
         "SLURM_NTASKS": "1",
         "SLURM_LOCALID": "0",
     }
-    log = tmp_path / "fluxlite-7.log"
+    log = tmp_path / log
     log.write_text(f"{earlier}\n")
     with open(log, "a") as out:
         path = f"{tmp_path}/bin:{os.environ['PATH']}"
@@ -494,4 +597,6 @@ def test_the_slurm_script_requeues_a_run_that_was_told_to_stop_and_no_other(
             env=os.environ | job | {"PATH": path},
         )
     assert done.returncode == code, log.read_text()
+    said, printed = lines.partition(" ")[2].strip("'"), "".join(f"{n}\n" for n in range(1, 31))
+    assert said in log.read_text() and printed in log.read_text()
     assert (tmp_path / "requeued").exists() == requeued

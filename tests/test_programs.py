@@ -277,3 +277,11 @@ def test_help_is_there_without_torch(name):
     done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(("Train a Flux", "Draw pictures", "Measure", "Convert"))
+
+
+def test_a_gpu_without_memory_is_one_line_with_what_to_try():
+    assert torch.cuda.OutOfMemoryError is torch.OutOfMemoryError
+    text = "CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has 79 GiB, of which 1 is free."
+    line = one_line(torch.OutOfMemoryError(text))
+    assert line.startswith("out of memory (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
+    assert "micro_batch" in line and "offload=all" in line and "\n" not in line

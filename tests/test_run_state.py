@@ -15,6 +15,7 @@ import time
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -317,6 +318,7 @@ BAD_META = {
     "a file of negative size": (("files", "__0_0.distcp", "bytes"), -1),
     "a file elsewhere": (("files", "../x"), {"bytes": 1, "crc32": "00000000"}),
     "other flow": (("flow",), 7),
+    "a base that is a list": (("config", "model", "checkpoint"), [1]),
 }
 
 
@@ -625,7 +627,7 @@ def test_a_checkpoint_that_does_not_fit_is_said_in_one_line_and_leaves_nothing(
     before = bytes_below(run / "checkpoints")
     with monkeypatch.context() as patch:
         patch.setattr(run_state, "save_training", save_with_limit)
-        refused = "checkpoint of step 8 could not be written .*File too large"
+        refused = "of step 8 could not be written .*File too large.*; step-000006 is whole, and"
         with pytest.raises(ValueError, match=refused) as caught:
             resume(run)
     assert "\n" not in str(caught.value) and bytes_below(run / "checkpoints") == before
@@ -642,6 +644,40 @@ def test_a_disk_that_refuses_a_rename_leaves_the_checkpoint_before(run, monkeypa
     with pytest.raises(ValueError, match="could not be written .step-000008: Input/output error"):
         resume(run)
     assert bytes_below(run / "checkpoints") == before
+
+
+def test_a_checkpoint_whose_link_alone_is_refused_is_whole_and_gone_on_from(
+    run, whole, monkeypatch
+):
+    real = os.replace
+
+    def refuse(source, target):
+        if os.path.islink(source) and os.readlink(source) == "step-000008":
+            raise OSError(5, "Input/output error", str(target))
+        real(source, target)
+
+    said = "last could not be pointed at step-000008 .*Input/output error., which is whole"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(ValueError, match=said):
+            resume(run)
+    assert run_state.find_fault(run / "checkpoints" / "step-000008") is None
+    resume(run)
+    assert same_weights(run, whole)
+    assert (run / "checkpoints" / "last").resolve().name == "step-000008"
+
+
+def test_a_first_checkpoint_that_does_not_fit_leaves_none_to_go_on_from_and_says_so(tmp_path):
+    real = run_state.save_training
+
+    def save_with_limit(*args, **options):
+        with file_limit(30_000):
+            real(*args, **options)
+
+    with mock.patch.object(run_state, "save_training", save_with_limit):
+        with pytest.raises(ValueError, match="step 2 could not be .*; there is no checkpoint to"):
+            train(*COMMON, "steps=2", f"output={tmp_path}/run")
+    assert names_in(tmp_path / "run" / "checkpoints") == []
 
 
 def test_a_file_in_the_checkpoints_place_is_said(tmp_path):

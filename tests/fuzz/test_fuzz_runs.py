@@ -6,6 +6,7 @@ What is accepted must hold the very tensors that were written.
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,26 @@ CHANGES = [change_bytes] * 4 + [cut_file, extend_file, move_block, remove_file, 
 CHANGES += [change_value] * 3 + [swap_files]  # the last one nothing but a checksum can notice
 
 
+@pytest.fixture
+def quick_folder(tmp_path):
+    """A folder in memory where there is such a disk: a checkpoint's fsync takes no time there."""
+    if not os.path.isdir("/dev/shm"):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+def linked_copy(source, target, own=()):
+    """A copy of a run's folder whose files are links to the same bytes, but in folders `own`."""
+    shutil.rmtree(target, ignore_errors=True)
+
+    def copy(file, place):
+        (shutil.copyfile if Path(file).parent.name in own else os.link)(file, place)
+
+    shutil.copytree(source, target, symlinks=True, copy_function=copy)
+
+
 def read_all(folder):
     source = sources.open_source(folder)
     return {name: source.read(name).clone() for name in source.described}
@@ -86,22 +107,23 @@ def read_all(folder):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", BOTH)
 @pytest.mark.parametrize("edition", ["with checksums", "without"])
-def test_a_changed_run_is_refused_or_gives_the_very_tensors(original, tmp_path, count, edition):  # noqa: F811
+def test_a_changed_run_is_refused_or_gives_the_very_tensors(original, quick_folder, count, edition):  # noqa: F811
     """Where meta.json has no checksums, those of the zips still hold for every tensor."""
     expected = read_all(original)
     plain = read_without_average(original)
+    whole, run = quick_folder / "whole", quick_folder / "run"
+    shutil.copytree(original, whole, symlinks=True)
 
     def case(rng):
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(original, tmp_path / "run", symlinks=True)
-        folder = tmp_path / "run" / "checkpoints" / "step-000006"
+        linked_copy(whole, run, own=["step-000006"])
+        folder = run / "checkpoints" / "step-000006"
         if edition == "without":
             values = json.loads((folder / "meta.json").read_text())
             values = {k: v for k, v in values.items() if k not in ("files", "checksum", "data")}
             (folder / "meta.json").write_text(json.dumps(values))
         change = rng.choice(CHANGES if edition == "with checksums" else CHANGES[:-1])
         change(rng, rng.choice(sorted(folder.iterdir())))
-        read = read_all(tmp_path / "run")
+        read = read_all(run)
         for name, values in read.items():
             known = [expected[name], plain[name]] if change is change_value else [expected[name]]
             same = any(torch.equal(values, one) for one in known)
@@ -146,38 +168,61 @@ def change_names(rng, root):
     elif is_folder:
         files = sorted(p for p in path.rglob("*") if p.is_file())
         if files:
-            cut_file(rng, rng.choice(files))
+            file = rng.choice(files)
+            data = file.read_bytes()
+            file.unlink()  # the bytes are the original's too
+            file.write_bytes(data)
+            cut_file(rng, file)
+
+
+@pytest.fixture
+def one_process():
+    parallel.start_ranks(parallel.ParallelConfig(), "cpu")
+    yield
+    parallel.stop_ranks()
+
+
+@pytest.fixture
+def tiny_run(original, quick_folder, one_process):  # noqa: F811
+    """A run like the original one, of as many steps, whose model has a dozen numbers."""
+    saved = vars(run_folder.read_meta(original / "checkpoints" / "last"))
+    meta = {k: saved[k] for k in ("layout", "version", "what", "model", "flow", "config", "ema")}
+    model = torch.nn.Linear(3, 4)
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    for step in (2, 4, 6):
+        model(torch.ones(3)).sum().backward()
+        optimizers[0].step()
+        state = dict(model=model, optimizers=optimizers, ema=None)
+        run_state.save_training(
+            quick_folder / "whole", step=step, meta=meta | {"ema": []}, keep=0, **state
+        )
+    return quick_folder / "whole"
 
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("count", BOTH)
-def test_the_newest_whole_step_of_any_folder_is_chosen_none_deleted(original, tmp_path, count):  # noqa: F811
-    parallel.start_ranks(parallel.ParallelConfig(), "cpu")
-    chosen_steps = []
+def test_the_newest_whole_step_of_any_folder_is_chosen_none_deleted(tiny_run, count):
+    chosen_steps, run = [], tiny_run.parent / "run"
 
     def case(rng):
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        shutil.copytree(original, tmp_path / "run", symlinks=True)
-        root = tmp_path / "run" / "checkpoints"
+        linked_copy(tiny_run, run)
+        root = run / "checkpoints"
         for _ in range(rng.randrange(1, 6)):
             change_names(rng, root)
         before = contents_below(root)
         try:
-            chosen = run_state.choose_checkpoint(tmp_path / "run")
+            chosen = run_state.choose_checkpoint(run)
         finally:
             assert before == contents_below(root), "a file is gone or changed"
         if chosen is not None:
             meta = run_folder.read_meta(root / "last")
             run_folder.check_files(root / "last", meta)
             assert (root / "last").resolve() == chosen.resolve()
-            listed = run_folder.list_checkpoints(tmp_path / "run")
+            listed = run_folder.list_checkpoints(run)
             whole = [folder for folder in listed if not run_state.find_fault(folder)]
             assert whole[0].name == f"step-{meta.step:06d}" == chosen.name
             chosen_steps.append(meta.step)
         return chosen
 
-    try:
-        try_cases(count, case)
-    finally:
-        parallel.stop_ranks()
+    try_cases(count, case)
     assert len(set(chosen_steps)) > 1

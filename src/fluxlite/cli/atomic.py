@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PATIENCE = 1  # seconds of waiting that are not worth a line
+_unlockable = set()  # what file systems without locks said: each is told once
 
 log = logging.getLogger("fluxlite")
 
@@ -56,7 +57,9 @@ def _wait_for_lock(file, path):
                 return fcntl.flock(file, fcntl.LOCK_EX)
             time.sleep(0.05)
     except OSError as error:  # a file system without locks: the renames decide
-        log.warning("%s cannot be locked: %s", path, error.strerror)
+        if error.strerror not in _unlockable:
+            _unlockable.add(error.strerror)
+            log.warning("%s and files beside it cannot be locked: %s", path, error.strerror)
 
 
 def _has_locked(file):

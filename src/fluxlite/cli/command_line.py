@@ -10,6 +10,7 @@ Programs without YAML have flags, `--max-shard-size 5GB`, one for each field of 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import typing
@@ -60,6 +61,7 @@ def load_config(cls, name, argv):
         else:
             at[last] = value
     config = typed_options(cls, values)
+    _refuse_unread(cls, config, argv)
     config.validate()
     return config
 
@@ -140,6 +142,17 @@ def _refuse_twice(cls, argv):
             both = f"{shortened(seen[key])} and {shortened(value)}"
             raise ValueError(f"{key}= is given twice, {both}: give it once")
         seen[key] = value
+
+
+def _refuse_unread(cls, config, argv):
+    """Raise `ValueError` for a key that is given and that another's value leaves unread."""
+    fields = option_fields(cls)
+    for key in {argument.partition("=")[0] for argument in argv} & fields.keys():
+        for other, readers in fields[key].metadata.get("only_with", {}).items():
+            value = functools.reduce(getattr, other.split("."), config)
+            if value not in readers:
+                setting = fields[other].metadata.get("group", other)
+                raise ValueError(f"{key}= is not read with {setting}={value}: leave it out")
 
 
 def _verbatim(f):

@@ -64,21 +64,42 @@ def parse_json(text, where, kind=dict):
     would read something else.
     """
     try:
-        values = json.loads(
-            text, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_once
-        )
+        values = json_values(text)
         json.dumps(
             values, ensure_ascii=False
         ).encode()  # half an emoji's escape is JSON and no text
     except (ValueError, TypeError, RecursionError) as error:
-        reason = (
-            "nested too deeply" if isinstance(error, RecursionError) else str(error).split("\n")[0]
-        )
-        raise ValueError(f"{where} is no JSON ({reason[:120]}): {DAMAGED}") from None
+        raise ValueError(f"{where} is no JSON ({_reason_of(error)}): {DAMAGED}") from None
     if not isinstance(values, kind):
         names = {dict: "an object", list: "a list"}
         raise ValueError(f"{where} holds {type(values).__name__}, not {names[kind]}: {DAMAGED}")
     return values
+
+
+def json_values(text):
+    """JSON text as Python values; raises `ValueError`, which names nothing, for what `parse_json`
+    refuses.
+    """
+    try:
+        return json.loads(
+            text, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_once
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_reason_of(error)) from None
+
+
+def foreign_json(data):
+    """The same of another program's bytes, where NaN and infinities, which many write, are null."""
+    try:
+        return json.loads(data, parse_constant=lambda _: None)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_reason_of(error)) from None
+
+
+def _reason_of(error):
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return str(error).split("\n")[0][:120]
 
 
 def _refused(name):

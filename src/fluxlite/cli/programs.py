@@ -3,11 +3,13 @@
 Imports nothing heavy, so that an interruption is caught from a program's first moment on.
 """
 
+import logging
 import os
 import signal
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 from fluxlite.cli.processes import STOP_SIGNALS, deferred_signals, die_with_parent, leave_process
@@ -56,10 +58,26 @@ def run_program(body, *, usage=None, ranks=True):
         if line is None or os.environ.get(BUG):
             sys.excepthook(*sys.exc_info())
             leave_process(1)
-        if not _is_first():
+        if not is_first_rank():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # rank 0 has spoken
             time.sleep(FIRST_SPEAKS)
         _end(2, f"error{on_rank()}: {line}")
+
+
+def stop_at_once():
+    """Until `run_program`, let Ctrl-C and SIGTERM end the program in their line and nothing else.
+
+    For programs whose files import heavy libraries as they begin: an import that is interrupted
+    raises whatever it likes.
+    """
+    signal.signal(signal.SIGINT, partial(_leave_with, 130, "stopped"))
+    signal.signal(signal.SIGTERM, partial(_leave_with, 143, "stopped by SIGTERM"))
+
+
+def _leave_with(code, line, *_):
+    if is_first_rank():
+        os.write(2, f"{line}\n".encode())
+    os._exit(code)
 
 
 LONGEST = 1500  # characters of an error
@@ -101,13 +119,20 @@ def _end(code, line):
     leave_process(code)
 
 
-def _is_first():
+def is_first_rank():
+    """Whether this process speaks where all ranks would say the same."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def warn_for_all(text, *values):
+    """Log a warning that all ranks come to: rank 0 says it for all."""
+    logger = logging.getLogger("fluxlite")
+    logger.log(logging.WARNING if is_first_rank() else logging.DEBUG, text, *values)
 
 
 def _said_once(line):
     """A line that rank 0 says for all."""
-    return line if _is_first() else None
+    return line if is_first_rank() else None
 
 
 def on_rank():

@@ -35,12 +35,14 @@ class DataConfig:
     count: int = option(
         50_000,
         "fill50k: pictures to generate; mock: samples of an epoch",
+        only_with={"data.kind": ("fill50k", "mock")},
         at_least=1,
         at_most=10**9,
     )
     generate_size: int = option(
         512,
         "fill50k: side of the generated pictures in pixels",
+        only_with={"data.kind": ("fill50k",)},
         at_least=8,
         at_most=MAX_SIDE,
     )
@@ -147,10 +149,10 @@ class DataConfig:
 
     def _check_places(self):
         """Raise `ValueError` where `kind` and the places of tars do not belong together."""
-        for name in ("path", "val_path"):
+        for name, what in (("path", "tars"), ("val_path", "tars"), ("caption_field", "a field")):
             value = getattr(self, name)
             if value is not None and not value.strip():
-                raise ValueError(f"data.{name}= is empty: name tars, or leave it out")
+                raise ValueError(f"data.{name}= is empty: name {what}, or leave it out")
         if self.kind == "webdataset" and not self.path:
             raise ValueError(
                 "data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a "

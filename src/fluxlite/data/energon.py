@@ -5,20 +5,18 @@
 run. Source: megatron-energon 7.4, flavors/webdataset/metadata.py and field_access.py.
 """
 
-import logging
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fluxlite.cli.descriptions import inside_folder, read_json, read_yaml
 from fluxlite.cli.options import typed_description
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.parts import JSON, TEXT
 
 FIELD = re.compile(r"([^\[\],\s]+)((?:\[[^\[\]]+\])*)")
 CODE = ("sample_loader", "part_filter")
-
-log = logging.getLogger("fluxlite")
 
 
 @dataclass
@@ -84,7 +82,7 @@ def energon_parts(folder, parts):
         )
     others = sorted(str(key) for key in fields if key not in ("image", "caption"))
     if others:
-        log.warning("%s: field_map's %s is not used", file, ", ".join(others))
+        warn_for_all("%s: field_map's %s is not used", file, ", ".join(others))
     images = _field_options(file, "image", fields["image"])
     captions = _field_options(file, "caption", fields["caption"])
     if any(keys for _, keys in images) or parts.control in [ending for ending, _ in images]:

@@ -2,10 +2,12 @@
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.options import expand_home, typed_description
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.data import fill50k
 from fluxlite.data.mock import MockPictures
 from fluxlite.data.parts import config_parts
@@ -82,30 +84,37 @@ def _check_generated(config, folder, count, *, at_least):
         )
 
 
-def find_shards(config, split):
-    """The shards of a split.
+def find_shards(config, split, places):
+    """The shards of a split; `places` as `open_dataset` has them.
 
     Without a validation set of its own, the last `val_count` samples are validation's.
     """
+    expanded = partial(_expanded, config, places)
     if split == "val" and config.val_path:
-        found = _expanded(config, "val_path", "val") or _expanded(config, "val_path", "train")
-        _warn_of_overlap(config, found)
+        found = expanded("val_path", "val") or expanded("val_path", "train")
+        _warn_of_overlap(config, found, places)
         return _opened(config, "val_path", found)
     if config.kind == "fill50k":
         folder, parts = fill50k_folder(config, split), config_parts(config)
         found = [(str(path), parts) for path in sorted(folder.glob("*.tar"))]
         return _opened(config, "path", found, where=folder)
-    held_out = [] if config.val_path else _expanded(config, "path", "val")
+    held_out = [] if config.val_path else expanded("path", "val")
     if split == "val" and held_out:
         return _opened(config, "path", held_out)
-    shards = _opened(config, "path", _expanded(config, "path", "train"))
+    shards = _opened(config, "path", expanded("path", "train"))
     return shards if config.val_path or held_out else _split_off(config, split, shards)
 
 
-def _expanded(config, name, split):
-    """[(path, its `Parts`)] of the tars that `data.path` or `data.val_path` names for a split."""
-    options = dict(setting=f"data.{name}", download=config.download, parts=config_parts(config))
-    return expand_places(getattr(config, name), split, check=index_tar, **options)
+def _expanded(config, places, name, split):
+    """[(path, its `Parts`)] of the tars that `data.path` or `data.val_path` names for a split.
+
+    They are kept in `places`, by (name, split), and taken from there the next time.
+    """
+    if (name, split) not in places:
+        options = dict(setting=f"data.{name}", download=config.download, check=index_tar)
+        where, parts = getattr(config, name), config_parts(config)
+        places[name, split] = expand_places(where, split, parts=parts, **options)
+    return places[name, split]
 
 
 def _opened(config, name, found, where=None):
@@ -129,33 +138,35 @@ def _split_off(config, split, shards):
     return cut_shards(shards, 0, start)
 
 
-def _warn_of_overlap(config, places):
+def _warn_of_overlap(config, found, places):
     """Say so where a tar is of the training set and of the validation set."""
-    trained = {os.path.realpath(path) for path in training_paths(config)}
-    shared = [path for path, _ in places if os.path.realpath(path) in trained]
+    trained = {os.path.realpath(path) for path in training_paths(config, places)}
+    shared = [path for path, _ in found if os.path.realpath(path) in trained]
     if shared:
-        log.warning(
+        warn_for_all(
             "%d of %d tars of data.val_path are trained on too, %s first: validation will look "
             "better than it is",
-            *(len(shared), len(places), shared[0]),
+            *(len(shared), len(found), shared[0]),
         )
 
 
-def training_paths(config):
+def training_paths(config, places):
     """The training set's tars."""
     if config.kind == "fill50k":
         return [str(path) for path in fill50k_folder(config, "train").glob("*.tar")]
-    return [path for path, _ in _expanded(config, "path", "train")]
+    return [path for path, _ in _expanded(config, places, "path", "train")]
 
 
-def open_dataset(config, split, seed):
+def open_dataset(config, split, seed, places=None):
     """The data set of "train" or "val"; `prepare_data` comes first.
 
-    Raises `ValueError` where there are too few samples.
+    `places`, a dictionary for both sets of a run, keeps what their settings were expanded to:
+    servers are asked once. Raises `ValueError` where there are too few samples.
     """
+    places = {} if places is None else places
     if config.kind == "mock":
         return MockPictures(config, split=split, seed=seed)
-    shards = find_shards(config, split)
+    shards = find_shards(config, split, places)
     if split == "train":
         return Samples(config, shards, seed=seed, training=True)
     total = sum(len(shard.keys) for shard in shards)

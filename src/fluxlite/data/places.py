@@ -1,7 +1,6 @@
 """Which tars a setting names: folders, globs, brace patterns, URLs and commands, as local files."""
 
 import glob
-import logging
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +9,10 @@ from pathlib import Path
 
 from fluxlite.cli.descriptions import check_regular
 from fluxlite.cli.options import expand_home
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
 from fluxlite.data.urls import REMOTE, fetch_tar
-
-log = logging.getLogger("fluxlite")
 
 
 def expand_places(where, split, *, setting, download, parts, check):
@@ -47,7 +45,7 @@ def _warn_of_repeats(paths, setting):
     seen = set()
     for path in map(os.path.realpath, paths):
         if path in seen:
-            log.warning("%s names %s twice: its samples come twice an epoch", setting, path)
+            warn_for_all("%s names %s twice: its samples come twice an epoch", setting, path)
         seen.add(path)
 
 

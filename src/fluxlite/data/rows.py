@@ -13,7 +13,7 @@ import zlib
 import torch
 
 from fluxlite.cli.atomic import atomic_file
-from fluxlite.cli.descriptions import check_regular
+from fluxlite.cli.descriptions import check_regular, json_values
 
 ROW_TYPES = {  # as safetensors spells them
     "F32": torch.float32,
@@ -27,6 +27,7 @@ ROW_TYPES = {  # as safetensors spells them
 TYPE_NAMES = {dtype: name for name, dtype in ROW_TYPES.items()}
 CHECKSUM = re.compile(rb'"checksum":"([0-9a-f]{8})"')
 UNSET = b'"checksum":"00000000"'
+MAX_HEADER = 100_000_000  # bytes, as safetensors itself has it: some 2 million rows
 
 
 def write_rows(path, tensors, about):
@@ -43,6 +44,8 @@ def write_rows(path, tensors, about):
         header[name] = about_tensor | {"data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"{path} would have too many rows for one file: use smaller tars")
     length = len(text).to_bytes(8, "little")
     checksum = f'"checksum":"{zlib.crc32(length + text):08x}"'.encode()
     with atomic_file(path) as file:
@@ -68,7 +71,7 @@ class RowFile:
         size = os.fstat(self.file.fileno()).st_size
         header, self.start = self._checked_header(size)
         try:
-            self.about = json.loads(header.pop("__metadata__")["rows"])
+            self.about = json_values(header.pop("__metadata__")["rows"])
             self.tensors = {name: _row_layout(x) for name, x in header.items()}
             end = max(
                 (first + rows * width for first, rows, width, _, _ in self.tensors.values()),
@@ -82,7 +85,7 @@ class RowFile:
     def _checked_header(self, size):
         """The header as JSON, and where data begin."""
         length = int.from_bytes(self._read(0, 8), "little")
-        if length > size - 8:
+        if length > min(size - 8, MAX_HEADER):
             raise self._damaged("no whole header")
         text = self._read(8, length)
         found = CHECKSUM.search(text)
@@ -92,7 +95,7 @@ class RowFile:
         if zlib.crc32(length.to_bytes(8, "little") + plain) != int(found[1], 16):
             raise self._damaged("its header differs from what was written")
         try:
-            return dict(json.loads(text)), 8 + length
+            return dict(json_values(text)), 8 + length
         except (ValueError, TypeError):
             raise self._damaged("no header of ours") from None
 

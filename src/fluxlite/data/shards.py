@@ -5,13 +5,13 @@ nothing that was consumed.
 """
 
 import hashlib
-import json
 import os
 
 import numpy as np
 import torch
 
 from fluxlite import rng
+from fluxlite.cli.descriptions import foreign_json
 from fluxlite.cli.options import shortened
 from fluxlite.data.images import (
     BadSample,
@@ -48,8 +48,8 @@ class RecentValues:
 def stated_mode(data):
     """What a sample's json, bytes or None, says of its kind of control; None for nothing."""
     try:
-        fields = json.loads(data or b"{}")
-    except (ValueError, RecursionError):  # then there is no caption either, which is reported
+        fields = foreign_json(data or b"{}")
+    except ValueError:  # then there is no caption either, which is reported
         return None
     return fields.get("mode") if isinstance(fields, dict) else None
 
@@ -279,10 +279,9 @@ def _decoded_text(data, keys):
     try:
         if not keys:
             return data.decode("utf-8-sig")
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise BadSample(f"unreadable caption ({reason})") from None
+        value = foreign_json(data)
+    except ValueError as error:
+        raise BadSample(f"unreadable caption ({error})") from None
     for key in keys:
         value = _part_of(value, key)
     return value

@@ -3,7 +3,6 @@
 n samples of a tar.
 """
 
-import logging
 import os
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxlite.cli.descriptions import check_regular
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.pairing import choose_parts, split_name
 from fluxlite.data.parts import MAX_KEY, SampleParts, printable_name
 
@@ -22,8 +22,6 @@ TAR_DAMAGE = (  # what reading nonsense as a tar can raise
     *(tarfile.TarError, ValueError, IndexError, KeyError),
     *(EOFError, OverflowError, RecursionError),
 )
-
-log = logging.getLogger("fluxlite")
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +184,7 @@ def open_shards(places, *, setting, max_bad_fraction):
         counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(places)} tars"
         raise ValueError(f"{setting}: {counts} cannot be used, more than {limit}: {shown}")
     for entry in skipped:
-        log.warning("skipped %s", entry)
+        warn_for_all("skipped %s", entry)
     return shards
 
 

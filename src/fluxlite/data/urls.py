@@ -18,6 +18,7 @@ from urllib.request import Request, url2pathname, urlopen
 from fluxlite.cli.atomic import aside_of, atomic_file, locked, naming_errors
 from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.options import typed_description
+from fluxlite.cli.programs import warn_for_all
 
 STALLED = 30  # seconds without a byte, after which a server is given up
 SLOW_COMMAND = 600  # the same for commands, which may prepare something first
@@ -89,12 +90,12 @@ def _has_changed(name, url, target, unanswered):
             changed = known.differs(FetchedDescription.of(response.headers))
     except (OSError, ValueError, http.client.HTTPException) as error:
         unanswered.add(url.netloc)
-        log.warning(
+        warn_for_all(
             "%s cannot be asked for changes (%s): using what was fetched before", url.netloc, error
         )
         return False
     if changed:
-        log.warning("%s is another tar than was fetched: fetching it again", name)
+        warn_for_all("%s is another tar than was fetched: fetching it again", name)
     return changed
 
 

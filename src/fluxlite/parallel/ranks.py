@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +21,15 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
+# gloo raises a bare RuntimeError, its text after the place in gloo's source
+GLOO_FAILURE = re.compile(
+    r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] (Connection closed by peer|Connect timeout"
+    r"|Read timeout|Write timeout|Timed out waiting|timed out connecting"
+    r"|Application timeout caused pair closure|Socket closed|Socket unexpectedly closed"
+    r"|Pair is not connected|Read error|writev|send )"
+)
+
+
 @contextmanager
 def watching_ranks(config):
     """Turn the failure of a collective, which tells little, into a `ValueError` that says what has
@@ -29,7 +39,7 @@ def watching_ranks(config):
         yield
     except RuntimeError as error:
         text = str(error)
-        if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+        if not (isinstance(error, dist.DistError) or GLOO_FAILURE.search(text)):
             raise
         raise ValueError(
             "another rank died, or kept this one waiting for "

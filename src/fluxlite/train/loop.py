@@ -52,7 +52,7 @@ def train(config):
                 micro = [next(batches) for _ in range(run.micro_batches)]
                 loss, norm = train_step(run, micro, step - 1)
                 stopped_by, good = read_flags(run, caught, norm)
-                check_finite(good, loss, norm, step, micro)
+                check_finite(good, loss, norm, step, micro, config.output)
                 log_step(run, monitor, step, loss, norm)
                 with monitor.speed.paused():
                     finish_step(run, monitor, step, stopped_by)
@@ -108,9 +108,9 @@ def read_flags(run, caught, norm):
     return signal.Signals(int(number)).name if number else None, not bad
 
 
-def check_finite(good, loss, norm, step, batches):
-    """Raise `ValueError` for a step that is not `good`, with its samples and what to try;
-    collective.
+def check_finite(good, loss, norm, step, batches, output):
+    """Raise `ValueError` for a step that is not `good`, with its samples, what to try and what the
+    run's folder `output` has; collective.
     """
     if good:
         return
@@ -126,7 +126,7 @@ def check_finite(good, loss, norm, step, batches):
     raise ValueError(
         f"the {what}; its samples: {', '.join(samples[:8])}{' …' if len(samples) > 8 else ''}. "
         "Try a lower optim.lr, a longer optim.warmup, dtype=float32, or look at these samples. "
-        "The step was not taken and nothing of it is saved: the last checkpoint is whole"
+        f"The step was not taken and nothing of it is saved: {run_state.saved_words(output)}"
     )
 
 

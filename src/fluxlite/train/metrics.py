@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import textwrap
+import threading
 import time
 import uuid
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from fluxlite.cli.atomic import naming_errors
 from fluxlite.cli.descriptions import check_regular, read_text
 from fluxlite.cli.options import check_options, option
 from fluxlite.cli.stage_times import memory_of_process
@@ -166,13 +168,16 @@ class Metrics:
         self.config, self.folder, self.enabled = config, Path(folder), enabled
         self.total_steps, self.start_step = total_steps, start_step
         self.writer = self.wandb = self.bar = None
-        self.shown, self.began = {}, time.perf_counter()
+        self.shown, self.began, self.hook = {}, time.perf_counter(), threading.excepthook
+        self.unwritten = []  # what TensorBoard's thread could not write
         if not enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         rewind_metrics(self.folder, start_step)
         if config.tensorboard:
-            self.writer = open_tensorboard(self.folder, start_step, run_config or {})
+            threading.excepthook = self._keep_error
+            with self._events():
+                self.writer = open_tensorboard(self.folder, start_step, run_config or {})
         if config.wandb:
             self.wandb = open_wandb(self.folder, start_step, run_config or {})
         if config.progress and sys.stderr.isatty():
@@ -180,16 +185,34 @@ class Metrics:
                 total=total_steps, initial=start_step, unit=" steps", dynamic_ncols=True
             )
 
+    def _keep_error(self, about):
+        """`threading.excepthook`: a disk's refusal in TensorBoard's thread is no traceback."""
+        ours = type(about.thread).__module__.startswith("tensorboard")
+        if ours and isinstance(about.exc_value, OSError):
+            self.unwritten.append(about.exc_value)
+        else:
+            self.hook(about)
+
+    @contextmanager
+    def _events(self):
+        """Raise `OSError`, naming the folder, where TensorBoard's events cannot be written."""
+        with naming_errors(self.folder / "tensorboard"):
+            yield
+            for error in self.unwritten:
+                raise error
+
     def log(self, step, values):
         """Write `values` (name → number) of `step` to all logs; floats are exact in the file."""
         if not self.enabled:
             return
         values = {name: v if isinstance(v, int) else float(v) for name, v in values.items()}
-        with open(self.folder / "metrics.jsonl", "a") as file:
+        path = self.folder / "metrics.jsonl"
+        with naming_errors(path), open(path, "a") as file:
             file.write(format_row({"step": step, "time": round(time.time(), 3), **values}))
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+            with self._events():
+                for name, value in values.items():
+                    self.writer.add_scalar(name, value, step)
         if self.wandb:
             self.wandb.log({"step": step, **values})
 
@@ -203,7 +226,9 @@ class Metrics:
         with atomic_weights(path, overwrite=True) as part:
             picture.save(part, "PNG")
         if self.writer:
-            self.writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
+            with self._events():
+                pixels = np.array(picture.convert("RGB"))
+                self.writer.add_image(name, pixels, step, dataformats="HWC")
         if self.wandb:
             self.wandb.log({"step": step, name: sys.modules["wandb"].Image(picture)})
         return path
@@ -234,13 +259,19 @@ class Metrics:
 
     def close(self):
         """Flush and close everything; may be called again."""
-        for thing in (self.bar, self.writer):
-            if thing is not None:
-                thing.close()
-        if self.wandb:
-            self.wandb.finish()
-        self.writer = self.wandb = self.bar = None
+        bar, writer, wandb = self.bar, self.writer, self.wandb
+        self.bar = self.writer = self.wandb = None
         self.enabled = False
+        if bar is not None:
+            bar.close()
+        if wandb:
+            wandb.finish()
+        if writer:
+            try:
+                with self._events():
+                    writer.close()
+            finally:
+                threading.excepthook = self.hook
 
 
 def open_tensorboard(folder, start_step, run_config):

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from fluxlite import parallel
-from fluxlite.cli.atomic import sync_folder
+from fluxlite.cli.atomic import naming_errors, sync_folder
 from fluxlite.cli.programs import one_line
 from fluxlite.train.optim import local_tensor
 from fluxlite.weights.run_folder import (
@@ -216,9 +216,10 @@ def lock_folder(folder):
         ) from None
     except OSError as error:
         log.warning("%s cannot be locked (%s): start no second run there", place, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with naming_errors(place):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
     return file
 
 
@@ -256,15 +257,13 @@ def check_all_finite(state, what):
 def save_training(run, *, step, model, optimizers, ema, meta, keep):
     """Write a checkpoint aside, rename it, point `last` at it, drop all but `keep`; collective.
 
-    Raises `ValueError`, on every rank, where the state is not finite or the disk refuses; the
-    checkpoint before is then whole, and nothing of this one is left.
+    Raises `ValueError`, on every rank, where the state is not finite or the disk refuses; a
+    checkpoint before it is then whole, and nothing of this one is left.
     """
     root = Path(run) / "checkpoints"
     name = f"step-{step:06d}"
     state, _ = training_state(model, optimizers, ema)
-    check_all_finite(
-        state, f"step {step} is not saved, and the checkpoint before it is whole: its state"
-    )
+    check_all_finite(state, f"step {step} is not saved ({saved_words(run)}): its state")
     writer = RunWriter(root / f".{name}")
     try:
         parallel.first_rank_does(lambda: clear_leftovers(root))
@@ -274,14 +273,33 @@ def save_training(run, *, step, model, optimizers, ema, meta, keep):
         for records in parallel.gather_values(writer.fs.records):
             files |= records
         about = meta | {"step": step, "files": files}
-        parallel.first_rank_does(lambda: publish_checkpoint(root, name, about, keep))
+        parallel.first_rank_does(lambda: publish_checkpoint(root, name, about))
     except (ValueError, OSError, MemoryError) as error:
         if dist.get_rank() == 0:
             shutil.rmtree(root / f".{name}", ignore_errors=True)
         raise ValueError(
-            f"the checkpoint of step {step} could not be written ({one_line(error)}); the one "
-            "before it is whole, and resume=auto goes on from there"
+            f"the checkpoint of step {step} could not be written ({one_line(error)}); "
+            f"{saved_words(run)}"
         ) from None
+    try:
+        parallel.first_rank_does(lambda: point_last(root, name))
+    except OSError as error:
+        raise ValueError(
+            f"checkpoints/last could not be pointed at {name} ({one_line(error)}), which is whole: "
+            "resume=auto goes on from it"
+        ) from None
+    parallel.first_rank_does(lambda: drop_older(root, step, keep))
+
+
+def saved_words(run):
+    """What of a run lies on the disk, in words for an error."""
+    try:
+        found = list_checkpoints(run)
+    except OSError as error:
+        return f"what is saved cannot be read: {one_line(error)}"
+    if not found:
+        return "there is no checkpoint to go on from yet"
+    return f"{found[0].name} is whole, and resume=auto goes on from there"
 
 
 def clear_leftovers(root):
@@ -299,16 +317,19 @@ def remove_folder(path):
         path.unlink()
 
 
-def publish_checkpoint(root, name, meta, keep):
-    """Give what lies whole in `.step-…` its name, point `last` at it, drop all but `keep`."""
+def publish_checkpoint(root, name, meta):
+    """Give what lies whole in `.step-…` its name."""
     aside = root / f".{name}"
     write_meta(aside / "meta.json", meta)
     sync_folder(aside)
     if os.path.lexists(root / name):  # not this run's
         os.rename(root / name, free_name(root / f"replaced-{name}"))
     os.rename(aside, root / name)
-    point_last(root, name)
-    older = [path for path in list_checkpoints(root.parent) if int(path.name[5:]) < meta["step"]]
+
+
+def drop_older(root, step, keep):
+    """Remove the checkpoints before a step's but the newest, `keep` with its own; 0 keeps all."""
+    older = [path for path in list_checkpoints(root.parent) if int(path.name[5:]) < step]
     for path in older[keep - 1 :] if keep else []:
         drop_checkpoint(path)
 

@@ -122,11 +122,12 @@ def load_parts(config, device, mesh):
 
 def open_data(config, run):
     """The training and validation sets; with `data.cache` encoded first, by all ranks together."""
-    return [open_split(config, run, split) for split in ("train", "val")]
+    places = {}
+    return [open_split(config, run, split, places) for split in ("train", "val")]
 
 
-def open_split(config, run, split):
-    """One of the sets, "train" or "val"."""
+def open_split(config, run, split, places):
+    """One of the sets, "train" or "val"; `places` are for both, as `open_dataset` has them."""
     data, model = config.data, config.model
     if run.parts.encoders is None:
         return MockSamples(
@@ -138,7 +139,7 @@ def open_split(config, run, split):
             pooled_width=model.pooled_width,
         )
     prepare_data(data, split, config.seed)
-    dataset = open_dataset(data, split, config.seed)
+    dataset = open_dataset(data, split, config.seed, places)
     return cache_samples(run, dataset, Path(data.cache) / split) if data.cache else dataset
 
 

@@ -135,6 +135,19 @@ def saved_parts(run):
 
 
 @dataclass
+class SavedBase:
+    """What a run's training started from; null where that was random."""
+
+    checkpoint: str | None = None
+
+
+def saved_base(folder, meta):
+    """The path or hub id of the transformer that a run started from, or None."""
+    values = {"checkpoint": saved_part(folder, meta, "model").get("checkpoint")}
+    return typed_description(folder / "meta.json", SavedBase, values).checkpoint
+
+
+@dataclass
 class DrawingSettings:
     """What a run drew its own pictures with."""
 

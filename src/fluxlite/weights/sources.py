@@ -182,8 +182,7 @@ def _open_run(path, ema):
     metadata = {"training": json.dumps(meta.flow | {"step": meta.step, "ema": bool(averaged)})}
     files = sorted(p for p in folder.iterdir() if p.is_file())
     settings = run_folder.run_settings(folder, meta)
-    base = run_folder.saved_part(folder, meta, "model").get("checkpoint")
-    config.scheduler = scheduler_beside(base, config)
+    config.scheduler = scheduler_beside(run_folder.saved_base(folder, meta), config)
     found = str(path), meta.what, "fluxlite", config, described, read, metadata, files, settings
     return Source(*found, bool(averaged), check_whole)
 
