@@ -195,7 +195,7 @@ def test_a_net_is_not_asked_outside_its_interval(pipeline, nets, pictures, monke
 def test_the_latent_hint_is_a_sample_for_each_picture_and_each_net(pipeline, nets, pictures):
     opened = open_control(
         Control(our_controlnet_from(nets["latent"]), pictures[0]),
-        pipeline.transformer.config,
+        pipeline,
         64,
         64,
     )
@@ -371,7 +371,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
         net = sources.load_controlnet(saved["latent"], dtype=torch.float64)
         fluxlite.generate(PROMPT, checkpoint=pipeline, controls=[Control(net, pictures[0])], **SIZE)
     numbers = [
-        open_control(Control(saved["union"], pictures[0], mode=m), base, 64, 64).mode
+        open_control(Control(saved["union"], pictures[0], mode=m), pipeline, 64, 64).mode
         for m in ("depth", "1", 0)
     ]
     assert numbers == [2, 1, 0]

@@ -28,7 +28,7 @@ def test_packing_and_positions_match_diffusers():
 
 def test_sizes_that_do_not_divide_name_the_nearest():
     with pytest.raises(ValueError, match="width=1000.*992 and 1008"):
-        check_size(1024, 1000)
+        check_size(1024, 1000, 8)
     with pytest.raises(ValueError, match="height=7.*16"):
-        check_size(7, 16)
-    check_size(16, 1040)
+        check_size(7, 16, 8)
+    check_size(16, 1040, 8)

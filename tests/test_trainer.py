@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import last_of_each
+from diffusers import AutoencoderKL
+from PIL import Image
+from reference import last_of_each, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
+from fluxlite.draw.pipeline import generate
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux
 from fluxlite.settings import TrainConfig
@@ -139,6 +142,53 @@ def test_a_short_run_lowers_the_loss_and_leaves_everything(pictures, tmp_path):
         "checkpoints/last/meta.json",
     ):
         assert (folder / name).is_file(), name
+
+
+def save_autoencoder(folder, levels):
+    """diffusers' autoencoder of 4 channels and so many levels, random, as a `vae` folder."""
+    theirs = AutoencoderKL(
+        block_out_channels=[8] * levels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        shift_factor=0.1,
+    )
+    randomise(theirs).save_pretrained(folder)
+    return f"model.autoencoder={folder}"
+
+
+@pytest.mark.parametrize("factor", [4, 16])
+def test_another_autoencoder_trains_and_draws_by_its_own_factor(factor, pictures, tmp_path):
+    parts = [save_autoencoder(tmp_path / "vae", levels=1 + int(math.log2(factor)))]
+    parts += ["model.in_channels=16", "model.out_channels=16", "device=cpu", "dtype=float32"]
+    short = ["steps=2", f"output={tmp_path}/run", *parts]
+    with pytest.raises(ValueError, match=f"set model.downsampling={factor}"):
+        train(*pictures, *short)
+    with pytest.raises(ValueError, match="height=32 must be a multiple of 64"):
+        configure(*pictures, *short, "model.downsampling=32")
+    folder, seen = train(*pictures, *short, f"model.downsampling={factor}"), []
+    assert all(math.isfinite(value) for value in losses(folder).values())
+    with Image.open(folder / "images" / "grid-000002.png") as grid:
+        assert grid.size[0] >= 2 * 32
+
+    def watch(numbers, step, times, latents):
+        seen.append(latents.shape)
+
+    options = dict(checkpoint=folder, device="cpu", height=32, width=64, steps=1, on_step=watch)
+    [picture] = generate("red circle with blue background", **options)
+    assert picture.size == (64, 32) and seen[-1] == (1, 4, 32 // factor, 64 // factor)
+
+
+def test_a_net_that_sees_pixels_is_refused_beside_another_factor(pictures):
+    control = ["controlnet=default", "controlnet.hint=pixel", "controlnet.num_single_blocks=0"]
+    control += ["controlnet.num_double_blocks=1", "data.control=canny", "data.val_count=8"]
+    configure(*pictures, *control)
+    with pytest.raises(ValueError, match="controlnet.hint=pixel: .*of 8 pixels .* of 4:"):
+        configure(*pictures, *control, "model.downsampling=4")
 
 
 def test_cache_equals_no_cache(pictures, tmp_path):

@@ -18,7 +18,7 @@ from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import DrawConfig, PartsConfig, PipelineConfig
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
-from fluxlite.nets.latents import check_size, num_image_tokens
+from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
 from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
@@ -37,6 +37,9 @@ class ModelConfig(PartsConfig, FluxConfig):
 
     max_sequence_length: int = option(
         512, "T5 tokens that prompts are padded and cut to", at_least=1, at_most=10_000
+    )
+    downsampling: int = option(
+        8, "pixels along a side of a latent cell, as model.autoencoder has", at_least=1, at_most=256
     )
 
     def shape(self):
@@ -114,6 +117,11 @@ class TrainConfig(MachineConfig):
         resume=True,
     )
 
+    def latent_shape(self):
+        """(C, h, w) of one picture's latents."""
+        channels, cell = self.model.in_channels // PATCH**2, self.model.downsampling
+        return channels, self.data.height // cell, self.data.width // cell
+
     def validate(self):
         check_options(self)
         check_machine(self)
@@ -121,9 +129,9 @@ class TrainConfig(MachineConfig):
         check_channels(self.model, f"model.in_channels={self.model.in_channels}: the transformer")
         for group in (self.data, self.flow, self.parallel):
             group.validate()
-        check_size(self.data.height, self.data.width)
+        check_size(self.data.height, self.data.width, self.model.downsampling)
         check_batch(self.data, self.parallel)
-        tokens = num_image_tokens(self.data.height // 8, self.data.width // 8)
+        tokens = num_image_tokens(*self.latent_shape()[1:])
         self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
         refuse_first([*machine_conflicts(self), *parts_conflicts(self)])
         choose_task(self).check_settings(self)

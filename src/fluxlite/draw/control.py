@@ -85,9 +85,8 @@ def is_picture(image):
 # --- before anything is loaded --------------------------------------------------------------------
 
 
-def open_control(control, base, height, width, num_prompts=1):
-    """The `Control` for pictures of height x width by a transformer of configuration `base`, with
-    what its values name.
+def open_control(control, pipeline, height, width, num_prompts=1):
+    """The `Control` for pictures of height x width by a `Pipeline`, with what its values name.
 
     Its checkpoint is a `Source` or the loaded net, its mode a number or None, its image pixels
     (P, 3, height, width) in [-1, 1], one for each prompt or one for all. Raises `ValueError`.
@@ -105,7 +104,8 @@ def open_control(control, base, height, width, num_prompts=1):
         where = f"controlnet.checkpoint={control.checkpoint}"
         options = dict(group="controlnet", part="controlnet")
         net = writing.open_converted(sources.resolve_tiny(net), control.save_converted, **options)
-    net.config.check_fits(base, where)
+    net.config.check_fits(pipeline.model_config, where)
+    net.config.check_hint(pipeline.sources["autoencoder"].config.downsampling, where)
     mode = union_mode(control.mode, net.config.num_modes, where)
     return replace(control, checkpoint=net, image=pixels, mode=mode)
 

@@ -31,7 +31,7 @@ from fluxlite.draw.sampling import (
 )
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flux import ATTENTION
-from fluxlite.nets.latents import num_image_tokens, pack_latents, unpack_latents
+from fluxlite.nets.latents import PATCH, num_image_tokens, pack_latents, unpack_latents
 from fluxlite.nets.schedule import (
     SCHNELL_SCHEDULER,
     SampleConfig,
@@ -329,7 +329,8 @@ def check_widths(config, autoencoder=None, encoders=None):
     """
     widths = []
     if autoencoder:
-        widths.append(("autoencoder", 4 * autoencoder.config.latent_channels, "out_channels"))
+        channels = PATCH**2 * autoencoder.config.latent_channels
+        widths.append(("autoencoder", channels, "out_channels"))
     if encoders:
         widths.append(("t5", encoders.text_width, "text_width"))
         widths.append(("clip", encoders.pooled_width, "pooled_width"))
@@ -399,8 +400,8 @@ def generate(
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     sample = settle_sample(pipeline, config)
     times = settle_times(pipeline, config, sample, times, start_time)
-    size, base = (sample.height, sample.width), pipeline.model_config
-    opened = [open_control(control, base, *size, len(prompts)) for control in controls]
+    size = sample.height, sample.width
+    opened = [open_control(control, pipeline, *size, len(prompts)) for control in controls]
     pictures = list_pictures(len(prompts), config)
     start = start_latents(latents, times, pictures, pipeline.latent_shape(*size))
     with stage("text encoders"):

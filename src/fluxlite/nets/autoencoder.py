@@ -1,9 +1,10 @@
-"""The KL autoencoder of FLUX: pixels in [-1, 1] to latents of an eighth of the side and back.
+"""The KL autoencoder of FLUX: pixels in [-1, 1] to latents, and back.
 
 Names and shapes of the weights are those of diffusers' AutoencoderKL; `convert` maps
 `ae.safetensors` onto them.
 
-Shapes: B batch, C channels, H and W in pixels or latent cells.
+Shapes: B batch, C channels, H and W in pixels, h and w in latent cells, which are `downsampling`
+pixels along a side.
 """
 
 import torch
@@ -162,7 +163,7 @@ class Autoencoder(nn.Module):
 
     def posterior(self, images):
         """Mean and log-variance of the unscaled posterior: images (B, 3, H, W) in [-1, 1] to two
-        (B, C, H/8, W/8).
+        (B, C, h, w).
         """
         mean, logvar = (
             self.encoder(images.to(self.encoder.conv_in.weight.dtype)).float().chunk(2, dim=1)
@@ -174,13 +175,13 @@ class Autoencoder(nn.Module):
         return self.config.scaling_factor * (sample - self.config.shift_factor)
 
     def encode(self, images, noise=None):
-        """Scaled latents (B, C, H/8, W/8) in float32: the posterior's mode, or with `noise` of that
+        """Scaled latents (B, C, h, w) in float32: the posterior's mode, or with `noise` of that
         shape a sample of it.
         """
         return self.scale(sample_posterior(*self.posterior(images), noise))
 
     def decode(self, latents):
-        """Scaled latents (B, C, h, w) to images (B, 3, 8h, 8w), about [-1, 1]."""
+        """Scaled latents (B, C, h, w) to images (B, 3, H, W), about [-1, 1]."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype))
 

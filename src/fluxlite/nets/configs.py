@@ -10,6 +10,7 @@ from fluxlite.cli.options import check_options, option
 
 MAX_BLOCKS, MAX_WIDTH = 1000, 1_000_000  # beyond any net: a damaged description
 HINTS = ("latent", "pixel")
+HINT_DOWNSAMPLING = 8  # pixels along a side that XLabs' convolutions make a latent cell of
 # Of a ControlNet's configuration: what is its own, and what must be its base's.
 OWN_FIELDS = ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
 SHARED_FIELDS = ("hidden_size", "num_heads", "in_channels", "text_width", "pooled_width")
@@ -140,6 +141,16 @@ class ControlNetConfig(FluxConfig):
                     f"{where} has {name}={getattr(self, name)}, but the transformer has "
                     f"{getattr(base, name)}"
                 )
+
+    def check_hint(self, downsampling, where="the ControlNet"):
+        """Raise `ValueError`, naming `where`, unless its hint has as many tokens as a picture by an
+        autoencoder of so many pixels a cell.
+        """
+        if self.hint == "pixel" and downsampling != HINT_DOWNSAMPLING:
+            raise ValueError(
+                f"{where} has hint=pixel, which makes a cell of {HINT_DOWNSAMPLING} pixels a side, "
+                f"and the autoencoder of {downsampling}: take a net with hint=latent"
+            )
 
     def check_starts(self, base):
         """Raise `ValueError` unless a ControlNet can start from a transformer of shape `base`."""

@@ -43,9 +43,9 @@ def num_image_tokens(height, width):
     return (height // PATCH) * (width // PATCH)
 
 
-def check_size(height, width, downsampling=8):
+def check_size(height, width, downsampling):
     """Raise `ValueError`, naming the nearest valid sizes, unless both sides in pixels divide into
-    tokens.
+    tokens; `downsampling` are the pixels of a latent cell along a side.
     """
     multiple = downsampling * PATCH
     for name, value in (("height", height), ("width", width)):

@@ -54,12 +54,7 @@ class Run:
         self.velocity = self.task.velocity_of(self.models)
         self.model, self.flux = self.models[0], self.models[-1]  # which may be the same
         self.dtype = getattr(torch, self.config.dtype)  # what is computed in
-
-    @property
-    def latent_shape(self):
-        """(C, h, w) of one picture's latents."""
-        data = self.config.data
-        return self.config.model.in_channels // 4, data.height // 8, data.width // 8
+        self.latent_shape = self.config.latent_shape()  # (C, h, w) of one picture
 
     @property
     def micro_batches(self):
@@ -94,10 +89,9 @@ def assemble_run(config, device, mesh, task, models, parts):
     """The `Run` of a task's wrapped models."""
     optimizers = optim.make_optimizers(models[0], config.optim)
     ema = optim.EMA(models[0], config.optim.ema_decay) if config.optim.ema_decay else None
-    cells = config.data.height // 8, config.data.width // 8
-    rope = rope_table(
-        position_ids(*cells, config.model.max_sequence_length).to(device), config.model.shape()
-    )
+    _, *cells = config.latent_shape()
+    positions = position_ids(*cells, config.model.max_sequence_length).to(device)
+    rope = rope_table(positions, config.model.shape())
     flux = models[-1].config
     flux.scheduler = sources.scheduler_beside(config.model.checkpoint, flux)  # for pictures
     return Run(config, device, mesh, task, models, optimizers, ema, parts, rope)
@@ -109,15 +103,32 @@ def load_parts(config, device, mesh):
     """
     if not config.model.t5:
         return FrozenParts()
+    source = open_autoencoder(config)
     sharded = config.parallel.shard_encoders
     where = dict(dtype=getattr(torch, config.dtype), device=device)
     names = resolve_tiny(config.model.t5), resolve_tiny(config.model.clip)
     encoders = load_text_encoders(*names, t5_device="cpu" if sharded else device, **where)
     if sharded:
         parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.world)
-    autoencoder = sources.load_autoencoder(resolve_tiny(config.model.autoencoder), **where)
-    check_widths(config.model.shape(), autoencoder, encoders)
-    return FrozenParts(autoencoder, encoders)
+    check_widths(config.model.shape(), encoders=encoders)
+    return FrozenParts(sources.load_autoencoder(source, **where), encoders)
+
+
+def open_autoencoder(config):
+    """The `Source` of model.autoencoder; raises `ValueError` where its latents are not those that
+    the configuration counts on.
+    """
+    where = resolve_tiny(config.model.autoencoder)
+    source = sources.opened_part(where, "autoencoder", "model.autoencoder")
+    check_widths(config.model.shape(), source)
+    cell = source.config.downsampling
+    if cell != config.model.downsampling:
+        raise ValueError(
+            f"model.autoencoder={config.model.autoencoder} makes a latent cell of {cell} pixels a "
+            f"side, and model.downsampling={config.model.downsampling}: set "
+            f"model.downsampling={cell}"
+        )
+    return source
 
 
 def open_data(config, run):

@@ -92,6 +92,7 @@ def check_control(config):
     """Raise `ValueError` where a `TrainConfig` cannot train its ControlNet."""
     net, base = config.controlnet, config.model.shape()
     net.shape(base).validate()
+    net.shape(base).check_hint(config.model.downsampling, "controlnet.hint=pixel: the ControlNet")
     refuse_first([*meter_conflicts(config), *mode_conflicts(config), *hint_conflicts(config)])
     if net.init_from_base and not net.checkpoint:
         net.shape(base).check_starts(base)
