@@ -23,7 +23,7 @@ from fluxlite.cli.command_line import load_config
 from fluxlite.cli.stage_times import memory_of_process
 from fluxlite.preflight.prediction import local_bytes
 from fluxlite.settings import TrainConfig
-from fluxlite.train.tasks.full import FULL
+from fluxlite.train.tasks import FULL
 
 
 class Peak:

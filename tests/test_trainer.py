@@ -22,7 +22,7 @@ from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, optim
-from fluxlite.train.tasks.full import FULL
+from fluxlite.train.tasks import FULL
 from fluxlite.weights import run_folder, sources, writing
 
 ROOT = Path(__file__).parents[1]

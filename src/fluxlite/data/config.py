@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from fluxlite.cli.options import check_options, option
 from fluxlite.data.parts import IMAGES
-from fluxlite.nets.control_modes import MODES, mode_number
+from fluxlite.nets.configs import MODES, mode_number
 from fluxlite.nets.latents import MAX_SIDE
 
-KINDS = ("mock", "fill50k", "webdataset")
+DATA_KINDS = ("mock", "fill50k", "webdataset")
 CROPS = ("center", "random")
 
 
@@ -20,7 +20,7 @@ class DataConfig:
     kind: str = option(
         "fill50k",
         "where samples come from; fill50k is generated where there are no shards",
-        choices=KINDS,
+        choices=DATA_KINDS,
         group="data",
     )
     path: str | None = option(
@@ -48,13 +48,13 @@ class DataConfig:
     )
     height: int = option(
         512,
-        "height that pictures are resized to, in pixels, a multiple of 16",
+        "height that pictures are resized to, in pixels, a multiple of model.downsampling x 2",
         at_least=16,
         at_most=MAX_SIDE,
     )
     width: int = option(
         512,
-        "width that pictures are resized to, in pixels, a multiple of 16",
+        "width that pictures are resized to, in pixels, a multiple of model.downsampling x 2",
         at_least=16,
         at_most=MAX_SIDE,
     )

@@ -3,7 +3,7 @@
 import torch
 
 from fluxlite import rng
-from fluxlite.nets.control_modes import mode_number
+from fluxlite.nets.configs import mode_number
 
 WORDS = (
     "a the red green blue small large round square bright dark cat dog house tree river on in "

@@ -3,7 +3,7 @@
 import itertools
 
 from fluxlite.data.parts import CONTROL, IMAGE, IMAGES
-from fluxlite.nets.control_modes import MODES
+from fluxlite.nets.configs import MODES
 
 SAME_KIND = {"jpg", "jpeg", "webp"}  # of these a sample has one
 PICTURES = {*IMAGES, "gif", "bmp", "tif", "tiff"}

@@ -22,7 +22,7 @@ from fluxlite.data.images import (
 )
 from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, config_parts, printable_name
 from fluxlite.data.urls import fetched_description
-from fluxlite.nets.control_modes import MODES, mode_number
+from fluxlite.nets.configs import MODES, mode_number
 
 MAX_IN_A_ROW = 100  # bad samples, before a wrong setting is a likelier reason than bad luck
 MAX_PART_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24}  # of a file
@@ -262,7 +262,7 @@ class Samples:
         return file
 
     def _caption(self, number):
-        """What the first of `Parts.captions` that the sample has says."""
+        """What the first of `SampleParts.captions` that the sample has says."""
         shard, _ = self.place(number)
         columns = {TEXT: self._bytes(number, TEXT), JSON: self._bytes(number, JSON)}
         for column, *keys in self.shards[shard].parts.captions:

@@ -21,7 +21,7 @@ from fluxlite.cli.options import check_options, expand_home, option
 from fluxlite.data import images
 from fluxlite.draw.sampling import prepare_conditions
 from fluxlite.nets.autoencoder import sample_posterior
-from fluxlite.nets.control_modes import MODES, mode_number
+from fluxlite.nets.configs import MODES, mode_number
 from fluxlite.nets.controlnet import ControlNet, spread_samples, sum_residuals
 from fluxlite.nets.latents import pack_latents
 from fluxlite.weights import sources, writing
@@ -103,7 +103,7 @@ def open_control(control, pipeline, height, width, num_prompts=1):
     if not is_loaded(control):
         where = f"controlnet.checkpoint={control.checkpoint}"
         options = dict(group="controlnet", part="controlnet")
-        net = writing.open_converted(sources.resolve_tiny(net), control.save_converted, **options)
+        net = writing.open_converted(net, control.save_converted, **options)
     net.config.check_fits(pipeline.model_config, where)
     net.config.check_hint(pipeline.sources["autoencoder"].config.downsampling, where)
     mode = union_mode(control.mode, net.config.num_modes, where)

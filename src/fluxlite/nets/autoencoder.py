@@ -1,7 +1,7 @@
 """The KL autoencoder of FLUX: pixels in [-1, 1] to latents, and back.
 
-Names and shapes of the weights are those of diffusers' AutoencoderKL; `convert` maps
-`ae.safetensors` onto them.
+Names and shapes of the weights are those of diffusers' AutoencoderKL; `weights.layouts`
+maps `ae.safetensors` onto them.
 
 Shapes: B batch, C channels, H and W in pixels, h and w in latent cells, which are `downsampling`
 pixels along a side.

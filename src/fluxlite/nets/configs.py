@@ -15,6 +15,15 @@ HINT_DOWNSAMPLING = 8  # pixels along a side that XLabs' convolutions make a lat
 OWN_FIELDS = ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
 SHARED_FIELDS = ("hidden_size", "num_heads", "in_channels", "text_width", "pooled_width")
 SHARED_FIELDS += ("rope_axes", "rope_theta")
+MODES = {  # kinds of control that the published Union nets tell apart
+    "canny": 0,
+    "tile": 1,
+    "depth": 2,
+    "blur": 3,
+    "pose": 4,
+    "gray": 5,
+    "lq": 6,
+}
 CHANNEL_NAMES = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or FLUX.1-Depth"}  # by input channels
 
 
@@ -195,3 +204,11 @@ def check_channels(config, where):
             f"as {name}: it can be converted, but drawing with it and training it are not "
             "supported yet"
         )
+
+
+def mode_number(mode):
+    """The number of a kind of control, from a name of `MODES` or a number as it is or as text; None
+    for anything else.
+    """
+    text = str(mode) if isinstance(mode, (str, int)) else ""
+    return MODES.get(text, int(text) if len(text) < 10 and text.isdecimal() else None)

@@ -28,8 +28,8 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
     """Wrap a model as `config` says: tp → cp → modulation → checkpointing → compile → FSDP2.
 
     The model, on any device or meta, has double_blocks, single_blocks and a modulation. Compute is
-    in `dtype`; weights, gradients and their reduction stay float32. `fill` then gives a model on
-    meta its weights.
+    in `dtype`; weights, gradients and their reduction stay float32. `fill_weights` then gives a
+    model on meta its weights.
     """
     if mesh.tp.size() > 1:
         shard_heads(model, mesh.tp, sequence=config.sequence_parallel)

@@ -4,6 +4,11 @@ import torch
 from torch.distributed.tensor import DTensor
 
 
+def local_tensor(tensor):
+    """This rank's part of a tensor, which may be a DTensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
 def local_part(tensor):
     """The slices of the whole that this rank's part of a DTensor is; of others, all of it."""
     if not isinstance(tensor, DTensor):

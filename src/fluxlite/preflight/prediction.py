@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_leaves
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.data.cache import POSTERIORS
+from fluxlite.parallel.weights import local_tensor
 from fluxlite.settings import TrainConfig
-from fluxlite.train.optim import local_tensor
 from fluxlite.train.setup import FrozenParts, assemble_run
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.training_step import optimizer_step, train_step

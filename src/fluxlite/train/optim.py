@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from fluxlite.cli.options import option
-from fluxlite.parallel.weights import local_part
+from fluxlite.parallel.weights import local_part, local_tensor
 
 SCHEDULES = ("constant", "cosine", "linear")
-KINDS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass
@@ -22,7 +22,7 @@ class OptimConfig:
     kind: str = option(
         "adamw",
         "adamw, or muon: Muon for the blocks' matrices and AdamW for the rest",
-        choices=KINDS,
+        choices=OPTIMIZERS,
     )
     lr: float = option(1e-4, "peak learning rate", at_least=0, at_most=10)
     beta1: float = option(0.9, "AdamW's decay of the gradient's mean", at_least=0, below=1)
@@ -253,8 +253,3 @@ class EMA:
             kept = live.clone()
             live.copy_(average)
             average.copy_(kept)
-
-
-def local_tensor(tensor):
-    """This rank's part of a tensor, which may be a DTensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from fluxlite import parallel
 from fluxlite.cli.atomic import naming_errors, sync_folder
 from fluxlite.cli.programs import one_line
-from fluxlite.train.optim import local_tensor
+from fluxlite.parallel.weights import local_tensor
 from fluxlite.weights.run_folder import (
     SOON_CHECKED,
     STEP_NAME,

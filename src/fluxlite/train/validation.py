@@ -9,8 +9,7 @@ import torch.distributed as dist
 
 from fluxlite import parallel
 from fluxlite.nets import flow
-from fluxlite.train.batches import encode_batch
-from fluxlite.train.training_step import fixed_draws, flow_loss
+from fluxlite.train.training_step import encode_batch, fixed_draws, flow_loss
 
 
 @contextmanager

@@ -1,7 +1,13 @@
-"""What can be trained: each task is a `Task` in a file of its own."""
+"""What can be trained: the transformer itself, and each other task in a file of its own."""
 
+from operator import itemgetter
+
+from fluxlite.train.building import flux_weights, wrap_flux
 from fluxlite.train.tasks.controlnet import CONTROLNET
-from fluxlite.train.tasks.full import FULL
+from fluxlite.train.tasks.task import Task
+
+# from random weights or a checkpoint's
+FULL = Task(name="transformer", models=((wrap_flux, flux_weights),), velocity_of=itemgetter(0))
 
 
 def choose_task(config):

@@ -11,8 +11,7 @@ import torch
 
 from fluxlite import parallel, rng
 from fluxlite.cli.options import option, refuse_first, same_option
-from fluxlite.nets.configs import ControlNetConfig
-from fluxlite.nets.control_modes import mode_number
+from fluxlite.nets.configs import ControlNetConfig, mode_number
 from fluxlite.nets.controlnet import (
     ControlNet,
     count_used,
@@ -24,7 +23,6 @@ from fluxlite.nets.controlnet import (
 )
 from fluxlite.nets.flux import initial_weight
 from fluxlite.train import optim
-from fluxlite.train.batches import encode_pictures
 from fluxlite.train.building import (
     check_shape,
     checked_weights,
@@ -36,13 +34,13 @@ from fluxlite.train.building import (
 )
 from fluxlite.train.meter import ControlMeter
 from fluxlite.train.tasks.task import Task
+from fluxlite.train.training_step import encode_pictures
 from fluxlite.weights import sources
 
 log = logging.getLogger("fluxlite")
 
 SHAPE = ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
 CACHED = ("control_mean", "control_logvar")  # of a batch from a cache
-MAX_STEPS = 10**9  # between two measurements
 
 
 @dataclass
@@ -72,14 +70,14 @@ class ControlNetTrainConfig:
         50,
         "steps between measurements of whether it learns; 0 for none",
         at_least=0,
-        at_most=MAX_STEPS,
+        at_most=10**9,
         resume=True,
     )
     patience: int = option(
         300,
         "steps after which a control without effect is said loudly",
         at_least=0,
-        at_most=MAX_STEPS,
+        at_most=10**9,
         resume=True,
     )
 
@@ -199,10 +197,8 @@ def controlnet_weights(config, device):
     """A ControlNet's (name, values) to start from: a checkpoint's, its base's, or random."""
     control, net = config.controlnet, meta_controlnet(config)
     if control.checkpoint:
-        where = sources.resolve_tiny(control.checkpoint)
-        about = dict(setting="controlnet.checkpoint", part="controlnet", ema=config.model.ema)
-        source = sources.open_source(where, **about)
-        sources.check_part(source, "controlnet", "controlnet.checkpoint")
+        where = control.checkpoint, "controlnet", "controlnet.checkpoint"
+        source = sources.opened_part(*where, ema=config.model.ema)
         check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
         return checked_weights(source, "controlnet.checkpoint")
     if control.init_from_base:
@@ -213,7 +209,7 @@ def controlnet_weights(config, device):
 
 
 def random_base_value(name, *options):
-    """`initial` with a random output layer: behind a zero one nothing can learn."""
+    """`initial_weight` with a random output layer: behind a zero one nothing can learn."""
     return initial_weight("img_in.weight" if name == "out.weight" else name, *options)
 
 
