@@ -29,7 +29,7 @@ from fluxlite.cli.programs import run_program
 
 LAYOUTS = ("fluxlite", "diffusers", "bfl", "nemo")
 REMEDY = "pass --overwrite, or name another"
-DTYPES = ("bfloat16", "float16", "float32")
+WRITTEN_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def size_of(text):
@@ -53,7 +53,7 @@ class ConvertConfig:
     to: str | None = option(
         None, "layout to write, else fluxlite; of a ControlNet bfl is x-flux's", choices=LAYOUTS
     )
-    dtype: str | None = option(None, "type to write, else the source's", choices=DTYPES)
+    dtype: str | None = option(None, "type to write, else the source's", choices=WRITTEN_DTYPES)
     max_shard_size: int | None = option(
         None, "of a file in a folder, as 10GB; diffusers' is 10GB", at_least=1, parse=size_of
     )
@@ -84,9 +84,7 @@ def convert(args):
 
         from fluxlite.weights import sources, verify, writing
 
-    source = sources.open_source(
-        sources.resolve_tiny(args.src), setting="--src", ema=not args.no_ema
-    )
+    source = sources.open_source(args.src, setting="--src", ema=not args.no_ema)
     if args.no_ema and not sources.is_run(Path(args.src)):
         raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:

@@ -41,15 +41,15 @@ from fluxlite.nets.schedule import (
     times_for,
 )
 from fluxlite.weights import run_folder, sources, writing
-from fluxlite.weights.sources import TINY, resolve_tiny
+from fluxlite.weights.sources import TINY
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
 
-DTYPES = ("float32", "bfloat16")
+COMPUTE_DTYPES = ("float32", "bfloat16")
 PIPELINE_FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
 PIPELINE_FILES = [*(f"{folder}/*" for folder in PIPELINE_FOLDERS), "model_index.json"]
-PART_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+BESIDE_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ class PipelineConfig:
     dtype: str | None = option(
         None,
         "what to compute in; null: bfloat16 where it is in hardware, else float32",
-        choices=DTYPES,
+        choices=COMPUTE_DTYPES,
     )
     compile: bool = option(
         False,
@@ -277,15 +277,15 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
 
 def find_sources(model):
     """The `Pipeline.sources` that an `ExpectedConfig` names; raises `ValueError`."""
-    checkpoint = str(sources.local_path(resolve_tiny(model.checkpoint), PIPELINE_FILES))
+    checkpoint = str(sources.local_path(model.checkpoint, PIPELINE_FILES))
     expected = expected_shape(model)
     transformer = sources.open_source(checkpoint, ema=model.ema, given=expected)
     sources.check_part(transformer, "transformer", "model.checkpoint")
     check_channels(transformer.config, f"model.checkpoint={checkpoint}")
     check_expected(transformer.config, expected, checkpoint)
-    named = {part: getattr(model, part) for part in PART_FOLDERS}
-    parts = find_parts(checkpoint) | {part: resolve_tiny(v) for part, v in named.items() if v}
-    missing = [f"model.{part}=" for part in PART_FOLDERS if part not in parts]
+    named = {part: getattr(model, part) for part in BESIDE_FOLDERS}
+    parts = find_parts(checkpoint) | {part: where for part, where in named.items() if where}
+    missing = [f"model.{part}=" for part in BESIDE_FOLDERS if part not in parts]
     if missing:
         raise ValueError(
             f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for "
@@ -304,11 +304,13 @@ def find_parts(checkpoint):
     """Where the other parts of a transformer's pipeline lie: {part: path} for those that are
     found.
     """
-    path = Path(resolve_tiny(checkpoint)).expanduser()
+    path = Path(checkpoint)
     if sources.is_run(path):
-        return {part: resolve_tiny(name) for part, name in run_folder.saved_parts(path).items()}
+        folder = run_folder.last_checkpoint(path)
+        saved = run_folder.saved_parts(folder, run_folder.read_meta(folder))
+        return {part: where for part in BESIDE_FOLDERS if (where := getattr(saved, part))}
     root = path if (path / "transformer").is_dir() else path.parent
-    places = {part: root / name for part, name in PART_FOLDERS.items()}
+    places = {part: root / name for part, name in BESIDE_FOLDERS.items()}
     found = {part: str(place) for part, place in places.items() if place.is_dir()}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
         found["autoencoder"] = str(root / "ae.safetensors")

@@ -12,7 +12,6 @@ from fluxlite.nets.configs import check_channels
 from fluxlite.nets.flux import Flux, initial_weight
 from fluxlite.train import optim
 from fluxlite.weights import sources, writing
-from fluxlite.weights.sources import resolve_tiny
 from fluxlite.weights.tensor_files import check_values
 
 
@@ -44,7 +43,7 @@ def wrap_model(model, config, mesh):
 def open_base(config, opened=sources.open_source, *rest):
     """The `Source` of model.checkpoint; raises `ValueError` where it is no transformer."""
     given = dict(ema=config.model.ema, given=asdict(config.model.shape()))
-    source = opened(resolve_tiny(config.model.checkpoint), *rest, **given)
+    source = opened(config.model.checkpoint, *rest, **given)
     sources.check_part(source, "transformer", "model.checkpoint")
     return source
 

@@ -21,7 +21,6 @@ from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.task import Task
 from fluxlite.weights import sources
 from fluxlite.weights.run_folder import DataRecord
-from fluxlite.weights.sources import resolve_tiny
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
@@ -106,7 +105,7 @@ def load_parts(config, device, mesh):
     source = open_autoencoder(config)
     sharded = config.parallel.shard_encoders
     where = dict(dtype=getattr(torch, config.dtype), device=device)
-    names = resolve_tiny(config.model.t5), resolve_tiny(config.model.clip)
+    names = config.model.t5, config.model.clip
     encoders = load_text_encoders(*names, t5_device="cpu" if sharded else device, **where)
     if sharded:
         parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.world)
@@ -118,13 +117,13 @@ def open_autoencoder(config):
     """The `Source` of model.autoencoder; raises `ValueError` where its latents are not those that
     the configuration counts on.
     """
-    where = resolve_tiny(config.model.autoencoder)
+    where = config.model.autoencoder
     source = sources.opened_part(where, "autoencoder", "model.autoencoder")
     check_widths(config.model.shape(), source)
     cell = source.config.downsampling
     if cell != config.model.downsampling:
         raise ValueError(
-            f"model.autoencoder={config.model.autoencoder} makes a latent cell of {cell} pixels a "
+            f"model.autoencoder={where} makes a latent cell of {cell} pixels a "
             f"side, and model.downsampling={config.model.downsampling}: set "
             f"model.downsampling={cell}"
         )

@@ -12,6 +12,7 @@ from fluxlite.cli.descriptions import check_regular, read_json
 from fluxlite.cli.options import expand_home, option, shortened, typed_description
 from fluxlite.weights import hub, layouts, tensor_files
 from fluxlite.weights.hub import first_line
+from fluxlite.weights.sources import resolve_tiny
 
 
 @dataclass
@@ -114,7 +115,7 @@ def locate_encoder(where, kind):
             f"{kind.key}={where} names no text encoder: set it to a pipeline's folder or hub "
             "repository"
         )
-    folder = Path(expand_home(str(where), kind.key))
+    folder = Path(expand_home(resolve_tiny(str(where)), kind.key))
     if folder.exists() and not folder.is_dir():
         raise ValueError(
             f"{kind.key}={where} is a file, and an encoder in one file is not supported yet: name "

@@ -248,7 +248,7 @@ def control_rows(hint, double, *convs):
 
 
 CONVS = "conv_in", *(f"blocks.{k}" for k in range(6)), "conv_out"
-CONTROL = {
+CONTROL_TABLES = {
     "diffusers": control_rows("controlnet_x_embedder", "blocks", *CONVS),
     # between x-flux's convolutions stand activations
     "bfl": control_rows("pos_embed_input", "blocks", *range(0, 16, 2)),
@@ -278,7 +278,7 @@ def spell_rows(layout, config):
     depths = (1, config.num_double_blocks, config.num_single_blocks, 1)
     rows, absent = TABLES[layout], [] if config.guidance_embed else ["guidance_in"]
     if config.part == "controlnet":
-        rows = [*rows, *CONTROL[layout]]
+        rows = [*rows, *CONTROL_TABLES[layout]]
         absent += ["out.", "modulation.out"]
         absent += ["hint_convs"] * (config.hint != "pixel") + ["mode_in"] * (not config.num_modes)
     kept = [row for row in rows if not row[1][0].startswith(tuple(absent))]
@@ -350,7 +350,7 @@ def their_name(layout, linear):
     """The name in `layout` of the weight of one of our linears."""
     if layout not in TABLES:
         return f"{linear}.weight"
-    rows = (*TABLES[layout], *CONTROL[layout])
+    rows = (*TABLES[layout], *CONTROL_TABLES[layout])
     return next(r[0][0] for r in rows if r[1][0].startswith(linear)).replace("*", "weight")
 
 
@@ -360,7 +360,7 @@ def first_names(layout):
     Of rows that make several tensors of ours, the first's.
     """
     found = {}
-    for theirs, ours, _ in (*TABLES[layout], *CONTROL[layout]) if layout in TABLES else ():
+    for theirs, ours, _ in (*TABLES[layout], *CONTROL_TABLES[layout]) if layout in TABLES else ():
         for leaf in ("weight", "bias"):
             found |= zip(spell_names(ours[:1], 0, leaf), spell_names(theirs[:1], 0, leaf))
     return found

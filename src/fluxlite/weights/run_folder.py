@@ -109,7 +109,7 @@ def read_meta(folder):
     return meta
 
 
-def saved_part(folder, meta, name):
+def saved_group(folder, meta, name):
     """A group of the run's configuration, a dictionary; raises `ValueError` where there is none."""
     if not isinstance(meta.config.get(name), dict):
         raise ValueError(f"{folder}/meta.json: config.{name} must be an object with named values")
@@ -118,33 +118,19 @@ def saved_part(folder, meta, name):
 
 @dataclass
 class SavedParts:
-    """Where a run's frozen parts lay; null where it had none."""
+    """Where what a run was made of lay, paths or hub ids; null where it had none."""
 
+    checkpoint: str | None = None
     t5: str | None = None
     clip: str | None = None
     autoencoder: str | None = None
 
 
-def saved_parts(run):
-    """{part: path or hub id} of the frozen parts that a run was trained with."""
-    folder = Path(run) if (Path(run) / "meta.json").is_file() else last_checkpoint(run)
-    part = saved_part(folder, read_meta(folder), "model")
-    values = {f.name: part.get(f.name) for f in fields(SavedParts)}
-    parts = typed_description(folder / "meta.json", SavedParts, values)
-    return {name: value for name, value in vars(parts).items() if value}
-
-
-@dataclass
-class SavedBase:
-    """What a run's training started from; null where that was random."""
-
-    checkpoint: str | None = None
-
-
-def saved_base(folder, meta):
-    """The path or hub id of the transformer that a run started from, or None."""
-    values = {"checkpoint": saved_part(folder, meta, "model").get("checkpoint")}
-    return typed_description(folder / "meta.json", SavedBase, values).checkpoint
+def saved_parts(folder, meta):
+    """The `SavedParts` of a run, from one of its checkpoints."""
+    group = saved_group(folder, meta, "model")
+    values = {f.name: group.get(f.name) for f in fields(SavedParts)}
+    return typed_description(Path(folder) / "meta.json", SavedParts, values)
 
 
 @dataclass
@@ -163,7 +149,7 @@ def run_settings(folder, meta):
     places = {"sample": ("steps", "guidance"), "data": ("height", "width")}
     values = {}
     for group, names in (places | {"model": ("max_sequence_length",)}).items():
-        part = saved_part(folder, meta, group)
+        part = saved_group(folder, meta, group)
         values |= {name: part[name] for name in names if name in part}
     return vars(typed_description(Path(folder) / "meta.json", DrawingSettings, values))
 
@@ -180,7 +166,11 @@ def list_checkpoints(run):
 
 
 def last_checkpoint(run):
-    """The newest checkpoint of a run's folder, or None. In a copy, `last` may be a folder."""
+    """The newest checkpoint of a run's folder, or None; of a checkpoint itself. In a copy, `last`
+    may be a folder.
+    """
+    if (Path(run) / "meta.json").is_file():
+        return Path(run)
     last = Path(run) / "checkpoints" / "last"
     copied = [last] if (last / "meta.json").is_file() else []
     return next(iter([*list_checkpoints(run), *copied]), None)
@@ -188,7 +178,7 @@ def last_checkpoint(run):
 
 def is_run(path):
     """Whether `path` is a run folder or one of its checkpoints."""
-    return (Path(path) / "meta.json").is_file() or last_checkpoint(path) is not None
+    return last_checkpoint(path) is not None
 
 
 def open_checkpoint(folder):

@@ -81,8 +81,10 @@ def resolve_tiny(path):
 
 
 def local_path(where, patterns, *, setting="model.checkpoint"):
-    """The path `where`, or where the files of a hub repository that match have been fetched to."""
-    path = Path(expand_home(str(where), setting))
+    """The path `where`, or where the files of a hub repository that match have been fetched to;
+    `flux-tiny` is the shipped pipeline.
+    """
+    path = Path(expand_home(resolve_tiny(str(where)), setting))
     if path.exists():
         return path
     if not hub.is_repository(str(where)):
@@ -164,7 +166,7 @@ def _open_run(path, ema):
     A tensor's checksum is checked when it is read; a small checkpoint's files at once, a large
     one's by `check_whole`.
     """
-    folder = path if (Path(path) / "meta.json").is_file() else last_checkpoint(path)
+    folder = last_checkpoint(path)
     meta, tensors = run_folder.open_checkpoint(folder)
     averaged = set(meta.ema if ema else ())
     config = _run_config(folder, meta, tensors)
@@ -182,7 +184,7 @@ def _open_run(path, ema):
     metadata = {"training": json.dumps(meta.flow | {"step": meta.step, "ema": bool(averaged)})}
     files = sorted(p for p in folder.iterdir() if p.is_file())
     settings = run_folder.run_settings(folder, meta)
-    config.scheduler = scheduler_beside(run_folder.saved_base(folder, meta), config)
+    config.scheduler = scheduler_beside(run_folder.saved_parts(folder, meta).checkpoint, config)
     found = str(path), meta.what, "fluxlite", config, described, read, metadata, files, settings
     return Source(*found, bool(averaged), check_whole)
 
@@ -217,7 +219,7 @@ def scheduler_beside(checkpoint, config):
     if not checkpoint or not Path(resolve_tiny(checkpoint)).expanduser().exists():
         return None
     try:
-        return open_source(resolve_tiny(checkpoint), given=asdict(config)).config.scheduler
+        return open_source(checkpoint, given=asdict(config)).config.scheduler
     except ValueError as error:
         log.warning("the scheduler of a run's base is not known (%s): FLUX.1's is assumed", error)
         return None
@@ -271,7 +273,6 @@ def opened_part(where, part, setting, **options):
 
 def load_transformer(where, *, ema=True, attention="auto", dtype=None, device="cpu"):
     """A Flux from what `open_source` takes, or from a `Source`; raises `ValueError`."""
-    where = where if isinstance(where, Source) else resolve_tiny(where)
     source = opened_part(where, "transformer", "model.checkpoint", ema=ema)
     return _load(source, dtype, device, attention)
 
