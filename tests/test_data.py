@@ -564,7 +564,7 @@ def make_cache(dataset, directory, digest="d", **options):
 
 @pytest.mark.parametrize("split,workers", [("train", 2), ("val", 0)])
 def test_cache_equals_no_cache(tars, tmp_path, monkeypatch, split, workers):
-    monkeypatch.setattr(cache_module, "ROWS", 4)  # several files for a tar
+    monkeypatch.setattr(cache_module, "FILE_ROWS", 4)  # several files for a tar
     bad = {
         "a.jpg": picture(1)[:100],
         "a.txt": b"broken",

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 
 from fluxlite.cli.processes import STOP_SIGNALS, deferred_signals, die_with_parent, leave_process
-from fluxlite.cli.shipped_help import find_help
 
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
@@ -39,6 +38,8 @@ def run_program(body, *, usage=None, ranks=True):
     try:
         if asks_help:
             with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+                from fluxlite.cli.shipped_help import find_help
+
                 print(find_help(Path(sys.argv[0]).stem, arguments) or usage())
         elif on_rank() and not ranks:
             raise ValueError("this program is one process: start it without torchrun")
@@ -84,7 +85,7 @@ LONGEST = 1500  # characters of an error
 FIRST_SPEAKS = 5  # seconds: the first rank to end has the others killed; it should be rank 0
 
 
-SAME = 2  # seconds in which a second SIGTERM is the first one, passed on by somebody else
+SAME_SIGNAL = 2  # seconds in which a second SIGTERM is the first one, passed on by somebody else
 
 
 def _stopper():
@@ -93,7 +94,7 @@ def _stopper():
 
     def stop(number, _frame):
         before, last[0] = last[0], time.monotonic()
-        if number == signal.SIGTERM and last[0] - before < SAME:
+        if number == signal.SIGTERM and last[0] - before < SAME_SIGNAL:
             return
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt

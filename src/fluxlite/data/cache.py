@@ -33,9 +33,9 @@ POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "contro
 OF_PICTURES = (*POSTERIORS["images"], *POSTERIORS["controls"], "modes")
 OF_TEXTS = ("txt", "pooled")
 # samples of a file: 4 GB of FLUX.1-dev's texts, all in memory until the file is written
-ROWS = 1000
+FILE_ROWS = 1000
 EMPTY = "empty.safetensors"  # the empty caption
-TIMES = "times.json"
+TIMES_FILE = "times.json"
 
 log = logging.getLogger("fluxlite")
 
@@ -99,15 +99,15 @@ def cache_pieces(dataset):
     starts, found = dataset.order.starts.tolist(), []
     for shard, (first, end) in enumerate(zip(starts, starts[1:])):
         found += [
-            (piece_name(shard, i - first), range(i, min(i + ROWS, end)))
-            for i in range(first, end, ROWS)
+            (piece_name(shard, i - first), range(i, min(i + FILE_ROWS, end)))
+            for i in range(first, end, FILE_ROWS)
         ]
     return found
 
 
 def piece_name(shard, row):
     """The file that holds a row of a shard."""
-    return f"{shard:06d}-{row // ROWS:04d}.safetensors"
+    return f"{shard:06d}-{row // FILE_ROWS:04d}.safetensors"
 
 
 # --- what it was made from ------------------------------------------------------------------------
@@ -172,17 +172,17 @@ class _Contents:
             self._keep(accepted)
 
     def _times(self):
-        return read_json(self.folder / TIMES) if (self.folder / TIMES).is_file() else {}
+        return read_json(self.folder / TIMES_FILE) if (self.folder / TIMES_FILE).is_file() else {}
 
     def _keep(self, accepted):
         """Note the times of tars that were touched; unwritten, they are hashed at each start."""
         try:
-            with atomic_file(self.folder / TIMES) as file:
+            with atomic_file(self.folder / TIMES_FILE) as file:
                 file.write(json.dumps(self._times() | accepted).encode())
         except OSError as error:
             log.info(
                 "%s cannot be written (%s): tars that were touched are read again at each start",
-                TIMES,
+                TIMES_FILE,
                 error.strerror,
             )
 
@@ -305,7 +305,7 @@ class CachedSamples:
 
     def _read(self, number):
         shard, row = self.dataset.place(number)
-        name, row = piece_name(shard, row), row % ROWS
+        name, row = piece_name(shard, row), row % FILE_ROWS
         file = self.files.get(name, lambda: RowFile(self.folder / name))
         if str(row) in file.about["bad"]:
             raise BadSample(file.about["bad"][str(row)])

@@ -109,8 +109,8 @@ def picture_pixels(image):
 
 
 def resize_crop(image, height, width, **options):
-    """An RGB image as (3, height, width) float32 in [-1, 1], framed as `frame` does with
-    `options`.
+    """An RGB image as (3, height, width) float32 in [-1, 1], framed as `choose_frame`
+    does with `options`.
     """
     return picture_pixels(choose_frame(image.size, height, width, **options).of(image))
 

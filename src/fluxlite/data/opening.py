@@ -106,7 +106,7 @@ def find_shards(config, split, places):
 
 
 def _expanded(config, places, name, split):
-    """[(path, its `Parts`)] of the tars that `data.path` or `data.val_path` names for a split.
+    """[(path, `SampleParts`)] of the tars that `data.path` or `data.val_path` names for a split.
 
     They are kept in `places`, by (name, split), and taken from there the next time.
     """

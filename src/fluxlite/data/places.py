@@ -16,7 +16,7 @@ from fluxlite.data.urls import REMOTE, fetch_tar
 
 
 def expand_places(where, split, *, setting, download, parts, check):
-    """The tars that `where` names for a split, in order: [(local path, its `Parts`)].
+    """The tars that `where` names for a split, in order: [(local path, its `SampleParts`)].
 
     `where` is a folder, a file, a glob, a brace pattern or a URL, or several with `::` between
     them. A folder with an Energon `.nv-meta/split.yaml` gives the tars of that split; any other

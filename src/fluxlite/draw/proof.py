@@ -153,7 +153,7 @@ def summarise_results(own, others, swaps):
     return report
 
 
-ROWS = {  # of the table: a share, also under shuffled prompts
+REPORT_ROWS = {  # of the table: a share, also under shuffled prompts
     "colours": f"both colours right (ΔE2000 ≤ {MAX_COLOUR_ERROR:g})",
     "shape": f"one circle (IoU ≥ {MIN_IOU:g})",
     "right": "right in both",
@@ -164,7 +164,7 @@ ROWS = {  # of the table: a share, also under shuffled prompts
 def format_table(report):
     """The report as lines for a person."""
     rows = [("", "own prompt", "shuffled")]
-    for key, label in ROWS.items():
+    for key, label in REPORT_ROWS.items():
         if key in report:
             rows.append((label, f"{report[key]:.1%}", f"{report['shuffled_' + key]:.1%}"))
     if report["num_swaps"]:

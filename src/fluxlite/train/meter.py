@@ -24,8 +24,12 @@ from fluxlite.train.training_step import fixed_draws, flow_loss
 
 log = logging.getLogger("fluxlite")
 
-TIMES = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
-KINDS = {"right": "right", "shuffled": "another's", "none": "none"}  # of controls, and in the log
+METER_T = (1 / 8, 3 / 8, 5 / 8, 7 / 8)
+CONTROL_KINDS = {
+    "right": "right",
+    "shuffled": "another's",
+    "none": "none",
+}  # of controls, and in the log
 # standard errors by which the right control must be better: of 64 samples once in 10,000 looks by
 # chance, of 8 in 400
 Z = 4.0
@@ -66,16 +70,16 @@ class ControlMeter:
         values = {f"control/{kind}": mean for kind, mean in means.items()}
         values |= {"control/gain": gain, "control/z": z}
         for kind, by_t in losses.items():
-            values |= {f"control/{kind}_t{t:.3f}": loss for t, loss in zip(TIMES, by_t)}
+            values |= {f"control/{kind}_t{t:.3f}": loss for t, loss in zip(METER_T, by_t)}
         return values | {f"control/residual_{name}": ratio for name, ratio in ratios.items()}
 
     def compare_controls(self):
-        """Losses {"right", "shuffled", "none": one for each of TIMES}, and (count, sum, sum of
+        """Losses {"right", "shuffled", "none": one for each of METER_T}, and (count, sum, sum of
         squares) of each sample's gain.
         """
         run, first = self.run, 0
-        kinds = [kind for kind in KINDS if kind != "none" or not self.alone]
-        sums = torch.zeros(len(kinds), len(TIMES), device=run.device)
+        kinds = [kind for kind in CONTROL_KINDS if kind != "none" or not self.alone]
+        sums = torch.zeros(len(kinds), len(METER_T), device=run.device)
         gains = torch.zeros(3, device=run.device)
         others = torch.cat([inputs["hint"] for _, _, _, inputs, _, _ in self.held_out])
         others = others[self.partners()]
@@ -95,14 +99,14 @@ class ControlMeter:
         return {"none": self.alone} | found, (gains / repeats).tolist()
 
     def losses_by_time(self, x0, txt, pooled, indices, controls):
-        """The losses (controls, TIMES, B) of some samples under each of the controls."""
+        """The losses (controls, METER_T, B) of some samples under each of the controls."""
         run, rows = self.run, []
         drawn = fixed_draws(run, indices, "meter")
         for given in controls:
-            for time in TIMES:
+            for time in METER_T:
                 t = torch.full((len(x0),), time, device=run.device)
                 rows.append(flow_loss(run, x0, txt, pooled, t=t, **drawn, **given))
-        return torch.stack(rows).unflatten(0, (len(controls), len(TIMES)))
+        return torch.stack(rows).unflatten(0, (len(controls), len(METER_T)))
 
     def partners(self):
         """For each of this rank's samples the place of another one, the one before it unless that
@@ -178,7 +182,7 @@ def judge_gain(gain, z, step, patience):
 
 def log_verdict(step, verdict, means, gain, z):
     """One line on how it goes."""
-    shown = ", ".join(f"{means[kind]:.4f} {name}" for kind, name in KINDS.items())
+    shown = ", ".join(f"{means[kind]:.4f} {name}" for kind, name in CONTROL_KINDS.items())
     worse = ", worse than none yet" if means["right"] > means["none"] else ""
     values = verdict, shown, 100 * gain, z, worse
     log.info("step %d, control: %s; loss %s (gain %.2f %%, z %.1f%s)", step, *values)
