@@ -15,7 +15,7 @@ from fluxlite.nets.configs import ControlNetConfig, FluxConfig
 from fluxlite.nets.controlnet import (
     ControlNet,
     count_used,
-    init_from_base,
+    initial_control_weight,
     nearest_depth,
     place_blocks,
     spread_samples,
@@ -25,6 +25,8 @@ from fluxlite.nets.controlnet import (
 )
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
+from fluxlite.parallel import fill_weights
+from fluxlite.train.building import random_weights
 from fluxlite.weights import conversion
 
 HEIGHT, WIDTH, NUM_TEXT = 4, 6, 5  # latent cells
@@ -56,6 +58,13 @@ def inputs(config, kind="latent", batch=2):
         else draw(batch, num_tokens, config.in_channels),
         mode=torch.tensor([2, 6])[:batch] if kind == "union" else None,
     )
+
+
+def start_from_base(config, base):
+    """A net filled with what training starts it from."""
+    net, generator = ControlNet(config), torch.Generator().manual_seed(0)
+    weights = base.state_dict().items()
+    return fill_weights(net, weights_from_base(net, base.config, weights, generator=generator))
 
 
 def without_hint(values):
@@ -219,7 +228,7 @@ def test_a_net_from_its_base_leaves_the_first_step_bit_for_bit(bases, kind):
     config = ControlNetConfig.beside(
         base.config, hint="pixel" if kind == "pixel" else "latent", num_modes=7 * (kind == "union")
     )
-    net = init_from_base(ControlNet(config), base, torch.Generator().manual_seed(0))
+    net = start_from_base(config, base)
     values = inputs(config, kind)
     samples = net(**values)
     assert [len(s) for s in samples] == [4, 10] and all(
@@ -252,7 +261,7 @@ def test_a_net_starts_from_its_base_tensor_by_tensor_too(bases):
     config = ControlNetConfig.beside(
         base.config, num_double_blocks=5, num_single_blocks=7, num_modes=3
     )
-    net = init_from_base(ControlNet(config), base, torch.Generator().manual_seed(0))
+    net = start_from_base(config, base)
     stream = conversion.convert_weights(
         base.state_dict().__getitem__, "fluxlite", "fluxlite", base.config
     )
@@ -273,7 +282,7 @@ def test_blocks_of_the_net_are_those_of_the_base(bases):
     """
     _, base = bases
     config = ControlNetConfig.beside(base.config, num_double_blocks=3, num_single_blocks=0)
-    net, seen = init_from_base(ControlNet(config), base), []
+    net, seen = start_from_base(config, base), []
     values = inputs(config)
     with torch.no_grad():
         for out in net.double_out:
@@ -294,7 +303,8 @@ def test_random_initialisation_starts_without_effect(hint):
     config = ControlNetConfig.beside(
         FluxConfig(2, 2, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)), hint=hint
     )
-    net = ControlNet(config).initialise(torch.Generator().manual_seed(0))
+    net = ControlNet(config)
+    fill_weights(net, random_weights(net, 0, "cpu", partial(initial_control_weight, config)))
     assert all((s == 0).all() for of_kind in net(**inputs(config, hint)) for s in of_kind)
     assert net.double_blocks[0].img.qkv.q.weight.std() > 0 and net.img_in.weight.std() > 0
 
@@ -315,7 +325,7 @@ def test_what_does_not_fit_is_refused():
         ({"num_modes": -1}, "controlnet.num_modes=-1"),
     ):
         with pytest.raises(ValueError, match=named):
-            init_from_base(ControlNet(ControlNetConfig.beside(base.config, **changes)), base)
+            start_from_base(ControlNetConfig.beside(base.config, **changes), base)
     net = ControlNet(ControlNetConfig.beside(base.config, num_double_blocks=1, num_single_blocks=0))
     with pytest.raises(ValueError, match="mode"):
         net(**(inputs(net.config) | {"mode": torch.tensor([0, 0])}))

@@ -137,9 +137,9 @@ class TrainConfig(MachineConfig):
         choose_task(self).check_settings(self)
 
 
-def check_batch(data, parallel):
+def check_batch(data, mesh):
     """Raise `ValueError` unless micro-batches of all data-parallel ranks make up whole batches."""
-    replicate, shard, _, _ = parallel.sizes()
+    replicate, shard, _, _ = mesh.sizes()
     dp, micro, batch = replicate * shard, data.micro_batch, data.global_batch
     together = dp * micro
     if batch % together:
@@ -155,30 +155,30 @@ def check_batch(data, parallel):
 
 def machine_conflicts(config):
     """(whether it is so, text) of each way in which settings of the machine do not go together."""
-    parallel = config.parallel
+    mesh = config.parallel
     yield (
         ":" in config.device,
         f"device={config.device}: write cuda; CUDA_VISIBLE_DEVICES says which",
     )
     yield (
-        config.compile and parallel.tp > 1,
+        config.compile and mesh.tp > 1,
         "compile=true does not work with parallel.tp above 1 yet: leave one of them out",
     )
     yield (
-        parallel.shard_encoders and not config.model.t5,
+        mesh.shard_encoders and not config.model.t5,
         "parallel.shard_encoders=true shards T5, and model.t5 is null: leave it out",
     )
     yield (
-        parallel.shard_encoders and config.data.cache,
+        mesh.shard_encoders and config.data.cache,
         "parallel.shard_encoders=true gathers T5 on all ranks together, and data.cache encodes on "
         "each alone",
     )
     yield (
-        parallel.cpu_offload and not config.device.startswith("cuda"),
+        mesh.cpu_offload and not config.device.startswith("cuda"),
         "parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it out",
     )
     yield (
-        parallel.cpu_offload and config.optim.kind == "muon",
+        mesh.cpu_offload and config.optim.kind == "muon",
         "parallel.cpu_offload=true does not work with optim.kind=muon, which gathers matrices on "
         "the GPU",
     )

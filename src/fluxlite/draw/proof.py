@@ -102,7 +102,7 @@ def prove_position(pictures, chosen, controls):
 
 
 def measure_all(pictures, chosen):
-    """What `measure` says of each picture, as one of its pair of colours."""
+    """What `measure_circle` says of each picture, as one of its pair of colours."""
     return [measure_circle(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
 
 

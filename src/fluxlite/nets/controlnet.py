@@ -109,17 +109,6 @@ class ControlNet(Trunk):
         super().drop_conditioning()
         self.mode_in = None
 
-    def initialise(self, generator=None):
-        """Fill all parameters with what `initial_control_weight` gives."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(
-                    initial_control_weight(
-                        self.config, name, parameter.shape, parameter.device, generator
-                    )
-                )
-        return self
-
 
 def hint_convolutions(channels_out):
     """From pixels to latent cells in eight 3x3 convolutions."""
@@ -161,16 +150,6 @@ def weights_from_base(controlnet, base, weights, device="cpu", generator=None):
             yield name, values
     for name, shape in shapes.items():
         yield name, initial_control_weight(config, name, shape, device, generator)
-
-
-@torch.no_grad()
-def init_from_base(controlnet, base, generator=None):
-    """Start from a `Flux`, as `weights_from_base` says; returns the net."""
-    parameters, weights = dict(controlnet.named_parameters()), base.state_dict().items()
-    device = controlnet.hint_in.weight.device
-    for name, values in weights_from_base(controlnet, base.config, weights, device, generator):
-        parameters[name].copy_(values)
-    return controlnet
 
 
 # --- which block of the base gets which sample ----------------------------------------------------

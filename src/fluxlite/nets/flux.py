@@ -348,13 +348,6 @@ class Trunk(nn.Module):
     def cast(self, x):
         return x.to(self.img_in.weight.dtype)
 
-    def initialise(self, generator=None):
-        """Fill all parameters with what `initial_weight` gives."""
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                parameter.copy_(initial_weight(name, parameter.shape, parameter.device, generator))
-        return self
-
     def num_parameters(self):
         """Parameters, embedders and modulation included: 11,901,408,320 for FLUX.1-dev."""
         return sum(p.numel() for p in self.parameters())
