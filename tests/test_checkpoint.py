@@ -676,7 +676,7 @@ def test_controlnets_and_other_parts_are_not_mixed_up(controlnets, sources, tmp_
 
 
 def test_a_converted_controlnet_is_kept_and_used_again(controlnets, tmp_path, caplog):
-    kept, of = tmp_path / "kept.safetensors", dict(group="controlnet", part="controlnet")
+    kept, of = tmp_path / "kept.safetensors", dict(part="controlnet")
     first = writing.open_converted(controlnets["xlabs"], kept, **of)
     written = kept.stat().st_mtime_ns
     again = writing.open_converted(controlnets["xlabs"], kept, **of)

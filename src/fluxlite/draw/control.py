@@ -102,8 +102,7 @@ def open_control(control, pipeline, height, width, num_prompts=1):
     net, where = control.checkpoint, "the ControlNet"
     if not is_loaded(control):
         where = f"controlnet.checkpoint={control.checkpoint}"
-        options = dict(group="controlnet", part="controlnet")
-        net = writing.open_converted(net, control.save_converted, **options)
+        net = writing.open_converted(net, control.save_converted, part="controlnet")
     net.config.check_fits(pipeline.model_config, where)
     net.config.check_hint(pipeline.sources["autoencoder"].config.downsampling, where)
     mode = union_mode(control.mode, net.config.num_modes, where)

@@ -279,8 +279,8 @@ def find_sources(model):
     """The `Pipeline.sources` that an `ExpectedConfig` names; raises `ValueError`."""
     checkpoint = str(sources.local_path(model.checkpoint, PIPELINE_FILES))
     expected = expected_shape(model)
-    transformer = sources.open_source(checkpoint, ema=model.ema, given=expected)
-    sources.check_part(transformer, "transformer", "model.checkpoint")
+    options = dict(ema=model.ema, given=expected)
+    transformer = sources.open_part(checkpoint, "transformer", **options)
     check_channels(transformer.config, f"model.checkpoint={checkpoint}")
     check_expected(transformer.config, expected, checkpoint)
     named = {part: getattr(model, part) for part in BESIDE_FOLDERS}
@@ -291,11 +291,9 @@ def find_sources(model):
             f"{checkpoint} has no {', '.join(missing)} beside it: name a folder or a hub id for "
             "each"
         )
-    vae = sources.open_source(parts["autoencoder"], setting="model.autoencoder", part="vae")
-    sources.check_part(vae, "autoencoder", "model.autoencoder")
+    vae = sources.open_part(parts["autoencoder"], "autoencoder")
     check_widths(transformer.config, vae)
     if model.save_converted:
-        options = dict(ema=model.ema, given=expected)
         transformer = writing.open_converted(checkpoint, model.save_converted, **options)
     return parts | {"transformer": transformer, "autoencoder": vae}
 

@@ -40,12 +40,12 @@ def wrap_model(model, config, mesh):
     )
 
 
-def open_base(config, opened=sources.open_source, *rest):
-    """The `Source` of model.checkpoint; raises `ValueError` where it is no transformer."""
+def open_base(config, save_converted=None):
+    """The `Source` of model.checkpoint, or of what it is kept as; raises `ValueError` where it is
+    no transformer.
+    """
     given = dict(ema=config.model.ema, given=asdict(config.model.shape()))
-    source = opened(config.model.checkpoint, *rest, **given)
-    sources.check_part(source, "transformer", "model.checkpoint")
-    return source
+    return writing.open_converted(config.model.checkpoint, save_converted, **given)
 
 
 def check_base(config):
@@ -58,7 +58,7 @@ def flux_weights(config, device, values_of=initial_weight):
     """The transformer's (name, values), one by one: the checkpoint's, or random by `values_of`."""
     if not config.model.checkpoint:
         return random_weights(meta_flux(config), config.seed, device, values_of)
-    source = open_base(config, writing.open_converted, config.model.save_converted)
+    source = open_base(config, config.model.save_converted)
     check_shape(source, config.model.shape(), "model.checkpoint", config.model.checkpoint)
     return checked_weights(source, "model.checkpoint")
 

@@ -118,7 +118,7 @@ def open_autoencoder(config):
     the configuration counts on.
     """
     where = config.model.autoencoder
-    source = sources.opened_part(where, "autoencoder", "model.autoencoder")
+    source = sources.open_part(where, "autoencoder")
     check_widths(config.model.shape(), source)
     cell = source.config.downsampling
     if cell != config.model.downsampling:

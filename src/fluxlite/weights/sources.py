@@ -247,15 +247,12 @@ def _load(source, dtype, device, *options):
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def check_part(source, what, setting):
-    """Raise `ValueError`, naming `setting`, where a `Source` is something other than `what`."""
-    if source.what != what:
-        raise ValueError(
-            f"{setting}={source.where} holds the wrong part, {source.what}: name {ARTICLED[what]}"
-        )
-
-
 PART_FOLDERS = {"transformer": "transformer", "controlnet": "controlnet", "autoencoder": "vae"}
+PART_KEYS = {  # that name them
+    "transformer": "model.checkpoint",
+    "controlnet": "controlnet.checkpoint",
+    "autoencoder": "model.autoencoder",
+}
 ARTICLED = {
     "transformer": "a transformer",
     "controlnet": "a ControlNet",
@@ -263,23 +260,30 @@ ARTICLED = {
 }
 
 
-def opened_part(where, part, setting, **options):
-    """The `Source` of a part from what `open_source` takes, or from a `Source`."""
+def open_part(where, part, **options):
+    """The `Source` of a part from what `open_source` takes, or from a `Source`.
+
+    Raises `ValueError`, naming the part's key, where it is something else.
+    """
+    key = PART_KEYS[part]
     if not isinstance(where, Source):
-        where = open_source(where, setting=setting, part=PART_FOLDERS[part], **options)
-    check_part(where, part, setting)
+        where = open_source(where, setting=key, part=PART_FOLDERS[part], **options)
+    if where.what != part:
+        raise ValueError(
+            f"{key}={where.where} holds the wrong part, {where.what}: name {ARTICLED[part]}"
+        )
     return where
 
 
 def load_transformer(where, *, ema=True, attention="auto", dtype=None, device="cpu"):
     """A Flux from what `open_source` takes, or from a `Source`; raises `ValueError`."""
-    source = opened_part(where, "transformer", "model.checkpoint", ema=ema)
+    source = open_part(where, "transformer", ema=ema)
     return _load(source, dtype, device, attention)
 
 
 def load_controlnet(where, *, attention="auto", dtype=None, device="cpu"):
     """A ControlNet from what `open_source` takes, or from a `Source`; raises `ValueError`."""
-    source = opened_part(where, "controlnet", "controlnet.checkpoint")
+    source = open_part(where, "controlnet")
     return _load(source, dtype, device, attention)
 
 
@@ -288,4 +292,4 @@ def load_autoencoder(where, *, dtype=None, device="cpu"):
 
     Raises `ValueError`.
     """
-    return _load(opened_part(where, "autoencoder", "model.autoencoder"), dtype, device)
+    return _load(open_part(where, "autoencoder"), dtype, device)

@@ -14,7 +14,7 @@ from fluxlite.cli.options import expand_home
 from fluxlite.weights import conversion, layouts, tensor_files
 from fluxlite.weights.diffusers_configs import config_to_diffusers
 from fluxlite.weights.run_folder import is_run
-from fluxlite.weights.sources import SCHEDULER_FILE, check_part, open_source
+from fluxlite.weights.sources import PART_KEYS, SCHEDULER_FILE, open_part, open_source
 
 log = logging.getLogger("fluxlite")
 
@@ -204,19 +204,16 @@ def _write_beside(folder, source, to, names, shards):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def open_converted(
-    where, save_converted, *, ema=True, group="model", part="transformer", given=None
-):
+def open_converted(where, save_converted, *, part="transformer", **options):
     """The `Source` of `model.checkpoint`, or `model.save_converted`, written where it is not there.
 
-    With group="controlnet" and that `part`, of `controlnet.checkpoint` and
-    `controlnet.save_converted`. Ranks that share a disk may call this together: one writes, the
+    With part="controlnet", of `controlnet.checkpoint` and `controlnet.save_converted`; `options`
+    are those of `open_source`. Ranks that share a disk may call this together: one writes, the
     others wait. Raises `ValueError` where the file was made from something else.
     """
-    setting = f"{group}.save_converted"
-    options = dict(setting=f"{group}.checkpoint", ema=ema, part=part, given=given)
-    source = open_source(where, **options)
-    check_part(source, part, f"{group}.checkpoint")
+    key = PART_KEYS[part]
+    setting = key.replace("checkpoint", "save_converted")
+    source = open_part(where, part, **options)
     if not save_converted:
         return source
     if source.layout == "fluxlite" and not is_run(Path(where).expanduser()):
@@ -228,13 +225,12 @@ def open_converted(
     file.parent.mkdir(parents=True, exist_ok=True)
     with locked(file.with_name(f".{file.name}.lock")):
         if not file.exists():
-            options = dict(total=source.num_bytes(), unit="B", unit_scale=True)
-            with tqdm(desc=f"writing {file}", **options) as bar:
+            shown = dict(total=source.num_bytes(), unit="B", unit_scale=True)
+            with tqdm(desc=f"writing {file}", **shown) as bar:
                 write_converted(source, file, setting=f"{setting}=", progress=bar.update)
     kept = open_source(file, setting=setting)
     if kept.metadata.get("source_files") != source.fingerprint():
         raise ValueError(
-            f"{setting}={file} was not made from {group}.checkpoint={where}: remove it, or name "
-            "another"
+            f"{setting}={file} was not made from {key}={where}: remove it, or name another"
         )
     return kept

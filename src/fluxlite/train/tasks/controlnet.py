@@ -197,8 +197,7 @@ def controlnet_weights(config, device):
     """A ControlNet's (name, values) to start from: a checkpoint's, its base's, or random."""
     control, net = config.controlnet, meta_controlnet(config)
     if control.checkpoint:
-        where = control.checkpoint, "controlnet", "controlnet.checkpoint"
-        source = sources.opened_part(*where, ema=config.model.ema)
+        source = sources.open_part(control.checkpoint, "controlnet", ema=config.model.ema)
         check_shape(source, net.config, "controlnet.checkpoint", control.checkpoint)
         return checked_weights(source, "controlnet.checkpoint")
     if control.init_from_base:
