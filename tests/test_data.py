@@ -664,8 +664,8 @@ def fill50k_config(path, **changes):
 def test_generated_samples_are_deterministic_and_hold_pairs_out(tmp_path):
     config = fill50k_config(tmp_path / "data")
     for split, count in (("train", 40), ("val", 10)):
-        prepare_data(config, split, 0)
-        prepare_data(config, split, 1)
+        prepare_data(config, split)
+        prepare_data(config, split)
         dataset = open_dataset(config, split, 0)
         for text in {dataset[i]["captions"] for i in range(count)} - {""}:
             assert fill50k.is_held_out(
@@ -1086,7 +1086,7 @@ def test_generated_circles_have_their_outlines_as_controls(tmp_path):
     config = fill50k_config(tmp_path / "data", control="png", caption_dropout=0.0)
     config.validate()
     for split, seed in (("train", 0), ("val", 1)):
-        prepare_data(config, split, 0)
+        prepare_data(config, split)
         sample = open_dataset(config, split, 0)[0]
         number = int(sample["keys"].split("/")[1])
         _, outline, text = fill50k.draw_sample(number, size=32, seed=seed, held_out=split == "val")

@@ -1,6 +1,6 @@
 """Data: pictures and captions to batches that are a pure function of (config, seed, global index).
 
-    prepare_data(config, "train", seed)  # on every rank; generates fill50k where it is missing
+    prepare_data(config, "train")  # on every rank; generates fill50k where it is missing
     dataset = open_dataset(config, "train", seed)
     for batch in make_loader(dataset, global_batch=8, micro_batch=2, dp_rank=0, dp_size=2,
                              start_index=0, workers=2): …

@@ -148,7 +148,7 @@ def open_split(config, run, split, places):
             text_shape=(model.max_sequence_length, model.text_width),
             pooled_width=model.pooled_width,
         )
-    prepare_data(data, split, config.seed)
+    prepare_data(data, split)
     dataset = open_dataset(data, split, config.seed, places)
     return cache_samples(run, dataset, Path(data.cache) / split) if data.cache else dataset
 
