@@ -36,9 +36,10 @@ def fill50k_root(config):
 def prepare_data(config, split):
     """Generate fill50k's tars of a split where there are none.
 
-    Every rank calls it: one works, the others wait. The pictures are the same for every
-    run, whatever its seed, so that runs share them. Raises `ValueError` where pictures of another count or size
-    were generated before, and for a folder with files of the user's: nothing is written into that.
+    Every rank calls it: one works, the others wait. The pictures are the same for every run,
+    whatever its seed, so that runs share them. Raises `ValueError` where pictures of another count
+    or size were generated before, and for a folder with files of the user's: nothing is written
+    into that.
     """
     if config.kind != "fill50k" or (split == "val" and config.val_path):
         return
