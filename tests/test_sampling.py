@@ -303,6 +303,26 @@ def test_a_solver_is_a_function_of_any_velocity(pipeline, undisturbed):
     assert seen == [0, 1, 2] and torch.allclose(halved, noise / 8)
 
 
+def test_pictures_are_drawn_by_the_solver_that_is_given(pipeline):
+    """Heun's, whose last step is Euler's: alike in one step, in several not."""
+
+    def sample_heun(velocity, x, times, callback=lambda step, x: x):
+        x = callback(0, x)
+        for i in range(len(times) - 1):
+            first, width = velocity(x, i), times[i + 1] - times[i]
+            if i + 2 < len(times):
+                first = (first + velocity(x + width * first, i + 1)) / 2
+            x = callback(i + 1, x + width * first)
+        return x
+
+    for steps in (1, 3):
+        options = dict(checkpoint=pipeline, decode=False, height=64, width=64, steps=steps)
+        options |= dict(max_sequence_length=16)
+        [euler] = fluxlite.generate(PROMPT, **options)
+        [heun] = fluxlite.generate(PROMPT, solver=sample_heun, **options)
+        assert torch.allclose(heun, euler, atol=1e-6) == (steps == 1) and heun.isfinite().all()
+
+
 def test_parts_are_loaded_when_they_are_used_and_dropped_or_kept(pipeline):
     options = dict(device="cpu", dtype=torch.float32)
     parts = {"encoders", "transformer", "autoencoder"}

@@ -27,6 +27,7 @@ from fluxlite.draw.sampling import (
     decode_pictures,
     initial_noise,
     prepare_conditions,
+    sample_euler,
     sample_latents,
 )
 from fluxlite.nets.configs import FluxConfig, check_channels
@@ -371,6 +372,7 @@ def generate(
     start_time: float | None = None,
     latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
     decode: bool = True,
+    solver: Callable = sample_euler,
     on_step: Callable | None = None,
     on_picture: Callable | None = None,
     stage: Callable[[str], AbstractContextManager] = nullcontext,
@@ -390,6 +392,7 @@ def generate(
     `times` fall from 1, noise, to 0, a picture, in place of steps and shift. Drawing begins at
     `start_time`, of which `latents` (pictures, C, h, w) are the state; they may also stand for the
     noise at 1. Without `decode` the latents (C, h, w) at the last time come in place of pictures.
+    `solver` is a function as `sample_euler`.
 
     `on_step(numbers, step, times, latents)` is called with the latents (B, C, h, w) of a batch's
     pictures at times[step], from step 0 on; `on_picture(number, picture)` with each picture as soon
@@ -410,7 +413,7 @@ def generate(
         texts = encode_texts(pipeline.encoders, [*prompts, *against], length, batch)
         pipeline.release("encoders")
     with stage("transformer and modulation"):
-        draw = prepare_drawing(pipeline, texts, sample, times, opened)
+        draw = prepare_drawing(pipeline, texts, sample, times, opened, solver)
     about, drawn = describe_drawing(sample, times, controls), []
     for first in range(0, len(pictures), batch):
         rows = range(first, min(first + batch, len(pictures)))
@@ -516,7 +519,7 @@ def encode_texts(encoders, prompts, length, batch):
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def prepare_drawing(pipeline, texts, sample, times, controls) -> Callable:
+def prepare_drawing(pipeline, texts, sample, times, controls, solver) -> Callable:
     """A function (pictures, start, callback) → packed latents (B, L, C); see `sample_latents`.
 
     Transformer and nets of the `open_control`s are loaded, all steps' modulation computed; of
@@ -530,7 +533,7 @@ def prepare_drawing(pipeline, texts, sample, times, controls) -> Callable:
     @torch.inference_mode()
     def draw(pictures, start, callback):
         prompts, seeds = map(list, zip(*pictures))
-        options = dict(residuals=attach(prompts, seeds), callback=callback)
+        options = dict(residuals=attach(prompts, seeds), callback=callback, solver=solver)
         if sample.true_cfg > 1:
             last = len(texts[0]) - 1
             options["negative"] = conditions([last]).rows([0] * len(prompts))

@@ -173,6 +173,9 @@ class ControlNetConfig(FluxConfig):
                 )
 
 
+NET_CONFIGS = {"transformer": FluxConfig, "controlnet": ControlNetConfig}  # that are trained
+
+
 @dataclass
 class AutoencoderConfig:
     """The shape of an autoencoder and the scale of its latents; the defaults are FLUX.1's."""

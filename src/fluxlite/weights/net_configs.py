@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 
 from fluxlite.cli.descriptions import parse_json, read_json
 from fluxlite.cli.options import option, shortened, typed_description, typed_value
-from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig, FluxConfig
+from fluxlite.nets.configs import NET_CONFIGS, AutoencoderConfig, ControlNetConfig, FluxConfig
 from fluxlite.weights import layouts
 from fluxlite.weights.diffusers_configs import (
     CLASS_NAMES,
@@ -20,7 +20,6 @@ from fluxlite.weights.diffusers_configs import (
 
 log = logging.getLogger("fluxlite")
 
-NET_CONFIGS = {"transformer": FluxConfig, "controlnet": ControlNetConfig}
 ROPE_FIELDS = ("rope_axes", "rope_theta")
 FLUX_HEAD_WIDTH = 128  # channels of a head of every published FLUX.1
 

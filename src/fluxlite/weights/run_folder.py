@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fluxlite.cli.descriptions import parse_json, read_text
 from fluxlite.cli.options import option, typed_description, typed_options
+from fluxlite.nets.configs import NET_CONFIGS
 from fluxlite.weights.layouts import FIRST_EDITION
 from fluxlite.weights.run_tensors import (
     DESCRIPTION,
@@ -71,7 +72,7 @@ class CheckpointMeta:
     ema: list[str] = option(MISSING, "names of the parameters that have a moving average")
     layout: str = option("fluxlite", "of the weights", choices=("fluxlite",))
     version: str = option("", "of the program that wrote it")
-    what: str = option("transformer", "what was trained", choices=("transformer", "controlnet"))
+    what: str = option("transformer", "what was trained", choices=tuple(NET_CONFIGS))
     data: DataRecord = option(DataRecord, "what it was trained on")
     files: dict = option(dict, "{name: FileRecord}; empty where none was taken")
     checksum: str = option("", "CRC-32 of meta.json with zeros in its place")

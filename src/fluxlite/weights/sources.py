@@ -16,7 +16,7 @@ from pathlib import Path
 from fluxlite.cli.descriptions import parse_json, read_json
 from fluxlite.cli.options import expand_home, shortened, typed_description
 from fluxlite.nets import schedule
-from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig, FluxConfig
+from fluxlite.nets.configs import NET_CONFIGS, AutoencoderConfig, ControlNetConfig, FluxConfig
 from fluxlite.nets.schedule import read_scheduler
 from fluxlite.weights import (
     conversion,
@@ -194,7 +194,7 @@ def _run_config(folder, meta, tensors):
     have.
     """
     file = folder / "meta.json"
-    config = typed_description(file, net_configs.NET_CONFIGS[meta.what], meta.model)
+    config = typed_description(file, NET_CONFIGS[meta.what], meta.model)
     widest = max((max(tensor.shape, default=0) for tensor in tensors.tensors.values()), default=0)
     for f in fields(config):  # 10⁹ blocks would be built before they are missed
         value = getattr(config, f.name)
