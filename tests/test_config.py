@@ -161,6 +161,8 @@ def test_settings_that_would_do_nothing_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for arguments, named in (
         (["negative_prompt=b"], "true_cfg"),
+        (["prompt="], "prompt= is empty"),
+        (["prompt=a", "prompt= "], "prompt= is empty"),
         (["negative_prompt=b", "true_cfg=nan"], "true_cfg"),
         ([f"output={tmp_path}/file/x"], "is a file"),
     ):

@@ -12,7 +12,8 @@ from PIL import Image
 
 import fluxlite
 from fluxlite.draw import sampling
-from fluxlite.draw.pipeline import picture_seed
+from fluxlite.draw.control import Control
+from fluxlite.draw.pipeline import DrawConfig, picture_seed
 from fluxlite.nets import schedule
 from fluxlite.nets.latents import unpack_latents
 from fluxlite.weights import sources, writing
@@ -266,14 +267,76 @@ def test_drawing_may_begin_between_two_times(pipeline, undisturbed):
         (dict(start_time=1.5), "at most 1"),
         (dict(latents=torch.zeros(1, 16, 4, 4)), r"\(1, 16, 4, 4\).*take \(1, 16, 8, 8\)"),
         (dict(latents=torch.zeros(2, 16, 8, 8)), r"take \(1, 16, 8, 8\)"),
-        (dict(heigth=64), "heigth is not a key"),
+        (dict(heigth=64), "heigth= is no argument of generate: did you mean height"),
+        (dict(num_inference_steps=4), "num_inference_steps= is no arg.* did you mean steps"),
+        (dict(generator=torch.Generator()), "generator= is no argument.* did you mean seed"),
+        (dict(output_type="latent"), "did you mean decode"),
+        (dict(imgs_per_prompt=4), "did you mean images_per_prompt"),
+        (dict(qqq=1), "^qqq= is no argument of generate$"),
+        (dict(config=DrawConfig(), steps=7), "steps= beside config="),
+        (dict(config={"steps": 7}), "config={'steps': 7} must be a DrawConfig, not dict"),
+        (dict(checkpoint=3), "checkpoint=3 must be a path"),
+        (dict(prompt=[]), r"prompt=\[\] is empty"),
+        (dict(prompt=None), "prompt=None must be a text"),
+        (dict(prompt=5), "prompt=5 must be a text"),
+        (dict(prompt=b"x"), "prompt=b'x' must be a text"),
+        (dict(prompt=["a", 1]), "prompt=1 must be a text"),
+        (dict(prompt={"a": 1}), "prompt={'a': 1} must be a text"),
+        (dict(controls=["x.png"]), "controls='x.png' must be a Control"),
+        (dict(controls=Control("flux-tiny", np.zeros((4, 4, 3)))), "a PIL image, not ndarray"),
+        (dict(controls=Control("flux-tiny", torch.zeros(3, 4, 4))), "a PIL image, not Tensor"),
+        (dict(controls=Control(5, "x.png")), "controlnet.checkpoint=5 must be a path"),
+        (dict(latents=np.zeros((1, 16, 8, 8), np.int64)), "latents= are torch.int64"),
+        (dict(latents=5), "latents=5 must be a tensor"),
+        (dict(latents=[torch.zeros(1), torch.zeros(2)]), "latents=.* must be a tensor"),
+        (dict(times="abc"), "times='abc' must be numbers"),
+        (dict(start_time="x"), "start_time='x' must be a number"),
+        (dict(negative_prompt="a fox"), "negative_prompt= needs true_cfg above 1, not 1.0"),
+        (dict(negative_prompt=["a"], true_cfg=2.0), "negative_prompt=.* must be a text"),
         (dict(t5="x"), "pass them to load_pipeline"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused_before_anything_is_drawn(options, named, pipeline):
-    given = {} if "heigth" in options else dict(checkpoint=pipeline)
+    given = dict(prompt=PROMPT, checkpoint=pipeline) | options
+    with pytest.raises(ValueError, match=named) as error:
+        fluxlite.generate(on_step=lambda *_: pytest.fail("drawn"), **given)
+    assert "\n" not in str(error.value) and "--help" not in str(error.value)
+
+
+def test_latents_may_be_an_array_and_a_control_stand_alone(pipeline, undisturbed):
+    latents = torch.randn(1, 16, 8, 12)
+    options = dict(checkpoint=pipeline, **SMALL)
+    a, b = (fluxlite.generate(PROMPT, latents=x, **options) for x in (latents, latents.numpy()))
+    assert (pixels(a) == pixels(b)).all()
+    control = Control("flux-tiny", Image.new("RGB", (96, 64), "white"))
+    a, b = (fluxlite.generate(PROMPT, controls=c, **options) for c in (control, [control]))
+    assert (pixels(a) == pixels(b)).all() and (pixels(a) != pixels(undisturbed[1][:1])).any()
+
+
+@pytest.mark.parametrize(
+    "options,named",
+    [
+        (dict(dtype="foo"), "dtype=foo: choose one of float32, bfloat16"),
+        (dict(dtype="float16"), "dtype=float16: choose one of float32, bfloat16"),
+        (dict(dtype=16), "dtype=16 must be float32 or bfloat16"),
+        (dict(device="gpu"), "device=gpu: this machine has"),
+        (dict(device="cuda"), "device=cuda: this machine has cpu"),
+        (dict(torch_dtype=torch.float32), "no argument of load_pipeline: did you mean dtype"),
+        (dict(qqq=1), "^qqq= is no argument of load_pipeline$"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused_before_it_is_loaded(options, named, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=named):
-        fluxlite.generate(PROMPT, on_step=lambda *_: pytest.fail("drawn"), **given, **options)
+        fluxlite.load_pipeline(**options)
+
+
+def test_a_transformer_takes_the_name_of_a_type():
+    assert fluxlite.load_transformer("flux-tiny", dtype="bfloat16").img_in.weight.dtype == (
+        torch.bfloat16
+    )
+    with pytest.raises(ValueError, match="dtype=foo: choose one of"):
+        fluxlite.load_transformer("flux-tiny", dtype="foo")
 
 
 def test_a_solver_is_a_function_of_any_velocity(pipeline, undisturbed):

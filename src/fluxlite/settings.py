@@ -5,17 +5,14 @@ them.
 import dataclasses
 import math
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from fluxlite import parallel
 from fluxlite.cli.options import check_options, option, refuse_first, same_option
 from fluxlite.data.config import DataConfig
 from fluxlite.draw.control import Control
-from fluxlite.draw.pipeline import DrawConfig, PartsConfig, PipelineConfig
+from fluxlite.draw.pipeline import DrawConfig, PartsConfig, PipelineConfig, check_negative
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
@@ -286,10 +283,11 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
                 'prompt= is missing: name what to draw, as in prompt="red circle with blue '
                 'background"'
             )
+        if not all(text.strip() for text in self.prompt):
+            raise ValueError("prompt= is empty: name what to draw, or leave it out")
         if self.prompt_file and not Path(self.prompt_file).is_file():
             raise ValueError(f"prompt_file={self.prompt_file} is not a file")
-        if self.negative_prompt and not (self.true_cfg or 1) > 1:
-            raise ValueError(f"negative_prompt= needs true_cfg above 1, not {self.true_cfg or 1.0}")
+        check_negative(self.negative_prompt, self.true_cfg or 1.0)
         self.controls()
         if not self.model.checkpoint:
             raise ValueError(
@@ -314,12 +312,8 @@ def check_machine(config):
     """
     check_output(config.output)
     config.device = config.device or parallel.default_device()
-    known = re.fullmatch(r"cpu|cuda(:\d{1,4})?", config.device)
-    if not known or (config.device != "cpu" and parallel.default_device() != "cuda"):
-        raise ValueError(f"device={config.device}: this machine has {parallel.default_device()}")
-    if known[1] and int(known[1][1:]) >= torch.cuda.device_count():
-        raise ValueError(f"device={config.device}: there are {torch.cuda.device_count()} GPUs")
-    config.dtype = config.dtype or ("bfloat16" if parallel.has_bf16(config.device) else "float32")
+    parallel.check_device(config.device)
+    config.dtype = config.dtype or parallel.default_dtype(config.device)
     if config.compile:
         parallel.check_compiler(config.device)
     attention = config.model.attention

@@ -116,7 +116,7 @@ def _split_arguments(cls, name, argv):
             kept.append((key, None if optional and value == "null" else value))
         elif key in choices:
             if value not in choices[key]:
-                near = nearest_key(value, choices[key])
+                near = nearest_key(value, choices[key], ".")
                 raise ValueError(
                     f"{argument}: no such {key}{near} There are {', '.join(choices[key])}"
                 )
@@ -126,7 +126,8 @@ def _split_arguments(cls, name, argv):
         elif key in fields:
             overrides.append(f"++{argument}")  # the YAML need not name what the dataclasses do
         else:
-            raise ValueError(f"{key} is not a key{nearest_key(key, [*fields, *choices])}")
+            near = nearest_key(key, [*fields, *choices], ": --help lists the keys")
+            raise ValueError(f"{key} is not a key{near}")
     return overrides, kept
 
 

@@ -82,15 +82,15 @@ def same_option(cls, name, **changes):
     return option(**{"default": default, **f.metadata, **changes})
 
 
-def nearest_key(key, known):
-    """`: did you mean …?` for a key that is unknown."""
+def nearest_key(key, known, otherwise=""):
+    """`: did you mean …?` for a key that is unknown; `otherwise` where none is like it."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     tails = difflib.get_close_matches(
         key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.8
     )
     if not close and tails:
         close = [k for k in known if k.split(".")[-1] == tails[0]]
-    return f": did you mean {close[0]}?" if close else ": --help lists the keys"
+    return f": did you mean {close[0]}?" if close else otherwise
 
 
 def typed_options(cls, values, prefix=""):
@@ -171,6 +171,15 @@ def expand_home(path, key):
     return expanded
 
 
+def check_kind(value, kinds, key, meaning):
+    """Raise `ValueError`, naming `key`, where a value is of no type of `kinds`: `meaning` in an
+    error.
+    """
+    if not isinstance(value, kinds):
+        name = type(value).__name__
+        raise ValueError(f"{key}={shortened(value)} must be {meaning}, not {name}")
+
+
 def check_sources(cls, values, where, prefix=""):
     """Raise `ValueError` where nested dictionaries read from `where` hold what must be given by
     hand.
@@ -218,6 +227,7 @@ def shortened(value):
     """A value as an error shows it: on one line, cut where it is long."""
     huge = isinstance(value, int) and value.bit_length() > 256  # Python refuses to print it
     text = f"a number of {value.bit_length()} bits" if huge else repr(value)
+    text = " ".join(text.split("\n"))  # a tensor's has several lines
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

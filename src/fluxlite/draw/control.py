@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from fluxlite import rng
-from fluxlite.cli.options import check_options, expand_home, option
+from fluxlite.cli.options import check_kind, check_options, expand_home, option
 from fluxlite.data import images
 from fluxlite.draw.sampling import prepare_conditions
 from fluxlite.nets.autoencoder import sample_posterior
@@ -55,11 +55,19 @@ class Control:
 
     def validate(self):
         check_options(self, "controlnet.")
+        net, paths = (str, Path, ControlNet, sources.Source), (str, Path, Image.Image)
+        check_kind(self.checkpoint, net, "controlnet.checkpoint", "a path or a loaded ControlNet")
+        for image in self.images():
+            check_kind(image, paths, "control_image", "a path or a PIL image")
         if not self.start < self.end:
             raise ValueError(
                 f"controlnet.start={self.start} must be less than controlnet.end={self.end}, both "
                 "from 0 to 1"
             )
+
+    def images(self):
+        """A list of the pictures to follow."""
+        return [*self.image] if isinstance(self.image, (list, tuple)) else [self.image]
 
     def active(self, step, num_steps):
         """Whether the net takes part in a step: where all of it lies between start and end, as in
@@ -92,7 +100,7 @@ def open_control(control, pipeline, height, width, num_prompts=1):
     (P, 3, height, width) in [-1, 1], one for each prompt or one for all. Raises `ValueError`.
     """
     control.validate()
-    given = control.image if isinstance(control.image, (list, tuple)) else [control.image]
+    given = control.images()
     if len(given) not in (1, num_prompts):
         raise ValueError(
             f"{len(given)} control images for {num_prompts} prompts: give one for all, or one "

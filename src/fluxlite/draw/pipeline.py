@@ -8,11 +8,13 @@
 B pictures, L tokens, C channels, h and w in latent cells.
 """
 
+import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -20,7 +22,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from fluxlite import parallel
-from fluxlite.cli.options import check_options, option, same_option, typed_options
+from fluxlite.cli.options import (
+    check_kind,
+    check_options,
+    nearest_key,
+    option,
+    refuse_first,
+    same_option,
+    shortened,
+    typed_options,
+)
 from fluxlite.draw.control import Control, open_control, prepare_controls
 from fluxlite.draw.offload import OFFLOAD, stream_blocks
 from fluxlite.draw.sampling import (
@@ -42,15 +53,25 @@ from fluxlite.nets.schedule import (
     times_for,
 )
 from fluxlite.weights import run_folder, sources, writing
-from fluxlite.weights.sources import TINY
+from fluxlite.weights.sources import COMPUTE_DTYPES, TINY
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
 
-COMPUTE_DTYPES = ("float32", "bfloat16")
 PIPELINE_FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
 PIPELINE_FILES = [*(f"{folder}/*" for folder in PIPELINE_FOLDERS), "model_index.json"]
 BESIDE_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+DIFFUSERS_NAMES = {  # a name of diffusers' pipelines: ours
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "true_cfg_scale": "true_cfg",
+    "num_images_per_prompt": "images_per_prompt",
+    "generator": "seed",
+    "sigmas": "times",
+    "output_type": "decode",
+    "callback_on_step_end": "on_step",
+    "torch_dtype": "dtype",
+}
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -170,6 +191,27 @@ class PipelineConfig:
     )
 
 
+PARTS_FIELDS = tuple(f.name for f in fields(PartsConfig))
+DRAW_FIELDS = tuple(f.name for f in fields(DrawConfig))
+LOAD_OPTIONS = *PARTS_FIELDS, "device", "dtype", "compile", "offload", "expected"
+
+
+def check_names(given, known, function):
+    """Raise `ValueError` with the nearest name for an option that a function has not."""
+    for name in given:
+        ours = DIFFUSERS_NAMES.get(name)
+        near = f": did you mean {ours}?" if ours in known else nearest_key(name, known)
+        if name not in known:
+            raise ValueError(f"{name}= is no argument of {function}{near}")
+
+
+def check_negative(negative_prompt, true_cfg):
+    """Raise `ValueError` where a negative prompt would have no effect."""
+    check_kind(negative_prompt, str, "negative_prompt", "a text")
+    if negative_prompt and not true_cfg > 1:
+        raise ValueError(f"negative_prompt= needs true_cfg above 1, not {true_cfg}")
+
+
 def expected_shape(model):
     """{field of FluxConfig: value} for what an `ExpectedConfig` says of the checkpoint's shape."""
     named = {name: getattr(model, name) for name in SHAPE_FIELDS}
@@ -245,6 +287,7 @@ def load_pipeline(checkpoint: str | Path = TINY, **options) -> Pipeline:
     `expected` is {field of FluxConfig: value} that the transformer must have. With `offload` text
     or all, each part is loaded when it is used, and freed. Raises `ValueError` that names the key.
     """
+    check_names(options, LOAD_OPTIONS, "load_pipeline")
     pipeline = open_pipeline(pipeline_config(checkpoint, **{"offload": "none"} | options))
     if pipeline.keeps_parts:
         _ = pipeline.transformer, pipeline.autoencoder, pipeline.encoders
@@ -266,14 +309,14 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     Parts that are not named are looked for beside it. They are checked to fit together, as far as
     that can be seen. Raises `ValueError` that names the missing key.
     """
-    device = torch.device(config.device or parallel.default_device())
-    dtype = config.dtype or ("bfloat16" if parallel.has_bf16(device) else "float32")
+    device = str(config.device or parallel.default_device())
+    parallel.check_device(device)
+    dtype = sources.named_dtype(config.dtype or parallel.default_dtype(device))
     found = find_sources(config.model)
     settings = default_settings(found["transformer"])
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    return Pipeline(config, found, settings, device, dtype)
+    return Pipeline(config, found, settings, torch.device(device), dtype)
 
 
 def find_sources(model):
@@ -367,7 +410,7 @@ def generate(
     prompt: str | Sequence[str],
     *,
     checkpoint: str | Path | Pipeline = TINY,
-    controls: Sequence[Control] = (),
+    controls: Control | Sequence[Control] = (),
     times: Sequence[float] | torch.Tensor | None = None,
     start_time: float | None = None,
     latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
@@ -399,8 +442,11 @@ def generate(
     as its batch is drawn. Numbers count from 0. `stage(name)` is a context around each part of the
     work. Each picture's `info["sampling"]` are the settings it was drawn with. Raises `ValueError`.
     """
+    check_kind(start_time, (Real, type(None)), "start_time", "a number")
     pipeline, config = settle_options(checkpoint, config, options)
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = one_or_several(prompt, str, "prompt", "a text or a list of texts")
+    controls = one_or_several(controls, Control, "controls", "a Control or a list of them")
+    refuse_first([(not prompts, "prompt=[] is empty: name what to draw")])
     sample = settle_sample(pipeline, config)
     times = settle_times(pipeline, config, sample, times, start_time)
     size = sample.height, sample.width
@@ -432,9 +478,24 @@ def generate(
     return drawn
 
 
+def one_or_several(value, kind, key, meaning):
+    """A list of what an argument gives one or several of; raises `ValueError`, naming `key`."""
+    single = isinstance(value, (kind, str, bytes, dict, set)) or not isinstance(value, Iterable)
+    found = [value] if single else [*value]
+    for one in found:
+        check_kind(one, kind, key, meaning)
+    return found
+
+
 def settle_options(checkpoint, config, options):
     """The `Pipeline` and the `DrawConfig` that `generate` is given, or makes of its options."""
-    own = {f.name: options.pop(f.name) for f in fields(DrawConfig) if f.name in options}
+    check_kind(checkpoint, (str, Path, Pipeline), "checkpoint", "a path, a hub id or a Pipeline")
+    check_kind(config, (DrawConfig, type(None)), "config", "a DrawConfig")
+    known = *inspect.signature(generate).parameters, *DRAW_FIELDS, *LOAD_OPTIONS
+    check_names(options, [name for name in known if name != "options"], "generate")
+    own = {name: options.pop(name) for name in DRAW_FIELDS if name in options}
+    if config and own:
+        raise ValueError(f"{'=, '.join(own)}= beside config=: set them in config, or leave it out")
     config = config or DrawConfig(**own)
     check_options(config)
     if not isinstance(checkpoint, Pipeline):
@@ -454,6 +515,7 @@ def settle_sample(pipeline, config):
     named = {name: getattr(config, name) for name in SAMPLE_FIELDS}
     given = {name: value for name, value in named.items() if value is not None}
     sample = typed_options(SampleConfig, pipeline.settings | given)
+    check_negative(config.negative_prompt, sample.true_cfg)
     sample.validate(pipeline.sources["autoencoder"].config.downsampling)
     if "guidance" in given and not pipeline.model_config.guidance_embed:
         raise ValueError(
@@ -503,13 +565,27 @@ def start_latents(latents, times, pictures, shape) -> Callable:
                 "at that time"
             )
         return lambda rows: initial_noise(shape, [pictures[i][1] for i in rows])
-    stacked = torch.stack([*latents])
+    stacked = stack_latents(latents)
     if stacked.shape != (len(pictures), *shape):
         raise ValueError(
             f"latents= of shape {(*stacked.shape,)}: {len(pictures)} pictures of this size take "
             f"{(len(pictures), *shape)}"
         )
     return lambda rows: pack_latents(stacked[rows.start : rows.stop].float())
+
+
+def stack_latents(latents):
+    """One tensor of a tensor, an array or a list of them; raises `ValueError`."""
+    try:
+        stacked = torch.stack([torch.as_tensor(one) for one in latents])
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"latents={shortened(latents)} must be a tensor (pictures, C, h, w), or a list of "
+            "(C, h, w)"
+        ) from None
+    if not stacked.is_floating_point():
+        raise ValueError(f"latents= are {stacked.dtype}: give them as float32")
+    return stacked
 
 
 @torch.inference_mode()

@@ -180,7 +180,10 @@ def times_for(config, model_config, num_image_tokens):
 
 def check_times(times):
     """Times that a caller names as a float32 tensor (steps + 1,); raises `ValueError`."""
-    times = torch.as_tensor(times, dtype=torch.float32).cpu()
+    try:
+        times = torch.as_tensor(times, dtype=torch.float32).cpu()
+    except (TypeError, ValueError):
+        raise ValueError(f"times={shortened(times)} must be numbers that fall") from None
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(
             f"times={shortened(times.tolist())}: name two or more, one after the other"

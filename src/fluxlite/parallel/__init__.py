@@ -25,7 +25,9 @@ from fluxlite.parallel.plan import (
 )
 from fluxlite.parallel.ranks import (
     check_compiler,
+    check_device,
     default_device,
+    default_dtype,
     first_rank_does,
     gather_values,
     has_bf16,

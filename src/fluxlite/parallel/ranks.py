@@ -57,6 +57,15 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def check_device(name):
+    """Raise `ValueError` where the machine has no device of a name: cpu, cuda or cuda:1."""
+    known, count = re.fullmatch(r"cpu|cuda(:\d{1,4})?", name), torch.cuda.device_count()
+    if not known or (name != "cpu" and default_device() != "cuda"):
+        raise ValueError(f"device={name}: this machine has {default_device()}")
+    if known[1] and int(known[1][1:]) >= count:
+        raise ValueError(f"device={name}: there are {count} GPUs")
+
+
 def check_compiler(device):
     """Raise `ValueError` where torch.compile has nothing to compile with: a C++ compiler on the
     CPU, Triton on a GPU.
@@ -81,6 +90,11 @@ def has_bf16(device):
         return torch.cuda.get_device_capability() >= (8, 0)
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
+
+
+def default_dtype(device):
+    """What a device computes in fast: bfloat16 where it is in hardware, else float32."""
+    return "bfloat16" if has_bf16(device) else "float32"
 
 
 # --- small values of all ranks -------------------------------------------------------------------

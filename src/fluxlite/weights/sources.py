@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from fluxlite.cli.descriptions import parse_json, read_json
-from fluxlite.cli.options import expand_home, shortened, typed_description
+from fluxlite.cli.options import check_bounds, check_kind, expand_home, shortened, typed_description
 from fluxlite.nets import schedule
 from fluxlite.nets.configs import NET_CONFIGS, AutoencoderConfig, ControlNetConfig, FluxConfig
 from fluxlite.nets.schedule import read_scheduler
@@ -32,6 +34,7 @@ from fluxlite.weights.run_folder import is_run, last_checkpoint
 log = logging.getLogger("fluxlite")
 
 TINY = "flux-tiny"
+COMPUTE_DTYPES = "float32", "bfloat16"
 SCHEDULER_FILE = "scheduler_config.json"
 ASSETS = Path(__file__).parents[3] / "assets"
 
@@ -240,8 +243,18 @@ def weights_of(source):
     return conversion.convert_weights(source.read, source.layout, "fluxlite", source.config)
 
 
+def named_dtype(dtype):
+    """A torch type from itself or its name, None for None; raises `ValueError`."""
+    if isinstance(dtype, str):
+        check_bounds(dtype, {"choices": COMPUTE_DTYPES}, "dtype")
+        return getattr(torch, dtype)
+    check_kind(dtype, (torch.dtype, type(None)), "dtype", " or ".join(COMPUTE_DTYPES))
+    return dtype
+
+
 def _load(source, dtype, device, *options):
     """The network of a `Source`, frozen, in evaluation mode."""
+    dtype = named_dtype(dtype)
     model = conversion.build_on_meta(source.config, *options)
     model.load_state_dict(load_state(source), strict=True, assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
@@ -276,7 +289,10 @@ def open_part(where, part, **options):
 
 
 def load_transformer(where, *, ema=True, attention="auto", dtype=None, device="cpu"):
-    """A Flux from what `open_source` takes, or from a `Source`; raises `ValueError`."""
+    """A Flux from what `open_source` takes, or from a `Source`.
+
+    `dtype` is a torch type or its name; None for the checkpoint's own. Raises `ValueError`.
+    """
     source = open_part(where, "transformer", ema=ema)
     return _load(source, dtype, device, attention)
 
