@@ -39,8 +39,9 @@ def infer(*argv):
 
 @pytest.mark.parametrize("text", PROMPTS)
 def test_prompts_and_paths_arrive_verbatim(text):
-    config = infer(f"prompt={text}", f"negative_prompt={text}", "true_cfg=2")
-    assert (config.prompt, config.negative_prompt) == ([text], text)
+    prompt = text or "an empty one is refused"
+    config = infer(f"prompt={prompt}", f"negative_prompt={text}", "true_cfg=2")
+    assert (config.prompt, config.negative_prompt) == ([prompt], text)
     if not text:
         return  # an empty path is refused
     config = infer("prompt=a", f"output={text}", f"model.t5={text}")

@@ -424,9 +424,9 @@ def generate(
 ) -> list[Image.Image] | list[torch.Tensor]:
     """Draw pictures: a list of PIL images, those of the first prompt first.
 
-    `prompt` is a string or a list of them; the picture i of prompt j depends on (seed, j, i) alone,
+    `prompt` is a text or a list of them; the picture i of prompt j depends on (seed, j, i) alone,
     whatever the batch. `checkpoint` is a pipeline folder, a run, a transformer or a `Pipeline`;
-    `controls` are `Control`s, whose nets add up. `options` are the fields of `DrawConfig` (height,
+    `controls` are one or more `Control`s; nets add up. `options` are the fields of `DrawConfig` (height,
     width, steps, guidance, true_cfg, shift, seed, …), or `config` has them, and without a
     `Pipeline` the arguments of `load_pipeline`. Each part is then loaded when its turn comes, and
     freed as `offload` says: text, the default, frees the text encoders before the transformer is
@@ -442,11 +442,11 @@ def generate(
     as its batch is drawn. Numbers count from 0. `stage(name)` is a context around each part of the
     work. Each picture's `info["sampling"]` are the settings it was drawn with. Raises `ValueError`.
     """
-    check_kind(start_time, (Real, type(None)), "start_time", "a number")
-    pipeline, config = settle_options(checkpoint, config, options)
     prompts = one_or_several(prompt, str, "prompt", "a text or a list of texts")
     controls = one_or_several(controls, Control, "controls", "a Control or a list of them")
+    check_kind(start_time, (Real, type(None)), "start_time", "a number")
     refuse_first([(not prompts, "prompt=[] is empty: name what to draw")])
+    pipeline, config = settle_options(checkpoint, config, options)
     sample = settle_sample(pipeline, config)
     times = settle_times(pipeline, config, sample, times, start_time)
     size = sample.height, sample.width
