@@ -42,7 +42,8 @@ def body(arguments):
     finally:
         parallel.stop_ranks()
     if parallel.rank() == 0:
-        print(f"{folder}: checkpoints/last, images/, losses.png, metrics.jsonl, config.json")
+        left = "checkpoints/last", "images", "losses.png", "metrics.jsonl", "config.json"
+        print(f"{folder}: {', '.join(name for name in left if (folder / name).exists())}")
 
 
 if __name__ == "__main__":

@@ -262,3 +262,12 @@ def test_what_the_data_do_not_read_is_refused(arguments, named):
 def test_what_a_recipe_says_of_pictures_it_would_generate_is_no_error_with_other_data():
     config = load_config(TrainConfig, "train", ["recipe=laptop", "data=webdataset", "data.path=x"])
     assert config.data.kind == "webdataset"
+
+
+def test_a_recipes_cache_is_of_as_many_pictures_as_it_says():
+    for recipe in ("laptop", "flux_tiny", "controlnet_tiny"):
+        few, many = (
+            load_config(TrainConfig, "train", [f"recipe={recipe}", f"data.count={count}"])
+            for count in (200, 300)
+        )
+        assert "-200-" in few.data.cache and "-300-" in many.data.cache

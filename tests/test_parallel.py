@@ -325,6 +325,15 @@ def test_preflight_counts_the_bytes_that_sharded_modulation_saves():
     assert plain - spread == pytest.approx(by_hand, rel=1e-2) and spread < 0.75 * plain
 
 
+@pytest.mark.parametrize("options,sizes", [([], (1, 8, 1, 1)), (["tp=2", "cp=2"], (1, 2, 2, 2))])
+def test_preflight_predicts_for_a_mesh_of_ranks_that_are_not_there(options, sizes):
+    small = ["model=flux_tiny", "data=mock", "data.height=64", "data.width=64"]
+    small += ["data.global_batch=8", "model.max_sequence_length=16"]
+    found = prediction.predict_step([*small, *(f"parallel.{option}" for option in options)], 8)
+    assert tuple(found["mesh"].values()) == sizes
+    assert any(dimension == "tp" for _, dimension in found["sent"]) == bool(options)
+
+
 def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
     shape = [
         "model=flux_dev",

@@ -47,7 +47,7 @@ def test_the_page_for_the_library_runs_as_it_stands(tmp_path, monkeypatch):
     found = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
         exec(block, found)
-    assert len(found["pictures"]) == 4 and (tmp_path / "circle.png").exists()
+    assert len(found["pictures"]) == 4 and (tmp_path / "outputs" / "circle.png").exists()
     assert found["velocity"].shape == (2, 16, found["flux"].config.in_channels)
     for name in set(re.findall(r"`fluxlite\.(\w+)\(", page)):
         assert callable(getattr(fluxlite, name)), name

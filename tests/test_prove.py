@@ -172,6 +172,8 @@ def test_position_is_right_where_the_control_has_the_circle_and_nowhere_else(scr
     assert report["position"] > 0.95 and report["shuffled_position"] < 0.15
     report, _, _ = script["prove"](perfect, num=40, num_swaps=0, seed=0, control_size=64)
     assert report["shape"] > 0.95 and report["position"] < 0.15
+    report, _, _ = script["prove"](perfect, num=4, num_swaps=0, seed=0, control_size=48)
+    assert report["position"] < 0.5, "controls of another size than the pictures"
 
 
 def test_pairs_depend_on_the_seed_alone_and_are_held_out(script):

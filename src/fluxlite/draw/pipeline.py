@@ -426,7 +426,7 @@ def generate(
 
     `prompt` is a text or a list of them; the picture i of prompt j depends on (seed, j, i) alone,
     whatever the batch. `checkpoint` is a pipeline folder, a run, a transformer or a `Pipeline`;
-    `controls` are one or more `Control`s; nets add up. `options` are the fields of `DrawConfig` (height,
+    `controls` are `Control`s, which add up. `options` are the fields of `DrawConfig` (height,
     width, steps, guidance, true_cfg, shift, seed, …), or `config` has them, and without a
     `Pipeline` the arguments of `load_pipeline`. Each part is then loaded when its turn comes, and
     freed as `offload` says: text, the default, frees the text encoders before the transformer is

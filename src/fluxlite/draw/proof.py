@@ -90,9 +90,10 @@ def prove_position(pictures, chosen, controls):
     """How many figures lie where their control has them, and where another's has them: by the IoU
     of the figure with the disc that the control outlines.
     """
-    pairs = zip(pictures, chosen)
-    figures = np.array([figure_mask(np.asarray(p.convert("RGB")), *c) for p, c in pairs])
     discs = np.array([disc for _, disc in controls])
+    size = discs.shape[:0:-1]
+    pixels = (np.asarray(picture.convert("RGB").resize(size)) for picture in pictures)
+    figures = np.array([figure_mask(p, *colours) for p, colours in zip(pixels, chosen)])
     ious = {}
     for key, other in (("position", discs), ("shuffled_position", np.roll(discs, -1, axis=0))):
         both, either = (figures & other).sum((1, 2)), (figures | other).sum((1, 2))

@@ -153,10 +153,9 @@ def predict_step(arguments, ranks):
             models = [model.to_empty(device=device) for model in models]
             run = assemble_run(config, device, mesh, task, models, FrozenParts())
             take_fake_steps(run, meter)
-    about = {
-        "mesh": dict(zip(("dp_replicate", "dp_shard", "cp", "tp"), config.parallel.sizes())),
-        "dtype": config.dtype,
-    }
+        sizes = config.parallel.sizes()  # of these ranks
+    mesh = dict(zip(("dp_replicate", "dp_shard", "cp", "tp"), sizes))
+    about = {"mesh": mesh, "dtype": config.dtype}
     memory = memory_of_run(run) | {"peak": meter.peak}
     return about | {"memory": memory, "sent": dict(meter.sent), "calls": dict(meter.calls)}
 

@@ -77,6 +77,9 @@ def start_run(config, device, mesh, last):
     monitor = start_monitor(run, validation, start)
     if last:
         warn_of_changed_data(last, run.data)
+    if start >= config.steps:
+        log.info("step %d of steps=%d is taken already: nothing is left to do", start, config.steps)
+    elif last:
         log.info(
             "resuming after step %d with sample %d, the very next one, whatever the mesh and the "
             "workers",
