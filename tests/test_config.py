@@ -271,3 +271,11 @@ def test_a_recipes_cache_is_of_as_many_pictures_as_it_says():
             for count in (200, 300)
         )
         assert "-200-" in few.data.cache and "-300-" in many.data.cache
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs /proc, where nobody makes a folder"
+)
+def test_an_output_that_only_trying_shows_to_be_unusable_is_refused_at_once():
+    with pytest.raises(ValueError, match="output=/proc/x: /proc cannot be written to"):
+        load_config(InferConfig, "infer", ["prompt=a", "output=/proc/x"])

@@ -5,6 +5,7 @@ them.
 import dataclasses
 import math
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -302,8 +303,13 @@ def check_output(folder, key="output="):
     there = next((p for p in (place, *place.absolute().parents) if os.path.lexists(p)), Path("/"))
     if not there.is_dir():
         raise ValueError(f"{key}{folder}: {there} is a file; name a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{key}{folder}: {there} cannot be written to; name a folder of your own")
+    try:
+        tempfile.TemporaryDirectory(dir=there, prefix=".fluxlite-").cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"{key}{folder}: {there} cannot be written to ({error.strerror}); name a folder of "
+            "your own"
+        ) from None
 
 
 def check_machine(config):
