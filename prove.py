@@ -1,7 +1,7 @@
 """Measure whether a model has learnt fill50k: circles and backgrounds of the named colours, for
 pairs that it never saw together.
 
-    python prove.py                                     # the shipped tiny pipeline
+    python prove.py  # the shipped tiny pipeline
     python prove.py --checkpoint runs/mine --num 500
     python prove.py --controlnet runs/controlnet_tiny  # is the circle where its control has it?
 

@@ -14,7 +14,7 @@ Train a Flux.
   torchrun --nproc_per_node 2 train.py recipe=debug  1 + 1 blocks at full width, mock data
   torchrun --nproc_per_node 8 train.py recipe=convergence model.t5=FLUX.1-dev \\
       model.clip=FLUX.1-dev model.autoencoder=FLUX.1-dev
-  python train.py recipe=laptop resume=auto                        go on from the last checkpoint
+  python train.py recipe=laptop resume=auto  go on from the last checkpoint
 """
 
 

@@ -2,8 +2,8 @@
 
     python -m fluxlite.cli.shipped_help  # after a change of settings: writes them anew
 
-A text is taken only where nothing that it could come from is younger. Who changes a setting sees
-the change at once, a little later; a test compares the texts with what is computed.
+A text is taken only where nothing that it could come from is younger: whoever changes a setting
+gets the computed text. A test compares the two.
 """
 
 import runpy
@@ -22,7 +22,9 @@ def find_help(program, arguments):
     if not file.is_file():
         return None
     latest = file.stat().st_mtime + CLONED_WITHIN
-    sources = [*ROOT.glob("*.py"), *ROOT.rglob("src/**/*.py"), *ROOT.rglob("configs/**/*.yaml")]
+    # not from the root downwards: a virtual environment and data may lie there
+    below = [*(ROOT / "src").rglob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
+    sources = [*ROOT.glob("*.py"), *below]
     return None if any(path.stat().st_mtime > latest for path in sources) else file.read_text()
 
 

@@ -117,8 +117,7 @@ class SampleConfig:
     shift: str = option(
         "auto",
         "shift of t: auto (the checkpoint's scheduler_config.json, else resolution, or none "
-        "without "
-        "guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)",
+        "without guidance), resolution, none, or a factor, t' = s*t / (1 + (s - 1)*t)",
     )
     max_sequence_length: int = option(
         512, "T5 tokens that prompts are padded and cut to", at_least=1, at_most=10_000
