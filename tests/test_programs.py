@@ -256,18 +256,25 @@ def test_a_kept_help_text_is_what_the_settings_give(name, monkeypatch):
 def test_a_kept_help_text_is_not_taken_where_a_source_is_younger(tmp_path, monkeypatch):
     monkeypatch.setattr(shipped_help, "ROOT", tmp_path)
     monkeypatch.setattr(shipped_help, "FOLDER", tmp_path)
-    (tmp_path / "train.txt").write_text("kept")
+    kept = tmp_path / "train.txt"
+    kept.write_text("kept\n")
     source, library = tmp_path / "src" / "settings.py", tmp_path / ".venv" / "src" / "library.py"
     for path in (source, library):
         path.parent.mkdir(parents=True)
         path.touch()
-    assert shipped_help.find_help("train", ["--help"]) == "kept"
-    assert shipped_help.find_help("train", ["--help", "all"]) is None
-    later = (tmp_path / "train.txt").stat().st_mtime + 120
+
+    def find(text, *arguments):
+        return shipped_help.find_help("train", ["--help", *arguments], lambda: text)
+
+    assert find("computed") == "kept\n"
+    assert find("computed", "all") == "computed\n"
+    later = kept.stat().st_mtime + 120
     os.utime(library, (later, later))
-    assert shipped_help.find_help("train", ["--help"]) == "kept"
-    os.utime(source, (later, later))
-    assert shipped_help.find_help("train", ["--help"]) is None
+    assert find("computed") == "kept\n"
+    earlier = kept.stat().st_mtime - 120
+    os.utime(kept, (earlier, earlier))
+    assert find("computed") == "computed\n"
+    assert find("kept") == "kept\n" == find("computed"), "one that is right is fresh again"
 
 
 @pytest.mark.parametrize("name", ["train", "infer", "prove", "convert_hf"])

@@ -40,7 +40,7 @@ def run_program(body, *, usage=None, ranks=True):
             with deferred_signals():  # torch's import takes an interruption for a lack of numpy
                 from fluxlite.cli.shipped_help import find_help
 
-                print(find_help(Path(sys.argv[0]).stem, arguments) or usage())
+                print(find_help(Path(sys.argv[0]).stem, arguments, usage), end="")
         elif on_rank() and not ranks:
             raise ValueError("this program is one process: start it without torchrun")
         else:

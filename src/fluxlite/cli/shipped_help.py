@@ -8,6 +8,7 @@ gets the computed text. A test compares the two.
 
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
@@ -16,16 +17,28 @@ PROGRAMS = {"train": [], "infer": [], "infer-all": ["all"], "prove": []}  # with
 CLONED_WITHIN = 60  # seconds between the first and the last file of a fresh clone
 
 
-def find_help(program, arguments):
-    """The kept text of a program's --help, or None where it may be out of date or there is none."""
+def find_help(program, arguments, usage):
+    """The text of a program's --help: the kept one, or `usage()` where that may be out of date.
+
+    A kept text that turns out to be right counts as fresh from then on.
+    """
     file = FOLDER / f"{program}{'-all' if 'all' in arguments else ''}.txt"
-    if not file.is_file():
-        return None
+    if file.is_file() and is_fresh(file):
+        return file.read_text()
+    text = usage() + "\n"
+    if file.is_file() and file.read_text() == text:
+        with suppress(OSError):  # somebody else's clone
+            file.touch()
+    return text
+
+
+def is_fresh(file):
+    """Whether nothing that a kept text could come from is younger."""
     latest = file.stat().st_mtime + CLONED_WITHIN
     # not from the root downwards: a virtual environment and data may lie there
     below = [*(ROOT / "src").rglob("*.py"), *(ROOT / "configs").rglob("*.yaml")]
     sources = [*ROOT.glob("*.py"), *below]
-    return None if any(path.stat().st_mtime > latest for path in sources) else file.read_text()
+    return not any(path.stat().st_mtime > latest for path in sources)
 
 
 def compute_help(name):
