@@ -51,7 +51,7 @@ class MachineConfig:
 
     device: str | None = same_option(PipelineConfig, "device")
     dtype: str | None = same_option(PipelineConfig, "dtype")
-    compile: bool = same_option(PipelineConfig, "compile")
+    compile: bool | str = same_option(PipelineConfig, "compile")
 
 
 @dataclass
@@ -157,10 +157,6 @@ def machine_conflicts(config):
     yield (
         ":" in config.device,
         f"device={config.device}: write cuda; CUDA_VISIBLE_DEVICES says which",
-    )
-    yield (
-        config.compile and mesh.tp > 1,
-        "compile=true does not work with parallel.tp above 1 yet: leave one of them out",
     )
     yield (
         mesh.shard_encoders and not config.model.t5,
@@ -313,15 +309,14 @@ def check_output(folder, key="output="):
 
 
 def check_machine(config):
-    """Fill `device` and `dtype` with what the machine has; refuse what it has not, and an output
-    that cannot be a folder.
+    """Fill `device`, `dtype` and `compile` with what the machine has; refuse what it has not, and
+    an output that cannot be a folder.
     """
     check_output(config.output)
     config.device = config.device or parallel.default_device()
     parallel.check_device(config.device)
     config.dtype = config.dtype or parallel.default_dtype(config.device)
-    if config.compile:
-        parallel.check_compiler(config.device)
+    config.compile = parallel.choose_compile(config.compile, config.device)
     attention = config.model.attention
     if config.device == "cpu" and attention in ("cudnn", "efficient"):
         raise ValueError(

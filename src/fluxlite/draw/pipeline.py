@@ -178,9 +178,11 @@ class PipelineConfig:
         "what to compute in; null: bfloat16 where it is in hardware, else float32",
         choices=COMPUTE_DTYPES,
     )
-    compile: bool = option(
-        False,
-        "compile each block (torch.compile): minutes at the start, faster steps",
+    compile: bool | str = option(
+        "auto",
+        "compile the blocks (torch.compile): a minute or more at the start, faster steps; auto: on "
+        "a GPU",
+        choices=("auto", True, False),
         resume=True,
     )
     offload: str = option(
@@ -234,6 +236,7 @@ class Pipeline:
     settings: dict
     device: torch.device
     dtype: torch.dtype
+    compile: bool
 
     @cached_property
     def encoders(self):
@@ -271,7 +274,7 @@ class Pipeline:
         streamed = self.config.offload == "all" and self.device.type != "cpu"
         place = "cpu" if streamed else self.device
         net = load(source, attention=self.config.model.attention, dtype=self.dtype, device=place)
-        net = parallel.compile_blocks(net) if self.config.compile else net
+        net = parallel.compile_blocks(net) if self.compile else net
         return stream_blocks(net, self.device) if streamed else net
 
     def latent_shape(self, height, width):
@@ -311,12 +314,13 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     """
     device = str(config.device or parallel.default_device())
     parallel.check_device(device)
+    compile = parallel.choose_compile(config.compile, device)
     dtype = sources.named_dtype(config.dtype or parallel.default_dtype(device))
     found = find_sources(config.model)
     settings = default_settings(found["transformer"])
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
-    return Pipeline(config, found, settings, torch.device(device), dtype)
+    return Pipeline(config, found, settings, torch.device(device), dtype, compile)
 
 
 def find_sources(model):

@@ -156,10 +156,11 @@ def can_fuse_gelu(linear, x):
     That is in bfloat16 on a CPU, where no gradient is wanted and no compiler is at work. An adapter
     or a hook, which the fused operator would pass by, keeps a linear as it is.
     """
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    able = torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
-    return able and is_plain_linear(linear)
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        return False
+    return torch.backends.mkldnn.is_available() and is_plain_linear(linear)
 
 
 def is_plain_linear(linear):

@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from fluxlite.cli.programs import warn_for_all
+
 
 def world_size():
     """Processes of this run, before and after the process group exists."""
@@ -66,22 +68,33 @@ def check_device(name):
         raise ValueError(f"device={name}: there are {count} GPUs")
 
 
-def check_compiler(device):
-    """Raise `ValueError` where torch.compile has nothing to compile with: a C++ compiler on the
-    CPU, Triton on a GPU.
+def choose_compile(asked, device):
+    """Whether blocks are compiled: as `asked`, true or false; "auto" does on a GPU that can.
+
+    Raises `ValueError` where that is true and there is nothing to compile with.
     """
-    if str(device).startswith("cuda"):
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError(
-                "compile=true needs Triton on a GPU: pip install triton, or leave compile=false"
-            )
-        return
-    wanted = os.environ.get("CXX", "g++")
-    if not any(shutil.which(name) for name in (wanted, "clang++")):
-        raise ValueError(
-            f"compile=true needs a C++ compiler, and there is no {wanted}: install g++, or leave "
-            "compile=false"
-        )
+    missing, auto = missing_compiler(device), asked == "auto"
+    if asked is True and missing:
+        raise ValueError(f"compile=true needs {missing}, or leave compile=false")
+    if auto and missing and str(device).startswith("cuda"):
+        warn_for_all("compile=auto compiles nothing here, and steps are slower: it needs %s", missing)
+    return not missing and str(device).startswith("cuda") if auto else asked
+
+
+def missing_compiler(device):
+    """What torch.compile lacks for a device, with the remedy, or None: a C++ compiler on the CPU;
+    on a GPU Triton, a C compiler, with which that makes its launchers, and Volta or later.
+    """
+    if not str(device).startswith("cuda"):
+        wanted = os.environ.get("CXX", "g++")
+        there = any(shutil.which(name) for name in (wanted, "clang++"))
+        return None if there else f"a C++ compiler, and there is no {wanted}: install g++"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton on a GPU: pip install triton"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang")):
+        return "a C compiler for Triton, and there is no gcc: install it"
+    old = torch.cuda.get_device_capability() < (7, 0)
+    return "a GPU of compute capability 7.0 or more" if old else None
 
 
 def has_bf16(device):
