@@ -9,6 +9,8 @@ ten}}, all whole, float32.
 
 import sys
 import time
+from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -19,6 +21,7 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
+from fluxlite.parallel import compilation
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
@@ -104,8 +107,6 @@ def cases(ranks):
                 options = [*MESHES[2][name], f"activation_checkpointing={kind}"]
                 found[f"{name}, activation_checkpointing {kind}"] = options, 1, PLAIN
         found["dp2, prefetch, no reshard"] = ["prefetch=2", "reshard_after_forward=false"], 1, PLAIN
-        found["compiled: dp2"] = ["activation_checkpointing=selective"], 1, [*PLAIN, "compile=true"]
-        found["compiled: cp2"] = ["cp=2"], 1, [*PLAIN, "compile=true"]
     if ranks == 4:
         found["hsdp 2 x tp2"] = ["dp_replicate=2", "tp=2"], 1, PLAIN
         found["tp2 x cp2, sequence parallel"] = ["tp=2", "cp=2", "sequence_parallel=true"], 1, PLAIN
@@ -119,7 +120,25 @@ def cases(ranks):
     for name in MESHES[ranks].keys() & {"one", "dp2", "dp2 x tp2"}:
         for kind in ("muon", "muon in float64"):
             found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
+    return found | compiled_cases(ranks)
+
+
+def compiled_cases(ranks):
+    """The same of compiled blocks: each mesh with each checkpointing, `IN_SHORT` of them always,
+    and with inductor's code.
+    """
+    found = {}
+    for name, mesh in MESHES[ranks].items():
+        for kind in ("none", "full", "2", "selective"):
+            options = [*mesh, f"activation_checkpointing={kind}"]
+            case = options, 1, [*PLAIN, "compile=true"]
+            found[f"compiled: {name}, {kind}"] = case
+            if (name, kind) in IN_SHORT:
+                found[f"{name}, compiled, {kind}"] = found[f"inductor: {name}, {kind}"] = case
     return found
+
+
+IN_SHORT = {("dp2", "selective"), ("tp2, sequence parallel", "full"), ("cp2", "selective")}
 
 
 def configure(mesh, accumulation, rest):
@@ -187,6 +206,33 @@ def train(config, steps=10):
     }
 
 
+@contextmanager
+def counting_graphs(name):
+    """{"graphs": how many are made for each kind of block, "runs": how often they run, "breaks"} of
+    a case's compiled blocks.
+    """
+    backend = "inductor" if name.startswith("inductor") else "aot_eager"
+    found = {"graphs": Counter(), "runs": Counter(), "breaks": 0}
+
+    def lower(kind, graph, inputs):
+        found["graphs"][kind.__name__] += 1
+        lowered = torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+        def run(*inputs):
+            found["runs"][kind.__name__] += 1
+            return lowered(*inputs)
+
+        return run
+
+    if "compiled" not in name and backend != "inductor":
+        yield {}
+        return
+    torch.compiler.reset()
+    with mock.patch.object(compilation, "lower_graph", lower):
+        yield found
+    found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
 def plain_autograd(config):
     """The first step's loss and gradients of a Flux that nothing is wrapped around."""
     with (
@@ -209,18 +255,19 @@ def plain_autograd(config):
 
 
 def main():
-    """All cases of this number of ranks whose names start as the arguments say; compiled and more
+    """All cases of this number of ranks whose names start as the arguments say; those of `apart`
     only where they are named.
     """
     torch.set_num_threads(1)
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
     for name, case in cases(ranks).items():
-        if name.startswith(names) if names else not name.startswith(("compiled", "more")):
+        apart = "compiled:", "inductor:", "more:"
+        if name.startswith(names) if names else not name.startswith(apart):
             began = time.perf_counter()
             inexact = optim.orthogonalise_matrix
             exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
-            with mock.patch.object(optim, "orthogonalise_matrix", exact):
-                figures[name] = train(configure(*case))
+            with mock.patch.object(optim, "orthogonalise_matrix", exact), counting_graphs(name) as n:
+                figures[name] = train(configure(*case)) | n
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1:
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))

@@ -168,7 +168,7 @@ def count_saved(model, batch):
 
 def test_a_compiled_block_keeps_what_its_checkpointing_says(graphs):
     """Twelve single blocks less six, in units of the tokens (B, L, H): with full checkpointing the
-    inputs, with selective the products and attention too.
+    inputs alone, with selective the products and attention too.
     """
     units = {}
     for kind in ("none", "full", "selective"):
@@ -180,7 +180,8 @@ def test_a_compiled_block_keeps_what_its_checkpointing_says(graphs):
             saved.append(count_saved(model, batch))
         tokens = 4 * BATCH * (TEXT + batch["img"].shape[1]) * 48
         units[kind] = (saved[1] - saved[0]) / 6 / tokens
-    assert units["full"] == 1
+    modulation = 3 / (TEXT + batch["img"].shape[1])
+    assert units["full"] == pytest.approx(1 + modulation)
     # x, q, k, v, attention and its log-sums, the MLP's 4H; what the two last linears give is not
     # needed, and h is computed again
     assert 8 < units["selective"] < 11.2 < units["none"]
@@ -193,7 +194,8 @@ def test_at_the_limit_new_sizes_run_eagerly_with_one_warning(graphs, monkeypatch
         model, eager = wrap_small(kind, compile=True), wrap_small(kind, compile=False)
         for side in (64, 96, 128, 64):
             assert train_validate_draw(model, eager, side) < 1e-6
-        assert graphs.runs == {("DoubleBlock", "gradient"): 4, ("SingleBlock", "gradient"): 6}
+        trained = {name: n for (name, use), n in graphs.runs.items() if use == "gradient"}
+        assert trained == {"DoubleBlock": 4, "SingleBlock": 6}  # at the size that was first
         warned = [r.message for r in caplog.records if "run eagerly" in r.message]
         assert [text.split()[0] for text in warned] == ["DoubleBlock", "SingleBlock"], kind
 

@@ -67,8 +67,9 @@ def rotate_pairs(x, cos, sin, sign=1):
     cos and sin are `pair_tables` (L, 1, D), and the products float32 as they are.
     """
     swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view_as(x)
-    # an accelerator rounds what it writes; a CPU would write it twice
-    rounded = None if x.device.type == "cpu" else torch.empty_like(x)
+    # an accelerator rounds what it writes, and so does a graph; a CPU would write it twice
+    plain = x.device.type == "cpu" or torch.compiler.is_compiling()
+    rounded = None if plain else torch.empty_like(x)
     return torch.addcmul(x * cos, swapped, sin, value=sign, out=rounded).to(x.dtype)
 
 
