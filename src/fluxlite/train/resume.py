@@ -49,18 +49,16 @@ def find_resume(config):
 
     Raises `ValueError` where a run would be overwritten or another one continued.
     """
-    if config.resume != "auto":
-        parallel.first_rank_does(lambda: run_state.check_unused(config.output))
-        return None
-    folder = run_state.choose_checkpoint(config.output)
-    if folder is not None:
-        meta = run_folder.read_meta(folder)
-        check_resume(meta.config, config)
-        if meta.step > config.steps:
-            raise ValueError(
-                f"output={config.output} is at step {meta.step} already: set steps above that, not "
-                f"{config.steps}"
-            )
+    folder = run_state.choose_checkpoint(config.output) if config.resume == "auto" else None
+    if folder is None:
+        return parallel.first_rank_does(lambda: run_state.check_unused(config.output))
+    meta = run_folder.read_meta(folder)
+    check_resume(meta.config, config)
+    if meta.step > config.steps:
+        raise ValueError(
+            f"output={config.output} is at step {meta.step} already: set steps above that, not "
+            f"{config.steps}"
+        )
     return folder
 
 

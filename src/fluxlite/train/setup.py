@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 
 from fluxlite import parallel
-from fluxlite.data.cache import CachedSamples, build_cache
+from fluxlite.cli.options import option_value
+from fluxlite.cli.programs import warn_for_all
+from fluxlite.data.cache import MADE_BY, CachedSamples, build_cache
 from fluxlite.data.loading import make_loader
 from fluxlite.data.mock import MockSamples
 from fluxlite.data.opening import open_dataset, prepare_data
@@ -133,7 +135,13 @@ def open_autoencoder(config):
 def open_data(config, run):
     """The training and validation sets; with `data.cache` encoded first, by all ranks together."""
     places = {}
-    return [open_split(config, run, split, places) for split in ("train", "val")]
+    training, validation = (open_split(config, run, split, places) for split in ("train", "val"))
+    if len(training) < config.data.global_batch:
+        warn_for_all(
+            "an epoch has %d samples, and data.global_batch=%d: a step takes some of them twice",
+            *(len(training), config.data.global_batch),
+        )
+    return training, validation
 
 
 def open_split(config, run, split, places):
@@ -162,6 +170,7 @@ def cache_samples(run, dataset, folder):
         encode_images=lambda images: parts.autoencoder.posterior(images.to(run.device)),
         encode_texts=lambda texts: parts.encoders.encode(texts, length),
         digest=encoders_digest(parts, length, run.config.dtype),
+        settings={key: option_value(run.config, key) for key in MADE_BY["encoders"]},
         rank=parallel.rank(),
         world_size=parallel.world_size(),
     )
