@@ -187,7 +187,6 @@ def test_a_folder_with_checkpoints_is_refused_without_resume_whatever_last_says(
     assert after == {path: data for path, data in before.items() if path != run / ".lock"}
 
 
-@pytest.mark.parametrize("left", [["last"], ["step-000008-good"], ["last", "step-000008-good"]])
 def folder_of(root, names):
     for name in names:
         place = root / name
@@ -221,6 +220,7 @@ def test_files_that_lie_where_a_run_begins_are_said_but_not_those_of_a_run(tmp_p
     assert not caplog.text
 
 
+@pytest.mark.parametrize("left", [["last"], ["step-000008-good"], ["last", "step-000008-good"]])
 def test_a_folder_without_a_step_to_go_on_from_is_refused_and_kept(run, left):
     root = run / "checkpoints"
     os.rename(root / "step-000006", root / "step-000008-good")

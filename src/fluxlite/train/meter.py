@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.train.plots import plot_control
 from fluxlite.train.training_step import fixed_draws, flow_loss
 
@@ -65,7 +66,7 @@ class ControlMeter:
         ratios, before = self.residual_ratios(), self.verdict
         self.verdict = judge_gain(gain, z, step, self.run.config.controlnet.patience)
         log_verdict(step, self.verdict, means, gain, z)
-        if self.verdict == "not learning" != before and dist.get_rank() == 0:
+        if self.verdict == "not learning" != before:
             warn_of_no_effect(step, ratios)
         values = {f"control/{kind}": mean for kind, mean in means.items()}
         values |= {"control/gain": gain, "control/z": z}
@@ -188,7 +189,7 @@ def log_verdict(step, verdict, means, gain, z):
 
 def warn_of_no_effect(step, ratios):
     """Say loudly that nothing happens, with the blocks that add nothing."""
-    log.warning(
+    warn_for_all(
         "step %d: THE CONTROL HAS NO EFFECT. Are the control pictures blank or all alike, do "
         "they belong to their targets, "
         "is optim.lr too low, is controlnet.dropout near 1?",
@@ -196,4 +197,4 @@ def warn_of_no_effect(step, ratios):
     )
     dead = ", ".join(name for name, ratio in ratios.items() if ratio < DEAD)
     if dead:
-        log.warning("step %d: nothing is added after the transformer's blocks %s", step, dead)
+        warn_for_all("step %d: nothing is added after the transformer's blocks %s", step, dead)

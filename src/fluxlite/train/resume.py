@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from fluxlite import __version__, parallel
 from fluxlite.cli.options import resumable_keys
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.train import run_state
 from fluxlite.train.building import changed_keys, list_changes
 from fluxlite.weights import run_folder
@@ -73,8 +74,8 @@ def describe_data(training, validation):
 def warn_of_changed_data(folder, data):
     """Say it loudly where a resumed run's data are not those it was trained on."""
     changes = run_state.changed_data(run_folder.read_meta(folder).data, data)
-    if changes and parallel.rank() == 0:
-        log.warning(
+    if changes:
+        warn_for_all(
             "resuming on other data: the samples have changed (%s); this is no longer the same run",
             changes,
         )

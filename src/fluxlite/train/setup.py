@@ -1,7 +1,6 @@
 """Setting a run up: its models, optimizers, frozen encoders and data."""
 
 import hashlib
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,8 +23,6 @@ from fluxlite.train.tasks.task import Task
 from fluxlite.weights import sources
 from fluxlite.weights.run_folder import DataRecord
 from fluxlite.weights.text_encoders import load_text_encoders
-
-log = logging.getLogger("fluxlite")
 
 
 @dataclass
@@ -81,9 +78,9 @@ def set_up(config, device, mesh):
 
 def warn_of_warmup(config):
     """Say so where a run ends before its learning rate has risen to `optim.lr`."""
-    if config.optim.warmup >= config.steps and parallel.rank() == 0:
+    if config.optim.warmup >= config.steps:
         lengths = config.optim.warmup, config.steps
-        log.warning("optim.warmup=%d is not over when the run ends at steps=%d", *lengths)
+        warn_for_all("optim.warmup=%d is not over when the run ends at steps=%d", *lengths)
 
 
 def assemble_run(config, device, mesh, task, models, parts):
