@@ -543,7 +543,7 @@ def test_bad_destinations_are_refused_and_lose_nothing(sources, tmp_path, capfd)
         (source, mine / "x.ckpt", "must end in .safetensors"),
         (source, pipeline / "vae", "something other than a FLUX transformer"),
         (source, pipeline / "text_encoder", "something other than a FLUX transformer"),
-        (source, tmp_path / "out" / "existing.safetensors" / "x.safetensors", "cannot be written"),
+        (source, existing / "x.safetensors", "cannot be written: a file lies where a folder must"),
     ):
         code = run(["--src", str(src), "--dst", str(dst), "--to", "bfl", "--overwrite"])
         errors = capfd.readouterr().err

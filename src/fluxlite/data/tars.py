@@ -182,8 +182,11 @@ def open_shards(places, *, setting, max_bad_fraction):
         raise ValueError(
             f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL"
         )
-    with ThreadPoolExecutor(16) as pool:
-        shards = list(pool.map(lambda place: index_tar(*place), places))
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            shards = list(pool.map(lambda place: index_tar(*place), places))
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
     skipped = []
     for shard in shards:
         skipped += [f"{shard.name}/{entry}" for entry in shard.skipped]

@@ -30,6 +30,8 @@ from fluxlite.weights.dtypes import DTYPES, SPELLED
 WRITE_ERRORS = {
     errno.EFBIG: "file too large for this user's limit",
     errno.ENOSPC: "no space left on the disk; free some",
+    errno.EEXIST: "a file lies where a folder must be",
+    errno.ENOTDIR: "a file lies where a folder must be",
 }
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 DIGEST_BYTES = 1 << 26  # read at a time
