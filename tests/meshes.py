@@ -266,7 +266,10 @@ def main():
             began = time.perf_counter()
             inexact = optim.orthogonalise_matrix
             exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
-            with mock.patch.object(optim, "orthogonalise_matrix", exact), counting_graphs(name) as n:
+            with (
+                mock.patch.object(optim, "orthogonalise_matrix", exact),
+                counting_graphs(name) as n,
+            ):
                 figures[name] = train(configure(*case)) | n
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1:

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import fluxlite
 from fluxlite import parallel
+from fluxlite.cli import devices
 from fluxlite.draw import offload, sampling
 from fluxlite.nets import flow
 from fluxlite.nets.configs import FluxConfig
@@ -270,15 +271,18 @@ def test_a_graph_that_is_compiled_is_named(monkeypatch, caplog):
         ("auto", "cuda", False, False),
     ],
 )
-def test_compile_auto_is_on_for_a_gpu_that_can(monkeypatch, caplog, asked, device, installed, compiles):
+def test_compile_auto_is_on_for_a_gpu_that_can(
+    monkeypatch, caplog, asked, device, installed, compiles
+):
+    devices.warn_of_eager.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
     monkeypatch.setattr("shutil.which", lambda name: name)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
-    assert parallel.choose_compile(asked, device) is compiles
+    assert devices.choose_compile(asked, device) is compiles
     assert ("needs Triton" in caplog.text) is (not installed)
 
 
 def test_compile_true_without_triton_is_refused(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="compile=true needs Triton on a GPU: pip install triton"):
-        parallel.choose_compile(True, "cuda:1")
+        devices.choose_compile(True, "cuda:1")

@@ -1,16 +1,11 @@
-"""This process among its ranks, its device, and small values that ranks tell each other."""
+"""This process among its ranks, and small values that ranks tell each other."""
 
-import importlib.util
 import os
 import re
-import shutil
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
-
-from fluxlite.cli.programs import warn_for_all
 
 
 def world_size():
@@ -49,65 +44,6 @@ def watching_ranks(config):
             "says why, above or in torchrun's list; resume=auto goes on from the last checkpoint. "
             f"({text.split('. ')[0]})"
         ) from error
-
-
-# --- the device ----------------------------------------------------------------------------------
-
-
-def default_device():
-    """The machine's accelerator, or the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(name):
-    """Raise `ValueError` where the machine has no device of a name: cpu, cuda or cuda:1."""
-    known, count = re.fullmatch(r"cpu|cuda(:\d{1,4})?", name), torch.cuda.device_count()
-    if not known or (name != "cpu" and default_device() != "cuda"):
-        raise ValueError(f"device={name}: this machine has {default_device()}")
-    if known[1] and int(known[1][1:]) >= count:
-        raise ValueError(f"device={name}: there are {count} GPUs")
-
-
-def choose_compile(asked, device):
-    """Whether blocks are compiled: as `asked`, true or false; "auto" does on a GPU that can.
-
-    Raises `ValueError` where that is true and there is nothing to compile with.
-    """
-    missing, auto = missing_compiler(device), asked == "auto"
-    if asked is True and missing:
-        raise ValueError(f"compile=true needs {missing}, or leave compile=false")
-    if auto and missing and str(device).startswith("cuda"):
-        warn_for_all("compile=auto compiles nothing here, and steps are slower: it needs %s", missing)
-    return not missing and str(device).startswith("cuda") if auto else asked
-
-
-def missing_compiler(device):
-    """What torch.compile lacks for a device, with the remedy, or None: a C++ compiler on the CPU;
-    on a GPU Triton, a C compiler, with which that makes its launchers, and Volta or later.
-    """
-    if not str(device).startswith("cuda"):
-        wanted = os.environ.get("CXX", "g++")
-        there = any(shutil.which(name) for name in (wanted, "clang++"))
-        return None if there else f"a C++ compiler, and there is no {wanted}: install g++"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton on a GPU: pip install triton"
-    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang")):
-        return "a C compiler for Triton, and there is no gcc: install it"
-    old = torch.cuda.get_device_capability() < (7, 0)
-    return "a GPU of compute capability 7.0 or more" if old else None
-
-
-def has_bf16(device):
-    """Whether the device computes in bfloat16 in hardware."""
-    if str(device).startswith("cuda"):
-        return torch.cuda.get_device_capability() >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
-
-
-def default_dtype(device):
-    """What a device computes in fast: bfloat16 where it is in hardware, else float32."""
-    return "bfloat16" if has_bf16(device) else "float32"
 
 
 # --- small values of all ranks -------------------------------------------------------------------
