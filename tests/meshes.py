@@ -135,6 +135,8 @@ def compiled_cases(ranks):
             found[f"compiled: {name}, {kind}"] = case
             if (name, kind) in IN_SHORT:
                 found[f"{name}, compiled, {kind}"] = found[f"inductor: {name}, {kind}"] = case
+        if name in ("one", "dp2"):
+            found[f"compiled: {name}, controlnet"] = mesh, 1, [*CONTROL, "compile=true"]
     return found
 
 
@@ -266,11 +268,9 @@ def main():
             began = time.perf_counter()
             inexact = optim.orthogonalise_matrix
             exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
-            with (
-                mock.patch.object(optim, "orthogonalise_matrix", exact),
-                counting_graphs(name) as n,
-            ):
-                figures[name] = train(configure(*case)) | n
+            with mock.patch.object(optim, "orthogonalise_matrix", exact):
+                with counting_graphs(name) as counted:
+                    figures[name] = train(configure(*case)) | counted
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1:
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))

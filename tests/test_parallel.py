@@ -101,9 +101,13 @@ def check_graphs(name, trained):
     double, single = {", none": (1, 1), ", full": (2, 2), ", 2": (2, 1)}.get(
         name[name.rindex(",") :], (1, 1)
     )
+    assert trained["breaks"] == 0, name
+    if "controlnet" in name:  # a frozen net beside it, at first without a gradient
+        assert 2 <= sum(trained["graphs"].values()) <= 6, name
+        assert sum(trained["runs"].values()) == 10 * 4, name
+        return
     assert trained["graphs"] == {"DoubleBlock": 1, "SingleBlock": 1}, name
     assert trained["runs"] == {"DoubleBlock": 10 * double, "SingleBlock": 10 * single}, name
-    assert trained["breaks"] == 0, name
 
 
 def test_the_wrapped_model_has_the_gradients_of_plain_autograd(reference):

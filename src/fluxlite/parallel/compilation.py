@@ -79,8 +79,6 @@ def compile_blocks(model, checkpointing="none"):
     With `checkpointing` "selective" the graphs recompute what that recomputes. Every other kind is
     put around them, by `checkpoint_activations`.
     """
-    # of a policy in a graph, which is right where nothing is changed in place
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for block in blocks_of(model):
         block.forward = partial(run_compiled, type(block), checkpointing == "selective", block)
     log.info(
@@ -113,6 +111,8 @@ def compile_kind(kind, selective):
     def lower_kind(graph, inputs):
         return lower_graph(kind, graph, inputs)
 
+    # a remark on policies in a graph: nothing is changed in place here
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     eager = copy_code(run_selectively, kind.__name__) if selective else kind.forward
     known = inspect.signature(torch.compile).parameters  # of this version of torch
     limit = {"recompile_limit": MOST_GRAPHS} if "recompile_limit" in known else {}
