@@ -103,10 +103,8 @@ def backward(model, batch):
 def draw(model, side, dtype=torch.float32):
     """Latents, as a run draws them of its own model."""
     batch, settings = make_batch(side, dtype), SampleConfig(height=side, width=side, steps=1)
-    texts = batch["txt"], batch["pooled"]
-    return sampling.sample_sharded(
-        model, model.config, *texts, batch["img"].float(), settings, dtype
-    )
+    given = batch["txt"], batch["pooled"], batch["img"].float(), batch["rope"]
+    return sampling.sample_sharded(model, model.config, *given, settings, dtype)
 
 
 def relative(ours, theirs):
