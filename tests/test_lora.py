@@ -3,20 +3,15 @@
 The files are written by `lora_writers`, which knows nothing of the reader.
 """
 
-import logging
-from dataclasses import replace
 
 import lora_writers as write
 import pytest
 import torch
-from reference import diffusers_flux, relative_error
+from reference import diffusers_flux
 from safetensors.torch import save_file
 from test_convert import bfl_by_hand
 
-from fluxlite.nets import lora as nets_lora
-from fluxlite.nets.flux import rope_table
-from fluxlite.nets.latents import position_ids
-from fluxlite.weights import conversion, lora_merging, lora_writing, net_configs, sources
+from fluxlite.weights import conversion, lora_merging, lora_writing, sources
 from fluxlite.weights.lora_files import Lora, read_lora
 
 DIFFUSERS, BFL = write.diffusers_linears(), write.bfl_linears()
