@@ -1,8 +1,8 @@
 """LoRA files of each dialect, written by hand: names, shapes and strengths as their programs write
 them, and beside them what they mean.
 
-A `Written` has the file's tensors, its header's metadata, and `meant`: {name of diffusers' weight or
-bias: the difference in float64, by the definitions}. Nothing here uses the reader's tables.
+A `Written` has the file's tensors, its header's metadata, and `meant`: {name of diffusers' weight
+or bias: the difference in float64, by the definitions}. Nothing here uses the reader's tables.
 """
 
 import json
@@ -166,6 +166,7 @@ def peft_metadata(rslora):
         "transformer.rank_pattern": {"transformer_blocks.0.attn.to_q": 2, "^proj_out": 2},
         "transformer.alpha_pattern": {r"single_transformer_blocks\.0\.attn\..*": 16},
         "transformer.use_rslora": rslora,
+        "transformer.target_modules": names,
     }
     return made._replace(metadata={"lora_adapter_metadata": json.dumps(config)})
 

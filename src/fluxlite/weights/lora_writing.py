@@ -82,7 +82,7 @@ def regroup_adapters(adapters, layout, config):
     return found
 
 
-# a tensor of a layout that adapters are joined in; indices: of its rows or columns, one of ours each
+# a tensor of a layout that adapters are joined in; indices: its rows or columns, for each of ours
 Joint = namedtuple("Joint", "rule layout indices config")
 
 
@@ -103,8 +103,8 @@ def regroup_rule(joint, parts):
         if type(adapter.form) not in (LowRank, Dense):
             name = type(adapter.form).__name__
             raise ValueError(
-                f"{adapter.name} is a {name} product, and no module of the {joint.layout} layout is "
-                "one: choose --to comfy, or bake it with --src BASE --lora"
+                f"{adapter.name} is a {name} product, and no module of the {joint.layout} layout "
+                "is one: choose --to comfy, or bake it with --src BASE --lora"
             )
     if any(low):
         found.append(join_low_rank(joint, low))
