@@ -192,7 +192,8 @@ def convert(args):
     for lora in loras:
         lora.split_qkv = args.split_qkv or lora.split_qkv
     if loras:
-        source = lora_merging.bake_source(source, loras)
+        wide = args.dtype and getattr(torch, args.dtype)
+        source = lora_merging.bake_source(source, loras, wide)
     if args.no_ema and not sources.is_run(Path(args.src)):
         raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:

@@ -155,10 +155,13 @@ ENCODER_NAMES = {"clip": CLIP_NAMES, "t5": T5_NAMES}
 CLIP_PREFIX = "text_model."  # which some versions of transformers leave out
 
 
+LEAVES = {"weight": "weight", "bias": "bias", "scale": "weight"}  # the last is of BFL's norms
+
+
 def split_leaf(name):
-    """(module, weight or bias) of a tensor's name; BFL's `scale` is a weight."""
+    """(module, weight or bias) of a tensor's name, (the name, None) of anything else."""
     module, _, leaf = name.rpartition(".")
-    return module, "bias" if leaf == "bias" else "weight"
+    return (module, LEAVES[leaf]) if leaf in LEAVES else (name, None)
 
 
 def adapter_rules(layout, config):

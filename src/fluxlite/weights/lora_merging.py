@@ -17,6 +17,7 @@ import torch
 from fluxlite.nets.configs import CHANNEL_NAMES
 from fluxlite.nets.lora import Dense, LowRank, Term, adapt_linears
 from fluxlite.weights import conversion, sources
+from fluxlite.weights.dtypes import wider_dtype
 from fluxlite.weights.layouts import COLUMNS, SAME
 from fluxlite.weights.lora_files import Lora, LoraFile, read_lora
 from fluxlite.weights.lora_keys import CLIP_PREFIX
@@ -160,11 +161,11 @@ def float_form(form):
 class Resolver:
     """The LoRAs of one model, resolved against its weights: `base(name)` gives one of ours.
 
-    `part` is transformer, clip or t5.
+    `part` is transformer, clip or t5; `dtype` what it will compute in.
     """
 
-    def __init__(self, loras, part, base, config=None):
-        self.base, self.config, self.ratios = base, config, {}
+    def __init__(self, loras, part, base, config=None, dtype=None):
+        self.base, self.config, self.dtype, self.ratios = base, config, dtype, {}
         self.adapters = defaultdict(list)  # {our name: [(OpenLora, Adapter, number in its rule)]}
         for lora in loras:
             for adapter in lora.adapters(part):
@@ -213,8 +214,11 @@ class Resolver:
         return self.ratio(adapter, name, number) * (weight + values) - weight
 
     def merged(self, name):
-        """Our tensor `name` with all LoRAs, rounded once to the base's type."""
+        """Our tensor `name` with all LoRAs, rounded once: to the base's type, or a wider one that
+        is computed in.
+        """
         dtype, total = self.base(name).dtype, self.weight(name)
+        dtype = wider_dtype(dtype, self.dtype or dtype)
         for _, adapter, number in self.adapters[name]:
             if adapter.replaces:
                 total = form_values(self.form(name, adapter, number))
@@ -237,10 +241,11 @@ class Resolver:
 # --- a merged source ------------------------------------------------------------------------------
 
 
-def merged_source(source, loras, only=lambda name: True):
+def merged_source(source, loras, dtype=None, only=lambda name: True):
     """A `Source` whose tensors are those of `source` with the LoRAs in them, in its own layout.
 
-    A tensor is merged when it is read; `only` tells which of ours are.
+    A tensor is merged when it is read, and is then of a type as wide as the source's and `dtype`;
+    `only` tells which of ours are merged.
     """
     if not any(lora.adapters("transformer") for lora in loras):
         return source
@@ -257,7 +262,7 @@ def merged_source(source, loras, only=lambda name: True):
         )
         return parts[rule.ours.index(name)]
 
-    resolver = Resolver(loras, "transformer", base, config)
+    resolver = Resolver(loras, "transformer", base, config, dtype)
     changed = {name for name in resolver.adapters if only(name)}
 
     def read(name, start=0, stop=None):
@@ -270,11 +275,14 @@ def merged_source(source, loras, only=lambda name: True):
         return made[rule.theirs.index(name)][start:stop]
 
     shapes = conversion.layout_shapes(source.layout, config)
-    described = {name: (of, shapes[name]) for name, (of, _) in source.described.items()}
+    described = {}
+    for name, (of, _) in source.described.items():
+        merged = changed & set(rules[name].ours)
+        described[name] = wider_dtype(of, dtype or of) if merged else of, shapes[name]
     return replace(source, config=config, described=described, read=read, base=source)
 
 
-def bake_source(source, loras):
+def bake_source(source, loras, dtype=None):
     """The `merged_source` to write, of `Lora`s, whose text parts are left out: the log says so."""
     if source.what != "transformer":
         raise ValueError(f"--lora changes a transformer, and {source.where} is a {source.what}")
@@ -290,7 +298,7 @@ def bake_source(source, loras):
             )
         if not lora.file.adapters.get("transformer"):
             raise ValueError(f"--lora {lora.file.where} changes no transformer")
-    merged = merged_source(source, opened)
+    merged = merged_source(source, opened, dtype)
     baked = json.dumps([lora.lora.describe() for lora in opened])
     return replace(merged, metadata=merged.metadata | {"loras": baked})
 
@@ -301,10 +309,11 @@ def load_merged(source, loras, *, merge=True, **options):
     Kept apart, nothing of a mapped linear is copied; biases and scales of norms, which are small,
     are merged.
     """
+    dtype = sources.named_dtype(options.get("dtype"))
     if merge:
-        return sources.load_transformer(merged_source(source, loras), **options)
+        return sources.load_transformer(merged_source(source, loras, dtype), **options)
     linears = linear_names(source.config)
-    small = merged_source(source, loras, only=lambda name: name not in linears)
+    small = merged_source(source, loras, dtype, only=lambda name: name not in linears)
     if small.config.in_channels != source.config.in_channels:
         raise ValueError("lora.merge=false cannot widen the model's input, as a control LoRA does")
     model = sources.load_transformer(small, **options)
