@@ -179,10 +179,12 @@ class LoraConfig:
         verbatim=True,
         short="lora",
     )
-    scale: list[float] = option(
-        [],
-        "strength over the file's own (alpha / rank), by default 1; once for each LoRA, or once "
-        "for all",
+    scale: list[float] = same_option(
+        Lora,
+        "scale",
+        default=[],
+        help="strength over the file's own (alpha / rank), by default 1; once for each LoRA, or "
+        "once for all",
         verbatim=True,
     )
     merge: bool = option(
