@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from reference import diffusers_flux, relative_error
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_convert import bfl_by_hand
 
 from fluxlite.nets import lora as nets_lora
@@ -173,6 +173,24 @@ def test_a_file_written_in_another_dialect_means_the_same(name, to, base, states
         return
     lora_writing.exchange_lora(read_lora(file), out, to)
     check_meant(differences(out, base), written.meant)
+
+
+def ranks_of(file, ending):
+    return {k: len(t) for k, t in load_file(file).items() if k.endswith(ending)}
+
+
+@pytest.mark.parametrize("name", ["kohya", "kohya, split_qkv"])
+def test_a_file_comes_back_with_the_ranks_that_it_had(name, base, states, tmp_path):
+    """Of kohya's by way of separate q, k, v; those of split_qkv have a third of the rank there."""
+    written = FILES[name](states)
+    files = [save(written, tmp_path), tmp_path / "peft.safetensors", tmp_path / "back.safetensors"]
+    lora_writing.exchange_lora(read_lora(files[0]), files[1], "peft")
+    lora_writing.exchange_lora(read_lora(files[1]), files[2], "kohya")
+    before, after = (ranks_of(file, "lora_down.weight") for file in (files[0], files[2]))
+    assert after == before
+    apart = ranks_of(files[1], "lora_A.weight")
+    assert apart["transformer.transformer_blocks.1.attn.to_k.lora_A.weight"] == write.R
+    check_meant(differences(files[2], base), written.meant)
 
 
 # --- strength, replaced scales, widened inputs ----------------------------------------------------

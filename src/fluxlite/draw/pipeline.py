@@ -176,7 +176,7 @@ class LoraConfig:
         [],
         "a LoRA of any dialect: a file, a folder, a LoRA's hub id owner/name/file; several add up: "
         "give it once for each",
-        verbatim=True,
+        path=True,
         short="lora",
     )
     scale: list[float] = same_option(

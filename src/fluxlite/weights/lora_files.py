@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fluxlite.cli.descriptions import parse_json, read_json
-from fluxlite.cli.options import check_kind, check_options, expand_home, option
+from fluxlite.cli.options import check_kind, check_options, expand_home, expand_path, option
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.lora import Dense, Hadamard, Kronecker, LowRank
 from fluxlite.weights import hub, lora_keys
@@ -58,6 +58,8 @@ class Lora:
     def validate(self):
         check_options(self, "lora.")
         check_kind(self.file, (str, Path, LoraFile), "lora", "a path or a LoraFile")
+        if isinstance(self.file, str):
+            expand_path(self.file, "lora")
 
     def describe(self):
         """What a picture's metadata say of it."""
@@ -199,7 +201,7 @@ def read_values(tensors, key, meaning):
     if spelled not in DTYPES:
         raise ValueError(f"{key} is of type {spelled}, which no adapter has")
     check_values(key, tensor)
-    return tensor
+    return tensor if tensor.dtype.itemsize > 1 else tensor.float()  # of fp8 torch computes little
 
 
 def group_keys(tensors, config):

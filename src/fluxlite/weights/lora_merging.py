@@ -43,16 +43,16 @@ class OpenLora:
         return self.file.adapters.get(part, []) if self.scale else []
 
 
-def open_loras(loras, source):
+def open_loras(loras, source, setting="lora="):
     """`OpenLora`s of `Lora`s for a transformer's `Source`, checked; raises `ValueError`."""
     found = []
     for lora in loras:
         lora.validate()
-        file = read_lora(lora.file, source.config, split_qkv=lora.split_qkv)
+        file = read_lora(lora.file, source.config, setting=setting, split_qkv=lora.split_qkv)
         try:
             check_adapters(file.adapters.get("transformer", []), source.config)
         except ValueError as error:
-            raise ValueError(f"lora={file.where}: {error}") from None
+            raise ValueError(f"{setting}{file.where}: {error}") from None
         found.append(OpenLora(file, lora))
     return found
 
@@ -286,7 +286,7 @@ def bake_source(source, loras, dtype=None):
     """The `merged_source` to write, of `Lora`s, whose text parts are left out: the log says so."""
     if source.what != "transformer":
         raise ValueError(f"--lora changes a transformer, and {source.where} is a {source.what}")
-    opened = open_loras(loras, source)
+    opened = open_loras(loras, source, "--lora ")
     for lora in opened:
         others = [part for part in lora.file.adapters if part != "transformer"]
         if others:
