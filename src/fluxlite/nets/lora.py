@@ -150,13 +150,14 @@ class Dense(NamedTuple):
         return F.linear(x, self.diff)
 
 
-def cast_form(form, dtype):
-    """A form with its factors in another type."""
-    return type(form)(*(t.to(dtype) if t is not None and _has_values(t) else t for t in form))
+def float_form(form):
+    """A form with float32 factors."""
+    return type(form)(*(t.float() if _has_values(t) else t for t in form))
 
 
 def _has_values(tensor):
-    return tensor.is_floating_point()
+    """Whether a field of a form is a factor, and neither an index nor absent."""
+    return tensor is not None and tensor.is_floating_point()
 
 
 class Term(nn.Module):
@@ -170,10 +171,9 @@ class Term(nn.Module):
         super().__init__()
         self.form_type, self.scale, self.strength = type(form), scale, strength
         for name, tensor in zip(form._fields, form):
-            if tensor is None or not _has_values(tensor):
-                setattr(self, name, tensor)
-            else:
-                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+            if _has_values(tensor):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(self, name, tensor)
         self.ratio = None if ratio is None else nn.Parameter(ratio, requires_grad=False)
 
     def form(self):
@@ -219,7 +219,7 @@ def adapt_linears(model, terms):
         parent, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent)
         linear = getattr(parent, leaf)
-        setattr(parent, leaf, AdaptedLinear(linear, of_linear).to(linear.weight.dtype))
+        setattr(parent, leaf, AdaptedLinear(linear, of_linear).to(linear.weight))
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fluxlite.nets.lora import LowRank
 from fluxlite.weights import conversion
-from fluxlite.weights.lora_files import Adapter
+from fluxlite.weights.lora_adapters import Adapter
 from fluxlite.weights.lora_keys import adapter_rules
 from fluxlite.weights.lora_writing import DIALECTS
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fluxlite.nets.configs import CHANNEL_NAMES
-from fluxlite.nets.lora import Dense, LowRank, Term, adapt_linears
+from fluxlite.nets.lora import Dense, LowRank, Term, adapt_linears, float_form
 from fluxlite.weights import conversion, sources
 from fluxlite.weights.dtypes import wider_dtype
 from fluxlite.weights.layouts import COLUMNS, SAME
@@ -152,12 +152,6 @@ def form_values(form):
     return float_form(form).dense()
 
 
-def float_form(form):
-    """A form with float32 factors."""
-    floats = (t.float() if t is not None and t.is_floating_point() else t for t in form)
-    return type(form)(*floats)
-
-
 class Resolver:
     """The LoRAs of one model, resolved against its weights: `base(name)` gives one of ours.
 
@@ -178,8 +172,8 @@ class Resolver:
         return pad_form(form, self.config.in_channels) if name == WIDENED else form
 
     def weight(self, name):
-        """The base's values in float32, widened where the LoRAs widen it."""
-        weight = self.base(name).float()
+        """The base's values in float32, a copy, widened where the LoRAs widen it."""
+        weight = self.base(name).to(torch.float32, copy=True)
         return pad_columns(weight, self.config.in_channels) if name == WIDENED else weight
 
     def ratio(self, adapter, name, number):
@@ -221,11 +215,19 @@ class Resolver:
         dtype = wider_dtype(dtype, self.dtype or dtype)
         for _, adapter, number in self.adapters[name]:
             if adapter.replaces:
-                total = form_values(self.form(name, adapter, number))
+                total = form_values(self.form(name, adapter, number)).clone()
         for lora, adapter, number in self.adapters[name]:
             if not adapter.replaces:
-                total = total + lora.scale * self.difference(name, adapter, number)
+                self.add_difference(total, lora.scale, name, adapter, number)
         return total.to(dtype)
+
+    def add_difference(self, total, strength, name, adapter, number):
+        """Add a difference to the float32 `total` in place: of low rank in one pass over it."""
+        if type(adapter.form) is LowRank and adapter.magnitude is None:
+            down, up = float_form(self.form(name, adapter, number))
+            total.addmm_(up, down, alpha=adapter.scale * strength)
+        else:
+            total.add_(self.difference(name, adapter, number), alpha=strength)
 
     def terms(self, name):
         """The same as `Term`s to keep beside a linear, in the base's type."""

@@ -42,7 +42,7 @@ for _w in ("lokr_w1", "lokr_w2"):
     SIDES |= {_w: {"out": 0, "in": 1}, f"{_w}_a": {"out": 0}, f"{_w}_b": {"in": 1}}
 
 
-def infer_config(tensors):
+def infer_lora_config(tensors):
     """A `FluxConfig` of the widths and depths that a file's keys and shapes tell.
 
     What they do not tell is FLUX.1's. Raises `ValueError` where there cannot be as many blocks.

@@ -19,7 +19,7 @@ from fluxlite import __version__
 from fluxlite.nets.lora import Dense, Hadamard, Kronecker, LowRank
 from fluxlite.weights import conversion, lora_keys, tensor_files
 from fluxlite.weights.layouts import COLUMNS, SAME
-from fluxlite.weights.lora_files import METADATA_KEY, Adapter, form_rank
+from fluxlite.weights.lora_adapters import METADATA_KEY, Adapter, form_rank
 from fluxlite.weights.lora_merging import form_part, moves_columns, part_indices, rule_shape
 
 log = logging.getLogger("fluxlite")
