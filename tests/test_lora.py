@@ -17,6 +17,7 @@ from reference import diffusers_flux, relative_error
 from safetensors.torch import load_file, save_file
 from test_convert import bfl_by_hand
 
+from fluxlite.draw import offload
 from fluxlite.nets import lora as nets_lora
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
@@ -391,13 +392,10 @@ def test_dora_is_pefts(theirs, base, tmp_path):
 # --- kept apart -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.6])
 @pytest.mark.parametrize("name", FILES)
-def test_a_lora_kept_apart_computes_what_a_merged_one_does(
-    name, scale, theirs, base, states, tmp_path
-):
+def test_a_lora_kept_apart_computes_what_a_merged_one_does(name, theirs, base, states, tmp_path):
     file, given = save(FILES[name](states), tmp_path), inputs_for(theirs)
-    opened = lora_merging.open_loras([Lora(file, scale)], base)
+    opened = lora_merging.open_loras([Lora(file, 0.6)], base)
     merged, apart = (lora_merging.load_merged(base, opened, merge=m) for m in (True, False))
     expected, plain = (
         our_velocity(merged, given),
@@ -417,6 +415,14 @@ def test_kept_apart_nothing_of_the_base_is_copied(base, tmp_path):
     apart = lora_merging.load_merged(base, opened, merge=False)
     shared = [n for n, p in apart.named_parameters() if p.data_ptr() == mapped.get(n)]
     assert len(shared) == len(mapped)
+
+
+def test_a_lora_kept_apart_is_streamed_with_its_block(theirs, base, tmp_path):
+    file, given = save(write.peft(), tmp_path), inputs_for(theirs)
+    opened = lora_merging.open_loras([Lora(file)], base)
+    kept, streamed = (lora_merging.load_merged(base, opened, merge=False) for _ in range(2))
+    offload.stream_blocks(streamed, "cpu")
+    assert torch.equal(our_velocity(streamed, given), our_velocity(kept, given))
 
 
 @pytest.mark.parametrize("grad", [False, True])
