@@ -21,7 +21,10 @@ from fluxlite.draw import offload
 from fluxlite.nets import lora as nets_lora
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
+from fluxlite.nets.lora import LowRank
 from fluxlite.weights import conversion, lora_merging, lora_writing, sources
+from fluxlite.weights.layouts import SAME, Rule
+from fluxlite.weights.lora_adapters import Adapter
 from fluxlite.weights.lora_files import Lora, read_lora
 
 DIFFUSERS, BFL = write.diffusers_linears(), write.bfl_linears()
@@ -192,6 +195,50 @@ def test_a_file_comes_back_with_the_ranks_that_it_had(name, base, states, tmp_pa
     apart = ranks_of(files[1], "lora_A.weight")
     assert apart["transformer.transformer_blocks.1.attn.to_k.lora_A.weight"] == write.R
     check_meant(differences(files[2], base), written.meant)
+
+
+def in_ours(names, shared, seed):
+    """Adapters of our linears, as training has them, that share their `down` or their `up`."""
+    draw, found = write.Draw(seed), []
+    one = {"down": draw(4, 48), "up": draw(48, 4)}
+    for name, (rows, columns) in names.items():
+        factors = {"down": draw(4, columns), "up": draw(rows, 4)} | {shared: one[shared]}
+        rule = Rule([f"{name}.weight"], [f"{name}.weight"], SAME)
+        found.append(Adapter(rule, "fluxlite", LowRank(**factors), scale=0.5))
+    return found
+
+
+@pytest.mark.parametrize("to", ["peft", "kohya", "comfy"])
+def test_an_adapter_of_the_last_linear_leaves_with_its_rank(to, base, tmp_path):
+    """Ours are two linears, with one B and an A over both columns; q, k and v may share an A."""
+    last = {"single_blocks.0.proj": (48, 48), "single_blocks.0.mlp.linear_out": (48, 192)}
+    qkv = {f"double_blocks.1.txt.qkv.{x}": (48, 48) for x in "qkv"}
+    adapters = in_ours(last, "up", 1) + in_ours(qkv, "down", 2)
+    file = tmp_path / "out.safetensors"
+    lora_writing.write_lora({"transformer": adapters}, file, to, base.config)
+    meant, parts = {}, [0.5 * a.form.up.double() @ a.form.down.double() for a in adapters]
+    meant["single_transformer_blocks.0.proj_out.weight"] = torch.cat(parts[:2], dim=1)
+    for x, part in zip("qkv", parts[2:]):
+        meant[f"transformer_blocks.1.attn.add_{x}_proj.weight"] = part
+    check_meant(differences(file, base), meant)
+    ranks = ranks_of(file, "lora_A.weight" if to == "peft" else "lora_down.weight")
+    assert set(ranks.values()) == {4} and len(ranks) == (4 if to == "peft" else 2)
+
+
+def test_two_changes_of_one_module_are_written_as_one(base, tmp_path):
+    """Under names of two layouts in one file: q alone, and q, k, v together."""
+    fused = write.kohya(only="double_blocks.0.img_attn.qkv")
+    alone = write.low_rank_file(
+        {"transformer_blocks.0.attn.to_q": (48, 48)}, write.dotted("transformer."), write.AB
+    )
+    meant = dict(fused.meant)
+    for name, change in alone.meant.items():
+        meant[name] = meant[name] + change
+    file = save(write.Written(fused.tensors | alone.tensors, {}, meant), tmp_path)
+    check_meant(differences(file, base), meant)
+    for to in ("peft", "kohya", "comfy"):
+        lora_writing.exchange_lora(read_lora(file), tmp_path / f"{to}.safetensors", to)
+        check_meant(differences(tmp_path / f"{to}.safetensors", base), meant)
 
 
 # --- strength, replaced scales, widened inputs ----------------------------------------------------

@@ -164,7 +164,7 @@ def read_values(tensors, key, meaning):
     spelled, shape = part.get_dtype(), tuple(part.get_shape())
     if not math.prod(shape):
         raise ValueError(f"{key} has no values (shape {list(shape)}): the file is damaged")
-    tensor = tensors.read(key)[...] if shape else tensors.handles[key].get_tensor(key)
+    tensor = tensors.handles[key].get_tensor(key)
     if meaning.role in ("alpha", "shape"):
         return tensor
     if spelled not in DTYPES:
@@ -194,7 +194,7 @@ def group_keys(tensors, config):
         raise ValueError(unknown_text(unknown, tensors.keys(), config))
     roles = [role for of_module in found.values() for role, _ in of_module]
     if all(role == "whole" for role in roles):
-        raise ValueError(whole_text(tensors.keys()))
+        raise ValueError(model_text(tensors.keys()) or "it holds whole weights, and no adapter")
     return found, tuple(name for name, _ in dialects.most_common())
 
 
@@ -206,13 +206,12 @@ def dialect_of(meaning):
     return meaning.dialect
 
 
-def whole_text(keys):
-    """What is wrong with a file that holds whole weights alone."""
+def model_text(keys):
+    """What is wrong with a file that holds a model; None for other files."""
     try:
-        what = recognise_layout(keys)[0]
-        return f"it is a {what}, not a LoRA: name it as model.checkpoint="
+        return f"it is a {recognise_layout(keys)[0]}, not a LoRA: name it as model.checkpoint="
     except ValueError:
-        return "it holds whole weights, and no adapter: it is no LoRA"
+        return None
 
 
 def unknown_text(unknown, keys, config):
@@ -224,11 +223,9 @@ def unknown_text(unknown, keys, config):
     other = lora_keys.other_model(unknown)
     if other:
         return f"it is a LoRA of {other}, not of FLUX.1 ({first})"
-    try:
-        what = recognise_layout(keys)[0]
-        return f"it is a {what}, not a LoRA: name it as model.checkpoint="
-    except ValueError:
-        pass
+    model = model_text(keys)
+    if model:
+        return model
     blocks = f"{config.num_double_blocks} double and {config.num_single_blocks} single blocks"
     return f"{first}, match no weight of this model, which has {blocks}"
 

@@ -12,12 +12,14 @@ import json
 import logging
 from collections import Counter, namedtuple
 from dataclasses import replace
+from functools import reduce
 
 import torch
 
 from fluxlite import __version__
 from fluxlite.nets.lora import Dense, Hadamard, Kronecker, LowRank
 from fluxlite.weights import conversion, lora_keys, tensor_files
+from fluxlite.weights.dtypes import wider_dtype
 from fluxlite.weights.layouts import COLUMNS, SAME
 from fluxlite.weights.lora_adapters import METADATA_KEY, Adapter, form_rank
 from fluxlite.weights.lora_merging import form_part, moves_columns, part_indices, rule_shape
@@ -87,30 +89,32 @@ Joint = namedtuple("Joint", "rule layout indices config")
 
 
 def regroup_rule(joint, parts):
-    """The adapters of one tensor of a layout, from those of each of our tensors that it holds."""
-    rule = joint.rule
-    whole = [a for a, number in parts[0] if a.rule.ours == rule.ours and number == 0]
-    same = [a for a in whole if a.rule.transform is rule.transform or len(rule.ours) == 1]
-    kept = {id(a) for a in same}
-    found = [moved_adapter(a, joint) for a in same]
-    rest = [[(a, n) for a, n in part if id(a) not in kept] for part in parts]
-    kinds = {id(a): a for part in rest for a, _ in part}
-    if not kinds:
-        return found
-    low = [[(a, n) for a, n in part if type(a.form) is LowRank] for part in rest]
-    dense = [[(a, n) for a, n in part if type(a.form) is Dense] for part in rest]
-    for adapter in kinds.values():
-        if type(adapter.form) not in (LowRank, Dense):
-            name = type(adapter.form).__name__
+    """The adapters of one tensor of a layout, from [(adapter, number in its rule)] of each of our
+    tensors that it holds.
+    """
+    found, joins = [], {LowRank: join_low_rank, Dense: join_dense}
+    adapters = list({id(adapter): adapter for part in parts for adapter, _ in part}.values())
+    for kind in dict.fromkeys(type(adapter.form) for adapter in adapters):
+        of_kind = [adapter for adapter in adapters if type(adapter.form) is kind]
+        whole = [adapter for adapter in of_kind if lies_in(adapter.rule, joint.rule)]
+        if whole == of_kind and (len(whole) == 1 or kind not in joins):
+            found += [moved_adapter(adapter, joint) for adapter in whole]
+        elif kind in joins:
+            own = [[(a, n) for a, n in part if type(a.form) is kind] for part in parts]
+            found.append(joins[kind](joint, own))
+        else:
             raise ValueError(
-                f"{adapter.name} is a {name} product, and no module of the {joint.layout} layout "
-                "is one: choose --to comfy, or bake it with --src BASE --lora"
+                f"{of_kind[0].name} is a {kind.__name__} product, and no module of the "
+                f"{joint.layout} layout is one: choose --to comfy, or bake it with --src BASE "
+                "--lora"
             )
-    if any(low):
-        found.append(join_low_rank(joint, low))
-    if any(dense):
-        found.append(join_dense(joint, dense))
     return found
+
+
+def lies_in(rule, other):
+    """Whether a rule's tensor is that of another row for row, or with its halves swapped."""
+    same = rule.transform is other.transform or len(rule.ours) == 1
+    return same and rule.ours == other.ours
 
 
 def moved_adapter(adapter, joint):
@@ -145,7 +149,8 @@ def join_low_rank(joint, parts):
     scales = {scale for *_, scale in pieces}
     common = scales.pop() if len(scales) == 1 else None
     places = place_factors([shared for _, shared, *_ in pieces])
-    dtype = torch.float32 if common is None else pieces[0][1].dtype
+    types = [factor.dtype for _, *both, _ in pieces for factor in both]
+    dtype = torch.float32 if common is None else reduce(wider_dtype, types)
     total = torch.zeros(sum(map(len, indices)), max(p.stop for p in places), dtype=dtype)
     factor = torch.empty(total.shape[1], pieces[0][1].shape[1], dtype=dtype)
     for (number, shared, own, scale), place in zip(pieces, places):
@@ -153,7 +158,8 @@ def join_low_rank(joint, parts):
         total[indices[number], place] += values.to(dtype)
         factor[place] = shared.to(dtype)
     form = LowRank(total.T, factor.T) if columns else LowRank(factor, total)
-    return Adapter(rule, layout, form, common or 1.0, join_magnitudes(joint, parts))
+    scale = 1.0 if common is None else common
+    return Adapter(rule, layout, form, scale, join_magnitudes(joint, parts))
 
 
 def place_factors(factors):
@@ -220,11 +226,13 @@ def join_dense(joint, parts):
     dim, first = 1 if moves_columns(rule) else 0, adapters[0].form.diff
     shape = list(first.shape)
     shape[dim] = sum(map(len, indices))
-    total = torch.zeros(shape, dtype=first.dtype)
+    exact = all(a.scale == 1.0 for a in adapters) and len(adapters) <= len(parts)
+    types = [a.form.diff.dtype for a in adapters]
+    total = torch.zeros(shape, dtype=reduce(wider_dtype, types) if exact else torch.float32)
     for index, part in zip(indices, parts):
         for adapter, number in part:
-            values = form_part(adapter.form, adapter.rule, number, config).diff * adapter.scale
-            total.index_add_(dim, index, values.to(total.dtype))
+            values = form_part(adapter.form, adapter.rule, number, config).diff.to(total.dtype)
+            total.index_add_(dim, index, values, alpha=adapter.scale)
     return Adapter(rule, layout, Dense(total), replaces=replaced.pop())
 
 
@@ -233,7 +241,7 @@ def join_dense(joint, parts):
 
 def write_adapters(adapters, to, config):
     """({key: tensor}, metadata) of {part: adapters} in a dialect; raises `ValueError`."""
-    dialect, tensors, written = DIALECTS[to], {}, {}
+    dialect, tensors = DIALECTS[to], {}
     for part, of_part in adapters.items():
         if part == "transformer":
             of_part = regroup_for(of_part, to, config)
@@ -246,7 +254,6 @@ def write_adapters(adapters, to, config):
             if twice:
                 raise ValueError(f"{adapter.name} is changed twice: bake it with --src BASE --lora")
             tensors |= made
-            written.setdefault(part, []).append(adapter)
     if not tensors:
         raise ValueError("there is nothing to write")
     about = {"format": "pt", "fluxlite_version": __version__}
@@ -294,7 +301,7 @@ def write_adapter(adapter, part, to, biases):
     module, leaf = lora_keys.split_leaf(adapter.name)
     key = module_key(module, adapter.layout, part, dialect)
     if type(adapter.form) is Dense:
-        return write_dense(adapter, key, leaf, to, biases)
+        return write_dense(adapter, key, leaf, to)
     if to == "peft":
         return write_peft(adapter, key, biases.get(f"{module}.bias"))
     form, alpha = adapter.form, form_rank(adapter.form)
@@ -324,7 +331,7 @@ def module_key(module, layout, part, dialect):
     return prefix + (name if dialect.dotted else name.replace(".", "_"))
 
 
-def write_dense(adapter, key, leaf, to, biases):
+def write_dense(adapter, key, leaf, to):
     """{key: tensor} of a whole difference or of replaced values."""
     values = adapter.form.diff
     if adapter.scale != 1.0:
