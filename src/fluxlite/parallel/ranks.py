@@ -21,6 +21,12 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
+def num_nodes():
+    """Machines of this run, each with as many processes; 1 where they have not as many."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return 1 if world_size() % here else world_size() // here
+
+
 # gloo raises a bare RuntimeError, its text after the place in gloo's source
 GLOO_FAILURE = re.compile(
     r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] (Connection closed by peer|Connect timeout"
@@ -64,6 +70,14 @@ def check_device(name):
         raise ValueError(f"device={name}: this machine has {default_device()}")
     if known[1] and int(known[1][1:]) >= count:
         raise ValueError(f"device={name}: there are {count} GPUs")
+
+
+def memory_of_rank(device, offload=False):
+    """Bytes that a rank's state may lie in: its GPU's, or its share of the machine's."""
+    if device.type == "cuda" and not offload:
+        return torch.cuda.get_device_properties(device).total_memory
+    here = world_size() // num_nodes()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
 
 
 def check_compiler(device):

@@ -171,7 +171,7 @@ def wrap_controlnet(config, mesh):
             "optim.trainable and optim.freeze leave nothing to train that a gradient can reach: "
             "see controlnet's depth"
         )
-    if parallel.rank() == 0:
+    if mesh and parallel.rank() == 0:
         log_unused(net.config, base, unused)
     return wrap_model(net, config, mesh)
 
