@@ -21,6 +21,7 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
+from fluxlite.parallel import plan
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
@@ -116,6 +117,7 @@ def cases(ranks):
         found["compiled: dp2"] = ["activation_checkpointing=selective"], 1, [*PLAIN, "compile=true"]
         found["compiled: cp2"] = ["cp=2"], 1, [*PLAIN, "compile=true"]
         reduced = ["dtype=bfloat16", "parallel.reduce_dtype=bfloat16"]
+        found["dp2, offloaded"] = found["dp2, prefetch, no reshard"]
         found["dp2, bfloat16 reduced in it"] = [], 2, reduced
     if ranks == 4:
         found["hsdp 2 x 2, accumulation 2"] = MESHES[4]["hsdp 2 x 2"], 2, PLAIN
@@ -131,6 +133,8 @@ def cases(ranks):
         for mesh_name in ("one",) if ranks == 1 else ("tp2", "tp2, sequence parallel"):
             found[f"{mesh_name}, frozen"] = MESHES[ranks][mesh_name], 1, some
             found[f"{mesh_name}, frozen, accumulation 2"] = MESHES[ranks][mesh_name], 2, some
+    if ranks == 1:
+        found["one, accumulation 2, offloaded"] = [], 2, PLAIN
     for name in MESHES[ranks]:
         both = name in ("one", "dp2", "dp2 x tp2")
         for kind in ("muon", "muon in float64") if both else ("muon in float64",):
@@ -231,6 +235,7 @@ def main():
     """
     torch.set_num_threads(1)
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
+    pageable = partial(plan.CPUOffloadPolicy, pin_memory=False)  # a GPU would pin it
     for name, case in cases(ranks).items():
         if name.startswith(names) if names else not name.startswith(("compiled", "more")):
             began = time.perf_counter()
@@ -241,8 +246,11 @@ def main():
             with (
                 mock.patch.object(optim, "orthogonalise_matrix", counted),
                 mock.patch.dict(os.environ, nodes),
+                mock.patch.object(plan, "CPUOffloadPolicy", pageable),
             ):
-                figures[name] = train(configure(*case))
+                config = configure(*case)
+                config.parallel.cpu_offload = "offloaded" in name  # which a CPU refuses
+                figures[name] = train(config)
             calls = torch.tensor(counted.call_count)
             dist.all_reduce(calls)
             figures[name]["orthogonalised"] = calls.item()

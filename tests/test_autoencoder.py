@@ -150,7 +150,7 @@ def test_tiles_cover_every_cell_and_overlap_by_a_quarter(size, tile):
 
 
 def test_a_tiled_picture_has_no_seam_and_differs_by_what_norms_see():
-    """A drawn picture, 256 pixels a side, by the shipped autoencoder: mean and worst of 255."""
+    """A picture, 256 pixels a side, in tiles of 128, by the shipped autoencoder."""
     ours = load_autoencoder(TINY)
     picture = torch.from_numpy(np.asarray(Image.open(ASSETS.parent / "docs/circle.png")).copy())
     picture = picture.permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -159,7 +159,7 @@ def test_a_tiled_picture_has_no_seam_and_differs_by_what_norms_see():
         whole, tiled = ours.decode(latents), ours.decode_tiled(latents, 16)
     assert tiled.shape == whole.shape and tiled.dtype == torch.float32
     error = (tiled - whole).abs() * 127.5
-    assert 0 < error.mean() < 2, error.mean()
+    assert 0.1 < error.mean() < 8, error.mean()
     # where tiles meet, neighbouring pixels differ no more than elsewhere
     steps = (tiled - whole).diff(dim=3).abs()
     seams = steps[..., ours.config.downsampling * 4 :: ours.config.downsampling * 4]

@@ -12,7 +12,7 @@ import torch
 OFFLOAD = ("none", "text", "all")
 # What a step holds at once at most, in tensors (B, L, H) of the compute dtype, and decoding in
 # tensors (widest channels, H, W): counted, and then some.
-STEP_TENSORS, DECODED_TENSORS = 20, 6
+STEP_TENSORS, DECODED_TENSORS = 20, 4
 
 
 def place_steps(net, device):
