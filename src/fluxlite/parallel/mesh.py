@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fluxlite.parallel.ranks import gather_values, memory_of_rank, num_nodes, rank, world_size
+from fluxlite.cli.devices import memory_bytes
+from fluxlite.parallel.ranks import gather_values, num_nodes, world_size
 
 log = logging.getLogger("fluxlite")
 
@@ -65,9 +66,18 @@ def settle_copies(config, state_of, memory):
             f"a copy on a node's {per_node} ranks takes {state / 1e9:.1f} GB of each rank's "
             f"{memory / 1e9:.0f}, where up to {STATE_SHARE:.0%} are for it"
         )
-    if rank() == 0:
-        log.info("parallel.dp_replicate=%d on %d nodes: %s", copies, nodes, said)
+    log.info("parallel.dp_replicate=%d on %d nodes: %s", copies, nodes, said)
     return replace(config, dp_replicate=copies)
+
+
+def least_memory(device, offload):
+    """Bytes that each rank may keep its state in: on the GPU or, with `offload` and on CPUs, a share
+    of the machine's memory; the least of all ranks. Collective.
+    """
+    if device.type == "cuda" and not offload:
+        return min(gather_values(memory_bytes(device)))
+    here = world_size() // num_nodes()
+    return min(gather_values(memory_bytes(torch.device("cpu")) // here))
 
 
 def start_ranks(config, device, state_of=None):
@@ -88,8 +98,7 @@ def start_ranks(config, device, state_of=None):
             alone = {}
         dist.init_process_group(backend, timeout=timeout, **alone)
     if state_of:
-        memory = min(gather_values(memory_of_rank(device, config.cpu_offload)))
-        config = settle_copies(config, state_of, memory)
+        config = settle_copies(config, state_of, least_memory(device, config.cpu_offload))
     mesh = make_mesh(config, device)
     for part in (mesh.fsdp, mesh.cp, mesh.tp, mesh.shards, mesh.node, mesh.world):
         for group in part.get_all_groups():
