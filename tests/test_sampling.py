@@ -667,7 +667,8 @@ def test_on_an_accelerator_the_modulation_is_never_there(monkeypatch, fit):
     kept = {n: p for n, p in model.named_parameters() if n not in of_steps}
     assert bool(kept) != fit and {p.device.type for p in kept.values()} <= {"cpu"}
     assert {p.device.type for p in of_steps.values()} == {"meta"}
-    assert memory.peak == sum(p.nbytes for p in of_steps.values())
+    moved = sum(p.nbytes for p in of_steps.values())
+    assert moved <= memory.peak < 1.01 * moved  # and the rotations
 
 
 def test_a_pipeline_in_memory_moves_nothing_when_it_draws(pipeline, monkeypatch):

@@ -71,8 +71,8 @@ def settle_copies(config, state_of, memory):
 
 
 def least_memory(device, offload):
-    """Bytes that each rank may keep its state in: on the GPU or, with `offload` and on CPUs, a share
-    of the machine's memory; the least of all ranks. Collective.
+    """Bytes that each rank may keep its state in, the least of all ranks: the GPU's or, with
+    `offload` and on CPUs, a share of the machine's. Collective.
     """
     if device.type == "cuda" and not offload:
         return min(gather_values(memory_bytes(device)))
