@@ -7,6 +7,7 @@ Writes {name of the case: {"loss": of the first step, "gradients", "weights" and
 ten}}, all whole, float32.
 """
 
+import os
 import sys
 import time
 from collections import Counter
@@ -15,13 +16,14 @@ from functools import partial
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from reference import last_of_each, randomise
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
-from fluxlite.parallel import compilation
+from fluxlite.parallel import compilation, plan
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
@@ -81,6 +83,11 @@ CONTROL = [
 DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]
 # accumulation, shard_modulation, and whether the suite leaves it to its slow part
 COMBINATIONS = (1, "true", ""), (2, "false", ""), (1, "false", "more: "), (2, "true", "more: ")
+# frozen weights lie in the compute dtype: also some of the modulation's linears, and of a linear
+HALF = [
+    "dtype=bfloat16",
+    "optim.freeze=['double_blocks.*','modulation.img.*','modulation.single.*.weight','img_in.*']",
+]
 
 
 def cases(ranks):
@@ -97,6 +104,8 @@ def cases(ranks):
                 PLAIN,
             )
         found[f"{name}, bfloat16"] = mesh, 1, ["dtype=bfloat16"]
+        if name in ("one", "dp2", "tp2", "dp2 x tp2"):
+            found[f"{name}, half trained"] = mesh, 1, HALF
         if name in ("one", "dp2", "tp2", "tp2, sequence parallel", "cp2", "dp2 x tp2"):
             found[f"{name}, controlnet"] = mesh, 1, CONTROL
         if name in ("one", "dp2", "tp2", "dp2 x tp2"):
@@ -107,7 +116,13 @@ def cases(ranks):
                 options = [*MESHES[2][name], f"activation_checkpointing={kind}"]
                 found[f"{name}, activation_checkpointing {kind}"] = options, 1, PLAIN
         found["dp2, prefetch, no reshard"] = ["prefetch=2", "reshard_after_forward=false"], 1, PLAIN
+        reduced = ["dtype=bfloat16", "parallel.reduce_dtype=bfloat16"]
+        found["dp2, offloaded"] = found["dp2, prefetch, no reshard"]
+        found["dp2, bfloat16 reduced in it"] = [], 2, reduced
     if ranks == 4:
+        found["hsdp 2 x 2, accumulation 2"] = MESHES[4]["hsdp 2 x 2"], 2, PLAIN
+        found["dp2 x tp2, accumulation 4"] = MESHES[4]["dp2 x tp2"], 4, PLAIN
+        found["dp4 on two nodes"] = [], 1, PLAIN
         found["hsdp 2 x tp2"] = ["dp_replicate=2", "tp=2"], 1, PLAIN
         found["tp2 x cp2, sequence parallel"] = ["tp=2", "cp=2", "sequence_parallel=true"], 1, PLAIN
     if ranks in (1, 2):
@@ -117,8 +132,12 @@ def cases(ranks):
         ]  # of which tensor parallelism sums the gradients over ranks
         for mesh_name in ("one",) if ranks == 1 else ("tp2", "tp2, sequence parallel"):
             found[f"{mesh_name}, frozen"] = MESHES[ranks][mesh_name], 1, some
-    for name in MESHES[ranks].keys() & {"one", "dp2", "dp2 x tp2"}:
-        for kind in ("muon", "muon in float64"):
+            found[f"{mesh_name}, frozen, accumulation 2"] = MESHES[ranks][mesh_name], 2, some
+    if ranks == 1:
+        found["one, accumulation 2, offloaded"] = [], 2, PLAIN
+    for name in MESHES[ranks]:
+        both = name in ("one", "dp2", "dp2 x tp2")
+        for kind in ("muon", "muon in float64") if both else ("muon in float64",):
             found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
     return found | compiled_cases(ranks)
 
@@ -185,8 +204,9 @@ def train(config, steps=10):
         mock.patch.object(building, "random_weights", random_weights),
         mock.patch.object(controlnet, "random_weights", random_weights),
     ):
-        run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device))
-    figures, loaded = {}, batches_of(config, run)
+        state_of = partial(setup.state_per_rank, config)
+        run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device, state_of))
+    figures, loaded = {"mesh": (*run.mesh.fsdp.shape,)}, batches_of(config, run)
     real_step = training_step.optimizer_step
 
     def update(run, step, loss):
@@ -262,15 +282,28 @@ def main():
     """
     torch.set_num_threads(1)
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
+    pageable = partial(plan.CPUOffloadPolicy, pin_memory=False)  # a GPU would pin it
     for name, case in cases(ranks).items():
         apart = "compiled:", "inductor:", "more:"
         if name.startswith(names) if names else not name.startswith(apart):
             began = time.perf_counter()
             inexact = optim.orthogonalise_matrix
             exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
-            with mock.patch.object(optim, "orthogonalise_matrix", exact):
-                with counting_graphs(name) as counted:
-                    figures[name] = train(configure(*case)) | counted
+            counted = mock.Mock(side_effect=exact)
+            nodes = {"LOCAL_WORLD_SIZE": "2"} if "two nodes" in name else {}
+            with (
+                counting_graphs(name) as graphs,
+                mock.patch.object(optim, "orthogonalise_matrix", counted),
+                mock.patch.dict(os.environ, nodes),
+                mock.patch.object(plan, "CPUOffloadPolicy", pageable),
+            ):
+                config = configure(*case)
+                config.parallel.cpu_offload = "offloaded" in name  # which a CPU refuses
+                figures[name] = train(config)
+            figures[name] |= graphs  # whose breaks are counted by now
+            calls = torch.tensor(counted.call_count)
+            dist.all_reduce(calls)
+            figures[name]["orthogonalised"] = calls.item()
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1:
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))

@@ -228,7 +228,8 @@ def test_help_lists_the_prompt_first_and_what_a_checkpoint_decides_only_where_al
     shown, every = keys(), keys(everything=True)
     first = [shown.index(key) for key in ("prompt", "height", "seed", "model.checkpoint", "device")]
     assert first == sorted(first) and first[0] == 0
-    assert every == list(option_fields(InferConfig))
+    fields = option_fields(InferConfig).items()
+    assert every == [f.metadata.get("short", key) for key, f in fields]
     hidden = {f"model.{f.name}" for f in dataclasses.fields(FluxConfig)}
     assert set(every) - set(shown) == hidden | {"model.max_sequence_length"}
     assert f"{len(hidden) + 1} more" in help_text(InferConfig, "infer", "")

@@ -295,6 +295,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
             raise ValueError(f"prompt_file={self.prompt_file} is not a file")
         check_negative(self.negative_prompt, self.true_cfg or 1.0)
         self.controls()
+        self.lora.loras()
         if not self.model.checkpoint:
             raise ValueError(
                 "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "

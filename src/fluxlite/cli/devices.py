@@ -94,3 +94,10 @@ def settle_machine(config):
     compile = choose_compile(config.compile, device)
     dtype = config.dtype or default_dtype(device)
     return replace(config, device=device, dtype=dtype, compile=compile)
+
+
+def memory_bytes(device):
+    """Bytes of a GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

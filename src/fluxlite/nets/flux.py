@@ -305,6 +305,13 @@ class Trunk(nn.Module):
     """What Flux and its ControlNets are alike in: embedders, modulation, blocks."""
 
     joins_tokens = False  # whether ranks that share tokens join those of its output
+    conditioning = (
+        "modulation",
+        "time_in",
+        "guidance_in",
+        "pooled_in",
+        "txt_in",
+    )  # no step uses them
 
     def __init__(self, config, attention="auto"):
         super().__init__()
@@ -345,7 +352,8 @@ class Trunk(nn.Module):
 
         `forward` and `modulate` then raise `ValueError`.
         """
-        self.modulation = self.time_in = self.guidance_in = self.pooled_in = self.txt_in = None
+        for name in self.conditioning:
+            setattr(self, name, None)
 
     def cast(self, x):
         return x.to(self.img_in.weight.dtype)
