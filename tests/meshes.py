@@ -10,6 +10,8 @@ ten}}, all whole, float32.
 import os
 import sys
 import time
+from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
@@ -21,7 +23,7 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
-from fluxlite.parallel import plan
+from fluxlite.parallel import compilation, plan
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
@@ -114,8 +116,6 @@ def cases(ranks):
                 options = [*MESHES[2][name], f"activation_checkpointing={kind}"]
                 found[f"{name}, activation_checkpointing {kind}"] = options, 1, PLAIN
         found["dp2, prefetch, no reshard"] = ["prefetch=2", "reshard_after_forward=false"], 1, PLAIN
-        found["compiled: dp2"] = ["activation_checkpointing=selective"], 1, [*PLAIN, "compile=true"]
-        found["compiled: cp2"] = ["cp=2"], 1, [*PLAIN, "compile=true"]
         reduced = ["dtype=bfloat16", "parallel.reduce_dtype=bfloat16"]
         found["dp2, offloaded"] = found["dp2, prefetch, no reshard"]
         found["dp2, bfloat16 reduced in it"] = [], 2, reduced
@@ -139,7 +139,27 @@ def cases(ranks):
         both = name in ("one", "dp2", "dp2 x tp2")
         for kind in ("muon", "muon in float64") if both else ("muon in float64",):
             found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
+    return found | compiled_cases(ranks)
+
+
+def compiled_cases(ranks):
+    """The same of compiled blocks: each mesh with each checkpointing, `IN_SHORT` of them always,
+    and with inductor's code.
+    """
+    found = {}
+    for name, mesh in MESHES[ranks].items():
+        for kind in ("none", "full", "2", "selective"):
+            options = [*mesh, f"activation_checkpointing={kind}"]
+            case = options, 1, [*PLAIN, "compile=true"]
+            found[f"compiled: {name}, {kind}"] = case
+            if (name, kind) in IN_SHORT:
+                found[f"{name}, compiled, {kind}"] = found[f"inductor: {name}, {kind}"] = case
+        if name in ("one", "dp2"):
+            found[f"compiled: {name}, controlnet"] = mesh, 1, [*CONTROL, "compile=true"]
     return found
+
+
+IN_SHORT = {("dp2", "selective"), ("tp2, sequence parallel", "full"), ("cp2", "selective")}
 
 
 def configure(mesh, accumulation, rest):
@@ -208,6 +228,33 @@ def train(config, steps=10):
     }
 
 
+@contextmanager
+def counting_graphs(name):
+    """{"graphs": how many are made for each kind of block, "runs": how often they run, "breaks"} of
+    a case's compiled blocks.
+    """
+    backend = "inductor" if name.startswith("inductor") else "aot_eager"
+    found = {"graphs": Counter(), "runs": Counter(), "breaks": 0}
+
+    def lower(kind, graph, inputs):
+        found["graphs"][kind.__name__] += 1
+        lowered = torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+        def run(*inputs):
+            found["runs"][kind.__name__] += 1
+            return lowered(*inputs)
+
+        return run
+
+    if "compiled" not in name and backend != "inductor":
+        yield {}
+        return
+    torch.compiler.reset()
+    with mock.patch.object(compilation, "lower_graph", lower):
+        yield found
+    found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
 def plain_autograd(config):
     """The first step's loss and gradients of a Flux that nothing is wrapped around."""
     with (
@@ -230,20 +277,22 @@ def plain_autograd(config):
 
 
 def main():
-    """All cases of this number of ranks whose names start as the arguments say; compiled and more
+    """All cases of this number of ranks whose names start as the arguments say; those of `apart`
     only where they are named.
     """
     torch.set_num_threads(1)
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
     pageable = partial(plan.CPUOffloadPolicy, pin_memory=False)  # a GPU would pin it
     for name, case in cases(ranks).items():
-        if name.startswith(names) if names else not name.startswith(("compiled", "more")):
+        apart = "compiled:", "inductor:", "more:"
+        if name.startswith(names) if names else not name.startswith(apart):
             began = time.perf_counter()
             inexact = optim.orthogonalise_matrix
             exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
             counted = mock.Mock(side_effect=exact)
             nodes = {"LOCAL_WORLD_SIZE": "2"} if "two nodes" in name else {}
             with (
+                counting_graphs(name) as graphs,
                 mock.patch.object(optim, "orthogonalise_matrix", counted),
                 mock.patch.dict(os.environ, nodes),
                 mock.patch.object(plan, "CPUOffloadPolicy", pageable),
@@ -251,6 +300,7 @@ def main():
                 config = configure(*case)
                 config.parallel.cpu_offload = "offloaded" in name  # which a CPU refuses
                 figures[name] = train(config)
+            figures[name] |= graphs  # whose breaks are counted by now
             calls = torch.tensor(counted.call_count)
             dist.all_reduce(calls)
             figures[name]["orthogonalised"] = calls.item()

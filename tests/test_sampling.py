@@ -522,6 +522,7 @@ def test_a_shape_that_the_checkpoint_has_not_is_refused():
         fluxlite.generate(PROMPT, expected={"num_double_blocks": 19})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_blocks_draw_the_same_picture():
     options = dict(

@@ -12,8 +12,8 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import cached_property, partial
 from numbers import Real
 from pathlib import Path
 
@@ -65,7 +65,8 @@ from fluxlite.nets.schedule import (
     is_schnell,
     times_for,
 )
-from fluxlite.weights import run_folder, sources, writing
+from fluxlite.weights import lora_merging, run_folder, sources, writing
+from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES, TINY
 from fluxlite.weights.text_encoders import load_text_encoders
 
@@ -188,19 +189,65 @@ class DrawConfig(OwnSampleConfig):
 
 
 @dataclass
+class LoraConfig:
+    """The LoRAs that pictures are drawn with."""
+
+    file: list[str] = option(
+        [],
+        "a LoRA of any dialect: a file, a folder, a LoRA's hub id owner/name/file; several add up: "
+        "give it once for each",
+        path=True,
+        short="lora",
+    )
+    scale: list[float] = same_option(
+        Lora,
+        "scale",
+        default=[],
+        help="strength over the file's own (alpha / rank), by default 1; once for each LoRA, or "
+        "once for all",
+        verbatim=True,
+    )
+    merge: bool = option(
+        True,
+        "merge LoRAs into the weights; false: compute them beside the weights, of which nothing is "
+        "copied",
+    )
+    split_qkv: str = same_option(Lora, "split_qkv")
+
+    def loras(self):
+        """A `Lora` for each file; raises `ValueError` where there are not as many scales."""
+        count = len(self.file)
+        if self.scale and (not count or len(self.scale) not in (1, count)):
+            raise ValueError(
+                f"lora.scale= is given {len(self.scale)} times, and lora= {count} times"
+            )
+        scales = [*self.scale, *self.scale[:1] * count] if self.scale else [1.0] * count
+        found = [
+            one if isinstance(one, Lora) else Lora(one, scale, self.split_qkv)
+            for one, scale in zip(self.file, scales)
+        ]
+        for lora in found:
+            lora.validate()
+        return found
+
+
+@dataclass
 class PipelineConfig:
     """A pipeline's parts, where they compute and how long they stay in memory."""
 
     model: ExpectedConfig = option(ExpectedConfig, "the pipeline")
+    lora: LoraConfig = option(LoraConfig, "the LoRAs")
     device: str | None = option(None, "cpu or cuda; null: what the machine has", resume=True)
     dtype: str | None = option(
         None,
         "what to compute in; null: bfloat16 where it is in hardware, else float32",
         choices=COMPUTE_DTYPES,
     )
-    compile: bool = option(
-        False,
-        "compile each block (torch.compile): minutes at the start, faster steps",
+    compile: bool | str = option(
+        "auto",
+        "compile the blocks (torch.compile): a minute or more at the start, faster steps; auto: on "
+        "a GPU",
+        choices=("auto", True, False),
         resume=True,
     )
     offload: str = option(
@@ -220,8 +267,9 @@ class PipelineConfig:
 
 PARTS_FIELDS = tuple(f.name for f in fields(PartsConfig))
 DRAW_FIELDS = tuple(f.name for f in fields(DrawConfig))
+LORA_OPTIONS = "lora", "lora_merge"
 KEPT_OPTIONS = "device", "dtype", "compile", "offload", "resident_blocks"
-LOAD_OPTIONS = *PARTS_FIELDS, *KEPT_OPTIONS, "expected"
+LOAD_OPTIONS = *PARTS_FIELDS, *LORA_OPTIONS, *KEPT_OPTIONS, "expected"
 
 
 def check_tile(tile, cell):
@@ -268,17 +316,22 @@ class Pipeline:
     settings: dict
     device: torch.device
     dtype: torch.dtype
+    loras: list = field(default_factory=list)  # `OpenLora`s: `use_loras`
 
     @cached_property
     def encoders(self):
         paths = self.sources["t5"], self.sources["clip"]
         encoders = load_text_encoders(*paths, device=self.device, dtype=self.dtype)
         check_widths(self.model_config, encoders=encoders)
-        return encoders
+        return lora_merging.merge_encoders(encoders, self.loras)
 
     @cached_property
     def transformer(self):
-        return self.load_net(sources.load_transformer, self.sources["transformer"])
+        load = sources.load_transformer
+        if self.loras:
+            own = dict(loras=self.loras, merge=self.config.lora.merge)
+            load = partial(lora_merging.load_merged, **own)
+        return self.load_net(load, self.sources["transformer"])
 
     @cached_property
     def autoencoder(self):
@@ -297,6 +350,21 @@ class Pipeline:
         """Drop a part, to be loaded again where it is used again, unless all are kept."""
         if not self.keeps_parts:
             vars(self).pop(part, None)
+
+    def use_loras(self, *loras):
+        """Draw with these LoRAs from now on, and no others: paths or `Lora`s; with none, with the
+        checkpoint as it is. Parts that they change are loaded again from the disk. Raises
+        `ValueError`.
+        """
+        given = [lora if isinstance(lora, Lora) else Lora(lora) for lora in loras]
+        opened = lora_merging.open_loras(given, self.sources["transformer"])
+        lora_merging.check_drawable(opened, self.model_config)
+        changed = {part for lora in [*opened, *self.loras] for part in lora.file.adapters}
+        self.loras = opened
+        if "transformer" in changed:
+            vars(self).pop("transformer", None)
+        if changed & {"clip", "t5"}:
+            vars(self).pop("encoders", None)
 
     def load_net(self, load, source):
         """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves
@@ -332,8 +400,9 @@ def load_pipeline(checkpoint: str | Path = TINY, **options) -> Pipeline:
     """A `Pipeline` with all its parts in memory, to draw with again and again.
 
     `options` are the fields of `PartsConfig` (t5, clip, autoencoder, …), device, dtype and compile;
-    `expected` is {field of FluxConfig: value} that the transformer must have. With `offload` text
-    or all, each part is loaded when it is used, and freed. Raises `ValueError` that names the key.
+    `lora` a path or `Lora`, or several, merged unless `lora_merge` is false; `expected` is {field
+    of FluxConfig: value} that the transformer must have. With `offload` text or all, each part is
+    loaded when it is used, and freed. Raises `ValueError` that names the key.
     """
     check_names(options, LOAD_OPTIONS, "load_pipeline")
     pipeline = open_pipeline(pipeline_config(checkpoint, **{"offload": "none"} | options))
@@ -344,11 +413,16 @@ def load_pipeline(checkpoint: str | Path = TINY, **options) -> Pipeline:
 
 def pipeline_config(checkpoint=TINY, *, expected=(), device=None, dtype=None, **options):
     """The `PipelineConfig` of keyword arguments; raises `ValueError`."""
+    given, merge = options.pop("lora", ()), options.pop("lora_merge", True)
+    check_kind(merge, bool, "lora_merge", "true or false")
+    kinds = (str, Path, Lora, LoraFile)
+    given = one_or_several(given, kinds, "lora", "a path, a Lora or a list of them")
+    loras = [lora if isinstance(lora, Lora) else Lora(lora) for lora in given]
     options = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
     parts = {f.name: options.pop(f.name) for f in fields(PartsConfig) if f.name in options}
     model = {"checkpoint": str(checkpoint)} | parts | dict(expected)
     config = typed_options(PipelineConfig, options | {"model": model})
-    return replace(config, device=device, dtype=dtype)
+    return replace(config, device=device, dtype=dtype, lora=LoraConfig(loras, merge=merge))
 
 
 def open_pipeline(config: PipelineConfig) -> Pipeline:
@@ -363,7 +437,9 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     settings = default_settings(found["transformer"])
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
-    return Pipeline(config, found, settings, device, dtype)
+    pipeline = Pipeline(config, found, settings, device, dtype)
+    pipeline.use_loras(*config.lora.loras())
+    return pipeline
 
 
 def find_sources(model):
@@ -508,7 +584,8 @@ def generate(
     with stage("transformer and modulation"):
         most = min(batch, len(pictures))
         draw = prepare_drawing(pipeline, texts, sample, times, opened, solver, most)
-    about, drawn = describe_drawing(sample, times, controls, config.tile), []
+    about = describe_drawing(sample, times, controls, pipeline.loras, config.tile)
+    drawn = []
     for first in range(0, len(pictures), batch):
         rows = range(first, min(first + batch, len(pictures)))
         with stage("denoising"):
@@ -689,12 +766,12 @@ def watch_steps(on_step, rows, times, shape) -> Callable:
     return callback
 
 
-def describe_drawing(sample, times, controls, tile=0):
+def describe_drawing(sample, times, controls, loras=(), tile=0):
     """What a picture's `info["sampling"]` says of it."""
     about = asdict(replace(sample, steps=len(times) - 1)) | {"times": times.tolist()}
-    own = [control.describe() for control in controls]
     about |= {"tile": tile} if tile else {}
-    return about | ({"controls": own} if own else {})
+    own = {"controls": controls, "loras": [lora.lora for lora in loras]}
+    return about | {key: [one.describe() for one in of] for key, of in own.items() if of}
 
 
 def finish_picture(pipeline, tokens, size, about, decode):

@@ -11,13 +11,8 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
-from fluxlite.parallel.config import checkpoint_interval
+from fluxlite.parallel.compilation import blocks_of, checkpoint_activations, compile_blocks
 from fluxlite.parallel.exchange import SumGradient
 from fluxlite.parallel.modulation import spread_modulation, stored_dtype
 from fluxlite.parallel.tensor_parallel import shard_heads
@@ -25,7 +20,7 @@ from fluxlite.parallel.tokens import share_tokens
 
 
 def parallelize(model, mesh, config, dtype, *, compile=False):
-    """Wrap a model as `config` says: tp → cp → modulation → checkpointing → compile → FSDP2.
+    """Wrap a model as `config` says: tp → cp → modulation → compile → checkpointing → FSDP2.
 
     The model, on any device or meta, has double_blocks, single_blocks and a modulation. Compute is
     in `dtype`; trained weights and gradients stay float32. `fill_weights` then gives a model on
@@ -39,61 +34,18 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
     spread = config.shard_modulation and mesh.world.size() > 1
     if spread:
         spread_modulation(model.modulation, mesh.world, dtype)
+    checkpointing = config.activation_checkpointing
+    if compile:
+        compile_blocks(model, checkpointing)
     if alone:
         compute_in(model, dtype, spread)
-    checkpoint_activations(model, config.activation_checkpointing)
-    if compile:
-        compile_blocks(model)
+    if not (compile and checkpointing == "selective"):  # which is in the graphs already
+        checkpoint_activations(model, checkpointing)
     if config.sequence_parallel:
         model.modulation.register_forward_hook(
             lambda _module, _args, out: SumGradient.apply(out, mesh.tp)
         )
     return model if alone else shard_weights(model, mesh.fsdp, config, dtype, spread)
-
-
-def blocks_of(model):
-    """All blocks of a model, in the order of its forward."""
-    return [*model.double_blocks, *model.single_blocks]
-
-
-# --- activation checkpointing and compilation ----------------------------------------------------
-
-# What selective checkpointing keeps: the linears' products, fused attention, and what ranks sent.
-SAVED_NAMES = """mm addmm linear _scaled_dot_product_flash_attention
-    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
-    _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"""
-SAVED_OPERATORS = {torch.ops._c10d_functional.all_to_all_single.default} | {
-    getattr(torch.ops.aten, name).default
-    for name in SAVED_NAMES.split()
-    if hasattr(torch.ops.aten, name)
-}
-
-
-def checkpoint_activations(model, kind):
-    """Make blocks recompute their forward in the backward.
-
-    That is all of them with "full", each k-th with "k", all in part with "selective".
-    """
-    if kind == "none":
-        return
-
-    def policy(_context, operator, *_args, **_kwargs):
-        kept = operator in SAVED_OPERATORS
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    # an early stop may leave a collective unwaited
-    options = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)
-    if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    for block in blocks_of(model)[:: checkpoint_interval(kind) or 1]:
-        block.forward = partial(checkpoint, block.forward, **options)
-
-
-def compile_blocks(model):
-    """Compile each block by itself: one compilation serves all blocks of a kind."""
-    for block in blocks_of(model):
-        block.compile()
-    return model
 
 
 # --- FSDP2 ---------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def on_fake_ranks(arguments):
     """The arguments of `train.py` for ranks that compute nothing: device and resume do not
     matter.
     """
-    kept = [a for a in arguments if not a.startswith(("device=", "resume="))]
+    kept = [a for a in arguments if not a.startswith(("device=", "resume=", "compile="))]
     typed = any(a.startswith("dtype=") for a in kept)
     return [*kept, "device=cpu"] if typed else [*kept, "device=cpu", "dtype=bfloat16"]
 

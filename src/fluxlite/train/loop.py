@@ -50,6 +50,8 @@ def train(config):
         last = find_resume(config)
         run, monitor, batches, start = start_run(config, device, mesh, last)
         with held_signals() as caught, closing(monitor.metrics), closing(batches):
+            if config.compile and start < config.steps:
+                monitor.metrics.announce("compiling: the first step takes longer")
             for step in range(start + 1, config.steps + 1):
                 micro = [next(batches) for _ in range(run.micro_batches)]
                 loss, norm = train_step(run, micro, step - 1)

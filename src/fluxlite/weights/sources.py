@@ -62,6 +62,7 @@ class Source:
     averaged: bool = False  # whether it is the moving average of a run
     # raises `ValueError` where a run's files are not as they were written
     check_whole: Callable = lambda: None
+    base: object = None  # the `Source` that this one is with LoRAs in it: digests are the base's
 
     def num_bytes(self):
         return tensor_files.num_bytes(self.described)
