@@ -733,7 +733,9 @@ def prepare_drawing(pipeline, texts, sample, times, controls, solver, batch) -> 
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, controls, *given)
     parts = pipeline.model_config, pipeline.sources["autoencoder"].config
-    beside = bytes_beside(*parts, sample, batch, pipeline.dtype.itemsize)
+    nets = [control.checkpoint.config for control in controls]
+    residuals = sum(net.num_double_blocks + net.num_single_blocks for net in nets)
+    beside = bytes_beside(*parts, sample, batch, pipeline.dtype.itemsize, residuals)
     pipeline.place_net(model, beside)
     _, *cells = pipeline.latent_shape(sample.height, sample.width)
     positions = position_ids(*cells, texts[0].shape[1]).to(pipeline.device)
