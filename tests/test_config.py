@@ -208,9 +208,11 @@ def test_checking_changes_nothing_and_what_is_left_open_is_the_machines(name, ar
     before = dataclasses.asdict(config)
     config.validate()
     assert dataclasses.asdict(config) == before and config.device is config.dtype is None
+    assert config.compile == "auto"
     settled = load_settings(name, arguments)
     assert settled.device in ("cpu", "cuda") and settled.dtype in ("float32", "bfloat16")
-    assert dataclasses.replace(settled, device=None, dtype=None) == config
+    assert settled.compile is (settled.device == "cuda")
+    assert dataclasses.replace(settled, device=None, dtype=None, compile="auto") == config
 
 
 def test_missing_encoders_are_named_all_at_once():

@@ -19,6 +19,7 @@ from fluxlite.cli.options import (
     bounds_of,
     check_sources,
     checked_value,
+    list_choices,
     nearest_key,
     option_fields,
     option_value,
@@ -219,7 +220,7 @@ def _help_line(name, f, width=42):
     default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     if default is not dataclasses.MISSING and not (f.type is bool and name.startswith("--")):
         name += "null" if default is None else json.dumps(default)
-    allowed = ", ".join(map(str, f.metadata.get("choices", ()))) or bounds_of(f.metadata)
+    allowed = list_choices(f.metadata) or bounds_of(f.metadata)
     return (
         f"  {name}".ljust(width) + f"  {f.metadata['help']}" + (f" ({allowed})" if allowed else "")
     )

@@ -256,12 +256,18 @@ def check_bounds(value, metadata, key):
         choices = metadata.get("choices")
         if choices and one not in choices:
             shown = one if isinstance(one, str) else shortened(one)
-            raise ValueError(f"{key}={shown}: choose one of {', '.join(map(str, choices))}")
+            raise ValueError(f"{key}={shown}: choose one of {list_choices(metadata)}")
         wrong = [
             n for n, (holds, _) in RANGES.items() if n in metadata and not holds(one, metadata[n])
         ]
         if wrong:
             raise ValueError(f"{key}={shortened(one)} must be {bounds_of(metadata)}")
+
+
+def list_choices(metadata):
+    """`auto, true, false`, from a field's metadata."""
+    choices = metadata.get("choices", ())
+    return ", ".join(f"{c}".lower() if isinstance(c, bool) else f"{c}" for c in choices)
 
 
 def refuse_first(conflicts):

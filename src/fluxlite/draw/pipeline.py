@@ -33,7 +33,14 @@ from fluxlite.cli.options import (
     typed_options,
 )
 from fluxlite.draw.control import Control, open_control, prepare_controls
-from fluxlite.draw.offload import OFFLOAD, stream_blocks
+from fluxlite.draw.offload import (
+    OFFLOAD,
+    bytes_beside,
+    fitting_blocks,
+    free_memory,
+    place_steps,
+    stream_blocks,
+)
 from fluxlite.draw.sampling import (
     decode_pictures,
     initial_noise,
@@ -172,6 +179,13 @@ class DrawConfig(OwnSampleConfig):
         0, "i of a prompt's first picture; a picture's metadata say it", at_least=0, at_most=10**9
     )
     batch: int = option(8, "pictures drawn at once", at_least=1, at_most=10_000)
+    tile: int = option(
+        0,
+        "pixels along a side of the tiles that large pictures are decoded in, which overlap and "
+        "are blended: less memory, not exact; 0: whole",
+        at_least=0,
+        at_most=100_000,
+    )
 
 
 @dataclass
@@ -229,9 +243,11 @@ class PipelineConfig:
         "what to compute in; null: bfloat16 where it is in hardware, else float32",
         choices=COMPUTE_DTYPES,
     )
-    compile: bool = option(
-        False,
-        "compile each block (torch.compile): minutes at the start, faster steps",
+    compile: bool | str = option(
+        "auto",
+        "compile the blocks (torch.compile): a minute or more at the start, faster steps; auto: on "
+        "a GPU",
+        choices=("auto", True, False),
         resume=True,
     )
     offload: str = option(
@@ -240,12 +256,27 @@ class PipelineConfig:
         "none: all stays",
         choices=OFFLOAD,
     )
+    resident_blocks: int = option(
+        -1,
+        "with offload=all: blocks that stay on the GPU; -1: as many as its free memory takes",
+        at_least=-1,
+        at_most=10_000,
+        resume=True,
+    )
 
 
 PARTS_FIELDS = tuple(f.name for f in fields(PartsConfig))
 DRAW_FIELDS = tuple(f.name for f in fields(DrawConfig))
 LORA_OPTIONS = "lora", "lora_merge"
-LOAD_OPTIONS = *PARTS_FIELDS, *LORA_OPTIONS, "device", "dtype", "compile", "offload", "expected"
+KEPT_OPTIONS = "device", "dtype", "compile", "offload", "resident_blocks"
+LOAD_OPTIONS = *PARTS_FIELDS, *LORA_OPTIONS, *KEPT_OPTIONS, "expected"
+
+
+def check_tile(tile, cell):
+    """Raise `ValueError` for tiles too small to overlap, or of no whole cells of so many pixels."""
+    least = 4 * cell
+    if tile and (tile % cell or tile < least):
+        raise ValueError(f"tile={tile} must be 0, or a multiple of {cell} from {least} on")
 
 
 def check_names(given, known, function):
@@ -336,14 +367,28 @@ class Pipeline:
             vars(self).pop("encoders", None)
 
     def load_net(self, load, source):
-        """A net on its device, or with offload=all on the CPU, streamed block by block to an
-        accelerator.
+        """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves
+        it without what it does not need any more.
         """
-        streamed = self.config.offload == "all" and self.device.type != "cpu"
-        place = "cpu" if streamed else self.device
+        place = self.device if self.keeps_parts else "cpu"
         net = load(source, attention=self.config.model.attention, dtype=self.dtype, device=place)
-        net = parallel.compile_blocks(net) if self.config.compile else net
-        return stream_blocks(net, self.device) if streamed else net
+        return parallel.compile_blocks(net) if self.config.compile else net
+
+    def place_net(self, net, beside=None):
+        """Move what the steps use of a net to its device; with offload=all its blocks are streamed
+        to an accelerator, all but those that fit there. `beside` are the bytes that a drawing takes
+        beside the weights; without them none are taken to fit.
+        """
+        if self.keeps_parts:
+            return
+        if self.config.offload == "text" or self.device.type == "cpu":
+            place_steps(net, self.device)
+            return
+        resident = self.config.resident_blocks
+        if resident < 0:
+            free = 0 if beside is None else free_memory(self.device) - beside
+            resident = fitting_blocks(net, free)
+        stream_blocks(net, self.device, resident)
 
     def latent_shape(self, height, width):
         """Channels and cells (C, h, w) of the latents of a picture."""
@@ -537,8 +582,10 @@ def generate(
         texts = encode_texts(pipeline.encoders, [*prompts, *against], length, batch)
         pipeline.release("encoders")
     with stage("transformer and modulation"):
-        draw = prepare_drawing(pipeline, texts, sample, times, opened, solver)
-    about, drawn = describe_drawing(sample, times, controls, pipeline.loras), []
+        most = min(batch, len(pictures))
+        draw = prepare_drawing(pipeline, texts, sample, times, opened, solver, most)
+    about = describe_drawing(sample, times, controls, pipeline.loras, config.tile)
+    drawn = []
     for first in range(0, len(pictures), batch):
         rows = range(first, min(first + batch, len(pictures)))
         with stage("denoising"):
@@ -594,6 +641,7 @@ def settle_sample(pipeline, config):
     given = {name: value for name, value in named.items() if value is not None}
     sample = typed_options(SampleConfig, pipeline.settings | given)
     check_negative(config.negative_prompt, sample.true_cfg)
+    check_tile(config.tile, pipeline.sources["autoencoder"].config.downsampling)
     sample.validate(pipeline.sources["autoencoder"].config.downsampling)
     if "guidance" in given and not pipeline.model_config.guidance_embed:
         raise ValueError(
@@ -673,16 +721,20 @@ def encode_texts(encoders, prompts, length, batch):
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def prepare_drawing(pipeline, texts, sample, times, controls, solver) -> Callable:
-    """A function (pictures, start, callback) → packed latents (B, L, C); see `sample_latents`.
+def prepare_drawing(pipeline, texts, sample, times, controls, solver, batch) -> Callable:
+    """A function (pictures, start, callback) → packed latents (B, L, C), B up to `batch`; see
+    `sample_latents`.
 
-    Transformer and nets of the `open_control`s are loaded, all steps' modulation computed; of
-    encoded prompts `texts` the negative one is the last.
+    Transformer and nets of the `open_control`s are loaded, all steps' modulation computed, and then
+    they are moved to the device; of encoded prompts `texts` the negative one is the last.
     """
     pipeline.release("transformer")  # a drawing that was stopped leaves one without modulation
     model, given = pipeline.transformer, (texts, times, sample.guidance)
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, controls, *given)
+    parts = pipeline.model_config, pipeline.sources["autoencoder"].config
+    beside = bytes_beside(*parts, sample, batch, pipeline.dtype.itemsize)
+    pipeline.place_net(model, beside)
     _, *cells = pipeline.latent_shape(sample.height, sample.width)
     positions = position_ids(*cells, texts[0].shape[1]).to(pipeline.device)
     rope = rope_table(positions, model.config)
@@ -712,9 +764,10 @@ def watch_steps(on_step, rows, times, shape) -> Callable:
     return callback
 
 
-def describe_drawing(sample, times, controls, loras=()):
+def describe_drawing(sample, times, controls, loras=(), tile=0):
     """What a picture's `info["sampling"]` says of it."""
     about = asdict(replace(sample, steps=len(times) - 1)) | {"times": times.tolist()}
+    about |= {"tile": tile} if tile else {}
     own = {"controls": controls, "loras": [lora.lora for lora in loras]}
     return about | {key: [one.describe() for one in of] for key, of in own.items() if of}
 
@@ -725,7 +778,8 @@ def finish_picture(pipeline, tokens, size, about, decode):
     """
     if not decode:
         return unpack_latents(tokens, *pipeline.latent_shape(*size)[1:])[0].cpu().clone()
-    [picture] = decode_pictures(pipeline.autoencoder, tokens, *size)
+    tile = about.get("tile", 0)
+    [picture] = decode_pictures(pipeline.autoencoder, tokens, *size, tile)
     picture.info["sampling"] = dict(about)
     return picture
 
