@@ -32,6 +32,7 @@ from fluxlite.cli.options import (
     shortened,
     typed_options,
 )
+from fluxlite.data.transfers import send_tensor
 from fluxlite.draw.control import Control, open_control, prepare_controls
 from fluxlite.draw.offload import OFFLOAD, stream_blocks
 from fluxlite.draw.sampling import (
@@ -613,7 +614,7 @@ def prepare_drawing(pipeline, texts, sample, times, controls, solver) -> Callabl
         if sample.true_cfg > 1:
             last = len(texts[0]) - 1
             options["negative"] = conditions([last]).rows([0] * len(prompts))
-        start = start.to(pipeline.device)
+        start = send_tensor(start, pipeline.device)
         return sample_latents(model, conditions(prompts), start, times, sample, **options)
 
     return draw

@@ -15,6 +15,7 @@ from einops import rearrange
 from PIL import Image
 
 from fluxlite import rng
+from fluxlite.data.transfers import begin_read, send_tensor
 from fluxlite.nets import flow
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import PATCH, pack_latents, position_ids, unpack_latents
@@ -26,7 +27,7 @@ def sample_euler(velocity, x, times, callback=lambda step, x: x):
 
     `velocity(x, i)` is that at times[i], of all times but the last. `callback(i, x)` sees the x at
     times[i], from the first to the last, and gives the x to go on with. Any solver has this
-    signature.
+    signature. The times lie on the host, where to look at them is to wait for nothing.
     """
     x = callback(0, x)
     for i in range(len(times) - 1):
@@ -56,7 +57,8 @@ class Conditions:
 
     def rows(self, numbers):
         """The conditions of some of the prompts, by number, repeated as they are."""
-        return Conditions(self.txt[numbers], self.modulation[:, :, numbers])
+        places = send_tensor(torch.as_tensor(numbers), self.txt.device)
+        return Conditions(self.txt[places], self.modulation[:, :, places])
 
 
 def guidance_rows(model_config, guidance, count, device):
@@ -72,7 +74,7 @@ def condition_net(net, txt, pooled, times, guidance, mode=None):
     `drop_conditioning` may free a quarter of its weights.
     """
     prompts, steps = len(txt), len(times) - 1
-    t = times[:-1].to(txt.device).repeat_interleave(prompts)
+    t = send_tensor(times[:-1].repeat_interleave(prompts), txt.device)
     rows = net.cast(pooled).repeat(steps, 1)
     modulation = net.modulate(t, rows, guidance_rows(net.config, guidance, len(t), txt.device))
     txt = net.txt_in(net.cast(txt))
@@ -118,7 +120,7 @@ def rope_for(model_config, noise, config, num_text):
     """
     factor = math.isqrt(config.height * config.width // (PATCH**2 * noise.shape[1]))
     ids = position_ids(config.height // factor, config.width // factor, num_text)
-    return rope_table(ids.to(noise.device), model_config)
+    return rope_table(send_tensor(ids, noise.device), model_config)
 
 
 @torch.inference_mode()
@@ -143,7 +145,7 @@ def sample_latents(
     `ValueError` where latents are not finite.
     """
     rope = rope_for(model.config, noise, config, conditions.txt.shape[1])
-    finite = []  # looked at in the end: the device is not waited for
+    finite = []  # looked at in the end: in the loop the device is not waited for
 
     def velocity(x, i):
         added = residuals(x, i, rope) if residuals else None
@@ -158,7 +160,8 @@ def sample_latents(
         return callback(step, x)
 
     latents = solver(velocity, noise, times, watch_step)
-    check_latents_finite(model, conditions, finite)
+    if finite:
+        check_latents_finite(model, conditions, begin_read(torch.stack(finite))())
     return latents
 
 
@@ -171,9 +174,9 @@ def check_latents_finite(model, conditions, finite):
     where = next((name for name, t in tensors if not t.float().isfinite().all()), None)
     others = "no weight of the transformer does: look at the ControlNet, or try dtype=float32"
     cause = f"{where} holds some" if where else others
-    step = [bool(f) for f in finite].index(False)
+    step, last = finite.index(False), len(finite) - 1
     raise ValueError(
-        f"the latents are NaN or infinite after step {step} of {len(finite) - 1}, and {cause}; "
+        f"the latents are NaN or infinite after step {step} of {last}, and {cause}; "
         "convert_hf.py names the first tensor of a checkpoint that does"
     )
 
@@ -189,8 +192,10 @@ def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype, sol
     rope = rope_for(model_config, noise, config, txt.shape[1])
     guidance = guidance_rows(model_config, config.guidance, len(noise), noise.device)
 
+    there = send_tensor(times, noise.device)
+
     def velocity(x, i):
-        t = times[i].expand(len(x)).to(x.device)
+        t = there[i].expand(len(x))
         return forward(x.to(dtype), txt, rope, t=t, pooled=pooled, guidance=guidance)
 
     return solver(velocity, noise, times)
@@ -204,7 +209,8 @@ def decode_pictures(autoencoder, tokens, height, width):
     """Packed latents (B, L, C) to PIL pictures of height x width pixels."""
     factor = autoencoder.config.downsampling
     pixels = autoencoder.decode(unpack_latents(tokens, height // factor, width // factor))
-    if tokens.isfinite().all() and not pixels.isfinite().all():
+    given, made = begin_read(torch.stack([x.isfinite().all() for x in (tokens, pixels)]))()
+    if given and not made:
         raise ValueError(
             "the autoencoder gives NaN or infinite pixels: try dtype=float32, or fetch it again"
         )

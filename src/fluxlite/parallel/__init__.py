@@ -31,8 +31,6 @@ from fluxlite.parallel.ranks import (
     first_rank_does,
     gather_values,
     has_bf16,
-    max_over_ranks,
-    mean_over_ranks,
     rank,
     wait_for_all,
     watching_ranks,
