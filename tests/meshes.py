@@ -220,7 +220,9 @@ def train(config, steps=10):
         for step in range(steps):
             loss, norm = training_step.train_step(run, next(loaded), step)
             if step == 0:
-                figures |= {"loss": parallel.mean_over_ranks(loss).item(), "norm": norm.item()}
+                dist.all_reduce(loss)
+                mean = loss.item() / dist.get_world_size()
+                figures |= {"loss": mean, "norm": norm.item()}
     figures["trained"] = sorted(name for name, p in run.model.named_parameters() if p.requires_grad)
     return figures | {
         "weights": whole(dict(run.model.named_parameters())),

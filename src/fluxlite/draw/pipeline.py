@@ -32,6 +32,7 @@ from fluxlite.cli.options import (
     shortened,
     typed_options,
 )
+from fluxlite.data.transfers import send_tensor
 from fluxlite.draw.control import Control, open_control, prepare_controls
 from fluxlite.draw.offload import (
     OFFLOAD,
@@ -738,7 +739,7 @@ def prepare_drawing(pipeline, texts, sample, times, controls, solver, batch) -> 
     beside = bytes_beside(*parts, sample, batch, pipeline.dtype.itemsize, residuals)
     pipeline.place_net(model, beside)
     _, *cells = pipeline.latent_shape(sample.height, sample.width)
-    positions = position_ids(*cells, texts[0].shape[1]).to(pipeline.device)
+    positions = send_tensor(position_ids(*cells, texts[0].shape[1]), pipeline.device)
     rope = rope_table(positions, model.config)
 
     @torch.inference_mode()
@@ -749,7 +750,7 @@ def prepare_drawing(pipeline, texts, sample, times, controls, solver, batch) -> 
             last = len(texts[0]) - 1
             negative = conditions([last]).rows([0] * len(prompts))
             options |= {"negative": negative, "true_cfg": sample.true_cfg}
-        start = start.to(pipeline.device)
+        start = send_tensor(start, pipeline.device)
         return sample_latents(model, conditions(prompts), start, rope, times, **options)
 
     return draw
