@@ -7,6 +7,7 @@ Writes {name of the case: {"loss": of the first step, "gradients", "weights" and
 ten}}, all whole, float32.
 """
 
+import os
 import sys
 import time
 from functools import partial
@@ -19,12 +20,14 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
+from fluxlite.parallel import float8
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
 
 MODEL = [
     "data=mock",
+    f"device={os.environ.get('FLUXLITE_MESH_DEVICE', 'cpu')}",
     "model.t5=null",
     "model.clip=null",
     "model.autoencoder=null",
@@ -76,6 +79,7 @@ CONTROL = [
 ]
 # in part out of any gradient's reach
 DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]
+NAMED = "compiled", "more", "float8"
 # accumulation, shard_modulation, and whether the suite leaves it to its slow part
 COMBINATIONS = (1, "true", ""), (2, "false", ""), (1, "false", "more: "), (2, "true", "more: ")
 
@@ -116,6 +120,10 @@ def cases(ranks):
         ]  # of which tensor parallelism sums the gradients over ranks
         for mesh_name in ("one",) if ranks == 1 else ("tp2", "tp2, sequence parallel"):
             found[f"{mesh_name}, frozen"] = MESHES[ranks][mesh_name], 1, some
+    for name in MESHES[ranks].keys() & {"one", "dp2"}:
+        for kind in ("rowwise", "tensorwise"):
+            emulated = ["dtype=bfloat16", f"parallel.float8={kind}"]
+            found[f"float8: {name}, float8 {kind}"] = MESHES[ranks][name], 1, emulated
     for name in MESHES[ranks].keys() & {"one", "dp2", "dp2 x tp2"}:
         for kind in ("muon", "muon in float64"):
             found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
@@ -209,20 +217,21 @@ def plain_autograd(config):
 
 
 def main():
-    """All cases of this number of ranks whose names start as the arguments say; compiled and more
+    """All cases of this number of ranks whose names start as the arguments say; those of `NAMED`
     only where they are named.
     """
     torch.set_num_threads(1)
+    float8.has_float8 = lambda device: True  # a CPU emulates it
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
     for name, case in cases(ranks).items():
-        if name.startswith(names) if names else not name.startswith(("compiled", "more")):
+        if name.startswith(names) if names else not name.startswith(NAMED):
             began = time.perf_counter()
             inexact = optim.orthogonalise_matrix
             exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
             with mock.patch.object(optim, "orthogonalise_matrix", exact):
                 figures[name] = train(configure(*case))
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
-    if ranks == 1:
+    if ranks == 1 and not names:
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))
     if parallel.rank() == 0:
         torch.save(figures, sys.argv[1])

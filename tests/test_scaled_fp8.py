@@ -1,4 +1,4 @@
-"""fp8 files with scales, as ComfyUI, BFL and diffusers publish them: read as bfloat16, or refused."""
+"""fp8 files with scales, as ComfyUI, BFL and diffusers publish them: read in bf16, or refused."""
 
 import json
 

@@ -4,6 +4,7 @@ A run's ranks form a mesh of dp_replicate x dp_shard x cp x tp. The rooms:
 * `plan`: the order in which a model is wrapped, checkpointed, compiled and sharded (FSDP2).
 * `tensor_parallel`, `tokens`, `modulation`: what ranks share inside a model.
 * `mesh`, `ranks`, `exchange`: the process group, this process in it, what ranks send each other.
+* `float8`: linears that multiply in float8.
 * `weights`: which part of a weight a rank has. `config`: the settings.
 
 Gradients: every rank's loss is its samples' mean, so the ranks' gradients are averaged over dp and
@@ -14,6 +15,13 @@ they find for shared weights is summed.
 # ruff: noqa: F401 (what other wings call)
 
 from fluxlite.parallel.config import ParallelConfig
+from fluxlite.parallel.float8 import (
+    block_linears,
+    float8_conflicts,
+    lossy_settings,
+    quantize_linears,
+    train_in_float8,
+)
 from fluxlite.parallel.mesh import Mesh, make_mesh, start_ranks, stop_ranks
 from fluxlite.parallel.plan import (
     checkpoint_activations,
@@ -31,6 +39,7 @@ from fluxlite.parallel.ranks import (
     first_rank_does,
     gather_values,
     has_bf16,
+    has_float8,
     max_over_ranks,
     mean_over_ranks,
     rank,

@@ -19,18 +19,22 @@ from torch.utils.checkpoint import (
 
 from fluxlite.parallel.config import checkpoint_interval
 from fluxlite.parallel.exchange import SumGradient
+from fluxlite.parallel.float8 import train_in_float8
 from fluxlite.parallel.modulation import spread_modulation
 from fluxlite.parallel.tensor_parallel import shard_heads
 from fluxlite.parallel.tokens import share_tokens
 
 
 def parallelize(model, mesh, config, dtype, *, compile=False):
-    """Wrap a model as `config` says: tp → cp → modulation → checkpointing → compile → FSDP2.
+    """Wrap a model as `config` says: float8 → tp → cp → modulation → checkpointing → compile →
+    FSDP2.
 
     The model, on any device or meta, has double_blocks, single_blocks and a modulation. Compute is
     in `dtype`; weights, gradients and their reduction stay float32. `fill_weights` then gives a
     model on meta its weights.
     """
+    if config.float8 != "none" and any(p.requires_grad for p in model.parameters()):
+        train_in_float8(model, config.float8)
     if mesh.tp.size() > 1:
         shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
     if mesh.cp.size() > 1 or config.sequence_parallel:
@@ -58,7 +62,7 @@ def blocks_of(model):
 # --- activation checkpointing and compilation ----------------------------------------------------
 
 # What selective checkpointing keeps: the linears' products, fused attention, and what ranks sent.
-SAVED_NAMES = """mm addmm linear _scaled_dot_product_flash_attention
+SAVED_NAMES = """mm addmm linear _scaled_mm _scaled_dot_product_flash_attention
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
     _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"""
 SAVED_OPERATORS = {torch.ops._c10d_functional.all_to_all_single.default} | {

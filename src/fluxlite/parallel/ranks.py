@@ -92,6 +92,11 @@ def has_bf16(device):
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
 
 
+def has_float8(device):
+    """Whether the device multiplies in float8 in hardware."""
+    return str(device).startswith("cuda") and torch.cuda.get_device_capability() >= (8, 9)
+
+
 def default_dtype(device):
     """What a device computes in fast: bfloat16 where it is in hardware, else float32."""
     return "bfloat16" if has_bf16(device) else "float32"

@@ -16,6 +16,7 @@ import torch
 
 from fluxlite import parallel
 from fluxlite.cli.processes import held_signals
+from fluxlite.cli.profiling import StepProfile, parse_steps
 from fluxlite.nets.latents import num_image_tokens
 from fluxlite.train import run_state
 from fluxlite.train.grids import draw_grid, encode_grid
@@ -48,7 +49,8 @@ def train(config):
         last = find_resume(config)
         run, monitor, batches, start = start_run(config, device, mesh, last)
         with held_signals() as caught, closing(monitor.metrics), closing(batches):
-            for step in range(start + 1, config.steps + 1):
+            steps = range(start + 1, config.steps + 1)
+            for step in profile_of(config, device).over(steps):
                 micro = [next(batches) for _ in range(run.micro_batches)]
                 loss, norm = train_step(run, micro, step - 1)
                 stopped_by, good = read_flags(run, caught, norm)
@@ -92,6 +94,11 @@ def start_run(config, device, mesh, last):
         training, global_batch=size, start_index=start * size, workers=config.data.workers
     )
     return run, monitor, batches, start
+
+
+def profile_of(config, device):
+    """The `StepProfile` that `profile=` asks for."""
+    return StepProfile(parse_steps(config.profile, config.steps), config.output, device)
 
 
 def trained_state(run):
@@ -163,7 +170,7 @@ def start_monitor(run, validation, start):
     are then freed.
     """
     config, main = run.config, parallel.rank() == 0
-    settings = asdict(config)
+    settings = asdict(config) | parallel.lossy_settings("parallel.float8", config.parallel.float8)
     if main:
         with atomic_weights(Path(config.output) / "config.json", overwrite=True) as part:
             part.write_text(json.dumps(settings, indent=2, allow_nan=False) + "\n")
