@@ -79,6 +79,8 @@ CONTROL = [
 ]
 # in part out of any gradient's reach
 DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]
+# text and image tokens, for float8
+SIXTEEN = ["model.max_sequence_length=16", "data.height=64", "data.width=64"]
 NAMED = "compiled", "more", "float8"
 # accumulation, shard_modulation, and whether the suite leaves it to its slow part
 COMBINATIONS = (1, "true", ""), (2, "false", ""), (1, "false", "more: "), (2, "true", "more: ")
@@ -122,7 +124,7 @@ def cases(ranks):
             found[f"{mesh_name}, frozen"] = MESHES[ranks][mesh_name], 1, some
     for name in MESHES[ranks].keys() & {"one", "dp2"}:
         for kind in ("rowwise", "tensorwise"):
-            emulated = ["dtype=bfloat16", f"parallel.float8={kind}"]
+            emulated = ["dtype=bfloat16", f"parallel.float8={kind}", *SIXTEEN]
             found[f"float8: {name}, float8 {kind}"] = MESHES[ranks][name], 1, emulated
     for name in MESHES[ranks].keys() & {"one", "dp2", "dp2 x tp2"}:
         for kind in ("muon", "muon in float64"):
