@@ -21,6 +21,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -215,8 +216,10 @@ def join_notes(*notes):
 def test_rows(scale, clock):
     """`pytest -m gpu`."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-rf"]
-    options = dict(cwd=ROOT, capture_output=True, text=True, timeout=max(1, clock.left()))
-    found = subprocess.run([*command, "tests/test_gpu.py"], **options)
+    found = run_limited([*command, "-n", "4", "tests/test_gpu.py"], clock.left())
+    if found is None:
+        yield skipped_row("pytest -m gpu", "it took too long; run it by itself")
+        return
     lines = found.stdout.strip().splitlines() or [found.stderr.strip()[-500:]]
     failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     note = lines[-1].strip("= ")
@@ -375,7 +378,7 @@ def loading_rows(scale, clock):
     """A mapped checkpoint to the device, out of a cold and a warm page cache."""
     scale = scale.fitted(2, scale.file_bytes)
     config = scale.shape
-    with tempfile.TemporaryDirectory(dir=os.environ.get("FLUXLITE_SCRATCH")) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         theirs, ours = Path(folder, "transformer"), Path(folder, "ours.safetensors")
         theirs.mkdir()
         with torch.device("meta"):
@@ -455,14 +458,13 @@ def run_ranks(scale, clock, name):
     options = ["--mesh", name, "--ranks", str(scale.ranks)]
     with tempfile.NamedTemporaryFile("r") as file:
         own = child_arguments(scale, "ranks", clock.left(), file.name)
-        command = [*launch, __file__, *own, *options]
-        try:
-            found = subprocess.run(command, capture_output=True, timeout=max(1, clock.left()))
-        except subprocess.TimeoutExpired:
-            return {"note": "skipped: it took too long"}
+        found = run_limited([*launch, __file__, *own, *options], clock.left())
         rows = [json.loads(line) for line in file.read().splitlines()]
-        failed = "".join(found.stderr.decode(errors="replace").strip().splitlines()[-1:])
-        return rows[0] if rows else {"note": f"failed: {failed}", "failed": True}
+        if rows:
+            return rows[0]
+        if found is None:
+            return {"note": "skipped: it took too long"}
+        return {"note": f"failed: {last_words(found.stderr)}", "failed": True}
 
 
 def rank_rows(scale, clock, mesh="FSDP2"):
@@ -471,9 +473,11 @@ def rank_rows(scale, clock, mesh="FSDP2"):
     scale = scale.fitted(TRAINING_BYTES, scale.memory * ranks)
     options = MESHES[mesh], scale.depth_note(whole)
     row = measure_training(scale, "ours", "selective", "tp" not in mesh, *options)
-    samples = 1e3 * parallel.world_size() / row["ms"] / (2 if "tp" in mesh else 1)
+    sharing = 2 if "tp" in mesh else 1  # ranks that work at one sample
+    shares = {name: row[name] and row[name] / sharing for name in ("tflops", "mfu")}
+    samples = 1e3 * ranks / sharing / row["ms"]
     note = join_notes(f"{ranks} ranks, selective, {samples:.3g} samples/s", row["note"])
-    yield {"what": mesh} | row | {"note": note}
+    yield {"what": mesh} | row | shares | {"note": note}
     parallel.stop_ranks()
 
 
@@ -503,15 +507,38 @@ def run_child(scale, section, seconds):
     """The rows of a section, made by a process of its own that is killed when its time is up."""
     with tempfile.NamedTemporaryFile("r") as file:
         command = [sys.executable, __file__, *child_arguments(scale, section, seconds, file.name)]
-        fault = None
-        try:
-            found = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 5)
-            if found.returncode:
-                last = found.stderr.strip().splitlines()[-1:] or ["no word"]
-                fault = {"what": section, "note": f"failed: {last[0]}", "failed": True}
-        except subprocess.TimeoutExpired:
-            fault = skipped_row(f"the rest of {section}", f"{seconds:.0f} s were not enough")
-        return [json.loads(line) for line in file.read().splitlines()] + ([fault] if fault else [])
+        found = run_limited(command, seconds + 5, start_new_session=True)
+        rows = [json.loads(line) for line in file.read().splitlines()]
+        if found is None:
+            short = f"{seconds:.0f} s were not enough"
+            return [*rows, skipped_row(f"the rest of {section}", short)]
+        if found.returncode:
+            said = f"failed: {last_words(found.stderr)}"
+            return [*rows, {"what": section, "note": said, "failed": True}]
+        return rows
+
+
+def run_limited(command, seconds, **options):
+    """A process that has ended; None where it was killed since its time was up, in a session of its
+    own with all that it had started.
+    """
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(command, **pipes, **options)
+    try:
+        out = process.communicate(timeout=max(1, seconds))
+        return subprocess.CompletedProcess(command, process.returncode, *out)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if process.poll() is None:
+            kill = partial(os.killpg, process.pid) if options else process.send_signal
+            kill(signal.SIGKILL)
+            process.wait()
+
+
+def last_words(text):
+    """The last line of what a process said."""
+    return "".join(text.strip().splitlines()[-1:]) or "no word"
 
 
 def write_rows(rows, path):

@@ -115,6 +115,16 @@ def test_what_does_not_fit_the_memory_or_the_time_is_named(monkeypatch):
     assert notes == ["", "skipped: out of memory", "", "skipped: 0 s were left"]
 
 
+def test_a_section_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
+    child = f"import time; time.sleep(2); open({str(tmp_path / 'late')!r}, 'w')"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert gpu.run_limited([sys.executable, "-c", parent], 1, start_new_session=True) is None
+    time.sleep(2.5)
+    assert not (tmp_path / "late").exists()
+    quick = gpu.run_limited([sys.executable, "-c", "print(3)"], 60, start_new_session=True)
+    assert (quick.returncode, quick.stdout) == (0, "3\n")
+
+
 def test_sections_share_the_time_and_later_ones_keep_theirs(monkeypatch):
     given = {}
 
