@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gpu
+import gpu_sections as sections
 import pytest
 import torch
 
@@ -27,8 +28,8 @@ def not_compiled():
     parallel.stop_ranks()
 
 
-def rows_of(section, scale=gpu.TINY, seconds=300):
-    rows = list(gpu.SECTIONS[section][0](scale, gpu.Clock(seconds)))
+def rows_of(section, scale=sections.TINY, seconds=300):
+    rows = list(sections.SECTIONS[section][0](scale, sections.Clock(seconds)))
     assert rows and all(set(row) >= {"what", "note"} for row in rows)
     json.dumps(rows)
     return rows
@@ -36,7 +37,7 @@ def rows_of(section, scale=gpu.TINY, seconds=300):
 
 def test_a_step_is_measured_beside_diffusers_eager_and_compiled():
     rows = rows_of("forward")
-    sides, suffixes = gpu.TINY.sides, ("", ", compiled")
+    sides, suffixes = sections.TINY.sides, ("", ", compiled")
     expected = [f"{s}², {who}{c}" for c in suffixes for s in sides for who in ("diffusers", "ours")]
     assert [row["what"] for row in rows] == expected
     for row in rows:
@@ -56,10 +57,11 @@ def test_a_training_step_is_measured_under_each_checkpointing():
 
 def test_a_model_that_does_not_fit_is_less_deep_and_its_row_says_so():
     whole = replace(
-        gpu.TINY, shape=replace(gpu.TINY.shape, num_double_blocks=4, num_single_blocks=8)
+        sections.TINY,
+        shape=replace(sections.TINY.shape, num_double_blocks=4, num_single_blocks=8),
     )
-    size = 2.4 * sum(p.numel() for p in gpu.Flux(whole.shape).parameters())
-    small = replace(whole, memory=int(size / 1.9 / gpu.FITTING), sides=(32,))
+    size = 2.4 * sum(p.numel() for p in sections.Flux(whole.shape).parameters())
+    small = replace(whole, memory=int(size / 1.9 / sections.FITTING), sides=(32,))
     rows = rows_of("forward", small)
     assert all("of 4 + 8 blocks" in row["note"] for row in rows)
     assert small.fitted(2.4, small.memory).shape.num_double_blocks == 2
@@ -90,12 +92,12 @@ def test_loading_and_the_autoencoder_are_measured():
 def test_meshes_are_skipped_on_one_gpu_and_a_rank_is_measured():
     [row] = rows_of("meshes")
     assert row["note"] == "skipped: there is one GPU"
-    [row] = gpu.rank_rows(gpu.TINY, gpu.Clock(60))
+    [row] = sections.rank_rows(sections.TINY, sections.Clock(60))
     assert row["what"] == "FSDP2" and row["ms"] > 0 and "1 ranks, selective" in row["note"]
 
 
 def test_what_does_not_fit_the_memory_or_the_time_is_named(monkeypatch):
-    monkeypatch.setattr(gpu, "free_memory", lambda: None)
+    monkeypatch.setattr(sections, "free_memory", lambda: None)
 
     def measure(seconds, fault=None):
         time.sleep(seconds)
@@ -109,7 +111,7 @@ def test_what_does_not_fit_the_memory_or_the_time_is_named(monkeypatch):
         "slow": (0.5,),
         "late": (0.0,),
     }
-    rows = list(gpu.attempt_each(variants, measure, gpu.Clock(0.6)))
+    rows = list(sections.attempt_each(variants, measure, sections.Clock(0.6)))
     assert [row["what"] for row in rows] == list(variants)
     notes = [row["note"] for row in rows]
     assert notes == ["", "skipped: out of memory", "", "skipped: 0 s were left"]
@@ -118,10 +120,10 @@ def test_what_does_not_fit_the_memory_or_the_time_is_named(monkeypatch):
 def test_a_section_that_takes_too_long_is_killed_with_what_it_started(tmp_path):
     child = f"import time; time.sleep(2); open({str(tmp_path / 'late')!r}, 'w')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    assert gpu.run_limited([sys.executable, "-c", parent], 1, start_new_session=True) is None
+    assert sections.run_limited([sys.executable, "-c", parent], 1, start_new_session=True) is None
     time.sleep(2.5)
     assert not (tmp_path / "late").exists()
-    quick = gpu.run_limited([sys.executable, "-c", "print(3)"], 60, start_new_session=True)
+    quick = sections.run_limited([sys.executable, "-c", "print(3)"], 60, start_new_session=True)
     assert (quick.returncode, quick.stdout) == (0, "3\n")
 
 
@@ -132,11 +134,11 @@ def test_sections_share_the_time_and_later_ones_keep_theirs(monkeypatch):
         given[name] = seconds
         return [{"what": name, "note": ""}]
 
-    found = gpu.measure_sections(gpu.TINY, list(gpu.SECTIONS), 8, run)
-    assert list(found) == list(gpu.SECTIONS) == list(given)
-    assert all(given[name] >= gpu.SECTIONS[name][1] - 1 for name in given)
-    assert sum(seconds for _, seconds in gpu.SECTIONS.values()) <= 60 * gpu.MINUTES
-    found = gpu.measure_sections(gpu.TINY, ["train", "meshes"], 0, run)
+    found = gpu.measure_sections(sections.TINY, list(sections.SECTIONS), 8, run)
+    assert list(found) == list(sections.SECTIONS) == list(given)
+    assert all(given[name] >= sections.SECTIONS[name][1] - 1 for name in given)
+    assert sum(seconds for _, seconds in sections.SECTIONS.values()) <= 60 * gpu.MINUTES
+    found = gpu.measure_sections(sections.TINY, ["train", "meshes"], 0, run)
     assert [row["note"] for [row] in found.values()] == ["skipped: no time was left"] * 2
 
 
@@ -148,7 +150,7 @@ def test_the_report_is_a_table_a_json_line_and_markdown(capsys):
         ],
         "tests": [{"what": "pytest -m gpu", "note": "1 failed", "failed": True}],
     }
-    about = gpu.describe_machine(gpu.TINY)
+    about = gpu.describe_machine(sections.TINY)
     assert gpu.report_sections(found, about) is False
     assert gpu.report_sections({"forward": found["forward"]}, about) is True
     out = capsys.readouterr().out
@@ -177,7 +179,7 @@ def test_the_whole_script_runs_on_a_cpu():
     assert result.returncode == 0, result.stdout + result.stderr
     line = next(line for line in result.stdout.splitlines() if line.startswith("{"))
     found = json.loads(line)["sections"]
-    assert list(found) == list(gpu.SECTIONS)
+    assert list(found) == list(sections.SECTIONS)
     assert not any(row.get("failed") for rows in found.values() for row in rows)
     assert "skipped" in found["tests"][0]["note"]
     assert len(found["train"]) == 7 and found["train"][0]["ms"] > 0
@@ -185,6 +187,6 @@ def test_the_whole_script_runs_on_a_cpu():
 
 @pytest.mark.slow
 def test_ranks_are_measured_under_torchrun():
-    rows = list(gpu.mesh_rows(replace(gpu.TINY, ranks=2), gpu.Clock(240)))
-    assert [row["what"] for row in rows] == list(gpu.MESHES)
+    rows = list(sections.mesh_rows(replace(sections.TINY, ranks=2), sections.Clock(240)))
+    assert [row["what"] for row in rows] == list(sections.MESHES)
     assert all("2 ranks" in row["note"] for row in rows)
