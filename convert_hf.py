@@ -24,8 +24,7 @@ from tqdm import tqdm
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
-from fluxlite.cli.processes import deferred_signals
-from fluxlite.cli.programs import run_program
+from fluxlite.cli.programs import run_program, stopping_at_once
 
 LAYOUTS = ("fluxlite", "diffusers", "bfl", "nemo")
 REMEDY = "pass --overwrite, or name another"
@@ -79,10 +78,11 @@ def bar(total, text):
 
 
 def convert(args):
-    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+    with stopping_at_once():
         import torch
 
         from fluxlite.weights import sources, verify, writing
+        from fluxlite.weights.tensor_files import format_bytes
 
     source = sources.open_source(args.src, setting="--src", ema=not args.no_ema)
     if args.no_ema and not sources.is_run(Path(args.src)):
@@ -94,19 +94,19 @@ def convert(args):
         print(f"{total}  all {len(each)} tensors")
         return
     to = args.to or "fluxlite"
-    print(
-        f"{args.src}: {source.what}, {source.layout} layout, {source.num_bytes() / 1e9:.2f} GB; "
-        f"writing {to} to {args.dst}"
+    size = format_bytes(source.num_bytes())
+    print(f"{args.src}: {source.what}, {source.layout} layout, {size}")
+    files, digest = writing.write_converted(
+        source,
+        args.dst,
+        to=to,
+        dtype=args.dtype and getattr(torch, args.dtype),
+        max_shard_bytes=args.max_shard_size,
+        overwrite=args.overwrite,
+        remedy=REMEDY,
+        bar=f"writing {to} to {args.dst}",
     )
-    dtype = args.dtype and getattr(torch, args.dtype)
-    options = dict(
-        dtype=dtype, max_shard_bytes=args.max_shard_size, overwrite=args.overwrite, remedy=REMEDY
-    )
-    with bar(source.num_bytes(), "converting") as progress:
-        files, digest = writing.write_converted(
-            source, args.dst, to=to, progress=progress.update, **options
-        )
-    print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
+    print("\n".join(f"{file}  {format_bytes(file.stat().st_size)}" for file in files))
     print(f"source digest {digest}")
     if args.verify:
         with bar(source.num_bytes(), "verifying") as progress:

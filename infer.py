@@ -10,8 +10,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from fluxlite.cli.processes import deferred_signals
-from fluxlite.cli.programs import run_program
+from fluxlite.cli.programs import run_program, stopping_at_once
 
 USAGE = """
 Draw pictures with a FLUX pipeline.
@@ -100,15 +99,14 @@ def usage():
 
 
 def body(arguments):
-    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
-        from fluxlite.cli.command_line import load_config
+    with stopping_at_once():
         from fluxlite.cli.profiling import StepProfile, parse_steps
         from fluxlite.cli.stage_times import StageTimes
         from fluxlite.draw.contact_sheet import contact_sheet
         from fluxlite.draw.pipeline import generate, open_pipeline, show_steps
-        from fluxlite.settings import MAX_STEPS, InferConfig
+        from fluxlite.settings import MAX_STEPS, load_settings
 
-    config = load_config(InferConfig, "infer", arguments)
+    config = load_settings("infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prompts, stages = prompts_of(config), StageTimes(config.device)
     recorded = parse_steps(config.profile, MAX_STEPS)

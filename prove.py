@@ -15,8 +15,9 @@ import json
 from functools import partial
 from pathlib import Path
 
-from fluxlite.cli.processes import deferred_signals
-from fluxlite.cli.programs import run_program
+from fluxlite.cli.programs import run_program, stopping_at_once
+
+DRAWN_WITH = "checkpoint", "t5", "clip", "autoencoder", "seed", "steps", "guidance", "batch"
 
 
 def usage():
@@ -27,26 +28,23 @@ def usage():
 
 
 def body(arguments):
-    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
-        from fluxlite.cli.command_line import parse_flags
-        from fluxlite.draw.proof import ProofConfig, choose_pairs, format_table, prove
+    with stopping_at_once():
+        from fluxlite.cli.command_line import naming_flags, parse_flags
+        from fluxlite.draw.proof import ProofConfig, format_table, prove
         from fluxlite.settings import check_output
 
     config = parse_flags(ProofConfig, arguments)
-    choose_pairs(config.num, config.seed)  # refuses a --num that there are not as many pairs for
+    config.validate()
     check_output(config.output, "--output ")
-    if not config.controlnet and config.control_size != ProofConfig.control_size:
-        raise ValueError("--control-size is of a ControlNet's pictures: name --controlnet too")
-    how = {
-        key: getattr(config, key) for key in ("checkpoint", "seed", "steps", "guidance", "batch")
-    }
-    report, pictures, results = prove(
-        partial(draw, config.controlnet, {k: v for k, v in how.items() if v is not None}),
-        num=config.num,
-        num_swaps=config.swaps,
-        seed=config.seed,
-        control_size=config.control_size if config.controlnet else None,
-    )
+    how = {key: getattr(config, key) for key in DRAWN_WITH}
+    with naming_flags(ProofConfig):
+        report, pictures, results = prove(
+            partial(draw, config.controlnet, {k: v for k, v in how.items() if v is not None}),
+            num=config.num,
+            num_swaps=config.swaps,
+            seed=config.seed,
+            control_size=config.control_size if config.controlnet else None,
+        )
     report |= how | {"controlnet": config.controlnet}
     folder = Path(config.output)
     write_proof(folder, report, pictures, results)

@@ -4,8 +4,7 @@ model=flux_dev data=fill50k …`.
 
 import logging
 
-from fluxlite.cli.processes import deferred_signals
-from fluxlite.cli.programs import run_program
+from fluxlite.cli.programs import run_program, stopping_at_once
 
 USAGE = """
 Train a Flux.
@@ -26,13 +25,12 @@ def usage():
 
 
 def body(arguments):
-    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+    with stopping_at_once():
         from fluxlite import parallel
-        from fluxlite.cli.command_line import load_config
-        from fluxlite.settings import TrainConfig
+        from fluxlite.settings import load_settings
         from fluxlite.train.loop import train
 
-    config = load_config(TrainConfig, "train", arguments)
+    config = load_settings("train", arguments)
     logging.basicConfig(
         level=logging.INFO if parallel.rank() == 0 else logging.WARNING, format="%(message)s"
     )

@@ -329,7 +329,8 @@ def sampler_of_flux(model, batch, side, steps):
     config = schedule.SampleConfig(height=side, width=side, steps=steps)
     times = schedule.times_for(config, model.config, batch["img"].shape[1])
     conditions = sampling.condition_net(model, batch["txt"], batch["pooled"], times, guidance=3.5)
-    return lambda: sampling.sample_latents(model, conditions, batch["img"], times, config)
+    noise, rope = batch["img"], batch["rope"]
+    return lambda: sampling.sample_latents(model, conditions, noise, rope, times)
 
 
 def make_host_runs(steps, side=32):

@@ -167,7 +167,7 @@ def main(argv):
     args = parse_flags(FirstEditionConfig, argv)
     source = open_first_edition(Path(args.src), ema=not args.no_ema)
     files, _ = writing.write_converted(source, args.dst, to=args.to)
-    print("\n".join(f"{file}  {file.stat().st_size / 1e9:.2f} GB" for file in files))
+    print("\n".join(f"{file}  {tensor_files.format_bytes(file.stat().st_size)}" for file in files))
 
 
 if __name__ == "__main__":

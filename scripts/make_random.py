@@ -136,7 +136,7 @@ def body(arguments):
                 write_part(folder / name, stem, shapes, config, pool, generator, bar)
         for name in ("tokenizer", "tokenizer_2") if args.encoders else ():
             shutil.copytree(TINY / name, folder / name)
-    print(f"{dst}: {total / 1e9:.1f} GB")
+    print(f"{dst}: {tensor_files.format_bytes(total)}")
 
 
 if __name__ == "__main__":

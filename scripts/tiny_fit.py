@@ -1,4 +1,11 @@
-"""The optimisation of the small parts of `assets/flux-tiny`, which `train.py` does not train."""
+"""The optimisation of the small parts of `assets/flux-tiny`, which `train.py` does not train.
+
+A part of `make_tiny.py`.
+"""
+
+if __name__ == "__main__":
+    print(f"{__doc__}\nRun scripts/make_tiny.py; its --help says how.")
+    raise SystemExit
 
 import math
 import time

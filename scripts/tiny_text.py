@@ -12,6 +12,10 @@ pipeline uses; other words are spelt out.
 Shapes: B captions, L tokens, D width.
 """
 
+if __name__ == "__main__":
+    print(f"{__doc__}\nRun scripts/make_tiny.py; its --help says how.")
+    raise SystemExit
+
 import io
 import itertools
 import json

@@ -20,14 +20,14 @@ import matplotlib.figure  # noqa: F401  what a forked run need not import again
 import transformers  # noqa: F401
 
 import train
-from fluxlite.cli import command_line
+from fluxlite import settings
 from fluxlite.cli.programs import run_program
 from fluxlite.data import cache, fill50k
 from fluxlite.train import loop, setup
 
 # where each begins: the owner of a function, its name, the call that the signal comes in
 PHASES = {
-    "composing": (command_line, "load_config", 1),
+    "composing": (settings, "load_settings", 1),
     "generating": (fill50k.TarWriter, "write", 5),
     "loading": (setup, "load_parts", 1),
     "encoding": (cache, "_encoded_pictures", 2),

@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import runpy
 import shutil
@@ -392,6 +393,8 @@ def test_the_script_converts_a_tiny_pipeline_and_verifies(tmp_path, capfd):
     result = convert_hf("--src", TINY, "--dst", tmp_path / "tiny.safetensors", "--verify")
     assert result.returncode == 0, result.stderr
     assert "bit for bit" in result.stdout and "equals diffusers" in result.stdout
+    assert re.search(r"tiny.safetensors  \S+ MB", result.stdout), "not 0.0 GB"
+    assert "writing fluxlite to" in result.stderr
     assert (
         run(
             [
@@ -520,7 +523,9 @@ def test_bad_destinations_are_refused_and_lose_nothing(sources, tmp_path, capfd)
         ([out / "d.safetensors", "--to", "diffusers"], "is a folder"),
     ):
         code = run(["--src", source, "--dst", *map(str, arguments)])
-        refused(code, capfd.readouterr().err, named, tmp_path, [existing])
+        said = capfd.readouterr()
+        refused(code, said.err, named, tmp_path, [existing])
+        assert "writing" not in said.out + said.err, "before it is known whether it can be"
     full = convert_hf("--src", source, "--dst", existing, "--overwrite", limit=200_000)
     refused(full.returncode, full.stderr, "file too large", tmp_path, [existing])
     assert existing.read_text() == "precious"
@@ -538,7 +543,7 @@ def test_bad_destinations_are_refused_and_lose_nothing(sources, tmp_path, capfd)
         (source, mine / "x.ckpt", "must end in .safetensors"),
         (source, pipeline / "vae", "something other than a FLUX transformer"),
         (source, pipeline / "text_encoder", "something other than a FLUX transformer"),
-        (source, tmp_path / "out" / "existing.safetensors" / "x.safetensors", "cannot be written"),
+        (source, existing / "x.safetensors", "cannot be written: a file lies where a folder must"),
     ):
         code = run(["--src", str(src), "--dst", str(dst), "--to", "bfl", "--overwrite"])
         errors = capfd.readouterr().err
@@ -551,6 +556,24 @@ def test_bad_destinations_are_refused_and_lose_nothing(sources, tmp_path, capfd)
     shutil.rmtree(mine)
     assert run(["--src", source, "--dst", str(existing), "--overwrite"]) == 0
     assert digests(existing)[1] == digests(sources["fluxlite"])[1]
+
+
+def test_a_converted_file_that_cannot_be_kept_is_named_by_its_setting(sources, tmp_path):
+    (tmp_path / "file").touch()
+    place = tmp_path / "file" / "x.safetensors"
+    with pytest.raises(ValueError, match=f"^model.save_converted={place}: .*; name another file"):
+        writing.open_converted(sources["diffusers"], place)
+
+
+def test_sizes_have_three_digits_in_a_unit_that_fits():
+    sizes = {0: "0 bytes", 999: "999 bytes", 1000: "1.00 kB", 46_312: "46.3 kB"}
+    sizes |= {
+        5_300_000: "5.30 MB",
+        23_802_947_360: "23.8 GB",
+        10**12: "1.00 TB",
+        10**16: "10000 TB",
+    }
+    assert {count: tensor_files.format_bytes(count) for count in sizes} == sizes
 
 
 @pytest.mark.skipif(

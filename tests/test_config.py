@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from fluxlite.cli.command_line import help_text, load_config, parse_flags
+from fluxlite.cli.command_line import compose_config, help_text, load_config, parse_flags
 from fluxlite.cli.options import option_fields, resumable_keys
 from fluxlite.draw.proof import ProofConfig
 from fluxlite.nets.configs import FluxConfig
-from fluxlite.settings import InferConfig, TrainConfig
+from fluxlite.settings import PROGRAMS, InferConfig, TrainConfig, load_settings
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [
@@ -131,7 +131,11 @@ def test_prompts_may_be_given_several_times():
         (["steps=1.5"], "steps"),
         (["steps=null"], "steps"),
         (["nonsense"], "key=value"),
-        (["data.height=100"], "96 and 112"),
+        (["data.height=100"], "data.height=100 must be a multiple of 16: 96 and 112"),
+        (["device=mps"], "device=mps: fluxlite computes on cpu and cuda"),
+        (["data=fill50k", "data.path=setup.cfg/x"], "/setup.cfg is a file; name a folder"),
+        (["data.cache=setup.cfg"], "data.cache=setup.cfg: setup.cfg is a file"),
+        (["data.download=setup.cfg"], "data.download=setup.cfg: setup.cfg is a file"),
         (["data.global_batch=3", "data.micro_batch=2"], "data.global_batch=4"),
         (["data=mock", "data.path=shards/"], "is not read with data=mock"),
         (["data=mock", "data.val_path=v.tar"], "data.val_path=v.tar"),
@@ -152,7 +156,8 @@ def test_prompts_may_be_given_several_times():
         (["seed="], "seed"),
     ],
 )
-def test_mistakes_are_refused_and_named(arguments, named):
+def test_mistakes_are_refused_and_named(arguments, named, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError) as error:
         train(*arguments)
     assert named in str(error.value) and "\n" not in str(error.value)
@@ -179,6 +184,33 @@ def test_compilation_without_a_compiler_is_refused(monkeypatch):
     ):
         with pytest.raises(ValueError, match=r"C\+\+ compiler"):
             load()
+
+
+@pytest.mark.parametrize(
+    "name,argument,named",
+    [
+        ("infer", "optim.lr=1", "optim.lr is a key of train.py, not of this program"),
+        ("infer", "data.height=64", "data.height is a key of train.py.*: did you mean height"),
+        ("infer", "recipe=laptop", "recipe is a key of train.py"),
+        ("train", "prompt=a", "prompt is a key of infer.py"),
+        ("train", "images_per_prompt=4", "images_per_prompt is a key of infer.py"),
+        ("train", "optim.lrr=4", "optim.lrr is not a key: did you mean optim.lr"),
+    ],
+)
+def test_a_key_of_the_other_program_is_told_from_a_mistake(name, argument, named):
+    with pytest.raises(ValueError, match=f"^{named}"):
+        load_settings(name, [argument])
+
+
+@pytest.mark.parametrize("name,arguments", [("train", []), ("infer", ["prompt=a"])])
+def test_checking_changes_nothing_and_what_is_left_open_is_the_machines(name, arguments):
+    config = compose_config(PROGRAMS[name], name, arguments)
+    before = dataclasses.asdict(config)
+    config.validate()
+    assert dataclasses.asdict(config) == before and config.device is config.dtype is None
+    settled = load_settings(name, arguments)
+    assert settled.device in ("cpu", "cuda") and settled.dtype in ("float32", "bfloat16")
+    assert dataclasses.replace(settled, device=None, dtype=None) == config
 
 
 def test_missing_encoders_are_named_all_at_once():

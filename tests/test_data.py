@@ -4,10 +4,12 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import tarfile
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -510,6 +512,32 @@ def test_what_is_no_data_is_named(tmp_path, tars, name):
 
 
 @pytest.mark.parametrize(
+    "name,data,said",
+    [
+        ("a.tar.gz", b"\x1f\x8b\x08\0" + bytes(600), "a compressed archive, and only plain tars"),
+        ("README.md", b"# Notes\n", "a text file, not a tar: name tars"),
+        ("a.safetensors", b"\x40\0\0\0\0\0\0\0{}".ljust(600), "a safetensors file, not a tar"),
+        ("a.png", b"\x89PNG\r\n\x1a\n" + bytes(600), "a picture, not a tar"),
+        ("noise.tar", b"\xfa\0\1" * 400, "no whole, uncompressed tar"),
+    ],
+)
+def test_a_file_that_is_no_tar_is_told_for_what_it_is(tmp_path, name, data, said):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=f"^data.path={tmp_path}/{name}: {tmp_path}.* is {said}"):
+        open_dataset(config_for(tmp_path / name), "train", 0)
+
+
+@pytest.mark.parametrize("inside", ["a.JPG", "10_cats/a.webp"])
+def test_a_folder_of_pictures_is_shown_the_way_to_a_tar(tmp_path, inside):
+    (tmp_path / inside).parent.mkdir(exist_ok=True)
+    (tmp_path / inside).touch()
+    with pytest.raises(ValueError, match="holds pictures and no .tar: (docs/.*md) has the") as said:
+        open_dataset(config_for(tmp_path), "train", 0)
+    page = re.search("docs/.*md", str(said.value))[0]
+    assert "tar -cf" in (Path(__file__).parents[1] / page).read_text()
+
+
+@pytest.mark.parametrize(
     "changes,named",
     [
         (dict(kind="folder"), "data.kind"),
@@ -616,7 +644,9 @@ def test_a_stale_cache_is_refused_and_a_finished_one_reused(tars, tmp_path):
         ValueError, match=r"stale: other encoders \(d there, other now\); remove it"
     ):
         make_cache(dataset, tmp_path / "cache", digest="other")
-    with pytest.raises(ValueError, match=r"stale: other data .*size \(32x32 there, 16x16 now\)"):
+    with pytest.raises(
+        ValueError, match=r"stale: other data .*size \(data.height: 32 there, 16 now"
+    ):
         make_cache(
             open_dataset(config_for(tars / "0.tar", height=16, width=16), "train", 0),
             tmp_path / "cache",
@@ -625,6 +655,28 @@ def test_a_stale_cache_is_refused_and_a_finished_one_reused(tars, tmp_path):
         make_cache(
             open_dataset(config_for(tars, caption_field="text"), "train", 0), tmp_path / "cache"
         )
+
+
+def test_a_stale_cache_says_which_settings_have_changed(tars, tmp_path):
+    there = {"model.t5": "flux-tiny", "dtype": "float32"}
+    now = there | {"dtype": "bfloat16"}
+    dataset = open_dataset(config_for(tars), "train", 0)
+    make_cache(dataset, tmp_path / "cache", settings=there)
+    told = r"other encoders \(dtype: float32 there, bfloat16 now\); remove it"
+    with pytest.raises(ValueError, match=told):
+        make_cache(dataset, tmp_path / "cache", digest="other", settings=now)
+    changed = open_dataset(config_for(tars, caption_field="text", height=16), "train", 0)
+    told = (
+        r"data \(data.caption_field: caption there, text now\), size \(data.height: 32 .*16 now\)"
+    )
+    with pytest.raises(ValueError, match=told):
+        make_cache(changed, tmp_path / "cache", settings=there)
+    with pytest.raises(ValueError, match=r"other encoders \(d there, e now\)"):  # other weights
+        make_cache(dataset, tmp_path / "cache", digest="e", settings=there)
+    with pytest.raises(
+        ValueError, match="^data.cache=.*Not a directory; name a folder of your own"
+    ):
+        make_cache(dataset, tars / "0.tar" / "cache", settings=there)
 
 
 def test_a_cache_of_too_many_bad_samples_is_refused(tars, tmp_path):

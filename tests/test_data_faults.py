@@ -15,6 +15,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -532,6 +533,28 @@ def test_a_command_that_prints_nothing_is_given_up(tmp_path, monkeypatch):
     ):
         open_dataset(config_for("pipe:sleep 60", download=str(tmp_path / "f")), "train", 0)
     assert not os.listdir(tmp_path / "f")
+
+
+def test_a_command_that_fails_is_said_by_its_exit_code_alone(tmp_path, capfd):
+    with pytest.raises(ValueError) as error:
+        open_dataset(
+            config_for("pipe:echo why >&2; exit 3", download=str(tmp_path / "f")), "train", 0
+        )
+    said = "cannot be fetched (its command ends with exit code 3, see above); check it"
+    assert str(error.value) == f"data.path: pipe:echo why >&2; exit 3 {said}"
+    assert capfd.readouterr().err == "why\n" and not os.listdir(tmp_path / "f")
+
+
+def test_a_folder_for_fetched_tars_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "f").touch()
+    with pytest.raises(ValueError, match="^data.download=.*/f: .*; name a folder of your own"):
+        open_dataset(config_for("pipe:true", download=str(tmp_path / "f")), "train", 0)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="where nobody makes a folder")
+def test_a_folder_for_generated_pictures_that_cannot_be_is_named():
+    with pytest.raises(ValueError, match="^data.path=/proc/x: .*; name a folder of your own"):
+        prepare_data(config_for("/proc/x", kind="fill50k"), "train")
 
 
 def test_a_fetch_that_ends_early_is_refused(tmp_path):

@@ -240,7 +240,7 @@ def test_a_host_copy_of_streamed_blocks_is_page_locked():
 @pytest.mark.parametrize("kind", ["rowwise", "tensorwise"])
 def test_float8_products_of_the_device_are_the_emulated_ones(device, kind):
     pytest.importorskip("torchao")
-    if device == "cuda" and not parallel.has_float8(device):
+    if device == "cuda" and not float8.has_float8(device):
         pytest.skip("this GPU has no float8")
     found = []
     for place in ("cpu", device):

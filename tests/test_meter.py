@@ -13,6 +13,7 @@ from fluxlite.train import meter, setup
 from fluxlite.train.tasks import controlnet
 from fluxlite.train.tasks.controlnet import CONTROLNET
 from fluxlite.train.training_step import flow_loss, optimizer_step
+from fluxlite.train.validation import HeldOutBatch
 from fluxlite.weights import sources
 from fluxlite.weights.sources import ASSETS
 
@@ -201,7 +202,7 @@ def test_blank_controls_are_not_learnt_and_that_is_said_loudly(
 
 def test_a_control_is_compared_with_another_samples_where_padding_repeats_some():
     rows = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 0]), torch.tensor([1, 1])]
-    held_out = [(None, None, None, {}, indices, None) for indices in rows]
+    held_out = [HeldOutBatch(*[None] * 3, {}, indices, None) for indices in rows]
     numbers = torch.cat(rows)
     partners = meter.ControlMeter(None, held_out).partners()
     assert (

@@ -374,6 +374,17 @@ def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
     assert found["calls"]["all_gather", "fsdp"] > plain["calls"]["all_gather", "fsdp"]
 
 
+@pytest.mark.parametrize("data", ["fill50k", "webdataset"])
+def test_preflight_needs_neither_the_data_nor_the_encoders_of_a_recipe(data):
+    shape = ["model.num_double_blocks=1", "model.num_single_blocks=1", "data.control=png"]
+    shape += ["controlnet.num_double_blocks=1", "controlnet.num_single_blocks=1"]
+    shape += [f"data.{side}=64" for side in ("height", "width")]
+    found = prediction.predict_step(
+        ["recipe=controlnet", f"data={data}", "data.global_batch=8", *shape], 8
+    )
+    assert found["memory"]["frozen transformer"] > 0 and found["sent"]
+
+
 def test_no_rank_holds_more_than_its_shard_and_a_block_while_building():
     """FLUX's width, as rank 0 of 8 ranks of which the others are pretended."""
     command = [

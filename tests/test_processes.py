@@ -20,6 +20,7 @@ from test_trainer import MOCK, ROOT, SMALL, command, train, wait_for_steps, weig
 
 from fluxlite import parallel
 from fluxlite.cli.processes import deferred_signals, held_signals
+from fluxlite.cli.programs import stopping_at_once
 from fluxlite.data.loading import load_batches
 from fluxlite.weights import run_folder
 
@@ -182,6 +183,27 @@ def test_deferred_signals_are_acted_on_after_the_block():
         assert held == {"number": signal.SIGTERM} and len(caught) == 1
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("number,code,line", [(2, 130, b"stopped\n"), (15, 143, b"stopped by S")])
+def test_a_program_that_is_stopped_while_it_imports_ends_at_once_in_its_line(number, code, line):
+    before = signal.getsignal(number)
+    with stopping_at_once():
+        pass
+    assert signal.getsignal(number) == before
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(write, 2)
+        with stopping_at_once():
+            try:
+                os.kill(os.getpid(), number)
+                time.sleep(60)
+            finally:
+                os.write(2, b"an exception")
+    os.close(write)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
+    assert os.read(read, 100).startswith(line) and not os.read(read, 100)
 
 
 class Numbers:

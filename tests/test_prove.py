@@ -1,6 +1,9 @@
+import dataclasses
 import io
 import json
+import re
 import runpy
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,11 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import fluxlite
+from fluxlite.cli.command_line import flag_of
 from fluxlite.data import circles
 from fluxlite.data.fill50k import disc_coverage, distance_from, draw_sample, rgb
 from fluxlite.draw import proof
+from fluxlite.weights.sources import ASSETS
 
 PROVE = Path(__file__).parents[1] / "prove.py"
 NUM = 60
@@ -183,8 +188,35 @@ def test_pairs_depend_on_the_seed_alone_and_are_held_out(script):
         pair in script["colour_pairs"](held_out=True) for pair in chosen
     )
     assert all(circles.colour_difference(rgb(a), rgb(b)) > 25 for a, b in chosen)
-    with pytest.raises(ValueError, match="num=100000"):
-        script["choose_pairs"](100_000, 5)
+    assert len(script["choose_pairs"](100_000, 5)) == script["NUM_PAIRS"], "the help says them"
+
+
+@pytest.mark.parametrize(
+    "flags,named",
+    [
+        (["--num", "797"], "--num=797 must be at least 2 and at most 796"),
+        (["--num", "6", "--swaps", "9"], "--swaps=9 must be at most --num=6"),
+        (["--checkpoint", "bare"], "bare has no --t5=, --clip=, --autoencoder= beside it"),
+        (["--checkpoint", "nowhere"], "--checkpoint=nowhere does not exist"),
+        (["--controlnet", "nowhere"], "--controlnet=nowhere does not exist"),
+        (["--t5", "bare", "--checkpoint", "bare"], "bare has no --clip=, --autoencoder= beside"),
+    ],
+)
+def test_what_cannot_be_proven_is_said_by_the_flags_of_the_program(
+    flags, named, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ASSETS / "flux-tiny" / "transformer", "bare")
+    with pytest.raises(ValueError, match=named) as error:
+        runpy.run_path(str(PROVE))["body"](flags)
+    known = {flag_of(f) for f in dataclasses.fields(proof.ProofConfig)}
+    assert set(re.findall(r"--[\w-]+", str(error.value))) <= known
+    assert not Path("outputs").exists()
+
+
+def test_without_a_number_fifty_are_swapped_or_all_of_fewer(script):
+    report, _, _ = script["prove"](perfect, num=10, seed=0)
+    assert report["num_swaps"] == 10
 
 
 def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch, capsys):
@@ -205,3 +237,8 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
     )
     assert Image.open(tmp_path / "proof" / "grid.png").width == 8 + 6 * (128 + 8)
     assert asked == [{"controls": [], "seed": 0, "steps": 3, "batch": 50}] * 2
+    with pytest.raises(ValueError, match="proof.json exists: pass --overwrite, or another --out"):
+        runpy.run_path(str(PROVE))["body"](arguments)
+    assert len(asked) == 2, "nothing is drawn for a proof that cannot be kept"
+    runpy.run_path(str(PROVE))["body"]([*arguments, "--overwrite", "--seed", "1"])
+    assert json.loads((tmp_path / "proof" / "proof.json").read_text())["seed"] == 1

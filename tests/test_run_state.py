@@ -1,5 +1,6 @@
 """Run folders: copied, damaged, hostile, shared, on disks that refuse; what a run makes of them."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -25,7 +26,9 @@ from test_trainer import MOCK, ROOT, SMALL, command, losses, train
 
 import fluxlite
 from fluxlite import parallel
+from fluxlite.settings import TrainConfig
 from fluxlite.train import loop, metrics, run_state
+from fluxlite.train.resume import find_resume
 from fluxlite.weights import run_folder, run_tensors, sources, verify, writing
 
 COMMON = [*MOCK, "checkpoint.every=2", "checkpoint.keep=0", "validate_every=0", "sample.every=0"]
@@ -182,6 +185,39 @@ def test_a_folder_with_checkpoints_is_refused_without_resume_whatever_last_says(
     after = bytes_below(run)
     after.pop(run / ".lock")
     assert after == {path: data for path, data in before.items() if path != run / ".lock"}
+
+
+def folder_of(root, names):
+    for name in names:
+        place = root / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text("{}")
+    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("resume", [None, "auto"])
+@pytest.mark.parametrize("name", ["config.json", "images/a.png", "metrics.jsonl"])
+def test_a_run_never_begins_over_files_that_are_no_runs(tmp_path, name, resume):
+    root = tmp_path / "photos"
+    kept = folder_of(root, ["a.jpg", name])
+    config = TrainConfig(output=str(root), resume=resume)
+    with pytest.raises(ValueError, match=f"output={root} holds {name.split('/')[0]}, which is no"):
+        find_resume(config)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == kept
+
+
+def test_files_that_lie_where_a_run_begins_are_said_but_not_those_of_a_run(tmp_path, caplog):
+    folder_of(tmp_path / "a", ["log.txt", ".lock"])
+    assert find_resume(TrainConfig(output=str(tmp_path / "a"))) is None
+    assert "holds other files (log.txt): the run's come beside them" in caplog.text
+    caplog.clear()
+    folder_of(tmp_path / "b", ["metrics.jsonl", "log.txt"])
+    begun = json.dumps(dataclasses.asdict(TrainConfig()))
+    (tmp_path / "b" / "config.json").write_text(begun)
+    (tmp_path / "c").mkdir()
+    for name in "bc":
+        assert find_resume(TrainConfig(output=str(tmp_path / name))) is None
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("left", [["last"], ["step-000008-good"], ["last", "step-000008-good"]])

@@ -236,7 +236,11 @@ BYTES = {
     "web page": b"\n  <!DOCTYPE html><html>404</html>",
     "JSON": b'{"error": "Entry not found"}',
     "empty": b"",
-    "no whole safetensors": b"nothing of any kind",
+    "no whole safetensors": b"\x07nothing of any kind",
+    "a text file: name the weights": "# Größe\n\nNotes on a model.\n".encode(),
+    "a tar: unpack it": b"a.txt".ljust(257, b"\0") + b"ustar\x0000" + bytes(250),
+    "a compressed archive: unpack it": b"\x1f\x8b\x08\0" + bytes(100),
+    "a picture: name the weights": b"\x89PNG\r\n\x1a\n" + bytes(100),
 }
 
 

@@ -332,6 +332,14 @@ def test_saving_is_atomic_and_keeps_the_last_k(tmp_path, monkeypatch):
     assert run_folder.read_meta(folder / "checkpoints/last").step == 5
 
 
+def test_a_step_of_more_samples_than_there_are_is_said(tmp_path, caplog):
+    run = [*MOCK, "steps=1", f"output={tmp_path}/a", "sample.every=0"]
+    train(*run)
+    assert "an epoch has" not in caplog.text
+    train(*run, "data.count=3", f"output={tmp_path}/b")
+    assert "an epoch has 3 samples, and data.global_batch=4: a step takes some" in caplog.text
+
+
 def test_a_loss_that_is_not_finite_stops_with_step_and_samples(tmp_path, monkeypatch):
     monkeypatch.setattr(optim, "learning_rate", lambda *_: 1e38)
     with pytest.raises(ValueError, match=r"loss of step \d+ is .*mock/.*optim.lr"):

@@ -9,7 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxlite import parallel
+from fluxlite.cli.command_line import load_config
+from fluxlite.cli.devices import check_compiler, settle_machine
 from fluxlite.cli.options import check_options, option, refuse_first, same_option
 from fluxlite.cli.profiling import parse_steps
 from fluxlite.data.config import DataConfig
@@ -48,11 +49,13 @@ class ModelConfig(PartsConfig, FluxConfig):
 
 @dataclass
 class MachineConfig:
-    """What a program runs on; unset, it is filled with what the machine has."""
+    """What a program runs on; `settled`, it is what the machine has."""
 
     device: str | None = same_option(PipelineConfig, "device")
     dtype: str | None = same_option(PipelineConfig, "dtype")
     compile: bool = same_option(PipelineConfig, "compile")
+
+    settled = settle_machine
 
 
 @dataclass
@@ -130,18 +133,22 @@ class TrainConfig(MachineConfig):
 
     def validate(self):
         check_options(self)
-        check_machine(self)
+        machine = settle_machine(self)
+        check_machine(machine)
         parse_steps(self.profile, self.steps)
         self.model.shape().validate()
         check_channels(self.model, f"model.in_channels={self.model.in_channels}: the transformer")
         for group in (self.data, self.flow, self.parallel):
             group.validate()
-        check_size(self.data.height, self.data.width, self.model.downsampling)
+        for name in ("cache", "download", *["path"] * (self.data.kind == "fill50k")):
+            if folder := getattr(self.data, name):
+                nearest_folder(folder, f"data.{name}=")
+        check_size(self.data.height, self.data.width, self.model.downsampling, "data.")
         check_batch(self.data, self.parallel)
         tokens = num_image_tokens(*self.latent_shape()[1:])
         self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
-        refuse_first([*machine_conflicts(self), *parts_conflicts(self)])
-        self.parallel.check_float8(self, (self.model.max_sequence_length, tokens))
+        refuse_first([*machine_conflicts(machine), *parts_conflicts(self)])
+        self.parallel.check_float8(machine, (self.model.max_sequence_length, tokens))
         choose_task(self).check_settings(self)
 
 
@@ -284,6 +291,8 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         "outputs", "folder for the pictures; existing ones are never overwritten", path=True
     )
 
+    settled = settle_machine
+
     def controls(self):
         """The `Control`s to draw with; the shipped pipeline has a net of its own."""
         nets = self.controlnet
@@ -293,7 +302,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
 
     def validate(self):
         check_options(self)
-        check_machine(self)
+        check_machine(settle_machine(self))
         parse_steps(self.profile, MAX_STEPS)
         if not self.prompt and not self.prompt_file:
             raise ValueError(
@@ -313,12 +322,18 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
             )
 
 
+PROGRAMS = {"train": TrainConfig, "infer": InferConfig}
+
+
+def load_settings(name, arguments):
+    """The checked settings of a program of `PROGRAMS`; raises `ValueError`."""
+    others = [(cls, other) for other, cls in PROGRAMS.items() if other != name]
+    return load_config(PROGRAMS[name], name, arguments, others)
+
+
 def check_output(folder, key="output="):
     """Raise `ValueError` where a path cannot be a folder that this user writes to."""
-    place = Path(folder)
-    there = next((p for p in (place, *place.absolute().parents) if os.path.lexists(p)), Path("/"))
-    if not there.is_dir():
-        raise ValueError(f"{key}{folder}: {there} is a file; name a folder")
+    there = nearest_folder(folder, key)
     try:
         tempfile.TemporaryDirectory(dir=there, prefix=".fluxlite-").cleanup()
     except OSError as error:
@@ -328,16 +343,22 @@ def check_output(folder, key="output="):
         ) from None
 
 
+def nearest_folder(folder, key):
+    """What is there of a folder's path; raises `ValueError`, naming `key`, where it is a file."""
+    place = Path(folder)
+    there = next((p for p in (place, *place.absolute().parents) if os.path.lexists(p)), Path("/"))
+    if not there.is_dir():
+        raise ValueError(f"{key}{folder}: {there} is a file; name a folder")
+    return there
+
+
 def check_machine(config):
-    """Fill `device` and `dtype` with what the machine has; refuse what it has not, and an output
-    that cannot be a folder.
+    """Raise `ValueError` for what the machine of a `settle_machine`d configuration cannot do, and
+    for an output that cannot be a folder.
     """
     check_output(config.output)
-    config.device = config.device or parallel.default_device()
-    parallel.check_device(config.device)
-    config.dtype = config.dtype or parallel.default_dtype(config.device)
     if config.compile:
-        parallel.check_compiler(config.device)
+        check_compiler(config.device)
     attention = config.model.attention
     if config.device == "cpu" and attention in ("cudnn", "efficient"):
         raise ValueError(

@@ -154,6 +154,16 @@ def sync_folder(folder):
 
 
 @contextmanager
+def naming_setting(setting, remedy):
+    """Make an `OSError` of the block a `ValueError` that begins with a setting and its value."""
+    try:
+        yield
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise ValueError(f"{setting}: {place}{error.strerror or error}; {remedy}") from error
+
+
+@contextmanager
 def naming_errors(path):
     """Give an `OSError` that names no file, as a full disk's, the name of `path`."""
     try:

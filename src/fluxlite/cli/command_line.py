@@ -10,7 +10,6 @@ Programs without YAML have flags, `--max-shard-size 5GB`, one for each field of 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import typing
@@ -22,6 +21,7 @@ from fluxlite.cli.options import (
     checked_value,
     nearest_key,
     option_fields,
+    option_value,
     shortened,
     typed_options,
 )
@@ -42,12 +42,20 @@ def group_choices(name):
     return choices
 
 
-def load_config(cls, name, argv):
-    """The configuration `configs/{name}.yaml` with the overrides of `argv`, checked.
+def load_config(cls, name, argv, others=()):
+    """The configuration `configs/{name}.yaml` with the overrides of `argv`, checked and `settled`.
 
-    Raises `ValueError` with the remedy.
+    `others` are (class, name) of programs whose keys are told from mistakes. Raises `ValueError`
+    with the remedy.
     """
-    overrides, kept = _split_arguments(cls, name, argv)
+    config = compose_config(cls, name, argv, others)
+    config.validate()
+    return config.settled()
+
+
+def compose_config(cls, name, argv, others=()):
+    """The same as it is given: its types and bounds are checked, and no more."""
+    overrides, kept = _split_arguments(cls, name, argv, others)
     values = _composed(name, overrides)
     check_sources(cls, values, "a YAML file of configs")
     lists = {key: f for key, f in option_fields(cls).items() if typing.get_origin(f.type) is list}
@@ -62,7 +70,6 @@ def load_config(cls, name, argv):
             at[last] = value
     config = typed_options(cls, values)
     _refuse_unread(cls, config, argv)
-    config.validate()
     return config
 
 
@@ -95,7 +102,7 @@ def check_text(argument):
         ) from None
 
 
-def _split_arguments(cls, name, argv):
+def _split_arguments(cls, name, argv, others):
     """Arguments as Hydra overrides, and those whose values stay as they are: [(key, value)]."""
     fields, choices, overrides, kept = option_fields(cls), group_choices(name), [], []
     for argument in argv:
@@ -126,9 +133,19 @@ def _split_arguments(cls, name, argv):
         elif key in fields:
             overrides.append(f"++{argument}")  # the YAML need not name what the dataclasses do
         else:
-            near = nearest_key(key, [*fields, *choices], ": --help lists the keys")
-            raise ValueError(f"{key} is not a key{near}")
+            _refuse_unknown(key, [*fields, *choices], others)
     return overrides, kept
+
+
+def _refuse_unknown(key, known, others):
+    """Raise `ValueError` for a key that is not `known`, with the program of `others` that has it,
+    or the nearest.
+    """
+    near = nearest_key(key, known, ": --help lists the keys")
+    for cls, name in others:
+        if key in [*option_fields(cls), *group_choices(name)]:
+            raise ValueError(f"{key} is a key of {name}.py, not of this program{near}")
+    raise ValueError(f"{key} is not a key{near}")
 
 
 def _refuse_twice(cls, argv):
@@ -150,7 +167,7 @@ def _refuse_unread(cls, config, argv):
     fields = option_fields(cls)
     for key in {argument.partition("=")[0] for argument in argv} & fields.keys():
         for other, readers in fields[key].metadata.get("only_with", {}).items():
-            value = functools.reduce(getattr, other.split("."), config)
+            value = option_value(config, other)
             if value not in readers:
                 setting = fields[other].metadata.get("group", other)
                 raise ValueError(f"{key}= is not read with {setting}={value}: leave it out")
@@ -223,6 +240,19 @@ def parse_flags(cls, arguments, *, rest=False):
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{flag} is missing: {f.metadata['help']}")
     return (cls(**values), others) if rest else cls(**values)
+
+
+@contextlib.contextmanager
+def naming_flags(cls):
+    """Have a `ValueError` of the block name the flags of `cls` in place of other programs' keys."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for f in dataclasses.fields(cls):
+            if "key" in f.metadata:
+                text = text.replace(f.metadata["key"], flag_of(f))
+        raise ValueError(text) from error
 
 
 def flag_of(f):

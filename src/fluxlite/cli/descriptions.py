@@ -53,7 +53,7 @@ def read_text(path, *, limit=MAX_BYTES):
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is no text in UTF-8: {DAMAGED}") from None
+        raise ValueError(f"{path} is no text in UTF-8: name another, or write it again") from None
 
 
 def parse_json(text, where, kind=dict):

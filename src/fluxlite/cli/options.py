@@ -12,6 +12,7 @@ The same checks serve a command line and a description read from a disk.
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import operator
@@ -28,6 +29,9 @@ RANGES = {  # name of the bound: what holds, and how an error says it
 }
 
 
+NUMBERS = {int: numbers.Integral, float: numbers.Real}
+
+
 def option(default, help, **about):
     """A dataclass field with its `help` and, of the value or of a list's values, `choices` or
     bounds.
@@ -37,8 +41,9 @@ def option(default, help, **about):
     `only_given`: a word, as `pipe:`, with which a value does something and is therefore taken from
     the command line alone. `resume`: a run that goes on may change it. `group`: the Hydra group
     that sets it. `only_with`: {another key: its values with which this one is read}; given on a
-    command line with others, it is refused. `rare`: only `--help all` names it. A default that is a
-    list or a class is made anew for each instance; `MISSING` is none.
+    command line with others, it is refused. `key`: what errors call it where it is a flag. `rare`:
+    only `--help all` names it. A default that is a list or a class is made anew for each instance;
+    `MISSING` is none.
     """
     metadata = {"help": help, **about}
     if isinstance(default, type):
@@ -57,6 +62,11 @@ def option_fields(cls, prefix=""):
         else:
             found[prefix + f.name] = f
     return found
+
+
+def option_value(config, key):
+    """The value of a dotted key."""
+    return functools.reduce(getattr, key.split("."), config)
 
 
 def resumable_keys(cls, prefix="", everything=False):
@@ -210,6 +220,8 @@ def typed_value(value, hint, key):
             return value
         if base is float and type(value) is int and abs(value) < 1e300:
             return float(value)
+        if base in NUMBERS and isinstance(value, NUMBERS[base]) and type(value) not in (bool, int):
+            return base(value)  # of NumPy
         if base in (list, tuple) and isinstance(value, (list, tuple)):
             inner = (typing.get_args(kind) or (typing.Any,))[0]
             return base(typed_value(v, inner, key) for v in value)

@@ -9,10 +9,11 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from fluxlite.cli.processes import STOP_SIGNALS, deferred_signals, die_with_parent, leave_process
+from fluxlite.cli.processes import STOP_SIGNALS, die_with_parent, leave_process
 
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
@@ -37,10 +38,10 @@ def run_program(body, *, usage=None, ranks=True):
         signal.signal(number, _stopper())
     try:
         if asks_help:
-            with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+            with stopping_at_once():
                 from fluxlite.cli.shipped_help import find_help
 
-                print(find_help(Path(sys.argv[0]).stem, arguments, usage), end="")
+                print(find_help(Path(sys.argv[0]).stem, arguments, usage), end="", flush=True)
         elif on_rank() and not ranks:
             raise ValueError("this program is one process: start it without torchrun")
         else:
@@ -73,6 +74,21 @@ def stop_at_once():
     """
     signal.signal(signal.SIGINT, partial(_leave_with, 130, "stopped"))
     signal.signal(signal.SIGTERM, partial(_leave_with, 143, "stopped by SIGTERM"))
+
+
+@contextmanager
+def stopping_at_once():
+    """`stop_at_once` for a block of imports, which leave nothing half done.
+
+    torch's takes an exception for a lack of numpy.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    stop_at_once()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _leave_with(code, line, *_):

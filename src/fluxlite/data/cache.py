@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from fluxlite.cli.atomic import atomic_file
+from fluxlite.cli.atomic import atomic_file, naming_setting
 from fluxlite.cli.descriptions import read_json
-from fluxlite.cli.options import expand_home, typed_description
+from fluxlite.cli.options import expand_home, option, typed_description
 from fluxlite.data.images import BadSample
 from fluxlite.data.loading import load_batches
 from fluxlite.data.rows import RowFile, write_rows
@@ -39,6 +39,19 @@ TIMES_FILE = "times.json"
 
 log = logging.getLogger("fluxlite")
 
+# the settings that each part of a `CacheDescription` comes from
+MADE_BY = {
+    "encoders": (
+        *("model.t5", "model.clip", "model.autoencoder"),
+        *("model.max_sequence_length", "dtype"),
+    ),
+    "data": (
+        *("data.path", "data.val_path", "data.caption_field"),
+        *("data.control", "data.control_mode"),
+    ),
+    "size": ("data.height", "data.width"),
+}
+
 
 @dataclass
 class CacheDescription:
@@ -47,18 +60,54 @@ class CacheDescription:
     encoders: str
     data: str
     size: str
+    settings: dict = option(dict, "{key: value} of the run that began it, for what is said of it")
+
+    def parts(self):
+        """{name: value} of all that must be alike."""
+        return {name: getattr(self, name) for name in MADE_BY}
+
+    def differences(self, now):
+        """What is other than in the `CacheDescription` `now`: `size (32x32 there, 16x16 now)`, with
+        the settings where these tell it.
+        """
+        found = []
+        for name, value in now.parts().items():
+            if getattr(self, name) != value:
+                told = [self._changed(key, now) for key in MADE_BY[name]]
+                values = f"{getattr(self, name)} there, {value} now"
+                found.append(f"{name} ({', '.join(filter(None, told)) or values})")
+        return ", ".join(found)
+
+    def _changed(self, key, now):
+        """How a setting has changed, in words; nothing where it has not, or where it is unknown."""
+        there, here = self.settings.get(key), now.settings.get(key)
+        return f"{key}: {there} there, {here} now" if there != here and self.settings else ""
 
 
-def build_cache(dataset, directory, *, encode_images, encode_texts, digest, rank=0, world_size=1):
+def build_cache(
+    dataset,
+    directory,
+    *,
+    encode_images,
+    encode_texts,
+    digest,
+    settings=None,
+    rank=0,
+    world_size=1,
+):
     """Encode what a cache in `directory` lacks of a `Samples`; returns a `CachedSamples`' folder.
 
     encode_images: (B, 3, H, W) → mean, logvar (B, C, h, w); encode_texts: B strings → txt (B, L,
-    D), pooled (B, P), both with B up to `data.micro_batch`; `digest` names the encoders. Each rank
-    takes every world_size-th file. Raises `ValueError` where `directory` is a cache of other
+    D), pooled (B, P), both with B up to `data.micro_batch`; `digest` names the encoders, and
+    `settings` {key: value} are where they come from. Each rank takes every world_size-th file.
+    Raises `ValueError` where `directory` is a cache of other
     encoders, data or size, or more than `data.max_bad_fraction` of the samples are bad.
     """
     config = dataset.config
-    made_from = CacheDescription(digest, dataset.layout_digest(), f"{config.height}x{config.width}")
+    names = [key.removeprefix("data.") for key in (*MADE_BY["data"], *MADE_BY["size"])]
+    settings = {f"data.{name}": getattr(config, name) for name in names} | (settings or {})
+    size = f"{config.height}x{config.width}"
+    made_from = CacheDescription(digest, dataset.layout_digest(), size, settings)
     folder = _claimed_folder(Path(expand_home(str(directory), "data.cache")), made_from)
     mine = cache_pieces(dataset)[rank::world_size]
     if rank == 0 and not (folder / EMPTY).is_file():
@@ -118,23 +167,21 @@ def _claimed_folder(directory, made_from):
 
     Raises `ValueError` where `directory` has one that is made from others.
     """
-    text = json.dumps(vars(made_from), sort_keys=True)
+    text = json.dumps(made_from.parts(), sort_keys=True)
     key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     for file in sorted(directory.glob("*/cache.json")):
         old = typed_description(file, CacheDescription, read_json(file))
-        differing = [name for name, new in vars(made_from).items() if getattr(old, name) != new]
-        if differing:
-            there, now = vars(old), vars(made_from)
-            shown = [f"{name} ({there[name]} there, {now[name]} now)" for name in differing]
+        if differences := old.differences(made_from):
             raise ValueError(
-                f"the cache in {directory} is stale: other {', '.join(shown)}; remove it, or "
-                "set another data.cache="
+                f"the cache in {directory} is stale: other {differences}; remove it, or set "
+                "another data.cache="
             )
     folder = directory / key
     if not (folder / "cache.json").is_file():  # a whole one may lie on a disk that is only read
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(folder / "cache.json") as file:
-            file.write((json.dumps(vars(made_from), indent=2) + "\n").encode())
+        with naming_setting(f"data.cache={directory.parent}", "name a folder of your own"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_file(folder / "cache.json") as file:
+                file.write((json.dumps(vars(made_from), indent=2) + "\n").encode())
     return folder
 
 

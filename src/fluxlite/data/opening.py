@@ -5,6 +5,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+from fluxlite.cli.atomic import naming_setting
 from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.options import expand_home, typed_description
 from fluxlite.cli.programs import warn_for_all
@@ -47,7 +48,8 @@ def prepare_data(config, split):
     count = config.val_count if held_out else config.count
     _check_ours(fill50k_root(config))
     if not any(folder.glob("*.tar")):
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        with naming_setting(f"data.path={fill50k_root(config)}", "name a folder of your own"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
         workers = min(os.cpu_count() or 1, count // 500)
         options = dict(seed=int(held_out), held_out=held_out, workers=workers)
         samples = fill50k.generated_samples(count, size=config.generate_size, **options)

@@ -12,6 +12,7 @@ from fluxlite.cli.options import expand_home
 from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
+from fluxlite.data.parts import IMAGES
 from fluxlite.data.urls import REMOTE, fetch_tar
 
 
@@ -69,16 +70,21 @@ def _local_tars(name, split, setting):
             return [(path, name) for path in listed]
         found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
         if not found:
-            raise ValueError(
-                f"{setting}={name} holds no .tar: name the folder of the tars itself, a glob or a "
-                "URL"
-            )
+            raise ValueError(f"{setting}={name} holds {_no_tar_in(name)}")
     elif os.path.exists(name):
         check_regular(name)
         found = [name]
     else:
         return _matching(name, split, setting)
     return [(path, None) for path in found] if split == "train" else []
+
+
+def _no_tar_in(folder):
+    """What a folder without a tar holds, and what to do."""
+    inside = (entry for pattern in ("*", "*/*") for entry in Path(folder).glob(pattern))
+    if any(entry.suffix[1:].lower() in IMAGES for entry in inside):
+        return "pictures and no .tar: docs/from-kohya.md has the command that makes a tar of them"
+    return "no .tar: name the folder of the tars itself, a glob or a URL"
 
 
 def _matching(pattern, split, setting):

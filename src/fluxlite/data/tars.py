@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxlite.cli.descriptions import check_regular
+from fluxlite.cli.file_kinds import ARCHIVE, KIND_BYTES, TAR, file_kind
 from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.pairing import choose_parts, split_name
 from fluxlite.data.parts import MAX_KEY, SampleParts, printable_name
@@ -146,10 +147,19 @@ def _members(path):
             if file.read(512) != bytes(512):
                 raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
     except TAR_DAMAGE as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"{path} is no whole, uncompressed tar ({reason}): fetch or write it again"
-        ) from None
+        raise ValueError(f"{path} is {_fault_of(path, error)}") from None
+
+
+def _fault_of(path, error):
+    """What a file is that could not be read as a tar, and what to do."""
+    with open(path, "rb") as file:
+        kind = file_kind(file.read(KIND_BYTES))
+    if kind == ARCHIVE:
+        return f"{kind}, and only plain tars are read: unpack it to a .tar"
+    if kind not in (None, TAR):
+        return f"{kind}, not a tar: name tars of pictures and captions"
+    reason = str(error) or type(error).__name__
+    return f"no whole, uncompressed tar ({reason}): fetch or write it again"
 
 
 def _place_of(member, places):
@@ -172,8 +182,11 @@ def open_shards(places, *, setting, max_bad_fraction):
         raise ValueError(
             f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL"
         )
-    with ThreadPoolExecutor(16) as pool:
-        shards = list(pool.map(lambda place: index_tar(*place), places))
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            shards = list(pool.map(lambda place: index_tar(*place), places))
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
     skipped = []
     for shard in shards:
         skipped += [f"{shard.name}/{entry}" for entry in shard.skipped]

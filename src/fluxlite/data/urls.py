@@ -15,7 +15,7 @@ from urllib.error import HTTPError
 from urllib.parse import urlparse
 from urllib.request import Request, url2pathname, urlopen
 
-from fluxlite.cli.atomic import aside_of, atomic_file, locked, naming_errors
+from fluxlite.cli.atomic import aside_of, atomic_file, locked, naming_errors, naming_setting
 from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.options import typed_description
 from fluxlite.cli.programs import warn_for_all
@@ -75,7 +75,8 @@ def fetch_tar(name, folder, setting, unanswered, check):
     digest = hashlib.blake2b(name.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     target = folder / f"{digest}-{tail}.tar"
     if not target.is_file() or _has_changed(name, url, target, unanswered):
-        folder.mkdir(parents=True, exist_ok=True)
+        with naming_setting(f"data.download={folder}", "name a folder of your own"):
+            folder.mkdir(parents=True, exist_ok=True)
         _download(name, target, setting, check)
     return str(target)
 
@@ -127,9 +128,10 @@ def _copied(url, file, target, setting, check):
             if getattr(error, "filename", None) == str(target):
                 raise  # the disk's fault
             if attempt + 1 == ATTEMPTS or not _is_passing(error):
+                instead = "" if url.startswith("pipe:") else ", or give pipe:COMMAND that prints it"
                 raise ValueError(
                     f"{setting}: {url} cannot be fetched ({' '.join(str(error).split())}); check "
-                    "it, or give pipe:COMMAND that prints the tar"
+                    f"it{instead}"
                 ) from error
             time.sleep(2**attempt)
 
@@ -173,7 +175,11 @@ def _copy_command(url, file, target):
         stream.proc.kill()
         stream.proc.wait()
         raise
-    stream.close()  # raises for an exit code
+    try:
+        stream.close()
+    except OSError:  # an exit code, in the library's words
+        code = stream.proc.returncode
+        raise ValueError(f"its command ends with exit code {code}, see above") from None
 
 
 def _copy_chunks(read, file, target):

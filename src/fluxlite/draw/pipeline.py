@@ -22,9 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from fluxlite import parallel
+from fluxlite.cli.devices import settle_machine
 from fluxlite.cli.options import (
     check_kind,
-    check_options,
     nearest_key,
     option,
     refuse_first,
@@ -42,8 +42,14 @@ from fluxlite.draw.sampling import (
     sample_latents,
 )
 from fluxlite.nets.configs import FluxConfig, check_channels
-from fluxlite.nets.flux import ATTENTION
-from fluxlite.nets.latents import PATCH, num_image_tokens, pack_latents, unpack_latents
+from fluxlite.nets.flux import ATTENTION, rope_table
+from fluxlite.nets.latents import (
+    PATCH,
+    num_image_tokens,
+    pack_latents,
+    position_ids,
+    unpack_latents,
+)
 from fluxlite.nets.schedule import (
     SCHNELL_SCHEDULER,
     SampleConfig,
@@ -212,7 +218,6 @@ def check_names(given, known, function):
 
 def check_negative(negative_prompt, true_cfg):
     """Raise `ValueError` where a negative prompt would have no effect."""
-    check_kind(negative_prompt, str, "negative_prompt", "a text")
     if negative_prompt and not true_cfg > 1:
         raise ValueError(f"negative_prompt= needs true_cfg above 1, not {true_cfg}")
 
@@ -316,24 +321,25 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     Parts that are not named are looked for beside it. They are checked to fit together, as far as
     that can be seen. Raises `ValueError` that names the missing key.
     """
-    device = str(config.device or parallel.default_device())
-    parallel.check_device(device)
-    dtype = sources.named_dtype(config.dtype or parallel.default_dtype(device))
+    config = settle_machine(config)
+    device, dtype = torch.device(config.device), sources.named_dtype(config.dtype)
     found = find_sources(config.model)
-    check_float8(config, device, dtype, found["transformer"])
+    check_float8(config, dtype, found["transformer"])
     settings = default_settings(found["transformer"])
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
-    return Pipeline(config, found, settings, torch.device(device), dtype)
+    return Pipeline(config, found, settings, device, dtype)
 
 
-def check_float8(config, device, dtype, transformer):
-    """Raise `ValueError` where a `Source` cannot draw in float8 as a `PipelineConfig` asks."""
+def check_float8(config, dtype, transformer):
+    """Raise `ValueError` where a `Source` cannot draw in float8 as a settled `PipelineConfig`
+    asks.
+    """
     if not config.float8:
         return
     streamed = "float8=true does not work with offload=all, which streams weights as they are"
     name, hidden = str(dtype).removeprefix("torch."), transformer.config.hidden_size
-    conflicts = parallel.float8_conflicts("float8=true", device, name, hidden)
+    conflicts = parallel.float8_conflicts("float8=true", config.device, name, hidden)
     refuse_first([(config.offload == "all", f"{streamed}: leave one of them out"), *conflicts])
 
 
@@ -514,8 +520,8 @@ def settle_options(checkpoint, config, options):
     own = {name: options.pop(name) for name in DRAW_FIELDS if name in options}
     if config and own:
         raise ValueError(f"{'=, '.join(own)}= beside config=: set them in config, or leave it out")
-    config = config or DrawConfig(**own)
-    check_options(config)
+    values = {name: getattr(config, name) for name in DRAW_FIELDS} if config else own
+    config = typed_options(DrawConfig, values)
     if not isinstance(checkpoint, Pipeline):
         return open_pipeline(pipeline_config(checkpoint, **options)), config
     if options:
@@ -623,6 +629,9 @@ def prepare_drawing(pipeline, texts, sample, times, controls, solver) -> Callabl
     model, given = pipeline.transformer, (texts, times, sample.guidance)
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, controls, *given)
+    _, *cells = pipeline.latent_shape(sample.height, sample.width)
+    positions = position_ids(*cells, texts[0].shape[1]).to(pipeline.device)
+    rope = rope_table(positions, model.config)
 
     @torch.inference_mode()
     def draw(pictures, start, callback):
@@ -630,9 +639,10 @@ def prepare_drawing(pipeline, texts, sample, times, controls, solver) -> Callabl
         options = dict(residuals=attach(prompts, seeds), callback=callback, solver=solver)
         if sample.true_cfg > 1:
             last = len(texts[0]) - 1
-            options["negative"] = conditions([last]).rows([0] * len(prompts))
+            negative = conditions([last]).rows([0] * len(prompts))
+            options |= {"negative": negative, "true_cfg": sample.true_cfg}
         start = start.to(pipeline.device)
-        return sample_latents(model, conditions(prompts), start, times, sample, **options)
+        return sample_latents(model, conditions(prompts), start, rope, times, **options)
 
     return draw
 

@@ -6,6 +6,7 @@ other's prompts, and pairs whose two colours change places under the same seed.
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -19,12 +20,13 @@ from fluxlite.data.circles import (
     measure_circle,
 )
 from fluxlite.data.fill50k import circle_caption, colour_pairs, draw_sample, rgb
-from fluxlite.draw.pipeline import DrawConfig
+from fluxlite.draw.pipeline import DrawConfig, PartsConfig
 from fluxlite.nets.schedule import SampleConfig
 
 # ΔE between the two colours of a pair: more than twice MAX_COLOUR_ERROR, so that no colour can pass
 # for both
 MIN_DIFFERENCE = 25.0
+NUM_PAIRS = 796  # that are held out and so different
 
 
 @dataclass
@@ -35,43 +37,54 @@ class ProofConfig:
         None,
         "a run, a pipeline folder or a transformer; null: the shipped tiny pipeline",
         path=True,
+        key="model.checkpoint",
     )
+    t5: str | None = same_option(PartsConfig, "t5", key="model.t5")
+    clip: str | None = same_option(PartsConfig, "clip", key="model.clip")
+    autoencoder: str | None = same_option(PartsConfig, "autoencoder", key="model.autoencoder")
     controlnet: str | None = option(
         None,
         "a ControlNet, for instance a run; its pictures then follow control pictures",
         path=True,
+        key="controlnet.checkpoint",
     )
     control_size: int = option(
         64, "side of the control pictures in pixels", at_least=16, at_most=16_384
     )
-    num: int = option(200, "held-out pairs of colours to draw", at_least=2, at_most=100_000)
-    swaps: int = option(
-        50,
-        "of these, how many are drawn again with their colours swapped",
+    num: int = option(200, "held-out pairs of colours to draw", at_least=2, at_most=NUM_PAIRS)
+    swaps: int | None = option(
+        None,
+        "of these, how many are drawn again with their colours swapped; null: 50 or all",
         at_least=0,
-        at_most=100_000,
+        at_most=NUM_PAIRS,
     )
     steps: int | None = same_option(SampleConfig, "steps", default=None)
     guidance: float | None = same_option(SampleConfig, "guidance", default=None)
     seed: int = same_option(DrawConfig, "seed", help="of the choice of pairs and of the noise")
     batch: int = same_option(DrawConfig, "batch", default=50)
     output: str = option("outputs/proof", "folder for proof.json and grid.png", path=True)
+    overwrite: bool = option(False, "replace a proof that is there")
+
+    def validate(self):
+        """Raise `ValueError` for flags that contradict each other, or where a proof is there."""
+        if (self.swaps or 0) > self.num:
+            raise ValueError(f"--swaps={self.swaps} must be at most --num={self.num}")
+        if not self.controlnet and self.control_size != type(self).control_size:
+            raise ValueError("--control-size is of a ControlNet's pictures: name --controlnet too")
+        there = Path(self.output) / "proof.json"
+        if there.exists() and not self.overwrite:
+            raise ValueError(f"{there} exists: pass --overwrite, or another --output")
 
 
 def choose_pairs(num, seed):
-    """`num` different held-out (circle, background) pairs of clearly different colours, the same
-    for the same seed.
+    """`num` different held-out (circle, background) pairs of clearly different colours, up to
+    `NUM_PAIRS`, the same for the same seed.
     """
     candidates = [
         (a, b)
         for a, b in colour_pairs(held_out=True)
         if colour_difference(rgb(a), rgb(b)) > MIN_DIFFERENCE
     ]
-    if not 2 <= num <= len(candidates):
-        raise ValueError(
-            f"num={num} must be between 2 and {len(candidates)}, the held-out pairs of clearly "
-            "different colours"
-        )
     return [candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))[:num]]
 
 
@@ -107,7 +120,7 @@ def measure_all(pictures, chosen):
     return [measure_circle(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
 
 
-def prove(draw, *, num, num_swaps, seed, control_size=None):
+def prove(draw, *, num, num_swaps=None, seed, control_size=None):
     """The report of a model that `draw(prompts, controls)` → PIL pictures stands for, the pictures,
     and one measurement for each.
 
@@ -115,7 +128,8 @@ def prove(draw, *, num, num_swaps, seed, control_size=None):
     shares its noise. Its controls are None, or with `control_size` square pictures of so many
     pixels, one a prompt.
     """
-    chosen, num_swaps = choose_pairs(num, seed), min(num_swaps, num)
+    chosen = choose_pairs(num, seed)
+    num_swaps = min(50, num) if num_swaps is None else num_swaps
     controls = draw_controls(chosen, control_size, seed) if control_size else []
     images = [image for image, _ in controls] or None
     prompts = [circle_caption(*pair) for pair in chosen]

@@ -6,7 +6,6 @@ its weights are not needed any more.
 B pictures, P prompts, L tokens, C channels, H hidden width.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,8 +15,7 @@ from PIL import Image
 
 from fluxlite import rng
 from fluxlite.nets import flow
-from fluxlite.nets.flux import rope_table
-from fluxlite.nets.latents import PATCH, pack_latents, position_ids, unpack_latents
+from fluxlite.nets.latents import pack_latents, unpack_latents
 from fluxlite.nets.schedule import times_for
 
 
@@ -111,38 +109,28 @@ def prepare_conditions(net, texts, times, guidance, mode=None, *, keep) -> Calla
 # --- from noise to latents ------------------------------------------------------------------------
 
 
-def rope_for(model_config, noise, config, num_text):
-    """The rotations of pictures of config.height x config.width after `num_text` text tokens.
-
-    The tokens of `noise` (B, L, C) show how many pixels an autoencoder's cell has.
-    """
-    factor = math.isqrt(config.height * config.width // (PATCH**2 * noise.shape[1]))
-    ids = position_ids(config.height // factor, config.width // factor, num_text)
-    return rope_table(ids.to(noise.device), model_config)
-
-
 @torch.inference_mode()
 def sample_latents(
     model,
     conditions,
     noise,
+    rope,
     times,
-    config,
     *,
+    true_cfg=1.0,
     negative=None,
     residuals=None,
     callback=lambda step, x: x,
     solver=sample_euler,
 ):
     """Denoised packed latents (B, L, C) float32 from packed `noise` (B, L, C), a picture for each
-    row of `conditions`.
+    row of `conditions`; `rope` is the `rope_table` of their text and image tokens.
 
-    `negative` are the conditions of the negative prompts, for config.true_cfg > 1;
+    `negative` are the conditions of the negative prompts, for true_cfg > 1;
     `residuals(x, i, rope)` those of ControlNets at step i, or None. As in diffusers, those for the
     prompt serve the negative prompt too. `solver` and `callback` are as in `sample_euler`. Raises
     `ValueError` where latents are not finite.
     """
-    rope = rope_for(model.config, noise, config, conditions.txt.shape[1])
     finite = []  # looked at in the end: the device is not waited for
 
     def velocity(x, i):
@@ -151,7 +139,7 @@ def sample_latents(
         if negative is None:
             return positive
         away = model.velocity(x, negative.txt, rope, negative.modulation[i], added).float()
-        return away + config.true_cfg * (positive.float() - away)
+        return away + true_cfg * (positive.float() - away)
 
     def watch_step(step, x):
         finite.append(x.isfinite().all())
@@ -179,14 +167,15 @@ def check_latents_finite(model, conditions, finite):
 
 
 @torch.inference_mode()
-def sample_sharded(forward, model_config, txt, pooled, noise, config, dtype, solver=sample_euler):
+def sample_sharded(
+    forward, model_config, txt, pooled, noise, rope, config, dtype, solver=sample_euler
+):
     """`sample_latents` by whole forwards, as sharded models in training need, whose weights are
     gathered inside `forward` alone.
 
     `forward(img, txt, rope, t=, pooled=, guidance=)` is a velocity.
     """
     times = times_for(config, model_config, noise.shape[1])
-    rope = rope_for(model_config, noise, config, txt.shape[1])
     guidance = guidance_rows(model_config, config.guidance, len(noise), noise.device)
 
     def velocity(x, i):

@@ -43,15 +43,15 @@ def num_image_tokens(height, width):
     return (height // PATCH) * (width // PATCH)
 
 
-def check_size(height, width, downsampling):
+def check_size(height, width, downsampling, prefix=""):
     """Raise `ValueError`, naming the nearest valid sizes, unless both sides in pixels divide into
-    tokens; `downsampling` are the pixels of a latent cell along a side.
+    tokens; `downsampling` are the pixels of a latent cell along a side, `prefix` that of the keys.
     """
     multiple = downsampling * PATCH
     for name, value in (("height", height), ("width", width)):
         if value <= 0 or value % multiple:
             below = max(multiple, value // multiple * multiple)
             raise ValueError(
-                f"{name}={value} must be a multiple of {multiple}: {below} and {below + multiple} "
-                "are the nearest"
+                f"{prefix}{name}={value} must be a multiple of {multiple}: {below} and "
+                f"{below + multiple} are the nearest"
             )

@@ -32,14 +32,8 @@ from fluxlite.parallel.plan import (
     shard_frozen,
 )
 from fluxlite.parallel.ranks import (
-    check_compiler,
-    check_device,
-    default_device,
-    default_dtype,
     first_rank_does,
     gather_values,
-    has_bf16,
-    has_float8,
     max_over_ranks,
     mean_over_ranks,
     rank,

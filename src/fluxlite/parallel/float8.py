@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from fluxlite.parallel.ranks import has_float8, rank
+from fluxlite.cli.devices import has_float8
+from fluxlite.parallel.ranks import rank
 
 log = logging.getLogger("fluxlite")
 

@@ -1,13 +1,10 @@
-"""This process among its ranks, its device, and small values that ranks tell each other."""
+"""This process among its ranks, and small values that ranks tell each other."""
 
-import importlib.util
 import os
 import re
-import shutil
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 
@@ -47,59 +44,6 @@ def watching_ranks(config):
             "says why, above or in torchrun's list; resume=auto goes on from the last checkpoint. "
             f"({text.split('. ')[0]})"
         ) from error
-
-
-# --- the device ----------------------------------------------------------------------------------
-
-
-def default_device():
-    """The machine's accelerator, or the CPU."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_device(name):
-    """Raise `ValueError` where the machine has no device of a name: cpu, cuda or cuda:1."""
-    known, count = re.fullmatch(r"cpu|cuda(:\d{1,4})?", name), torch.cuda.device_count()
-    if not known or (name != "cpu" and default_device() != "cuda"):
-        raise ValueError(f"device={name}: this machine has {default_device()}")
-    if known[1] and int(known[1][1:]) >= count:
-        raise ValueError(f"device={name}: there are {count} GPUs")
-
-
-def check_compiler(device):
-    """Raise `ValueError` where torch.compile has nothing to compile with: a C++ compiler on the
-    CPU, Triton on a GPU.
-    """
-    if str(device).startswith("cuda"):
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError(
-                "compile=true needs Triton on a GPU: pip install triton, or leave compile=false"
-            )
-        return
-    wanted = os.environ.get("CXX", "g++")
-    if not any(shutil.which(name) for name in (wanted, "clang++")):
-        raise ValueError(
-            f"compile=true needs a C++ compiler, and there is no {wanted}: install g++, or leave "
-            "compile=false"
-        )
-
-
-def has_bf16(device):
-    """Whether the device computes in bfloat16 in hardware."""
-    if str(device).startswith("cuda"):
-        return torch.cuda.get_device_capability() >= (8, 0)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "arm_bf16"))
-
-
-def has_float8(device):
-    """Whether the device multiplies in float8 in hardware."""
-    return str(device).startswith("cuda") and torch.cuda.get_device_capability() >= (8, 9)
-
-
-def default_dtype(device):
-    """What a device computes in fast: bfloat16 where it is in hardware, else float32."""
-    return "bfloat16" if has_bf16(device) else "float32"
 
 
 # --- small values of all ranks -------------------------------------------------------------------

@@ -1,22 +1,21 @@
 """What a run would take on ranks that one does not own: memory and traffic of rank 0, from the real
 step on fake tensors.
 
-    python -m fluxlite.preflight --ranks 8 model=flux_dev data=mock data.global_batch=8
+    python -m fluxlite.preflight --ranks 8 recipe=controlnet data.global_batch=8
 
-Takes the keys of `train.py`, a ControlNet's too. The model is wrapped, filled, trained and updated
-by the trainer's own functions; nothing is computed and nothing is sent. Text encoders and
-autoencoder are not in it: their outputs are made up, as with data=mock. The compute dtype is
-bfloat16 unless `dtype=` says otherwise; parallel.cpu_offload and what CUDA's allocator adds cannot
-be predicted. Where a process group holds all ranks of FSDP2, what travels among all ranks (the
-modulation's vectors, norms) is counted with it.
+Takes the keys of `train.py`, a ControlNet's too; weights, data and encoders need not be there. The
+model is wrapped, filled, trained and updated by the trainer's own functions; nothing is computed
+and nothing is sent. Text encoders and autoencoder are not in it: their outputs are made up. The
+compute dtype is bfloat16 unless `dtype=` says otherwise; parallel.cpu_offload and what CUDA's
+allocator adds cannot be predicted. Where a process group holds all ranks of FSDP2, what travels
+among all ranks (the modulation's vectors, norms) is counted with it.
 """
 
 import json
 from dataclasses import MISSING, dataclass
 
 from fluxlite.cli.options import option
-from fluxlite.cli.processes import deferred_signals
-from fluxlite.cli.programs import run_program
+from fluxlite.cli.programs import run_program, stopping_at_once
 
 
 @dataclass
@@ -50,7 +49,7 @@ def usage():
 
 
 def body(arguments):
-    with deferred_signals():  # torch's import takes an interruption for a lack of numpy
+    with stopping_at_once():
         from fluxlite.cli.command_line import parse_flags
         from fluxlite.preflight.prediction import predict_step
 

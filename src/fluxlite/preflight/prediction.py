@@ -18,13 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fluxlite import parallel
-from fluxlite.cli.command_line import load_config
+from fluxlite.cli.command_line import compose_config
 from fluxlite.data.cache import POSTERIORS
+from fluxlite.draw.pipeline import BESIDE_FOLDERS
 from fluxlite.parallel.weights import local_tensor
 from fluxlite.settings import TrainConfig
 from fluxlite.train.setup import FrozenParts, assemble_run
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.training_step import optimizer_step, train_step
+from fluxlite.weights.sources import TINY
 
 # Bytes that a rank sends for each byte of the larger of its input and output, in a ring of n or
 # pairwise: times (n - 1) / n.
@@ -144,7 +146,10 @@ def predict_step(arguments, ranks):
     of `train.py arguments`.
     """
     with fake_ranks(ranks):
-        config = load_config(TrainConfig, "train", on_fake_ranks(arguments))
+        config = compose_config(TrainConfig, "train", on_fake_ranks(arguments))
+        name_parts(config)
+        config.validate()
+        config = config.settled()
         device = torch.device("cpu")
         mesh = parallel.make_mesh(config.parallel, device)
         task = choose_task(config)
@@ -192,6 +197,17 @@ def on_fake_ranks(arguments):
     kept = [a for a in arguments if not a.startswith(("device=", "resume=", "parallel.float8="))]
     typed = any(a.startswith("dtype=") for a in kept)
     return [*kept, "device=cpu"] if typed else [*kept, "device=cpu", "dtype=bfloat16"]
+
+
+def name_parts(config):
+    """Name what a run must have and a step does not see: encoders, autoencoder, tars.
+
+    So a recipe is predicted as it stands.
+    """
+    for part in BESIDE_FOLDERS:
+        setattr(config.model, part, getattr(config.model, part) or TINY)
+    if config.data.kind == "webdataset":
+        config.data.path = config.data.path or "tars"
 
 
 def made_up_batch(run):

@@ -69,7 +69,7 @@ def draw_grid(run, batches):
         velocity = partial(run.velocity, **batch.inputs)
         texts = batch.txt.to(run.dtype), batch.pooled.to(run.dtype)
         tokens = sampling.sample_sharded(
-            velocity, run.flux.config, *texts, batch.noise, settings, run.dtype
+            velocity, run.flux.config, *texts, batch.noise, run.rope, settings, run.dtype
         )
         drawn = sampling.decode_pictures(run.parts.autoencoder, tokens, data.height, data.width)
         for caption, shown, picture in zip(batch.captions, batch.shown, drawn):

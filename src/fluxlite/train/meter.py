@@ -19,6 +19,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.train.plots import plot_control
 from fluxlite.train.training_step import fixed_draws, flow_loss
 
@@ -45,7 +46,7 @@ class ControlMeter:
     """
 
     run: object
-    held_out: list
+    held_out: list  # of `HeldOutBatch`
     every: int = 1  # steps between two measurements
     plot: Callable = plot_control  # (folder): draws what was measured so far
     verdict: str = "not yet"
@@ -65,7 +66,7 @@ class ControlMeter:
         ratios, before = self.residual_ratios(), self.verdict
         self.verdict = judge_gain(gain, z, step, self.run.config.controlnet.patience)
         log_verdict(step, self.verdict, means, gain, z)
-        if self.verdict == "not learning" != before and dist.get_rank() == 0:
+        if self.verdict == "not learning" != before:
             warn_of_no_effect(step, ratios)
         values = {f"control/{kind}": mean for kind, mean in means.items()}
         values |= {"control/gain": gain, "control/z": z}
@@ -81,49 +82,47 @@ class ControlMeter:
         kinds = [kind for kind in CONTROL_KINDS if kind != "none" or not self.alone]
         sums = torch.zeros(len(kinds), len(METER_T), device=run.device)
         gains = torch.zeros(3, device=run.device)
-        others = torch.cat([inputs["hint"] for _, _, _, inputs, _, _ in self.held_out])
-        others = others[self.partners()]
-        for x0, txt, pooled, inputs, indices, weights in self.held_out:
-            shuffled = inputs | {"hint": others[first : first + len(x0)]}
-            first += len(x0)
-            controls = (inputs, shuffled, {})[: len(kinds)]
-            losses = self.losses_by_time(x0, txt, pooled, indices, controls)
-            sums += (losses * weights).sum(dim=-1)
+        others = torch.cat([held.inputs["hint"] for held in self.held_out])[self.partners()]
+        for held in self.held_out:
+            shuffled = held.inputs | {"hint": others[first : first + len(held.x0)]}
+            first += len(held.x0)
+            losses = self.losses_by_time(held, (held.inputs, shuffled, {})[: len(kinds)])
+            sums += (losses * held.weights).sum(dim=-1)
             gain = (losses[1] - losses[0]).mean(dim=0)
             powers = torch.stack([torch.ones_like(gain), gain, gain.square()])
-            gains += (powers * weights).sum(dim=-1)
+            gains += (powers * held.weights).sum(dim=-1)
         dist.all_reduce(sums)
         dist.all_reduce(gains)
         repeats = run.mesh.tp.size() * run.mesh.cp.size()  # ranks that have the same samples
         found = dict(zip(kinds, (sums / gains[0]).tolist()))
         return {"none": self.alone} | found, (gains / repeats).tolist()
 
-    def losses_by_time(self, x0, txt, pooled, indices, controls):
-        """The losses (controls, METER_T, B) of some samples under each of the controls."""
+    def losses_by_time(self, held, controls):
+        """The losses (controls, METER_T, B) of a `HeldOutBatch` under each of the controls."""
         run, rows = self.run, []
-        drawn = fixed_draws(run, indices, "meter")
+        drawn = fixed_draws(run, held.indices, "meter")
         for given in controls:
             for time in METER_T:
-                t = torch.full((len(x0),), time, device=run.device)
-                rows.append(flow_loss(run, x0, txt, pooled, t=t, **drawn, **given))
+                t = torch.full((len(held.x0),), time, device=run.device)
+                rows.append(flow_loss(run, *held.clean, t=t, **drawn, **given))
         return torch.stack(rows).unflatten(0, (len(controls), len(METER_T)))
 
     def partners(self):
         """For each of this rank's samples the place of another one, the one before it unless that
         is the same (padding repeats).
         """
-        numbers = torch.cat([indices for *_, indices, _ in self.held_out]).tolist()
+        numbers = torch.cat([held.indices for held in self.held_out]).tolist()
         return [other_place(numbers, place) for place in range(len(numbers))]
 
     def residual_ratios(self):
         """Norm of what is added after each block of the transformer over that of its output:
         {"double_0": ratio, …}, at t = 0.5.
         """
-        x0, txt, pooled, inputs, indices, _ = self.held_out[0]
-        half = torch.full((len(x0),), 0.5, device=x0.device)
-        drawn = fixed_draws(self.run, indices, "meter")
+        held = self.held_out[0]
+        half = torch.full((len(held.x0),), 0.5, device=held.x0.device)
+        drawn = fixed_draws(self.run, held.indices, "meter")
         with block_norms(self.run.flux) as (found, added):
-            flow_loss(self.run, x0, txt, pooled, t=half, **drawn, **inputs)
+            flow_loss(self.run, *held.clean, t=half, **drawn, **held.inputs)
         pairs = torch.stack([torch.stack([added[name], found[name]]).square() for name in added])
         dist.all_reduce(pairs)
         return {name: math.sqrt(a / max(b, 1e-30)) for name, (a, b) in zip(added, pairs.tolist())}
@@ -190,7 +189,7 @@ def log_verdict(step, verdict, means, gain, z):
 
 def warn_of_no_effect(step, ratios):
     """Say loudly that nothing happens, with the blocks that add nothing."""
-    log.warning(
+    warn_for_all(
         "step %d: THE CONTROL HAS NO EFFECT. Are the control pictures blank or all alike, do "
         "they belong to their targets, "
         "is optim.lr too low, is controlnet.dropout near 1?",
@@ -198,4 +197,4 @@ def warn_of_no_effect(step, ratios):
     )
     dead = ", ".join(name for name, ratio in ratios.items() if ratio < DEAD)
     if dead:
-        log.warning("step %d: nothing is added after the transformer's blocks %s", step, dead)
+        warn_for_all("step %d: nothing is added after the transformer's blocks %s", step, dead)

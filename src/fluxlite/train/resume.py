@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from fluxlite import __version__, parallel
 from fluxlite.cli.options import resumable_keys
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.train import run_state
 from fluxlite.train.building import changed_keys, list_changes
 from fluxlite.weights import run_folder
@@ -49,18 +50,16 @@ def find_resume(config):
 
     Raises `ValueError` where a run would be overwritten or another one continued.
     """
-    if config.resume != "auto":
-        parallel.first_rank_does(lambda: run_state.check_unused(config.output))
-        return None
-    folder = run_state.choose_checkpoint(config.output)
-    if folder is not None:
-        meta = run_folder.read_meta(folder)
-        check_resume(meta.config, config)
-        if meta.step > config.steps:
-            raise ValueError(
-                f"output={config.output} is at step {meta.step} already: set steps above that, not "
-                f"{config.steps}"
-            )
+    folder = run_state.choose_checkpoint(config.output) if config.resume == "auto" else None
+    if folder is None:
+        return parallel.first_rank_does(lambda: run_state.check_unused(config.output))
+    meta = run_folder.read_meta(folder)
+    check_resume(meta.config, config)
+    if meta.step > config.steps:
+        raise ValueError(
+            f"output={config.output} is at step {meta.step} already: set steps above that, not "
+            f"{config.steps}"
+        )
     return folder
 
 
@@ -75,8 +74,8 @@ def describe_data(training, validation):
 def warn_of_changed_data(folder, data):
     """Say it loudly where a resumed run's data are not those it was trained on."""
     changes = run_state.changed_data(run_folder.read_meta(folder).data, data)
-    if changes and parallel.rank() == 0:
-        log.warning(
+    if changes:
+        warn_for_all(
             "resuming on other data: the samples have changed (%s); this is no longer the same run",
             changes,
         )

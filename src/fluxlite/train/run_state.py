@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from fluxlite import parallel
 from fluxlite.cli.atomic import naming_errors, sync_folder
+from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.programs import one_line
 from fluxlite.parallel.weights import local_tensor
 from fluxlite.weights.run_folder import (
@@ -51,6 +52,9 @@ from fluxlite.weights.tensor_files import all_finite
 
 log = logging.getLogger("fluxlite")
 
+# what a run writes at once or adds to, beside its checkpoints
+WRITTEN = {"config.json", "metrics.jsonl", "images", "losses.png", "control.png"}
+
 # --- going on -------------------------------------------------------------------------------------
 
 
@@ -61,11 +65,37 @@ def held_names(run):
 
 
 def check_unused(run):
-    """Raise `ValueError` where a run's folder holds checkpoints, or what may be some."""
+    """Raise `ValueError` where a run's folder holds checkpoints, or what may be some, or files of
+    somebody else's that would be lost.
+    """
     if held_names(run):
         raise ValueError(
             f"output={run} holds a run: resume=auto goes on with it; or set another output="
         )
+    check_others(run)
+
+
+def check_others(run):
+    """Raise `ValueError` where a run that begins would write over files that are no run's; say so
+    where there are others.
+    """
+    names = {path.name for path in Path(run).glob("*") if path.name[0] != "."}
+    if not names or _is_begun(run):
+        return
+    if taken := sorted(names & WRITTEN):
+        raise ValueError(
+            f"output={run} holds {taken[0]}, which is no run's: name a new folder, or move it away"
+        )
+    others = f"{min(names)}{' …' if len(names) > 1 else ''}"
+    log.warning("output=%s holds other files (%s): the run's come beside them", run, others)
+
+
+def _is_begun(run):
+    """Whether a folder has the config.json of a run."""
+    try:
+        return {"model", "flow", "optim"} <= read_json(Path(run) / "config.json").keys()
+    except (ValueError, OSError):
+        return False
 
 
 def choose_checkpoint(run):

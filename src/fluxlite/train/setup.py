@@ -1,14 +1,15 @@
 """Setting a run up: its models, optimizers, frozen encoders and data."""
 
 import hashlib
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from fluxlite import parallel
-from fluxlite.data.cache import CachedSamples, build_cache
+from fluxlite.cli.options import option_value
+from fluxlite.cli.programs import warn_for_all
+from fluxlite.data.cache import MADE_BY, CachedSamples, build_cache
 from fluxlite.data.loading import make_loader
 from fluxlite.data.mock import MockSamples
 from fluxlite.data.opening import open_dataset, prepare_data
@@ -22,8 +23,6 @@ from fluxlite.train.tasks.task import Task
 from fluxlite.weights import sources
 from fluxlite.weights.run_folder import DataRecord
 from fluxlite.weights.text_encoders import load_text_encoders
-
-log = logging.getLogger("fluxlite")
 
 
 @dataclass
@@ -79,9 +78,9 @@ def set_up(config, device, mesh):
 
 def warn_of_warmup(config):
     """Say so where a run ends before its learning rate has risen to `optim.lr`."""
-    if config.optim.warmup >= config.steps and parallel.rank() == 0:
+    if config.optim.warmup >= config.steps:
         lengths = config.optim.warmup, config.steps
-        log.warning("optim.warmup=%d is not over when the run ends at steps=%d", *lengths)
+        warn_for_all("optim.warmup=%d is not over when the run ends at steps=%d", *lengths)
 
 
 def assemble_run(config, device, mesh, task, models, parts):
@@ -133,7 +132,13 @@ def open_autoencoder(config):
 def open_data(config, run):
     """The training and validation sets; with `data.cache` encoded first, by all ranks together."""
     places = {}
-    return [open_split(config, run, split, places) for split in ("train", "val")]
+    training, validation = (open_split(config, run, split, places) for split in ("train", "val"))
+    if len(training) < config.data.global_batch:
+        warn_for_all(
+            "an epoch has %d samples, and data.global_batch=%d: a step takes some of them twice",
+            *(len(training), config.data.global_batch),
+        )
+    return training, validation
 
 
 def open_split(config, run, split, places):
@@ -162,6 +167,7 @@ def cache_samples(run, dataset, folder):
         encode_images=lambda images: parts.autoencoder.posterior(images.to(run.device)),
         encode_texts=lambda texts: parts.encoders.encode(texts, length),
         digest=encoders_digest(parts, length, run.config.dtype),
+        settings={key: option_value(run.config, key) for key in MADE_BY["encoders"]},
         rank=parallel.rank(),
         world_size=parallel.world_size(),
     )

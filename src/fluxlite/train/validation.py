@@ -3,6 +3,7 @@ time.
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,25 @@ import torch.distributed as dist
 from fluxlite import parallel
 from fluxlite.nets import flow
 from fluxlite.train.training_step import encode_batch, fixed_draws, flow_loss
+
+
+@dataclass
+class HeldOutBatch:
+    """Samples that are measured again and again, encoded: x0 (B, L, C), txt, pooled, the task's
+    inputs, numbers of the samples and what each weighs (B,).
+    """
+
+    x0: torch.Tensor
+    txt: torch.Tensor
+    pooled: torch.Tensor
+    inputs: dict
+    indices: torch.Tensor
+    weights: torch.Tensor
+
+    @property
+    def clean(self):
+        """x0, txt, pooled: what `flow_loss` measures."""
+        return self.x0, self.txt, self.pooled
 
 
 @contextmanager
@@ -30,8 +50,7 @@ def swap_average(run):
 
 
 def encode_validation(run, dataset):
-    """This rank's share of the validation set, encoded once: a list of (x0, txt, pooled, inputs,
-    indices, weights) micro-batches.
+    """This rank's share of the validation set, encoded once: a list of `HeldOutBatch`.
 
     Every rank gets as many batches; the surplus samples of the last ones weigh nothing.
     """
@@ -40,7 +59,7 @@ def encode_validation(run, dataset):
     batches = []
     for batch in run.loader(dataset, global_batch=stride, start_index=0, stop_index=rounded):
         weights = (batch["indices"] < count).float().to(run.device)
-        batches.append((*encode_batch(run, batch), batch["indices"] % count, weights))
+        batches.append(HeldOutBatch(*encode_batch(run, batch), batch["indices"] % count, weights))
     return batches
 
 
@@ -55,11 +74,11 @@ def validation_losses(run, batches):
     run.model.eval()
     times = torch.tensor(flow.VALIDATION_T, device=run.device)
     sums = torch.zeros(2, len(times), device=run.device)  # of losses, and of samples
-    for x0, txt, pooled, inputs, indices, weights in batches:
-        drawn = fixed_draws(run, indices, "validation")
-        for k in time_numbers(run, indices, len(times)):
-            losses = flow_loss(run, x0, txt, pooled, t=times[k], **drawn, **inputs)
-            sums.index_add_(1, k, torch.stack([losses * weights, weights]))
+    for held in batches:
+        drawn = fixed_draws(run, held.indices, "validation")
+        for k in time_numbers(run, held.indices, len(times)):
+            losses = flow_loss(run, *held.clean, t=times[k], **drawn, **held.inputs)
+            sums.index_add_(1, k, torch.stack([losses * held.weights, held.weights]))
     run.model.train()
     dist.all_reduce(sums)
     losses = (sums[0] / sums[1]).tolist()

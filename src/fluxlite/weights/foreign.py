@@ -5,6 +5,8 @@ Two tables, so that what is supported some day is one row less.
 
 import re
 
+from fluxlite.cli import file_kinds
+
 OTHER_MODEL = "fluxlite knows FLUX.1's transformers, ControlNets and autoencoders"
 QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16 or fp8"
 PART_REMEDY = "name a file or folder with the transformer alone"
@@ -73,27 +75,18 @@ TELLTALE_KEYS = (
 
 MAX_KEYS = 1 << 14  # FLUX.1 has 1,446 in diffusers' layout
 PICKLE_REMEDY = "pickles run code when they are opened, so they never are: fetch .safetensors"
-# First bytes of a file (of its text in lower case, without white space), what it is, what to do.
-TELLTALE_BYTES = (
-    (b"gguf", "a GGUF file", "it is not supported yet: fetch .safetensors"),
-    (b"pk\x03\x04", "a zip archive, as torch.save writes .pt, .ckpt and .bin", PICKLE_REMEDY),
-    (b"\x80\x02", "a pickle", PICKLE_REMEDY),
-    (b"\x80\x03", "a pickle", PICKLE_REMEDY),
-    (b"\x80\x04", "a pickle", PICKLE_REMEDY),
-    (b"\x80\x05", "a pickle", PICKLE_REMEDY),
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself", "run `git lfs pull`"),
-    (b"<!doctype", "a web page", "it was saved in place of the file: fetch it again, logged in"),
-    (b"<html", "a web page", "it was saved in place of the file: fetch it again, logged in"),
-    (b"<?xml", "XML, an error message", "it was saved in place of the file: fetch it again"),
-    (b"{", "JSON, an error message or an index", "name the weights, or fetch them again"),
-    (b"\x1f\x8b", "a gzip archive", "unpack it"),
-    (b"7z\xbc\xaf", "a 7z archive", "unpack it"),
-    (b"rar!", "a RAR archive", "unpack it"),
-    (b"\x89png", "a picture", "name the weights"),
-    (b"\xff\xd8\xff", "a picture", "name the weights"),
-    (b"\x93numpy", "a NumPy array", "name .safetensors"),
-    (b"\x89hdf", "an HDF5 file", "name .safetensors"),
-)
+SAVED_REMEDY = "it was saved in place of the file: fetch it again"
+KIND_REMEDIES = {
+    file_kinds.GGUF: "it is not supported yet: fetch .safetensors",
+    file_kinds.ZIP: PICKLE_REMEDY,
+    file_kinds.PICKLE: PICKLE_REMEDY,
+    file_kinds.LFS_POINTER: "run `git lfs pull`",
+    file_kinds.WEB_PAGE: f"{SAVED_REMEDY}, logged in",
+    file_kinds.XML: SAVED_REMEDY,
+    file_kinds.JSON: "name the weights, or fetch them again",
+    file_kinds.ARCHIVE: "unpack it",
+    file_kinds.TAR: "unpack it",
+}
 
 
 def check_keys(keys):
@@ -110,9 +103,7 @@ def check_bytes(file, start):
     """Raise `ValueError`, naming `file`, where its first bytes are another kind of file's."""
     if not start:
         raise ValueError(f"{file} is empty: fetch it again")
-    if start[8:9] == b"{":  # as safetensors begin, whose length in front may look like anything
-        return
-    text = start.lstrip().lower()
-    for magic, what, remedy in TELLTALE_BYTES:
-        if text.startswith(magic):
-            raise ValueError(f"{file} is {what}: {remedy}")
+    kind = file_kinds.file_kind(start)
+    if kind not in (None, file_kinds.SAFETENSORS):
+        remedy = KIND_REMEDIES.get(kind, "name the weights, .safetensors or their folder")
+        raise ValueError(f"{file} is {kind}: {remedy}")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from fluxlite.cli.descriptions import parse_json, read_json
+from fluxlite.cli.devices import check_device
 from fluxlite.cli.options import check_bounds, check_kind, expand_home, shortened, typed_description
 from fluxlite.nets import schedule
 from fluxlite.nets.configs import NET_CONFIGS, AutoencoderConfig, ControlNetConfig, FluxConfig
@@ -255,7 +256,8 @@ def named_dtype(dtype):
 
 
 def _load(source, dtype, device, *options):
-    """The network of a `Source`, frozen, in evaluation mode."""
+    """The network of a `Source`, frozen, in evaluation mode; raises `ValueError`."""
+    check_device(str(device))
     dtype = named_dtype(dtype)
     model = conversion.build_on_meta(source.config, *options)
     model.load_state_dict(load_state(source), strict=True, assign=True)

@@ -30,9 +30,12 @@ from fluxlite.weights.dtypes import DTYPES, SPELLED
 WRITE_ERRORS = {
     errno.EFBIG: "file too large for this user's limit",
     errno.ENOSPC: "no space left on the disk; free some",
+    errno.EEXIST: "a file lies where a folder must be",
+    errno.ENOTDIR: "a file lies where a folder must be",
 }
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 DIGEST_BYTES = 1 << 26  # read at a time
+BYTE_UNITS = "bytes", "kB", "MB", "GB", "TB"
 
 
 # --- reading --------------------------------------------------------------------------------------
@@ -253,6 +256,14 @@ def num_bytes(described):
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in described.values())
 
 
+def format_bytes(count):
+    """A number of bytes for a person: `5.34 MB`."""
+    power = min((len(str(count)) - 1) // 3, len(BYTE_UNITS) - 1)
+    size = count / 1000**power
+    digits = max(0, 3 - len(str(int(size)))) if power else 0
+    return f"{size:.{digits}f} {BYTE_UNITS[power]}"
+
+
 def split_shards(described, max_bytes):
     """{name: (dtype, shape)} as a list of such, in order; all in one without `max_bytes`.
 
@@ -409,6 +420,6 @@ def check_room(final, count):
     free = shutil.disk_usage(folder).free
     if free < count:
         raise ValueError(
-            f"{final} needs {count / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: make room, or "
-            "name another disk"
+            f"{final} needs {format_bytes(count)}, and {format_bytes(free)} are free: make room, "
+            "or name another disk"
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from fluxlite import __version__
-from fluxlite.cli.atomic import locked
+from fluxlite.cli.atomic import locked, naming_setting
 from fluxlite.cli.options import expand_home
 from fluxlite.weights import conversion, layouts, tensor_files
 from fluxlite.weights.diffusers_configs import config_to_diffusers
@@ -42,13 +42,13 @@ def write_converted(
     overwrite=False,
     remedy="name another",
     setting="--dst ",
-    progress=None,
+    bar=None,
 ):
     """Write `source` to `dst` in the layout `to`: (the files, the digest of the source).
 
     `dst` is a file where it ends in .safetensors, else a folder; diffusers is always a folder.
-    Nothing appears under that name before it is whole. `progress` is called with the number of
-    bytes of each write. Raises `ValueError`, whose text begins with `setting` where `dst` will not
+    Nothing appears under that name before it is whole. `bar` is the text of a progress bar, shown
+    once all is checked. Raises `ValueError`, whose text begins with `setting` where `dst` will not
     do.
     """
     dst = Path(expand_home(str(dst), setting.rstrip(" =")))
@@ -65,9 +65,10 @@ def write_converted(
     tensor_files.check_room(dst, tensor_files.num_bytes(described))
     names = tensor_files.shard_names(FILE_STEMS.get((source.what, to), DIFFUSERS_STEM), len(shards))
     options = dict(overwrite=overwrite, folder=to_folder, remedy=remedy)
-    with tensor_files.atomic_weights(dst, **options) as path:
+    shown = dict(desc=bar, total=source.num_bytes(), unit="B", unit_scale=True, disable=not bar)
+    with tensor_files.atomic_weights(dst, **options) as path, tqdm(**shown) as progress:
         files = [path / name for name in names] if to_folder else [path]
-        total = _write_shards(source, to, shards, files, progress or (lambda count: None))
+        total = _write_shards(source, to, shards, files, progress.update)
         if to_folder:
             _write_beside(path, source, to, names, shards)
     return [dst / name for name in names] if to_folder else [dst], total
@@ -204,6 +205,14 @@ def _write_beside(folder, source, to, names, shards):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
+def _write_once(source, file, setting):
+    """Write a `Source` to a file in our layout; of processes that share a disk one does."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(file.with_name(f".{file.name}.lock")):
+        if not file.exists():
+            write_converted(source, file, setting=setting, bar=f"writing {file}")
+
+
 def open_converted(where, save_converted, *, part="transformer", **options):
     """The `Source` of `model.checkpoint`, or `model.save_converted`, written where it is not there.
 
@@ -222,12 +231,9 @@ def open_converted(where, save_converted, *, part="transformer", **options):
     file = Path(expand_home(str(save_converted), setting))
     if file.suffix != ".safetensors":
         raise ValueError(f"{setting}={save_converted} must end in .safetensors")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with locked(file.with_name(f".{file.name}.lock")):
-        if not file.exists():
-            shown = dict(total=source.num_bytes(), unit="B", unit_scale=True)
-            with tqdm(desc=f"writing {file}", **shown) as bar:
-                write_converted(source, file, setting=f"{setting}=", progress=bar.update)
+    if not file.exists():
+        with naming_setting(f"{setting}={save_converted}", "name another file"):
+            _write_once(source, file, f"{setting}=")
     kept = open_source(file, setting=setting)
     if kept.metadata.get("source_files") != source.fingerprint():
         raise ValueError(

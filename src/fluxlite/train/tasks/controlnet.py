@@ -9,8 +9,9 @@ from functools import partial
 
 import torch
 
-from fluxlite import parallel, rng
+from fluxlite import rng
 from fluxlite.cli.options import option, refuse_first, same_option
+from fluxlite.cli.programs import warn_for_all
 from fluxlite.nets.configs import ControlNetConfig, mode_number
 from fluxlite.nets.controlnet import (
     ControlNet,
@@ -171,8 +172,7 @@ def wrap_controlnet(config, mesh):
             "optim.trainable and optim.freeze leave nothing to train that a gradient can reach: "
             "see controlnet's depth"
         )
-    if parallel.rank() == 0:
-        log_unused(net.config, base, unused)
+    log_unused(net.config, base, unused)
     return wrap_model(net, config, mesh)
 
 
@@ -184,7 +184,7 @@ def log_unused(shape, base, unused):
         count, num_base = getattr(shape, f"num_{kind}_blocks"), getattr(base, f"num_{kind}_blocks")
         taken = count_used(num_base, count, cyclic=kind == "double" and shape.hint == "pixel")
         if taken < count:
-            log.warning(
+            warn_for_all(
                 "controlnet.num_%s_blocks=%d: the transformer's %d blocks take the outputs of %d, "
                 "the rest is frozen; %d would waste none",
                 *(kind, count, num_base, taken, nearest_depth(num_base, count)),
@@ -214,8 +214,8 @@ def random_base_value(name, *options):
 
 def base_weights(config, device):
     """`flux_weights` of the frozen transformer."""
-    if not config.model.checkpoint and parallel.rank() == 0:
-        log.warning(
+    if not config.model.checkpoint:
+        warn_for_all(
             "model.checkpoint is null: the frozen transformer is random, its output layer too; "
             "only the ControlNet learns"
         )
