@@ -22,7 +22,7 @@ from fluxlite.nets.configs import ControlNetConfig, FluxConfig
 from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.parallel import float8, plan
+from fluxlite.parallel import float8
 from fluxlite.preflight.prediction import on_fake_ranks
 from fluxlite.settings import InferConfig
 
@@ -204,7 +204,7 @@ def test_selective_checkpointing_keeps_float8_products():
     block.forward = lambda x: ScaledProduct.apply(x.exp(), weight).sin()
     blocks = nn.Module()
     blocks.double_blocks, blocks.single_blocks = [block], []
-    plan.checkpoint_activations(blocks, "selective")
+    parallel.checkpoint_activations(blocks, "selective")
     with Count():
         block.forward(torch.ones(16, 16, dtype=torch.bfloat16).requires_grad_()).sum().backward()
     assert (counted.count("_scaled_mm"), counted.count("exp")) == (1, 2)
@@ -357,6 +357,15 @@ def test_a_picture_drawn_in_float8_says_that_it_is_lossy(able_to_draw):
     assert rounded.info["sampling"]["lossy"] == ["float8=true"]
     assert "lossy" not in plain.info["sampling"]
     assert rounded.tobytes() != plain.tobytes()
+
+
+def test_a_drawing_in_float8_that_is_not_finite_names_the_tensor(able_to_draw):
+    options = dict(device="cpu", dtype="bfloat16", float8=True, offload="none")
+    opened = fluxlite.load_pipeline(**options)
+    name, linear = list(parallel.block_linears(opened.transformer).items())[3]
+    linear.bias.data[0] = torch.nan
+    with pytest.raises(ValueError, match=f"NaN or infinite after step 1 of 1, and {name}.bias"):
+        fluxlite.generate("a", checkpoint=opened, height=32, width=32, steps=1)
 
 
 def test_infer_takes_float8(tmp_path):

@@ -19,6 +19,7 @@ from fluxlite.parallel.float8 import (
     block_linears,
     float8_conflicts,
     lossy_settings,
+    plain_values,
     quantize_linears,
     train_in_float8,
 )

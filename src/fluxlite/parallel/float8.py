@@ -6,19 +6,17 @@ keep their name and type, and are rounded in each product; for drawing (`quantiz
 """
 
 import importlib.util
-import logging
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fluxlite.cli.devices import has_float8
-from fluxlite.parallel.ranks import rank
-
-log = logging.getLogger("fluxlite")
+from fluxlite.cli.programs import warn_for_all
 
 FLOAT8_KINDS = "none", "rowwise", "tensorwise"
 FLOAT8_MULTIPLE = 16  # of widths, and in training of tokens
+LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
 
 
 def block_linears(model):
@@ -63,7 +61,7 @@ def train_in_float8(model, kind):
     config = replace(config, emulate=not torch.cuda.is_available())
     names = block_linears(model).keys()
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
-    warn_of_float8(f"parallel.float8={kind}", len(names))
+    warn_for_all(LOSSY, f"parallel.float8={kind}", len(names))
 
 
 def quantize_linears(model):
@@ -76,13 +74,12 @@ def quantize_linears(model):
     names = block_linears(model).keys()
     config = Float8DynamicActivationFloat8WeightConfig(**options)
     quantize_(model, config, filter_fn=lambda _, name: name in names)
-    warn_of_float8("float8=true", len(names))
+    warn_for_all(LOSSY, "float8=true", len(names))
 
 
-def warn_of_float8(key, count):
-    """Say, on rank 0, that a run is lossy."""
-    if rank() == 0:
-        log.warning("%s: %d linears of the blocks multiply in float8, which is lossy", key, count)
+def plain_values(tensor):
+    """A parameter's values, of one that is rounded to float8 too."""
+    return tensor.dequantize() if hasattr(tensor, "qdata") else tensor
 
 
 def lossy_settings(key, value):
