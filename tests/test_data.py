@@ -661,7 +661,7 @@ def test_a_stale_cache_says_which_settings_have_changed(tars, tmp_path):
     there = {"model.t5": "flux-tiny", "dtype": "float32"}
     now = there | {"dtype": "bfloat16"}
     dataset = open_dataset(config_for(tars), "train", 0)
-    make_cache(dataset, tmp_path / "cache", settings=there)
+    folder = make_cache(dataset, tmp_path / "cache", settings=there)
     told = r"other encoders \(dtype: float32 there, bfloat16 now\); remove it"
     with pytest.raises(ValueError, match=told):
         make_cache(dataset, tmp_path / "cache", digest="other", settings=now)
@@ -677,6 +677,14 @@ def test_a_stale_cache_says_which_settings_have_changed(tars, tmp_path):
         ValueError, match="^data.cache=.*Not a directory; name a folder of your own"
     ):
         make_cache(dataset, tars / "0.tar" / "cache", settings=there)
+
+    about = json.loads((folder / "cache.json").read_text())
+    for key in ("settings", "checksum"):  # as before they were kept
+        about.pop(key)
+    (folder / "cache.json").write_text(json.dumps(about))
+    assert make_cache(dataset, tmp_path / "cache", settings=now) == folder
+    with pytest.raises(ValueError, match=r"other encoders \(d there, e now\)"):
+        make_cache(dataset, tmp_path / "cache", digest="e", settings=now)
 
 
 def test_a_cache_of_too_many_bad_samples_is_refused(tars, tmp_path):

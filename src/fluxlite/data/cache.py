@@ -61,6 +61,7 @@ class CacheDescription:
     data: str
     size: str
     settings: dict = option(dict, "{key: value} of the run that began it, for what is said of it")
+    checksum: str = option("", "of the settings; empty in caches of earlier versions")
 
     def parts(self):
         """{name: value} of all that must be alike."""
@@ -107,7 +108,8 @@ def build_cache(
     names = [key.removeprefix("data.") for key in (*MADE_BY["data"], *MADE_BY["size"])]
     settings = {f"data.{name}": getattr(config, name) for name in names} | (settings or {})
     size = f"{config.height}x{config.width}"
-    made_from = CacheDescription(digest, dataset.layout_digest(), size, settings)
+    layout = dataset.layout_digest()
+    made_from = CacheDescription(digest, layout, size, settings, json_digest(settings))
     folder = _claimed_folder(Path(expand_home(str(directory), "data.cache")), made_from)
     mine = cache_pieces(dataset)[rank::world_size]
     if rank == 0 and not (folder / EMPTY).is_file():
@@ -167,22 +169,28 @@ def _claimed_folder(directory, made_from):
 
     Raises `ValueError` where `directory` has one that is made from others.
     """
-    text = json.dumps(made_from.parts(), sort_keys=True)
-    key = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     for file in sorted(directory.glob("*/cache.json")):
         old = typed_description(file, CacheDescription, read_json(file))
+        if old.checksum != (json_digest(old.settings) if old.settings else ""):
+            raise ValueError(f"{file} is damaged: remove the cache, or set another data.cache=")
         if differences := old.differences(made_from):
             raise ValueError(
                 f"the cache in {directory} is stale: other {differences}; remove it, or set "
                 "another data.cache="
             )
-    folder = directory / key
+    folder = directory / json_digest(made_from.parts())
     if not (folder / "cache.json").is_file():  # a whole one may lie on a disk that is only read
         with naming_setting(f"data.cache={directory.parent}", "name a folder of your own"):
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_file(folder / "cache.json") as file:
                 file.write((json.dumps(vars(made_from), indent=2) + "\n").encode())
     return folder
+
+
+def json_digest(values):
+    """Sixteen hexadecimal digits that name JSON's values."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
 class _Contents:
