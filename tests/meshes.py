@@ -146,7 +146,9 @@ def cases(ranks):
     for name in MESHES[ranks]:
         both = name in ("one", "dp2", "dp2 x tp2")
         for kind in ("muon", "muon in float64") if both else ("muon in float64",):
-            found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
+            quick = both or name in ("tp2", "tp3", "hsdp 2 x 2")
+            case = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
+            found[f"{name}, {kind}" if quick else f"more: {name}, {kind}"] = case
     return found | compiled_cases(ranks)
 
 
