@@ -398,6 +398,16 @@ def test_streaming_sends_for_the_next_steps_first_block_and_leaves_residents_alo
                 assert copies == [*range(streamed)]
 
 
+def test_streamed_weights_begin_where_kernels_load_whole_vectors():
+    """Of compiled blocks the generated code counts on it."""
+    model = randomise(Flux(FluxConfig(1, 2, 36, 3, 4, 12, 12, 20, 14, True, (2, 4, 6))))
+    expected = {name: p.clone() for name, p in model.named_parameters()}
+    offload.stream_blocks(model, "cpu")
+    for block in offload_blocks(model):
+        assert all(p.storage_offset() % offload.ALIGNED == 0 for p in block.parameters())
+    assert all(torch.equal(p, expected[name]) for name, p in model.named_parameters())
+
+
 def test_as_many_blocks_stay_as_fit_beside_the_ends_and_two_buffers():
     model = Flux(FluxConfig(2, 3, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)))
     size = sum(p.nbytes for p in model.double_blocks[0].parameters())  # a single block's is half

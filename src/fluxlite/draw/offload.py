@@ -13,6 +13,7 @@ OFFLOAD = ("none", "text", "all")
 # What a step holds at once at most, in tensors (B, L, H) of the compute dtype, and decoding in
 # tensors (widest channels, H, W): counted, and then some.
 STEP_TENSORS, DECODED_TENSORS = 20, 4
+ALIGNED = 128  # values: weights in one piece begin where kernels can load 16 bytes at once
 
 
 def place_steps(net, device):
@@ -87,13 +88,18 @@ def free_memory(device):
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
+def aligned_size(tensor):
+    """The values from one tensor to the next in a flat piece of memory: a multiple of `ALIGNED`."""
+    return -(-tensor.numel() // ALIGNED) * ALIGNED
+
+
 class Feed:
     """Two flat buffers on the device, each large enough for any block: that of the running one, and
     that of the next. Blocks run in turn, again and again.
     """
 
     def __init__(self, blocks, device):
-        self.blocks, self.cuda = blocks, device.type == "cuda"
+        self.blocks, self.device, self.cuda = blocks, device, device.type == "cuda"
         self.homes = [self._home(block) for block in blocks]
         size, dtype = max(home.numel() for home in self.homes), self.homes[0].dtype
         self.buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
@@ -115,9 +121,8 @@ class Feed:
         become views of it.
         """
         parameters = list(block.parameters())
-        home = torch.empty(
-            sum(p.numel() for p in parameters), dtype=parameters[0].dtype, pin_memory=self.cuda
-        )
+        size = sum(aligned_size(p) for p in parameters)
+        home = torch.empty(size, dtype=parameters[0].dtype, pin_memory=self.cuda)
         self._point(block, home, fill=True)
         return home
 
@@ -129,7 +134,7 @@ class Feed:
             if fill:
                 view.copy_(p.data)
             p.data = view
-            start += p.numel()
+            start += aligned_size(p)
 
     def _fetch(self, number):
         """Start to copy a block's weights into the buffer that no block runs from, unless they are
@@ -153,12 +158,12 @@ class Feed:
         self._fetch(number)
         self.slot = self.holds.index(number)
         if self.cuda:
-            torch.cuda.current_stream().wait_event(self.copied[self.slot])
+            torch.cuda.current_stream(self.device).wait_event(self.copied[self.slot])
         self._point(self.blocks[number], self.buffers[self.slot])
         self._fetch((number + 1) % len(self.blocks))
 
     def leave(self, number):
         """Take a block's weights off the device again."""
         if self.cuda:
-            self.used[self.slot] = torch.cuda.current_stream().record_event()
+            self.used[self.slot] = torch.cuda.current_stream(self.device).record_event()
         self._point(self.blocks[number], self.homes[number])
