@@ -289,7 +289,7 @@ def test_compile_auto_is_on_for_a_gpu_that_can(
     devices.warn_of_eager.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: installed or None)
     monkeypatch.setattr("shutil.which", lambda name: name)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
     assert devices.choose_compile(asked, device) is compiles
     assert ("needs Triton" in caplog.text) is (not installed)
 

@@ -63,7 +63,7 @@ def missing_compiler(device):
         return "Triton on a GPU: pip install triton"
     if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang")):
         return "a C compiler for Triton, and there is no gcc: install it"
-    old = torch.cuda.get_device_capability() < (7, 0)
+    old = torch.cuda.get_device_capability(device) < (7, 0)
     return "a GPU of compute capability 7.0 or more: use another" if old else None
 
 
@@ -76,7 +76,7 @@ def warn_of_eager(missing):
 def default_dtype(device):
     """What a device computes in fast: bfloat16 where it is in hardware, else float32."""
     if device.startswith("cuda"):
-        in_hardware = torch.cuda.get_device_capability() >= (8, 0)
+        in_hardware = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         has = torch.cpu.get_capabilities()
         in_hardware = any(has.get(name) for name in CPU_BF16)
@@ -85,7 +85,7 @@ def default_dtype(device):
 
 def has_float8(device):
     """Whether the device multiplies in float8 in hardware."""
-    return device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 9)
+    return device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def settle_machine(config):

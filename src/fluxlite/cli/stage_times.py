@@ -41,6 +41,7 @@ class StageTimes:
                     return
 
         if on_gpu:
+            torch.cuda.init()  # else there are no statistics yet to reset
             torch.cuda.reset_peak_memory_stats(self.device)
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
