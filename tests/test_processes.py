@@ -329,6 +329,15 @@ def test_a_rank_whose_torchrun_is_gone_says_so_and_does_not_wait(monkeypatch):
         parallel.start_ranks(parallel.ParallelConfig(), "cpu")
 
 
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        ValueError, match="process 3 .* has no GPU, .* 2: torchrun --nproc_per_node"
+    ):
+        parallel.start_ranks(parallel.ParallelConfig(), "cuda")
+
+
 # --- every phase ----------------------------------------------------------------------------------
 
 

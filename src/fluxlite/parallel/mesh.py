@@ -87,7 +87,7 @@ def start_ranks(config, device, state_of=None):
     """
     device = torch.device(device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = own_gpu()
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
@@ -105,6 +105,17 @@ def start_ranks(config, device, state_of=None):
             # new groups have their backend's default
             dist.distributed_c10d._set_pg_timeout(timeout, group)
     return device, mesh
+
+
+def own_gpu():
+    """The GPU of this process on its machine; raises `ValueError` where there are too few."""
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"device=cuda: process {number + 1} of this machine has no GPU, of which there are "
+            f"{count}: torchrun --nproc_per_node {count}"
+        )
+    return torch.device("cuda", number)
 
 
 def make_mesh(config, device):
