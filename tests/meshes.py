@@ -295,7 +295,8 @@ def main():
     torch.set_num_threads(1)
     float8.has_float8 = lambda device: True  # a CPU emulates it
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
-    pageable = partial(plan.CPUOffloadPolicy, pin_memory=False)  # a GPU would pin it
+    on_gpu = torch.cuda.is_available()  # without one nothing can be pinned
+    policy = partial(plan.CPUOffloadPolicy, pin_memory=on_gpu)
     for name, case in cases(ranks).items():
         if name.startswith(names) if names else not name.startswith(NAMED):
             began = time.perf_counter()
@@ -307,7 +308,7 @@ def main():
                 counting_graphs(name) as graphs,
                 mock.patch.object(optim, "orthogonalise_matrix", counted),
                 mock.patch.dict(os.environ, nodes),
-                mock.patch.object(plan, "CPUOffloadPolicy", pageable),
+                mock.patch.object(plan, "CPUOffloadPolicy", policy),
             ):
                 config = configure(*case)
                 config.parallel.cpu_offload = "offloaded" in name  # which a CPU refuses

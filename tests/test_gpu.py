@@ -23,6 +23,7 @@ from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.parallel import float8
+from fluxlite.parallel.weights import local_tensor
 from fluxlite.train import setup, training_step
 from fluxlite.weights import conversion
 from fluxlite.weights.verify import diffusers_inputs
@@ -219,11 +220,31 @@ def test_streamed_blocks_compute_what_resident_ones_do(device):
     inputs, ids = inputs_of(model.config, device, torch.bfloat16, tokens=(64, 192))
     rope = rope_table(position_ids(16, 48, 64).to(device), model.config)
     with torch.inference_mode():
+        # the weights of which a streamed net leaves on the host
+        modulation = resident.modulate(inputs["t"], inputs["pooled"], inputs["guidance"])
+        given = inputs["img"], resident.txt_in(inputs["txt"]), rope, modulation
         for _ in range(3):
-            found = streamed(rope=rope, **inputs), resident(rope=rope, **inputs)
-            assert torch.equal(*found)
+            assert torch.equal(streamed.velocity(*given), resident.velocity(*given))
     where = {p.device.type for p in streamed.double_blocks.parameters()}
     assert where == {"cpu"}
+
+
+@needs_gpu
+def test_training_with_weights_in_host_memory_is_that_with_weights_on_the_gpu(alone):
+    found = []
+    for offload in ("false", "true"):
+        options = "dtype=float32", "compile=false", f"parallel.cpu_offload={offload}"
+        run, batches = run_of("cuda", *options, "optim.warmup=0", "optim.ema_decay=0.9")
+        stepped = [step_of(run, batches, step)[0] for step in range(2)]
+        parts = {name: local_tensor(p) for name, p in run.model.named_parameters()}
+        averages = [local_tensor(average).cpu() for average in run.ema.average.values()]
+        found.append((stepped, {name: part.cpu() for name, part in parts.items()}, averages))
+    assert all(part.is_pinned() for part in parts.values())
+    (losses_there, weights_there, average_there), (stepped, weights, averages) = found
+    assert stepped == pytest.approx(losses_there, rel=1e-5)
+    for name, part in weights.items():
+        assert relative_error(part, weights_there[name]) < 1e-4, name
+    assert all(relative_error(*pair) < 1e-4 for pair in zip(averages, average_there))
 
 
 @needs_gpu
