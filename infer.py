@@ -103,21 +103,24 @@ def usage():
 
 def body(arguments):
     with stopping_at_once():
+        from fluxlite.cli.profiling import StepProfile, parse_steps
         from fluxlite.cli.stage_times import StageTimes
         from fluxlite.draw.contact_sheet import contact_sheet
         from fluxlite.draw.pipeline import generate, open_pipeline, show_steps
-        from fluxlite.settings import load_settings
+        from fluxlite.settings import MAX_STEPS, load_settings
 
     config = load_settings("infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prompts, stages = prompts_of(config), StageTimes(config.device)
+    recorded = parse_steps(config.profile, MAX_STEPS)
+    profile = StepProfile(recorded, config.output, config.device)
     pictures = generate(
         prompts,
         checkpoint=open_pipeline(config),
         config=config,
         controls=config.controls(),
         stage=stages,
-        on_step=show_steps(desc="drawing", unit="step"),
+        on_step=profile.watching(show_steps(desc="drawing", unit="step")),
         on_picture=partial(save_drawn, config, prompts),
     )
     if len(pictures) > 1:

@@ -15,68 +15,25 @@ import gc
 import json
 import platform
 import resource
-import statistics
 import sys
-import time
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from side_by_side import (
+    TEXT_TOKENS,
+    alternate_steps,
+    diffusers_step,
+    make_inputs,
+    make_models,
+    our_steps,
+)
 
 from fluxlite import parallel
 from fluxlite.cli.stage_times import memory_of_process
 from fluxlite.nets.configs import FluxConfig
-from fluxlite.nets.flux import Flux, rope_table
-from fluxlite.nets.latents import num_image_tokens, position_ids
-from fluxlite.weights import conversion
-from fluxlite.weights.verify import build_diffusers, diffusers_inputs
-
-TEXT_TOKENS = 512
-
-
-def make_models(config, dtype, seed=0):
-    """Diffusers' model and ours with the same random weights."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.device("meta"):
-        theirs, ours = build_diffusers(config), Flux(config)
-    state = {}
-    for name, value in theirs.state_dict().items():
-        drawn = torch.randn(value.shape, generator=generator, dtype=dtype)
-        of_norm = "norm_" in name and value.ndim == 1 and name.endswith("weight")
-        state[name] = 1 + 0.1 * drawn if of_norm else 0.02 * drawn
-    theirs.load_state_dict(state, assign=True)
-    ours.load_state_dict(conversion.to_fluxlite(state, config, "diffusers"), assign=True)
-    return theirs.eval().requires_grad_(False), ours.eval().requires_grad_(False)
-
-
-def make_inputs(config, side, dtype):
-    """(arguments of our forward but `rope`, positions) for a picture of `side` x `side` pixels."""
-    cells = side // 8
-    generator = torch.Generator().manual_seed(1)
-    shapes = dict(
-        img=(1, num_image_tokens(cells, cells), config.in_channels),
-        txt=(1, TEXT_TOKENS, config.text_width),
-        pooled=(1, config.pooled_width),
-    )
-    drawn = {k: torch.randn(of, generator=generator).to(dtype) for k, of in shapes.items()}
-    times = dict(t=torch.tensor([0.5]), guidance=torch.tensor([4.0]))
-    return drawn | times, position_ids(cells, cells, TEXT_TOKENS)
-
-
-def diffusers_step(theirs, inputs, ids):
-    """A step of diffusers' pipeline."""
-    call = diffusers_inputs(inputs, ids)
-    return lambda: theirs(**call)[0]
-
-
-def our_steps(ours, inputs, ids):
-    """(a step of our sampler, our whole forward)."""
-    rope = rope_table(ids, ours.config)
-    modulation = ours.modulate(inputs["t"], inputs["pooled"], inputs["guidance"])
-    txt = ours.txt_in(inputs["txt"])
-    return (lambda: ours.velocity(inputs["img"], txt, rope, modulation)), (
-        lambda: ours(rope=rope, **inputs)
-    )
+from fluxlite.nets.flux import Flux
+from fluxlite.nets.latents import num_image_tokens
 
 
 def floor_step(ours, inputs):
@@ -112,20 +69,6 @@ def floor_step(ours, inputs):
     return step
 
 
-def alternate(steps, repeats):
-    """{name: median seconds}, one run of each after the other."""
-    times = {name: [] for name in steps}
-    for round in range(repeats + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if round:  # the first warms up
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 @torch.inference_mode()
 def measure(args, dtype, sides):
     config = FluxConfig(num_double_blocks=args.doubles, num_single_blocks=args.singles)
@@ -150,7 +93,7 @@ def measure(args, dtype, sides):
                 steps["floor"] = floor_step(ours, inputs)
             reference = steps["diffusers" + suffix]().float()
             error = ((step().float() - reference).norm() / reference.norm()).item()
-            results[side] |= alternate(steps, args.repeats) | {"error" + suffix: error}
+            results[side] |= alternate_steps(steps, args.repeats) | {"error" + suffix: error}
     rows = []
     for side in sides:
         tflop = ours.forward_flops(TEXT_TOKENS, num_image_tokens(side // 8, side // 8)) / 1e12

@@ -20,112 +20,28 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from functools import partial
-from types import SimpleNamespace
 
 import torch
 from build import Peak
+from side_by_side import (
+    TEXT_TOKENS,
+    configure_step,
+    our_step,
+    seconds_of,
+    shape_of_heads,
+    their_step,
+)
 
 from fluxlite import parallel
-from fluxlite.cli.command_line import load_config
-from fluxlite.nets import flow
-from fluxlite.nets.latents import num_image_tokens, position_ids
-from fluxlite.settings import TrainConfig
-from fluxlite.train import optim
-from fluxlite.train.setup import set_up
-from fluxlite.train.training_step import flow_loss, optimizer_step
-from fluxlite.weights import conversion
-from fluxlite.weights.verify import build_diffusers, diffusers_inputs
-
-TEXT_TOKENS = 512
 
 
 def configure(args, checkpointing="none"):
-    return load_config(
-        TrainConfig,
-        "train",
-        [
-            "model=flux_dev",
-            f"model.num_double_blocks={args.doubles}",
-            f"model.num_single_blocks={args.singles}",
-            f"model.hidden_size={args.heads * 128}",
-            f"model.num_heads={args.heads}",
-            f"model.max_sequence_length={TEXT_TOKENS}",
-            "data=mock",
-            f"data.height={args.side}",
-            f"data.width={args.side}",
-            f"data.global_batch={parallel.world_size()}",
-            "device=cpu",
-            f"dtype={args.dtype}",
-            f"parallel.activation_checkpointing={checkpointing}",
-            "optim.warmup=0",
-            *args.set,
-        ],
+    return configure_step(
+        shape_of_heads(args.doubles, args.singles, args.heads),
+        side=args.side,
+        dtype=args.dtype,
+        options=[f"parallel.activation_checkpointing={checkpointing}", *args.set],
     )
-
-
-def sample_inputs(config, seed=1):
-    """A sample's clean tokens, text, pooled vector, noise, t and guidance."""
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
-    model, data = config.model, config.data
-    of_image = 1, num_image_tokens(data.height // 8, data.width // 8), model.in_channels
-    x0, txt = draw(of_image), draw(1, TEXT_TOKENS, model.text_width)
-    pooled, noise = draw(1, model.pooled_width), draw(of_image)
-    return x0, txt, pooled, dict(noise=noise, t=torch.tensor([0.5]), guidance=torch.tensor([3.5]))
-
-
-def our_step(config):
-    """A function that takes one of our steps and returns its loss."""
-    run = set_up(config, *parallel.start_ranks(config.parallel, config.device))
-    x0, txt, pooled, drawn = sample_inputs(config)
-
-    def step():
-        loss = flow_loss(run, x0, txt, pooled, **drawn).mean()
-        loss.backward()
-        optimizer_step(run, 0)
-        return loss.item()
-
-    return step, run.model
-
-
-def their_step(config, checkpointing, weights=None):
-    """The same of diffusers' model, with `weights` in our layout where they are given."""
-    model = build_diffusers(config.model.shape())
-    if weights is not None:
-        model.load_state_dict(conversion.from_fluxlite(weights, config.model.shape(), "diffusers"))
-    if checkpointing != "none":
-        model.enable_gradient_checkpointing()
-    optimizers = optim.make_optimizers(
-        SimpleNamespace(named_parameters=model.named_parameters), config.optim
-    )
-    x0, txt, pooled, drawn = sample_inputs(config)
-    ids = position_ids(config.data.height // 8, config.data.width // 8, TEXT_TOKENS)
-    inputs = dict(txt=txt, pooled=pooled, t=drawn["t"], guidance=drawn["guidance"])
-    inputs = diffusers_inputs(inputs, ids)
-    mixed = config.dtype == "bfloat16"
-
-    def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            noisy = flow.add_noise(x0, drawn["noise"], drawn["t"])
-            velocity = model(hidden_states=noisy, **inputs)[0]
-        loss = flow.velocity_loss(velocity, x0, drawn["noise"]).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = config.optim.lr
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss.item()
-
-    return step
-
-
-def seconds_of(step):
-    began = time.perf_counter()
-    loss = step()
-    return time.perf_counter() - began, loss
 
 
 def alternate(args, checkpointing):
@@ -147,7 +63,7 @@ def alternate(args, checkpointing):
             if number:
                 taken.append(seconds)
             else:  # the first warms up, and both start from the same weights
-                losses.append(loss)
+                losses.append(loss.item())
     parallel.stop_ranks()
     return [statistics.median(taken) for taken in times], losses
 

@@ -23,13 +23,14 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
-from fluxlite.parallel import compilation, plan
+from fluxlite.parallel import compilation, float8, plan
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
 
 MODEL = [
     "data=mock",
+    f"device={os.environ.get('FLUXLITE_MESH_DEVICE', 'cpu')}",
     "model.t5=null",
     "model.clip=null",
     "model.autoencoder=null",
@@ -81,6 +82,9 @@ CONTROL = [
 ]
 # in part out of any gradient's reach
 DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]
+# text and image tokens, for float8
+SIXTEEN = ["model.max_sequence_length=16", "data.height=64", "data.width=64"]
+NAMED = "compiled:", "inductor:", "more:", "float8:"
 # accumulation, shard_modulation, and whether the suite leaves it to its slow part
 COMBINATIONS = (1, "true", ""), (2, "false", ""), (1, "false", "more: "), (2, "true", "more: ")
 # frozen weights lie in the compute dtype: also some of the modulation's linears, and of a linear
@@ -135,10 +139,16 @@ def cases(ranks):
             found[f"{mesh_name}, frozen, accumulation 2"] = MESHES[ranks][mesh_name], 2, some
     if ranks == 1:
         found["one, accumulation 2, offloaded"] = [], 2, PLAIN
+    for name in MESHES[ranks].keys() & {"one", "dp2"}:
+        for kind in ("rowwise", "tensorwise"):
+            emulated = ["dtype=bfloat16", f"parallel.float8={kind}", *SIXTEEN]
+            found[f"float8: {name}, float8 {kind}"] = MESHES[ranks][name], 1, emulated
     for name in MESHES[ranks]:
         both = name in ("one", "dp2", "dp2 x tp2")
         for kind in ("muon", "muon in float64") if both else ("muon in float64",):
-            found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
+            quick = both or name in ("tp2", "tp3", "hsdp 2 x 2")
+            case = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
+            found[f"{name}, {kind}" if quick else f"more: {name}, {kind}"] = case
     return found | compiled_cases(ranks)
 
 
@@ -279,15 +289,15 @@ def plain_autograd(config):
 
 
 def main():
-    """All cases of this number of ranks whose names start as the arguments say; those of `apart`
+    """All cases of this number of ranks whose names start as the arguments say; those of `NAMED`
     only where they are named.
     """
     torch.set_num_threads(1)
+    float8.has_float8 = lambda device: True  # a CPU emulates it
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
     pageable = partial(plan.CPUOffloadPolicy, pin_memory=False)  # a GPU would pin it
     for name, case in cases(ranks).items():
-        apart = "compiled:", "inductor:", "more:"
-        if name.startswith(names) if names else not name.startswith(apart):
+        if name.startswith(names) if names else not name.startswith(NAMED):
             began = time.perf_counter()
             inexact = optim.orthogonalise_matrix
             exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
@@ -307,7 +317,7 @@ def main():
             dist.all_reduce(calls)
             figures[name]["orthogonalised"] = calls.item()
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
-    if ranks == 1:
+    if ranks == 1 and not names:
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))
     if parallel.rank() == 0:
         torch.save(figures, sys.argv[1])

@@ -40,6 +40,8 @@ ROOT = Path(__file__).parents[1]
 BOUNDS = {
     "float32": (1e-6, 1e-5, 2e-5),
     "bfloat16": (2e-3, 5e-2, 1e-2),
+    "float8 rowwise": (2e-3, 5e-2, 1e-2),
+    "float8 tensorwise": (1e-2, 0.3, 3e-2),
     "muon": (1e-6, 1e-5, 2e-3),
     "muon in float64": (1e-6, 1e-5, 2e-5),  # so what meshes differ by is the iteration's bfloat16
     "half trained": (2e-3, 5e-2, 1e-2),  # in bfloat16
@@ -76,13 +78,18 @@ def run_meshes(ranks, folder, *names):
     return torch.load(folder / f"{ranks}.pt")
 
 
+def reference_name(kind):
+    """The case of one process that cases of a kind are compared with."""
+    if kind == "float32":
+        return "one, accumulation 1, shard_modulation true"
+    return f"float8: one, {kind}" if kind.startswith("float8") else f"one, {kind}"
+
+
 def assert_same(figures, reference):
     for name, trained in figures.items():
         kinds = (*reversed(BOUNDS), "controlnet", "double blocks alone", "frozen")
         kind = next((k for k in kinds if k in name), "float32")
-        expected = reference[
-            f"one, {kind}" if kind != "float32" else "one, accumulation 1, shard_modulation true"
-        ]
+        expected = reference[reference_name(kind)]
         loss, gradient, weight = BOUNDS[kind if kind in BOUNDS else "float32"]
         check_graphs(name, trained)
         assert trained["trained"] == expected["trained"], name

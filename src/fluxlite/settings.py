@@ -12,6 +12,7 @@ from pathlib import Path
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.devices import settle_machine
 from fluxlite.cli.options import check_options, option, refuse_first, same_option
+from fluxlite.cli.profiling import parse_steps
 from fluxlite.data.config import DataConfig
 from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import DrawConfig, PartsConfig, PipelineConfig, check_negative
@@ -105,6 +106,13 @@ class TrainConfig(MachineConfig):
         resume=True,
     )
     seed: int = same_option(DrawConfig, "seed", help="seed of every random draw")
+    profile: str | None = option(
+        None,
+        "steps to record with torch's profiler into output, as 10-12: a Chrome trace, on a GPU a "
+        "snapshot of its memory too",
+        verbatim=True,
+        resume=True,
+    )
     output: str = option(
         "runs/train",
         "folder of the run: config, metrics, pictures, checkpoints",
@@ -127,6 +135,7 @@ class TrainConfig(MachineConfig):
         check_options(self)
         machine = settle_machine(self)
         check_machine(machine)
+        parse_steps(self.profile, self.steps)
         self.model.shape().validate()
         check_channels(self.model, f"model.in_channels={self.model.in_channels}: the transformer")
         for group in (self.data, self.flow, self.parallel):
@@ -139,6 +148,7 @@ class TrainConfig(MachineConfig):
         tokens = num_image_tokens(*self.latent_shape()[1:])
         self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
         refuse_first([*machine_conflicts(machine), *parts_conflicts(self)])
+        self.parallel.check_float8(machine, (self.model.max_sequence_length, tokens))
         choose_task(self).check_settings(self)
 
 
@@ -268,6 +278,11 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         path=True,
     )
     controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
+    profile: str | None = option(
+        None,
+        "steps of the first batch to record with torch's profiler into output, as 2-3",
+        verbatim=True,
+    )
     output: str = option(
         "outputs", "folder for the pictures; existing ones are never overwritten", path=True
     )
@@ -284,6 +299,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
     def validate(self):
         check_options(self)
         check_machine(settle_machine(self))
+        parse_steps(self.profile, MAX_STEPS)
         if not self.prompt and not self.prompt_file:
             raise ValueError(
                 'prompt= is missing: name what to draw, as in prompt="red circle with blue '

@@ -83,6 +83,11 @@ def default_dtype(device):
     return "bfloat16" if in_hardware else "float32"
 
 
+def has_float8(device):
+    """Whether the device multiplies in float8 in hardware."""
+    return device.startswith("cuda") and torch.cuda.get_device_capability() >= (8, 9)
+
+
 def settle_machine(config):
     """A copy of a configuration with `device`, `dtype` and `compile` set: where they are None or
     "auto", to what the machine has.

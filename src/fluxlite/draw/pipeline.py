@@ -251,6 +251,11 @@ class PipelineConfig:
         choices=("auto", True, False),
         resume=True,
     )
+    float8: bool = option(
+        False,
+        "lossy: the blocks' linears multiply in float8, their weights rounded once: half the "
+        "memory, faster with compile; GPUs only, needs torchao",
+    )
     offload: str = option(
         "text",
         "text: encoders and modulation are freed after use; all: blocks are streamed to a GPU too; "
@@ -269,7 +274,7 @@ class PipelineConfig:
 PARTS_FIELDS = tuple(f.name for f in fields(PartsConfig))
 DRAW_FIELDS = tuple(f.name for f in fields(DrawConfig))
 LORA_OPTIONS = "lora", "lora_merge"
-KEPT_OPTIONS = "device", "dtype", "compile", "offload", "resident_blocks"
+KEPT_OPTIONS = "device", "dtype", "compile", "float8", "offload", "resident_blocks"
 LOAD_OPTIONS = *PARTS_FIELDS, *LORA_OPTIONS, *KEPT_OPTIONS, "expected"
 
 
@@ -373,6 +378,8 @@ class Pipeline:
         """
         place = self.device if self.keeps_parts else "cpu"
         net = load(source, attention=self.config.model.attention, dtype=self.dtype, device=place)
+        if self.config.float8 and self.keeps_parts:
+            parallel.quantize_linears(net, self.device)
         return parallel.compile_blocks(net) if self.config.compile else net
 
     def place_net(self, net, beside=None):
@@ -382,6 +389,8 @@ class Pipeline:
         """
         if self.keeps_parts:
             return
+        if self.config.float8:
+            parallel.quantize_linears(net, self.device)
         if self.config.offload == "text" or self.device.type == "cpu":
             place_steps(net, self.device)
             return
@@ -435,12 +444,30 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     config = settle_machine(config)
     device, dtype = torch.device(config.device), sources.named_dtype(config.dtype)
     found = find_sources(config.model)
+    check_float8(config, dtype, found["transformer"])
     settings = default_settings(found["transformer"])
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
     pipeline = Pipeline(config, found, settings, device, dtype)
     pipeline.use_loras(*config.lora.loras())
     return pipeline
+
+
+def check_float8(config, dtype, transformer):
+    """Raise `ValueError` where a `Source` cannot draw in float8 as a settled `PipelineConfig`
+    asks.
+    """
+    if not config.float8:
+        return
+    streamed = "float8=true does not work with offload=all, which streams weights as they are"
+    apart = "float8=true rounds weights that LoRAs are merged into: leave lora.merge=false out"
+    name, hidden = str(dtype).removeprefix("torch."), transformer.config.hidden_size
+    conflicts = parallel.float8_conflicts("float8=true", config.device, name, hidden)
+    own = [
+        (config.offload == "all", f"{streamed}: leave one of them out"),
+        (config.lora.file and not config.lora.merge, apart),
+    ]
+    refuse_first([*own, *conflicts])
 
 
 def find_sources(model):
@@ -586,6 +613,7 @@ def generate(
         most = min(batch, len(pictures))
         draw = prepare_drawing(pipeline, texts, sample, times, opened, solver, most)
     about = describe_drawing(sample, times, controls, pipeline.loras, config.tile)
+    about |= parallel.lossy_settings("float8", pipeline.config.float8)
     drawn = []
     for first in range(0, len(pictures), batch):
         rows = range(first, min(first + batch, len(pictures)))

@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from fluxlite import rng
+from fluxlite import parallel, rng
 from fluxlite.data.transfers import begin_read, send_tensor
 from fluxlite.nets import flow
 from fluxlite.nets.latents import pack_latents, unpack_latents
@@ -163,7 +163,8 @@ def check_latents_finite(model, conditions, finite):
         return
     tensors = [("the encoded prompt", conditions.txt), ("the modulation", conditions.modulation)]
     tensors += model.named_parameters()
-    where = next((name for name, t in tensors if not t.float().isfinite().all()), None)
+    values = ((name, parallel.plain_values(t).float()) for name, t in tensors)
+    where = next((name for name, t in values if not t.isfinite().all()), None)
     others = "no weight of the transformer does: look at the ControlNet, or try dtype=float32"
     cause = f"{where} holds some" if where else others
     step, last = finite.index(False), len(finite) - 1

@@ -5,6 +5,7 @@ A run's ranks form a mesh of dp_replicate x dp_shard x cp x tp. The rooms:
 * `compilation`: its blocks, compiled and recomputed in the backward.
 * `tensor_parallel`, `tokens`, `modulation`: what ranks share inside a model.
 * `mesh`, `ranks`, `exchange`: the process group, this process in it, what ranks send each other.
+* `float8`: linears that multiply in float8.
 * `weights`, `dealing`: which part of a weight a rank has, and whole ones dealt out over ranks.
 * `config`: the settings.
 
@@ -17,6 +18,14 @@ they find for shared weights is summed.
 
 from fluxlite.parallel.compilation import checkpoint_activations, compile_blocks
 from fluxlite.parallel.config import ParallelConfig
+from fluxlite.parallel.float8 import (
+    block_linears,
+    float8_conflicts,
+    lossy_settings,
+    plain_values,
+    quantize_linears,
+    train_in_float8,
+)
 from fluxlite.parallel.mesh import Mesh, make_mesh, settle_copies, start_ranks, stop_ranks
 from fluxlite.parallel.plan import (
     parallelize,

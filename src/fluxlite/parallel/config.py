@@ -1,8 +1,10 @@
 """The settings of parallelism, and what must divide among the ranks."""
 
+import math
 from dataclasses import dataclass
 
-from fluxlite.cli.options import option
+from fluxlite.cli.options import option, refuse_first
+from fluxlite.parallel.float8 import FLOAT8_KINDS, FLOAT8_MULTIPLE, float8_conflicts
 from fluxlite.parallel.ranks import world_size
 
 MAX_RANKS = 65_536
@@ -74,6 +76,12 @@ class ParallelConfig:
         "selective (all but matrix products and fused attention)",
         verbatim=True,
     )
+    float8: str = option(
+        "none",
+        "lossy: the blocks' linears multiply in float8 with a scale a row (rowwise) or a tensor "
+        "(tensorwise); GPUs only, faster with compile, needs torchao",
+        choices=FLOAT8_KINDS,
+    )
     timeout_s: int = option(
         600,
         "seconds after which a rank that waits for another gives up",
@@ -88,6 +96,11 @@ class ParallelConfig:
             raise ValueError(
                 "parallel.sequence_parallel=true needs parallel.tp above 1, whose ranks share the "
                 "tokens"
+            )
+        if self.float8 != "none" and (self.tp > 1 or self.cpu_offload):
+            other = "parallel.tp" if self.tp > 1 else "parallel.cpu_offload"
+            raise ValueError(
+                f"parallel.float8={self.float8} does not work with {other}: leave one of them out"
             )
         kind = self.activation_checkpointing
         if kind not in ("none", "full", "selective") and not checkpoint_interval(kind):
@@ -146,6 +159,10 @@ class ParallelConfig:
                 f"parallel.activation_checkpointing={self.activation_checkpointing}: there are "
                 f"{blocks} blocks"
             )
+        self.check_shares(num_text_tokens, num_image_tokens)
+
+    def check_shares(self, num_text_tokens, num_image_tokens):
+        """Raise `ValueError` where tokens do not divide among the ranks that share them."""
         parts, what = self.cp, "parallel.cp"
         if self.sequence_parallel:
             parts, what = self.cp * self.tp, "parallel.cp x parallel.tp (sequence_parallel)"
@@ -159,6 +176,23 @@ class ParallelConfig:
                     f"{count} {name} do not divide among {what} = {parts} ranks: choose a multiple "
                     f"of {parts}"
                 )
+
+    def check_float8(self, config, tokens):
+        """Raise `ValueError` where a `TrainConfig` cannot be trained as `float8` says.
+
+        `tokens` are the numbers of text and image tokens of a sample.
+        """
+        if self.float8 == "none":
+            return
+        key, micro = f"parallel.float8={self.float8}", config.data.micro_batch
+        refuse_first(float8_conflicts(key, config.device, config.dtype, config.model.hidden_size))
+        common = math.gcd(*tokens) // self.cp  # both streams' products are over tokens
+        if common * micro % FLOAT8_MULTIPLE:
+            raise ValueError(
+                f"{key} needs micro-batches of a multiple of {FLOAT8_MULTIPLE} text and image "
+                f"tokens on a rank, and {micro} x {tokens[0]} and {micro} x {tokens[1]} are not: "
+                f"set data.micro_batch={FLOAT8_MULTIPLE // math.gcd(common, FLOAT8_MULTIPLE)}"
+            )
 
 
 def list_divisors(count):

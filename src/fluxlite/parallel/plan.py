@@ -14,18 +14,22 @@ from torch.distributed.fsdp import (
 
 from fluxlite.parallel.compilation import blocks_of, checkpoint_activations, compile_blocks
 from fluxlite.parallel.exchange import SumGradient
+from fluxlite.parallel.float8 import train_in_float8
 from fluxlite.parallel.modulation import spread_modulation, stored_dtype
 from fluxlite.parallel.tensor_parallel import shard_heads
 from fluxlite.parallel.tokens import share_tokens
 
 
 def parallelize(model, mesh, config, dtype, *, compile=False):
-    """Wrap a model as `config` says: tp → cp → modulation → compile → checkpointing → FSDP2.
+    """Wrap a model as `config` says: float8 → tp → cp → modulation → compile → checkpointing →
+    FSDP2.
 
     The model, on any device or meta, has double_blocks, single_blocks and a modulation. Compute is
     in `dtype`; trained weights and gradients stay float32. `fill_weights` then gives a model on
     meta its weights.
     """
+    if config.float8 != "none" and any(p.requires_grad for p in model.parameters()):
+        train_in_float8(model, config.float8)
     if mesh.tp.size() > 1:
         shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
     if mesh.cp.size() > 1 or config.sequence_parallel:

@@ -197,10 +197,11 @@ def take_fake_steps(run, meter):
 
 
 def on_fake_ranks(arguments):
-    """The arguments of `train.py` for ranks that compute nothing: device and resume do not
-    matter.
+    """The arguments of `train.py` for ranks that compute nothing: device, resume and the type of
+    products do not matter.
     """
-    kept = [a for a in arguments if not a.startswith(("device=", "resume=", "compile="))]
+    ignored = "device=", "resume=", "compile=", "parallel.float8="
+    kept = [a for a in arguments if not a.startswith(ignored)]
     typed = any(a.startswith("dtype=") for a in kept)
     return [*kept, "device=cpu"] if typed else [*kept, "device=cpu", "dtype=bfloat16"]
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from fluxlite import parallel
 from fluxlite.cli.processes import STOP_SIGNALS, held_signals
+from fluxlite.cli.profiling import StepProfile, parse_steps
 from fluxlite.data.transfers import begin_read
 from fluxlite.nets.latents import num_image_tokens
 from fluxlite.train import run_state
@@ -73,7 +74,8 @@ def take_steps(run, monitor, batches, start, caught):
     drawn or saved after a step that is not known to be good.
     """
     earlier = stopped_by = None
-    for step in range(start + 1, run.config.steps + 1):
+    steps = range(start + 1, run.config.steps + 1)
+    for step in profile_of(run.config, run.device).over(steps):
         launched = launch_step(run, batches, caught, step)
         if earlier:
             stopped_by = settle_step(run, monitor, earlier)
@@ -114,6 +116,11 @@ def start_run(config, device, mesh, last):
         training, global_batch=size, start_index=start * size, workers=config.data.workers
     )
     return run, monitor, batches, start
+
+
+def profile_of(config, device):
+    """The `StepProfile` that `profile=` asks for."""
+    return StepProfile(parse_steps(config.profile, config.steps), config.output, device)
 
 
 def trained_state(run):
@@ -242,7 +249,7 @@ def start_monitor(run, validation, start):
     are then freed.
     """
     config, main = run.config, parallel.rank() == 0
-    settings = asdict(config)
+    settings = asdict(config) | parallel.lossy_settings("parallel.float8", config.parallel.float8)
     if main:
         with atomic_weights(Path(config.output) / "config.json", overwrite=True) as part:
             part.write_text(json.dumps(settings, indent=2, allow_nan=False) + "\n")

@@ -8,7 +8,7 @@ import re
 from fluxlite.cli import file_kinds
 
 OTHER_MODEL = "fluxlite knows FLUX.1's transformers, ControlNets and autoencoders"
-QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16, or cast to plain fp8"
+QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16 or fp8"
 PART_REMEDY = "name a file or folder with the transformer alone"
 ENCODER_REMEDY = "the transformer is model.checkpoint=; name the encoder's folder as "
 
@@ -21,12 +21,7 @@ TELLTALE_KEYS = (
         QUANTIZED_REMEDY,
     ),
     (r"\.(qweight|qzeros|wscales|smooth_factor|weight_packed)$", "quantised", QUANTIZED_REMEDY),
-    (r"\.weight\._(data|scale)$|\.comfy_quant$", "quantised", QUANTIZED_REMEDY),
-    (
-        r"(^|\.)scaled_fp8$|\.(scale_(weight|input)|(weight|input)_scale(_inv)?)$",
-        "in fp8 with scales",
-        QUANTIZED_REMEDY,
-    ),
+    (r"\.weight\._(data|scale)$|\.weight_scale_(2|inv)$", "quantised", QUANTIZED_REMEDY),
     (
         r"(?i)lora|\.hada_|\.lokr_|\.dora_scale|\.oft_(blocks|diag)|\.diff(_b)?$",
         "a LoRA or its like, not a model",

@@ -28,6 +28,7 @@ from fluxlite.weights import (
     layouts,
     net_configs,
     run_folder,
+    scaled_fp8,
     tensor_files,
 )
 from fluxlite.weights.run_folder import is_run, last_checkpoint
@@ -123,6 +124,7 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
 def _open_tensors(path, given=None):
     tensors = tensor_files.Tensors(path)
     foreign.check_keys(tensors.keys())
+    scaled_fp8.attach_scales(tensors)
     what, layout, prefix = layouts.recognise_layout(tensors.keys())
     described = tensors.without(prefix).described()
     shapes = {name: shape for name, (_, shape) in described.items()}

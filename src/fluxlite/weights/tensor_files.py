@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from fluxlite.cli.atomic import atomic_folder, atomic_path
 from fluxlite.cli.descriptions import DAMAGED, check_regular, inside_folder, parse_json, read_json
-from fluxlite.weights import foreign
+from fluxlite.weights import foreign, scaled_fp8
 from fluxlite.weights.dtypes import DTYPES, SPELLED
 
 WRITE_ERRORS = {
@@ -117,6 +117,7 @@ class Tensors:
     def __init__(self, path, files=None):
         self.files, self.handles, self.metadata, self.prefix = files or files_of(path), {}, {}, ""
         self.places = {}  # of each tensor its file, for errors
+        self.scales = {}  # of weights in scaled fp8: (handle, name) of what they are multiplied by
         for file in self.files:
             check_file(file)
             try:
@@ -140,8 +141,20 @@ class Tensors:
         return [name[len(self.prefix) :] for name in self.handles if name.startswith(self.prefix)]
 
     def read(self, name, start=0, stop=None):
-        """A tensor, or its rows from start to stop: a view of the mapped file."""
-        return self.handles[self.prefix + name].get_tensor(self.prefix + name)[start:stop]
+        """A tensor, or its rows from start to stop: a view of the mapped file, in scaled fp8 its
+        product.
+        """
+        name = self.prefix + name
+        rows = self.handles[name].get_tensor(name)[start:stop]
+        if name not in self.scales:
+            return rows
+        handle, scale = self.scales[name]
+        return scaled_fp8.scale_rows(rows, handle.get_tensor(scale), start, stop)
+
+    def set_aside(self, names, scales):
+        """Hide some tensors; {weight: scale} of `scales` are multiplied where they are read."""
+        self.scales = {weight: (self.handles[name], name) for weight, name in scales.items()}
+        self.handles = {n: handle for n, handle in self.handles.items() if n not in set(names)}
 
     def without(self, prefix):
         """The same with names that lose `prefix`; raises `ValueError` where some do not have it."""
@@ -159,12 +172,18 @@ class Tensors:
         handle = self.handles.get(self.prefix + name)
         return handle and tuple(handle.get_slice(self.prefix + name).get_shape())
 
+    def header(self, name):
+        """(type as it is spelled, shape) of a tensor."""
+        part = self.handles[self.prefix + name].get_slice(self.prefix + name)
+        return part.get_dtype(), tuple(part.get_shape())
+
     def described(self):
         """{name: (dtype, shape)}, from the headers alone."""
         found = {}
         for name in self.keys():
-            part = self.handles[self.prefix + name].get_slice(self.prefix + name)
-            found[name] = self._described(name, part.get_dtype(), tuple(part.get_shape()))
+            spelled, shape = self.header(name)
+            spelled = "BF16" if self.prefix + name in self.scales else spelled
+            found[name] = self._described(name, spelled, shape)
         return found
 
     def _described(self, name, spelled, shape):

@@ -1,0 +1,88 @@
+"""float8 products of the blocks' linears, by torchao: faster than bfloat16, and lossy.
+
+What enters a product is rounded to three bits of mantissa and scaled, by row or by tensor; sums are
+float32. Embedders, modulation and ends stay as they are. In training (`train_in_float8`) weights
+keep their name and type, and are rounded in each product; for drawing (`quantize_linears`) once.
+"""
+
+import importlib.util
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from fluxlite.cli.devices import has_float8
+from fluxlite.cli.programs import warn_for_all
+
+FLOAT8_KINDS = "none", "rowwise", "tensorwise"
+FLOAT8_MULTIPLE = 16  # of widths, and in training of tokens
+LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
+
+
+def block_linears(model):
+    """{name: linear} of a model's blocks: all that is ever in float8."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(("double_blocks.", "single_blocks."))
+    }
+
+
+def float8_conflicts(key, device, dtype, hidden_size):
+    """(whether it is so, text) of each way in which a machine or a model has no float8.
+
+    `key` is the setting that asks for it.
+    """
+    yield (
+        importlib.util.find_spec("torchao") is None,
+        f"{key} needs torchao: pip install 'fluxlite[float8]', or leave it out",
+    )
+    yield (
+        not has_float8(device),
+        f"{key} needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), and "
+        f"device={device} is none: leave it out",
+    )
+    yield dtype != "bfloat16", f"{key} needs dtype=bfloat16, not {dtype}"
+    yield (
+        hidden_size % FLOAT8_MULTIPLE,
+        f"{key} needs widths that are multiples of {FLOAT8_MULTIPLE}, and model.hidden_size="
+        f"{hidden_size} is none: leave it out",
+    )
+
+
+def train_in_float8(model, kind):
+    """Let the blocks' linears of a model, on any device or meta, multiply in float8 in training.
+
+    `kind` is rowwise or tensorwise. Without a GPU the products are emulated in float32.
+    """
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name(kind)
+    config = replace(config, emulate=not torch.cuda.is_available())
+    names = block_linears(model).keys()
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in names)
+    warn_for_all(LOSSY, f"parallel.float8={kind}", len(names))
+
+
+def quantize_linears(model, device):
+    """Move a model's blocks to a device, the weights of their linears rounded to float8 on the way,
+    a scale a row. Inputs are rounded in each product. The model is in bfloat16, the device a GPU.
+    """
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    options = dict(granularity=PerRow(), set_inductor_config=False)  # which would set others' too
+    config = Float8DynamicActivationFloat8WeightConfig(**options)
+    names = block_linears(model).keys()
+    for block in (*model.double_blocks, *model.single_blocks):
+        quantize_(block, config, filter_fn=lambda m, _: isinstance(m, nn.Linear), device=device)
+    warn_for_all(LOSSY, "float8=true", len(names))
+
+
+def plain_values(tensor):
+    """A parameter's values, of one that is rounded to float8 too."""
+    return tensor.dequantize() if hasattr(tensor, "qdata") else tensor
+
+
+def lossy_settings(key, value):
+    """What a run's config and a picture's metadata say of float8: {"lossy": [setting]} or {}."""
+    return {} if value in (False, "none") else {"lossy": [f"{key}={str(value).lower()}"]}

@@ -1,0 +1,292 @@
+"""What only a GPU can show, marked `gpu`: skipped without one, all of it by `pytest -m gpu`.
+
+What a CPU can do too is checked on both, so that a check which a GPU meets first is known to run.
+"""
+
+import copy
+import functools
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from reference import diffusers_flux, ours_from, randomise, relative_error
+from test_parallel import BOUNDS, assert_same, run_meshes
+from test_trainer import MOCK, configure, losses, train
+
+import fluxlite
+from fluxlite import parallel
+from fluxlite.draw.offload import stream_blocks
+from fluxlite.nets.autoencoder import Autoencoder
+from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
+from fluxlite.nets.flux import Flux, rope_table
+from fluxlite.nets.latents import position_ids
+from fluxlite.parallel import float8
+from fluxlite.train import setup, training_step
+from fluxlite.weights import conversion
+from fluxlite.weights.verify import diffusers_inputs
+
+needs_gpu = pytest.mark.gpu
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_gpu)]
+SLOW_ON_CPU = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
+WIDE = dict(attention_head_dim=64, num_attention_heads=4, axes_dims_rope=(8, 28, 28))
+SHAPE = FluxConfig(1, 2, 256, 4, 4, 12, 12, 20, 14, True, (8, 28, 28))
+CHECKPOINTING = "none", "selective", "full", "2"
+
+
+def inputs_of(config, device, dtype, tokens=(16, 64)):
+    draw = torch.Generator().manual_seed(0)
+    text, image = tokens
+    shapes = dict(
+        img=(2, image, config.in_channels),
+        txt=(2, text, config.text_width),
+        pooled=(2, config.pooled_width),
+    )
+    drawn = {name: torch.randn(s, generator=draw).to(dtype) for name, s in shapes.items()}
+    drawn |= dict(t=torch.tensor([0.2, 0.9]), guidance=torch.tensor([1.0, 4.0]))
+    ids = position_ids(16, 16, text).to(device)
+    return {name: value.to(device) for name, value in drawn.items()}, ids
+
+
+# --- beside diffusers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_forward_and_every_gradient_are_diffusers(device, dtype, bound):
+    theirs = diffusers_flux(**WIDE)
+    ours = ours_from(theirs).to(device, dtype)
+    theirs, config = theirs.to(device, dtype), ours.config
+    inputs, ids = inputs_of(config, device, dtype)
+    out = ours(rope=rope_table(ids, config), **inputs)
+    expected = theirs(**diffusers_inputs(inputs, ids))[0]
+    assert relative_error(out.float(), expected.float()) < bound
+    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    out.backward(towards)
+    expected.backward(towards)
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    gradients = conversion.from_fluxlite(gradients, config, "diffusers")
+    for name, p in theirs.named_parameters():
+        assert relative_error(gradients[name].float(), p.grad.float()) < 3 * bound, name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("attention", ["flash", "math", "cudnn", "efficient"])
+def test_every_attention_kernel_computes_the_same(device, attention):
+    if device == "cpu" and attention in ("cudnn", "efficient"):
+        pytest.skip("a kernel of CUDA")
+    model = randomise(Flux(SHAPE, attention)).to(device, torch.bfloat16)
+    reference = randomise(Flux(SHAPE)).to(device)
+    inputs, ids = inputs_of(SHAPE, device, torch.bfloat16)
+    with torch.no_grad():
+        out = model(rope=rope_table(ids, SHAPE), **inputs)
+        inputs, _ = inputs_of(SHAPE, device, torch.float32)
+        assert relative_error(out.float(), reference(rope=rope_table(ids, SHAPE), **inputs)) < 5e-2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_autoencoder_is_diffusers(device):
+    theirs = randomise(
+        AutoencoderKL(
+            block_out_channels=(16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        )
+    ).to(device)
+    config = AutoencoderConfig((16, 32), theirs.config.layers_per_block, 4, norm_num_groups=4)
+    ours = Autoencoder(config).to(device)
+    ours.load_state_dict(theirs.state_dict())
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    unscaled = latents / ours.config.scaling_factor + ours.config.shift_factor
+    with torch.no_grad():
+        assert relative_error(ours.decode(latents), theirs.decode(unscaled).sample) < 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_picture_is_that_of_a_cpu(device):
+    options = dict(height=64, width=64, steps=4, dtype="float32", seed=3)
+    ours = fluxlite.generate("red circle with blue background", device=device, **options)[0]
+    expected = fluxlite.generate("red circle with blue background", device="cpu", **options)[0]
+    difference = np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int)
+    assert np.abs(difference).max() <= 2
+
+
+# --- a training step ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone():
+    yield
+    parallel.stop_ranks()
+    torch._dynamo.reset()
+
+
+def run_of(device, *options):
+    """A run on made-up data whose weights are all random, and its micro-batches."""
+    config = configure(
+        *MOCK,
+        f"device={device}",
+        "data.height=64",
+        "data.width=64",
+        "data.micro_batch=2",
+        "data.global_batch=2",
+        *options,
+    )
+    run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device))
+    whole = randomise(Flux(config.model.shape()))
+    weights = {name: p.detach().to(device) for name, p in whole.named_parameters()}
+    parallel.fill_weights(run.model, weights.items())
+    training, _ = setup.open_data(config, run)
+    return run, run.loader(training, global_batch=2, start_index=0)
+
+
+def step_of(run, batches, step=0):
+    """A step's loss and gradients."""
+    gradients, real = {}, training_step.optimizer_step
+
+    def update(run, *options):
+        gradients.update({n: p.grad.clone() for n, p in run.model.named_parameters()})
+        return real(run, *options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_step, "optimizer_step", update)
+        loss, *_ = training_step.train_step(run, [next(batches)], step)
+    return loss.item(), gradients
+
+
+@pytest.mark.parametrize("device", SLOW_ON_CPU)
+@pytest.mark.parametrize("kind", CHECKPOINTING)
+def test_compiled_under_every_checkpointing_computes_the_same(device, kind, alone):
+    options = ["dtype=float32", f"parallel.activation_checkpointing={kind}"]
+    loss, gradients = step_of(*run_of(device, *options, "compile=true"))
+    expected, theirs = step_of(*run_of(device, "dtype=float32", "compile=false"))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, theirs[name]) < 1e-4, name
+
+
+@needs_gpu
+def test_a_step_does_not_wait_for_the_device(alone):
+    run, batches = run_of("cuda", "dtype=bfloat16")
+    taken = [next(batches) for _ in range(4)]
+    for step in range(2):
+        training_step.train_step(run, [taken[step]], step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(2, 4):
+            training_step.train_step(run, [taken[step]], step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", SLOW_ON_CPU)
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(device, tmp_path):
+    options = [*MOCK, f"device={device}", "dtype=float32", "checkpoint.every=2", "sample.every=0"]
+    whole = losses(train(*options, "steps=4", f"output={tmp_path}/whole"))
+    train(*options, "steps=4", f"output={tmp_path}/two", "checkpoint.keep=0")
+    (tmp_path / "two" / "checkpoints" / "last").unlink()
+    (tmp_path / "two" / "checkpoints" / "last").symlink_to("step-000002")
+    resumed = losses(train(*options, "steps=4", f"output={tmp_path}/two", "resume=auto"))
+    assert resumed.keys() == whole.keys()
+    for key, value in whole.items():
+        assert resumed[key] == pytest.approx(value, rel=1e-4), key
+
+
+@needs_gpu
+def test_a_profile_on_a_gpu_has_kernels_and_a_snapshot_of_the_memory(tmp_path):
+    options = [*MOCK, "device=cuda", "steps=3", "profile=2-3", f"output={tmp_path}/run"]
+    folder = train(*options)
+    events = json.loads((folder / "profile-rank0.json").read_text())["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    assert (folder / "memory-rank0.pickle").stat().st_size > 1000
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_streamed_blocks_compute_what_resident_ones_do(device):
+    """Two forwards one after the other, so that buffers are used again while copies go on."""
+    model = randomise(Flux(FluxConfig(3, 5, 256, 4, 4, 12, 12, 20, 14, True, (8, 28, 28))))
+    model.to(torch.bfloat16).requires_grad_(False)
+    resident = copy.deepcopy(model).to(device)
+    streamed = stream_blocks(model, device)
+    inputs, ids = inputs_of(model.config, device, torch.bfloat16, tokens=(64, 192))
+    rope = rope_table(position_ids(16, 48, 64).to(device), model.config)
+    with torch.inference_mode():
+        for _ in range(3):
+            found = streamed(rope=rope, **inputs), resident(rope=rope, **inputs)
+            assert torch.equal(*found)
+    where = {p.device.type for p in streamed.double_blocks.parameters()}
+    assert where == {"cpu"}
+
+
+@needs_gpu
+def test_a_host_copy_of_streamed_blocks_is_page_locked():
+    model = randomise(Flux(SHAPE)).to(torch.bfloat16).requires_grad_(False)
+    stream_blocks(model, "cuda")
+    assert all(p.is_pinned() for p in model.double_blocks.parameters())
+
+
+# --- float8 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["rowwise", "tensorwise"])
+def test_float8_products_of_the_device_are_the_emulated_ones(device, kind):
+    pytest.importorskip("torchao")
+    if device == "cuda" and not float8.has_float8(device):
+        pytest.skip("this GPU has no float8")
+    found = []
+    for place in ("cpu", device):
+        with pytest.MonkeyPatch.context() as patch:
+            if place == "cpu":
+                patch.setattr(torch.cuda, "is_available", lambda: False)
+            model = randomise(Flux(SHAPE)).bfloat16()
+            parallel.train_in_float8(model, kind)
+        model.to(place)
+        inputs, ids = inputs_of(SHAPE, place, torch.bfloat16)
+        out = model(rope=rope_table(ids, SHAPE), **inputs)
+        out.float().square().mean().backward()
+        gradient = model.single_blocks[0].mlp.linear_in.weight.grad
+        found.append((out.float().cpu(), gradient.float().cpu()))
+    for ours, theirs in zip(*found):
+        assert relative_error(ours, theirs) < 0.1
+
+
+@needs_gpu
+def test_weights_rounded_for_drawing_take_half_the_memory():
+    pytest.importorskip("torchao")
+    if not float8.has_float8("cuda"):
+        pytest.skip("this GPU has no float8")
+    model = randomise(Flux(SHAPE)).to("cuda", torch.bfloat16).requires_grad_(False)
+    inputs, ids = inputs_of(SHAPE, "cuda", torch.bfloat16)
+    call = functools.partial(model, rope=rope_table(ids, SHAPE), **inputs)
+    with torch.inference_mode():
+        expected, before = call(), torch.cuda.memory_allocated()
+        parallel.quantize_linears(model, "cuda")
+        freed = before - torch.cuda.memory_allocated()
+        linears = parallel.block_linears(model).values()
+        assert freed > 0.9 * sum(linear.weight.numel() for linear in linears)
+        assert 1e-3 < relative_error(call().float(), expected.float()) < 0.2
+
+
+# --- several GPUs ---------------------------------------------------------------------------------
+
+
+@needs_gpu
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_mesh_computes_the_same_run_over_nccl(ranks, tmp_path, monkeypatch):
+    if torch.cuda.device_count() < ranks:
+        pytest.skip(f"there are fewer than {ranks} GPUs")
+    monkeypatch.setenv("FLUXLITE_MESH_DEVICE", "cuda")
+    # kernels of a GPU add up in another order on another number of samples
+    for kind, bounds in BOUNDS.items():
+        monkeypatch.setitem(BOUNDS, kind, tuple(5 * bound for bound in bounds))
+    reference = run_meshes(1, tmp_path)
+    assert_same(run_meshes(ranks, tmp_path), reference)
