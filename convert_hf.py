@@ -9,6 +9,12 @@ and fluxlite.
   python convert_hf.py --src FLUX.1-dev-Controlnet-Canny --dst canny.safetensors  # a ControlNet
   python convert_hf.py --src FLUX.1-dev --digests  # SHA-256 of every tensor
 
+LoRAs are baked into a model, written in another dialect, or made of two models:
+
+  python convert_hf.py --src FLUX.1-dev --lora style.safetensors:0.8 --dst styled --to diffusers
+  python convert_hf.py --src style.safetensors --dst style-kohya.safetensors --to kohya
+  python convert_hf.py --src tuned.safetensors --extract FLUX.1-dev --rank 64 --dst lora.safetensors
+
 The source's layout is recognised by its keys. Every key and shape is checked before a byte is
 written; the result appears under its name only when it is whole. Errors are one line, with exit
 code 2.
@@ -27,6 +33,7 @@ from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program, stopping_at_once
 
 LAYOUTS = ("fluxlite", "diffusers", "bfl", "nemo")
+LORA_DIALECTS = ("peft", "kohya", "comfy")
 REMEDY = "pass --overwrite, or name another"
 WRITTEN_DTYPES = ("bfloat16", "float16", "float32")
 
@@ -50,8 +57,24 @@ class ConvertConfig:
         path=True,
     )
     to: str | None = option(
-        None, "layout to write, else fluxlite; of a ControlNet bfl is x-flux's", choices=LAYOUTS
+        None,
+        "layout to write, else fluxlite; of a ControlNet bfl is x-flux's; of a LoRA peft, which "
+        "diffusers reads, kohya or comfy",
+        choices=LAYOUTS + LORA_DIALECTS,
     )
+    lora: list[str] = option(
+        [], "FILE or FILE:SCALE, merged into SRC; several add up: give it once for each"
+    )
+    split_qkv: str | None = option(
+        None,
+        "of a LoRA that kohya trained with split_qkv: readers' strength, the default, or that of "
+        "its training",
+        choices=("readers", "training"),
+    )
+    extract: str | None = option(
+        None, "a base: write what SRC changed of it as a LoRA of --rank", path=True
+    )
+    rank: int | None = option(None, "of --extract", at_least=1, at_most=10_000)
     dtype: str | None = option(None, "type to write, else the source's", choices=WRITTEN_DTYPES)
     max_shard_size: int | None = option(
         None, "of a file in a folder, as 10GB; diffusers' is 10GB", at_least=1, parse=size_of
@@ -71,20 +94,106 @@ class ConvertConfig:
             raise ValueError(f"--digests writes nothing: leave out --{given[0]}")
         if not self.digests and not self.dst:
             raise ValueError("--dst is missing: name a file or a folder")
+        if self.extract and (not self.rank or self.lora):
+            other = "leave out --lora" if self.rank else "name its --rank"
+            raise ValueError(f"--extract {self.extract} makes a LoRA of two models: {other}")
+        if self.rank and not self.extract:
+            raise ValueError(
+                "--rank is that of a LoRA to --extract BASE: name that, or leave it out"
+            )
+        if self.extract and self.to in LAYOUTS:
+            named = ", ".join(LORA_DIALECTS)
+            raise ValueError(f"--to {self.to}: a LoRA is written as one of {named}")
 
 
 def bar(total, text):
     return tqdm(total=total, unit="B", unit_scale=True, desc=text, mininterval=0.5)
 
 
+def parse_lora(text):
+    """A `Lora` of FILE or FILE:SCALE."""
+    from fluxlite.weights.lora_files import Lora
+
+    match = re.fullmatch(r"(.+):([-+.\deE]+)", text)
+    if not match or Path(text).exists():
+        return Lora(text)
+    try:
+        return Lora(match[1], float(match[2]))
+    except ValueError:
+        raise ValueError(
+            f"--lora {text}: write FILE or FILE:SCALE, as in a.safetensors:0.8"
+        ) from None
+
+
+def check_lora_output(args, others):
+    """Raise `ValueError` unless a LoRA can be written as the flags say; `others` say nothing."""
+    if Path(args.dst).suffix != ".safetensors":
+        raise ValueError(f"--dst {args.dst}: a LoRA is one file; end it in .safetensors")
+    for name in others:
+        if getattr(args, name):
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is for models, and a LoRA is written: leave it out")
+
+
+def save_options(args):
+    return dict(overwrite=args.overwrite, remedy=REMEDY)
+
+
+def exchange(args):
+    """Write a LoRA in another dialect."""
+    from fluxlite.weights import lora_files, lora_writing
+
+    if args.to not in LORA_DIALECTS:
+        raise ValueError(
+            f"--src {args.src} is a LoRA: choose --to {', '.join(LORA_DIALECTS)}, or name the "
+            "model as --src and this as --lora"
+        )
+    check_lora_output(args, ("lora", "dtype", "max_shard_size", "no_ema", "verify"))
+    split = args.split_qkv or "readers"
+    found = lora_files.read_lora(args.src, setting="--src ", split_qkv=split)
+    lora_writing.exchange_lora(found, args.dst, args.to, **save_options(args))
+    print(args.dst)
+
+
+def extract(args):
+    """Write a LoRA of what one model changed of another."""
+    import torch
+
+    from fluxlite.weights import lora_extract, lora_writing, sources
+
+    check_lora_output(args, ("max_shard_size", "verify"))
+    base = sources.open_part(sources.open_source(args.extract, setting="--extract"), "transformer")
+    tuned = sources.open_source(args.src, setting="--src", ema=not args.no_ema)
+    tuned, to = sources.open_part(tuned, "transformer"), args.to or "peft"
+    dtype = getattr(torch, args.dtype or "float32")
+    with bar(base.num_bytes(), "extracting") as progress:
+        made = lora_extract.extract_lora(base, tuned, args.rank, to, dtype, progress.update)
+    lora_writing.write_lora(
+        {"transformer": made.adapters}, args.dst, to, base.config, **save_options(args)
+    )
+    print(f"{args.dst}: rank {args.rank}, {made.describe()}")
+
+
 def convert(args):
     with stopping_at_once():
         import torch
 
-        from fluxlite.weights import sources, verify, writing
+        from fluxlite.weights import lora_files, lora_merging, sources, verify, writing
         from fluxlite.weights.tensor_files import format_bytes
 
+    if args.extract:
+        return extract(args)
+    if args.to in LORA_DIALECTS or lora_files.is_lora(args.src):
+        return exchange(args)
     source = sources.open_source(args.src, setting="--src", ema=not args.no_ema)
+    loras = [parse_lora(text) for text in args.lora]
+    if args.split_qkv and not loras:
+        raise ValueError("--split-qkv is for LoRAs, and there is none: leave it out")
+    for lora in loras:
+        lora.split_qkv = args.split_qkv or lora.split_qkv
+    if loras:
+        wide = args.dtype and getattr(torch, args.dtype)
+        source = lora_merging.bake_source(source, loras, wide)
     if args.no_ema and not sources.is_run(Path(args.src)):
         raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:

@@ -21,6 +21,9 @@ Draw pictures with a FLUX pipeline.
   python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev height=512 width=512
   python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev control_image=edges.png \\
       controlnet.checkpoint=FLUX.1-dev-Controlnet-Canny controlnet.scale=0.7 controlnet.end=0.8
+  python infer.py prompt="a fox" model.checkpoint=FLUX.1-dev lora=style.safetensors lora.scale=0.8
+  python infer.py prompt="a fox" lora=style.safetensors lora=fox.safetensors lora.scale=0.8 \\
+      lora.scale=0.5  two, each with its strength
 
   python infer.py prompt="an owl" prompt_number=1 picture_number=3  one of many, again
 

@@ -16,6 +16,11 @@ broadcast dimension once. GB are those of all kernels but matrix products (GEMM)
 Saved for the backward is what a block's inputs and operators leave alive after its forward, but for
 parameters, RoPE tables, modulation and what it returns.
 
+Graphs of torch.compile are counted in one process for each checkpointing, which trains, validates
+and draws with tiny models at three sizes. A compiled block's kernels and bytes are inductor's own
+account of the code that it would make for this CPU, without the calls of GEMM and SDPA. A GPU's is
+fused otherwise.
+
 Host time is CPU time of this process for one step of 19 + 38 blocks so small that next to nothing
 is computed: float32, one thread, a training step without its optimizer, the least of several
 rounds. Prints a table and a JSON line.
@@ -23,9 +28,11 @@ rounds. Prints a table and a JSON line.
 
 import argparse
 import json
+import logging
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from unittest import mock
@@ -41,6 +48,7 @@ from fluxlite.nets import flow, schedule
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import num_image_tokens, position_ids
+from fluxlite.parallel import compilation
 from fluxlite.weights.verify import build_diffusers, diffusers_inputs
 
 DEPTH = {"double": 19, "single": 38}
@@ -307,6 +315,113 @@ def count_model(who, sdpa, **sizes):
     return {"who": who, "sdpa": sdpa} | of_kinds["none"] | saved
 
 
+# --- compiled blocks ----------------------------------------------------------------------------
+
+
+def compile_model(model, checkpointing):
+    """A model with compiled blocks, wrapped as `parallel.parallelize` does."""
+    parallel.compile_blocks(model, checkpointing)
+    if checkpointing != "selective":
+        parallel.checkpoint_activations(model, checkpointing)
+    return model
+
+
+def count_graphs(checkpointing, sides=(64, 96, 128)):
+    """{"graphs": how many there are after each size, "breaks"} of two blocks of each kind that
+    train, validate and draw.
+    """
+    graphs, counted = [], torch._dynamo.utils.counters
+    torch.compiler.reset()
+    counted.clear()
+    model = compile_model(
+        Flux(replace(TINY, num_double_blocks=2, num_single_blocks=2)), checkpointing
+    )
+    for side in sides:
+        sizes = dict(batch=2, side=side, text=4, dtype=torch.float32, device="cpu")
+        batch = make_batch(model.config, **sizes)
+        with mock.patch.object(compilation, "BACKEND", "aot_eager"):
+            train_once(model, partial(call_flux, model), batch)
+            for without_gradient in (torch.no_grad, torch.inference_mode):
+                with without_gradient():
+                    call_flux(model, batch)
+        graphs.append(counted["stats"]["unique_graphs"])
+    return {"graphs": graphs, "breaks": sum(counted["graph_break"].values())}
+
+
+class NotRun(Exception):
+    """Raised in place of running a graph that is only counted."""
+
+
+@contextmanager
+def counting_code():
+    """A list of (kernels, bytes) of what inductor plans, forward then backward; nothing is built or
+    run.
+    """
+    from torch._functorch import config as autograd_config
+    from torch._inductor import compile_fx, config, metrics
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+
+    planned, outside = [], (ExternKernelSchedulerNode, NopKernelSchedulerNode)
+
+    def plan_graph(*args, **kwargs):
+        metrics.reset()
+        made = compile_fx.compile_fx_inner(*args, **kwargs)
+        rest = [node for node, _ in metrics.nodes_num_elem if not isinstance(node, outside)]
+        planned.append((len(rest), sum(node.get_read_write_buffers_sizes() for node in rest)))
+        return made
+
+    def lower(_kind, graph, inputs):
+        compile_fx.compile_fx(graph, inputs, inner_compile=plan_graph)
+        return refuse_to_run
+
+    def refuse_to_run(*_):
+        raise NotRun
+
+    log = compile_fx.inductor_metrics_log
+    with (
+        mock.patch.object(compilation, "lower_graph", lower),
+        mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *_, **__: refuse_to_run),
+        mock.patch.multiple(log, level=logging.INFO, propagate=False),
+        autograd_config.patch(force_non_lazy_backward_lowering=True),
+        config.patch(force_disable_caches=True),
+    ):
+        yield planned
+
+
+def make_real(x):
+    """A tensor on the CPU like one on meta, its memory never touched; anything else as it is."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    like = dict(dtype=x.dtype, requires_grad=x.requires_grad)
+    return torch.empty_strided(x.shape, x.stride(), device="cpu", **like)
+
+
+def measure_compiled_blocks(checkpointing="none", config=None, **sizes):
+    """{kind of block: figures as `measure_block`'s, of inductor's code for this CPU}, in bf16."""
+    config, found = config or FluxConfig(num_double_blocks=1, num_single_blocks=1), {}
+    batch = make_batch(config, dtype=torch.bfloat16, device="meta", **sizes)
+    with torch.device("meta"):
+        model = Flux(config).type(torch.bfloat16)
+    for kind, [block] in (("double", model.double_blocks), ("single", model.single_blocks)):
+        args, kwargs = tree_map(make_real, capture_call(block, lambda: call_flux(model, batch)))
+        torch.compiler.reset()
+        with counting_code() as planned, suppress(NotRun):
+            block.to_empty(device="cpu")
+            compilation.run_compiled(
+                type(block), checkpointing == "selective", block, *args, **kwargs
+            )
+        (forward, forward_bytes), (backward, backward_bytes) = planned
+        block.to("meta")
+        found[kind] = {
+            "forward_kernels": forward,
+            "forward_bytes": forward_bytes,
+            "backward_kernels": backward,
+            "backward_bytes": backward_bytes,
+        }
+    return found
+
+
 # --- host time ----------------------------------------------------------------------------------
 
 
@@ -379,12 +494,27 @@ def print_line(cells):
     print(f"{first.strip():<{COLUMNS['kernels, GB']}}" + "".join(rest))
 
 
+def both_phases(row):
+    """Kernels and GB of forward and backward, as cells."""
+    phases = "forward", "backward"
+    return [f"{row[f'{p}_kernels']:,}, {row[f'{p}_bytes'] / 1e9:.1f}" for p in phases]
+
+
+def print_compiled(compiled, graphs):
+    """The compiled blocks' part of the table, a line for each checkpointing."""
+    for kind, figures in compiled.items():
+        print_line([f"ours, {kind}", *both_phases(figures)])
+    for kind, figures in graphs.items():
+        counts = ", ".join(map(str, figures["graphs"]))
+        print(
+            f"graphs, {kind}: {counts} after one, two and three sizes; {figures['breaks']} breaks"
+        )
+
+
 def print_table(rows, host):
     print_line(COLUMNS)
     for row in rows:
-        cells = [f"{row['who']}, {row['sdpa']}"]
-        for phase in ("forward", "backward"):
-            cells.append(f"{row[f'{phase}_kernels']:,}, {row[f'{phase}_bytes'] / 1e9:.1f}")
+        cells = [f"{row['who']}, {row['sdpa']}", *both_phases(row)]
         cells += [f"{row[f'saved_bytes_{kind}'] / 1e9:.1f}" for kind in CHECKPOINTING]
         print_line(cells + [f"{milliseconds:.1f}" for milliseconds in host[row["who"]].values()])
 
@@ -402,10 +532,17 @@ def main():
     sizes = {name: getattr(args, name) for name in ("batch", "side", "text")}
     rows = [count_model(who, sdpa, **sizes) for who in ("diffusers", "ours") for sdpa in SDPA]
     host = measure_host(args.rounds)
+    graphs = {kind: count_graphs(kind) for kind in ("none", "full", "2", "selective")}
+    compiled = {
+        kind: add_up(measure_compiled_blocks(kind, **sizes)) for kind in ("none", "selective")
+    }
     tokens = f"{args.text} + {num_image_tokens(args.side // 8, args.side // 8)} tokens"
     print(f"FLUX.1-dev's 19 + 38 blocks, {args.side}², {tokens}, batch {args.batch}, bf16\n")
     print_table(rows, host)
-    print(json.dumps({"rows": rows, "host": host, **vars(args), "torch": torch.__version__}))
+    print("\ncompiled by inductor, its code for this CPU; checkpointing")
+    print_compiled(compiled, graphs)
+    found = {"rows": rows, "host": host, "compiled": compiled, "graphs": graphs}
+    print(json.dumps({**found, **vars(args), "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,20 @@ ten}}, all whole, float32.
 import os
 import sys
 import time
+from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from reference import last_of_each, randomise
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
-from fluxlite.parallel import float8
+from fluxlite.parallel import compilation, float8, plan
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
@@ -81,9 +84,14 @@ CONTROL = [
 DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]
 # text and image tokens, for float8
 SIXTEEN = ["model.max_sequence_length=16", "data.height=64", "data.width=64"]
-NAMED = "compiled", "more", "float8"
+NAMED = "compiled:", "inductor:", "more:", "float8:"
 # accumulation, shard_modulation, and whether the suite leaves it to its slow part
 COMBINATIONS = (1, "true", ""), (2, "false", ""), (1, "false", "more: "), (2, "true", "more: ")
+# frozen weights lie in the compute dtype: also some of the modulation's linears, and of a linear
+HALF = [
+    "dtype=bfloat16",
+    "optim.freeze=['double_blocks.*','modulation.img.*','modulation.single.*.weight','img_in.*']",
+]
 
 
 def cases(ranks):
@@ -100,6 +108,8 @@ def cases(ranks):
                 PLAIN,
             )
         found[f"{name}, bfloat16"] = mesh, 1, ["dtype=bfloat16"]
+        if name in ("one", "dp2", "tp2", "dp2 x tp2"):
+            found[f"{name}, half trained"] = mesh, 1, HALF
         if name in ("one", "dp2", "tp2", "tp2, sequence parallel", "cp2", "dp2 x tp2"):
             found[f"{name}, controlnet"] = mesh, 1, CONTROL
         if name in ("one", "dp2", "tp2", "dp2 x tp2"):
@@ -110,9 +120,13 @@ def cases(ranks):
                 options = [*MESHES[2][name], f"activation_checkpointing={kind}"]
                 found[f"{name}, activation_checkpointing {kind}"] = options, 1, PLAIN
         found["dp2, prefetch, no reshard"] = ["prefetch=2", "reshard_after_forward=false"], 1, PLAIN
-        found["compiled: dp2"] = ["activation_checkpointing=selective"], 1, [*PLAIN, "compile=true"]
-        found["compiled: cp2"] = ["cp=2"], 1, [*PLAIN, "compile=true"]
+        reduced = ["dtype=bfloat16", "parallel.reduce_dtype=bfloat16"]
+        found["dp2, offloaded"] = found["dp2, prefetch, no reshard"]
+        found["dp2, bfloat16 reduced in it"] = [], 2, reduced
     if ranks == 4:
+        found["hsdp 2 x 2, accumulation 2"] = MESHES[4]["hsdp 2 x 2"], 2, PLAIN
+        found["dp2 x tp2, accumulation 4"] = MESHES[4]["dp2 x tp2"], 4, PLAIN
+        found["dp4 on two nodes"] = [], 1, PLAIN
         found["hsdp 2 x tp2"] = ["dp_replicate=2", "tp=2"], 1, PLAIN
         found["tp2 x cp2, sequence parallel"] = ["tp=2", "cp=2", "sequence_parallel=true"], 1, PLAIN
     if ranks in (1, 2):
@@ -122,14 +136,38 @@ def cases(ranks):
         ]  # of which tensor parallelism sums the gradients over ranks
         for mesh_name in ("one",) if ranks == 1 else ("tp2", "tp2, sequence parallel"):
             found[f"{mesh_name}, frozen"] = MESHES[ranks][mesh_name], 1, some
+            found[f"{mesh_name}, frozen, accumulation 2"] = MESHES[ranks][mesh_name], 2, some
+    if ranks == 1:
+        found["one, accumulation 2, offloaded"] = [], 2, PLAIN
     for name in MESHES[ranks].keys() & {"one", "dp2"}:
         for kind in ("rowwise", "tensorwise"):
             emulated = ["dtype=bfloat16", f"parallel.float8={kind}", *SIXTEEN]
             found[f"float8: {name}, float8 {kind}"] = MESHES[ranks][name], 1, emulated
-    for name in MESHES[ranks].keys() & {"one", "dp2", "dp2 x tp2"}:
-        for kind in ("muon", "muon in float64"):
+    for name in MESHES[ranks]:
+        both = name in ("one", "dp2", "dp2 x tp2")
+        for kind in ("muon", "muon in float64") if both else ("muon in float64",):
             found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
+    return found | compiled_cases(ranks)
+
+
+def compiled_cases(ranks):
+    """The same of compiled blocks: each mesh with each checkpointing, `IN_SHORT` of them always,
+    and with inductor's code.
+    """
+    found = {}
+    for name, mesh in MESHES[ranks].items():
+        for kind in ("none", "full", "2", "selective"):
+            options = [*mesh, f"activation_checkpointing={kind}"]
+            case = options, 1, [*PLAIN, "compile=true"]
+            found[f"compiled: {name}, {kind}"] = case
+            if (name, kind) in IN_SHORT:
+                found[f"{name}, compiled, {kind}"] = found[f"inductor: {name}, {kind}"] = case
+        if name in ("one", "dp2"):
+            found[f"compiled: {name}, controlnet"] = mesh, 1, [*CONTROL, "compile=true"]
     return found
+
+
+IN_SHORT = {("dp2", "selective"), ("tp2, sequence parallel", "full"), ("cp2", "selective")}
 
 
 def configure(mesh, accumulation, rest):
@@ -174,8 +212,9 @@ def train(config, steps=10):
         mock.patch.object(building, "random_weights", random_weights),
         mock.patch.object(controlnet, "random_weights", random_weights),
     ):
-        run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device))
-    figures, loaded = {}, batches_of(config, run)
+        state_of = partial(setup.state_per_rank, config)
+        run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device, state_of))
+    figures, loaded = {"mesh": (*run.mesh.fsdp.shape,)}, batches_of(config, run)
     real_step = training_step.optimizer_step
 
     def update(run, step, loss):
@@ -195,6 +234,33 @@ def train(config, steps=10):
         "weights": whole(dict(run.model.named_parameters())),
         "average": whole(run.ema.average),
     }
+
+
+@contextmanager
+def counting_graphs(name):
+    """{"graphs": how many are made for each kind of block, "runs": how often they run, "breaks"} of
+    a case's compiled blocks.
+    """
+    backend = "inductor" if name.startswith("inductor") else "aot_eager"
+    found = {"graphs": Counter(), "runs": Counter(), "breaks": 0}
+
+    def lower(kind, graph, inputs):
+        found["graphs"][kind.__name__] += 1
+        lowered = torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+        def run(*inputs):
+            found["runs"][kind.__name__] += 1
+            return lowered(*inputs)
+
+        return run
+
+    if "compiled" not in name and backend != "inductor":
+        yield {}
+        return
+    torch.compiler.reset()
+    with mock.patch.object(compilation, "lower_graph", lower):
+        yield found
+    found["breaks"] = sum(torch._dynamo.utils.counters["graph_break"].values())
 
 
 def plain_autograd(config):
@@ -225,13 +291,27 @@ def main():
     torch.set_num_threads(1)
     float8.has_float8 = lambda device: True  # a CPU emulates it
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
+    pageable = partial(plan.CPUOffloadPolicy, pin_memory=False)  # a GPU would pin it
     for name, case in cases(ranks).items():
         if name.startswith(names) if names else not name.startswith(NAMED):
             began = time.perf_counter()
             inexact = optim.orthogonalise_matrix
             exact = partial(inexact, dtype=torch.float64) if "in float64" in name else inexact
-            with mock.patch.object(optim, "orthogonalise_matrix", exact):
-                figures[name] = train(configure(*case))
+            counted = mock.Mock(side_effect=exact)
+            nodes = {"LOCAL_WORLD_SIZE": "2"} if "two nodes" in name else {}
+            with (
+                counting_graphs(name) as graphs,
+                mock.patch.object(optim, "orthogonalise_matrix", counted),
+                mock.patch.dict(os.environ, nodes),
+                mock.patch.object(plan, "CPUOffloadPolicy", pageable),
+            ):
+                config = configure(*case)
+                config.parallel.cpu_offload = "offloaded" in name  # which a CPU refuses
+                figures[name] = train(config)
+            figures[name] |= graphs  # whose breaks are counted by now
+            calls = torch.tensor(counted.call_count)
+            dist.all_reduce(calls)
+            figures[name]["orthogonalised"] = calls.item()
             print(f"{time.perf_counter() - began:.1f} s  {name}", flush=True)
     if ranks == 1 and not names:
         figures["plain autograd"] = plain_autograd(configure([], 1, PLAIN))

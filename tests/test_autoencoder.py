@@ -1,14 +1,17 @@
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from reference import randomise, relative_error
 from safetensors.torch import save_file
 
-from fluxlite.nets.autoencoder import Autoencoder, sample_posterior
+from fluxlite.nets.autoencoder import Autoencoder, sample_posterior, tile_starts
 from fluxlite.nets.configs import AutoencoderConfig
 from fluxlite.weights import conversion
-from fluxlite.weights.sources import load_autoencoder
+from fluxlite.weights.sources import ASSETS, load_autoencoder
 
+TINY = ASSETS / "flux-tiny"
 SMALL = dict(
     block_out_channels=(8, 16, 16), layers_per_block=2, latent_channels=4, norm_num_groups=4
 )
@@ -127,3 +130,49 @@ def test_posterior_is_sampled_or_its_mode():
     mean, logvar, noise = torch.randn(2, 3), torch.randn(2, 3), torch.randn(2, 3)
     assert torch.equal(sample_posterior(mean, logvar), mean)
     assert torch.allclose(sample_posterior(mean, logvar, noise), mean + logvar.exp().sqrt() * noise)
+
+
+def test_one_tile_that_covers_a_picture_is_the_whole_of_it(pair):
+    _, ours, _ = pair
+    latents = torch.randn(2, 4, 6, 10)
+    with torch.no_grad():
+        whole = ours.decode(latents)
+        assert torch.equal(ours.decode_tiled(latents, 10), whole)
+        assert torch.equal(ours.decode_tiled(latents, 99), whole)
+        assert not torch.equal(ours.decode_tiled(latents, 8), whole)
+
+
+@pytest.mark.parametrize("size, tile", [(8, 8), (9, 8), (14, 8), (15, 8), (100, 8), (33, 4)])
+def test_tiles_cover_every_cell_and_overlap_by_a_quarter(size, tile):
+    starts = tile_starts(size, tile)
+    assert starts[0] == 0 and starts[-1] == max(0, size - tile)
+    assert all(0 < b - a <= tile - tile // 4 for a, b in zip(starts, starts[1:]))
+
+
+def test_a_tiled_picture_has_no_seam_and_differs_by_what_norms_see():
+    """A picture, 256 pixels a side, in tiles of 128, by the shipped autoencoder."""
+    ours = load_autoencoder(TINY)
+    picture = torch.from_numpy(np.asarray(Image.open(ASSETS.parent / "docs/circle.png")).copy())
+    picture = picture.permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        latents = ours.encode(picture)
+        whole, tiled = ours.decode(latents), ours.decode_tiled(latents, 16)
+    assert tiled.shape == whole.shape and tiled.dtype == torch.float32
+    error = (tiled - whole).abs() * 127.5
+    assert 0.1 < error.mean() < 8, error.mean()
+    # where tiles meet, neighbouring pixels differ no more than elsewhere
+    steps = (tiled - whole).diff(dim=3).abs()
+    seams = steps[..., ours.config.downsampling * 4 :: ours.config.downsampling * 4]
+    assert seams.mean() < 1.5 * steps.mean()
+
+
+def test_channels_last_weights_give_the_same_picture(pair):
+    """As a CUDA device has them."""
+    _, ours, _ = pair
+    latents, images = torch.randn(2, 4, 6, 10), torch.rand(2, 3, 24, 40) * 2 - 1
+    with torch.no_grad():
+        plain, mean = ours.decode(latents), ours.encode(images)
+        ours.to(memory_format=torch.channels_last)
+        assert ours.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(ours.decode(latents), plain) < 1e-5
+        assert relative_error(ours.encode(images), mean) < 1e-5

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
-from reference import diffusers_controlnet, diffusers_flux
+from reference import diffusers_controlnet, diffusers_flux, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_convert import in_layout
@@ -25,6 +25,9 @@ from test_trainer import MOCK
 
 from fluxlite.cli.programs import one_line
 from fluxlite.draw import offload
+from fluxlite.nets.configs import FluxConfig
+from fluxlite.nets.flux import Flux, rope_table
+from fluxlite.nets.latents import position_ids
 from fluxlite.weights import conversion, run_tensors, tensor_files, verify, writing
 from fluxlite.weights import layouts as convert
 from fluxlite.weights import run_folder as run_folders
@@ -339,9 +342,6 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
 def test_streamed_blocks_compute_the_same(sources):
     model = checkpoint.load_transformer(sources["fluxlite"], dtype=torch.float32)
     g = torch.Generator().manual_seed(0)
-    from fluxlite.nets.flux import rope_table
-    from fluxlite.nets.latents import position_ids
-
     inputs = (
         torch.randn(1, 8, 12, generator=g),
         torch.randn(1, 3, 20, generator=g),
@@ -363,6 +363,54 @@ def test_streamed_blocks_compute_the_same(sources):
     assert {
         name: p.data_ptr() for name, p in model.named_parameters()
     } == homes  # and gave them back
+
+
+class CountedFeed(offload.Feed):
+    """A feed that notes the blocks whose weights it copies."""
+
+    copies = []
+
+    def _fetch(self, number):
+        if number not in self.holds:
+            self.copies.append(number)
+        super()._fetch(number)
+
+
+@pytest.mark.parametrize("resident, streamed", [(0, 5), (2, 3), (3, 2), (5, 0), (99, 0)])
+def test_streaming_sends_for_the_next_steps_first_block_and_leaves_residents_alone(
+    monkeypatch, resident, streamed
+):
+    monkeypatch.setattr(offload, "Feed", CountedFeed)
+    monkeypatch.setattr(CountedFeed, "copies", copies := [])
+    config = FluxConfig(2, 3, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6))
+    model = randomise(Flux(config))
+    modulation = torch.randn(sum(config.modulation_chunks), 1, 1, 48)
+    rope = rope_table(position_ids(4, 8, 3), config)
+    inputs = torch.randn(1, 8, 12), torch.randn(1, 3, 48), rope, modulation
+    with torch.no_grad():
+        expected = model.velocity(*inputs)
+        offload.stream_blocks(model, "cpu", resident)
+        for step in range(3):
+            assert torch.equal(model.velocity(*inputs), expected)
+            if streamed > 2:  # one more than it has run
+                assert copies == [i % streamed for i in range(streamed * (step + 1) + 1)]
+            else:  # both have a buffer
+                assert copies == [*range(streamed)]
+
+
+def test_as_many_blocks_stay_as_fit_beside_the_ends_and_two_buffers():
+    model = Flux(FluxConfig(2, 3, 48, 3, 4, 12, 12, 20, 14, True, (4, 6, 6)))
+    size = sum(p.nbytes for p in model.double_blocks[0].parameters())  # a single block's is half
+    ends = sum(p.nbytes for part in (model.img_in, model.out) for p in part.parameters())
+    blocks = sum(p.nbytes for part in offload_blocks(model) for p in part.parameters())
+    fits = {0: 0, ends + size: 0, ends + 3 * size: 1, ends + blocks - 1: 1, ends + blocks: 5}
+    assert {free: offload.fitting_blocks(model, free) for free in fits} == fits
+    assert offload.resident_blocks(57, 19) == set(range(0, 57, 3))
+    assert offload.resident_blocks(5, 0) == set() and offload.resident_blocks(3, 9) == {0, 1, 2}
+
+
+def offload_blocks(model):
+    return [*model.double_blocks, *model.single_blocks]
 
 
 # --- the script, and what it refuses --------------------------------------------------------------

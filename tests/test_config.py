@@ -208,9 +208,11 @@ def test_checking_changes_nothing_and_what_is_left_open_is_the_machines(name, ar
     before = dataclasses.asdict(config)
     config.validate()
     assert dataclasses.asdict(config) == before and config.device is config.dtype is None
+    assert config.compile == "auto"
     settled = load_settings(name, arguments)
     assert settled.device in ("cpu", "cuda") and settled.dtype in ("float32", "bfloat16")
-    assert dataclasses.replace(settled, device=None, dtype=None) == config
+    assert settled.compile is (settled.device == "cuda")
+    assert dataclasses.replace(settled, device=None, dtype=None, compile="auto") == config
 
 
 def test_missing_encoders_are_named_all_at_once():
@@ -226,7 +228,8 @@ def test_help_lists_the_prompt_first_and_what_a_checkpoint_decides_only_where_al
     shown, every = keys(), keys(everything=True)
     first = [shown.index(key) for key in ("prompt", "height", "seed", "model.checkpoint", "device")]
     assert first == sorted(first) and first[0] == 0
-    assert every == list(option_fields(InferConfig))
+    fields = option_fields(InferConfig).items()
+    assert every == [f.metadata.get("short", key) for key, f in fields]
     hidden = {f"model.{f.name}" for f in dataclasses.fields(FluxConfig)}
     assert set(every) - set(shown) == hidden | {"model.max_sequence_length"}
     assert f"{len(hidden) + 1} more" in help_text(InferConfig, "infer", "")

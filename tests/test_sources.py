@@ -205,7 +205,7 @@ OTHERS = {
     "LoRA or its like": ["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"],
     "LoRA": ["double_blocks.0.processor.qkv_lora1.down.weight"],
     "or its like": ["lycoris_double_blocks_0_img_attn_proj.lokr_w1"],
-    "adapters": ["lycoris_double_blocks_0_img_attn_proj.hada_w1_a"],
+    "name it as lora=": ["lycoris_double_blocks_0_img_attn_proj.hada_w1_a"],
     "Redux": ["redux_up.weight", "redux_down.weight"],
     "IP-Adapter": ["double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"],
     "Chroma": ["distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight"],

@@ -1,3 +1,4 @@
+import fnmatch
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from fluxlite.draw.pipeline import generate
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux
 from fluxlite.settings import TrainConfig
-from fluxlite.train import loop, optim
+from fluxlite.train import building, loop, optim
 from fluxlite.train.tasks import FULL
 from fluxlite.weights import run_folder, sources, writing
 
@@ -457,6 +458,31 @@ def test_frozen_parameters_stay_and_patterns_must_match():
     )
     with pytest.raises(ValueError, match="no parameter matches bloks"):
         optim.freeze_parameters(model, optim.OptimConfig(trainable=["bloks.*"]))
+
+
+def test_frozen_weights_in_the_compute_dtype_train_and_resume_as_float32_ones(
+    tmp_path, monkeypatch
+):
+    """Bit for bit, and from a checkpoint in which they are float32."""
+    frozen = ["double_blocks.*", "single_blocks.*", "txt_in.*"]
+    common = [*MOCK, "dtype=bfloat16", f"optim.freeze={frozen}", "checkpoint.every=2"]
+    half = train(*common, "steps=4", f"output={tmp_path}/half")
+    with monkeypatch.context() as patch:
+
+        def wrap_as_float32(model, config, mesh):
+            return parallel.parallelize(model, mesh, config.parallel, torch.bfloat16)
+
+        patch.setattr(building, "wrap_model", wrap_as_float32)
+        whole = train(*common, "steps=2", f"output={tmp_path}/run")
+    old = weights(whole, ema=False)
+    assert {values.dtype for values in old.values()} == {torch.float32}
+    run = train(*common, "steps=4", f"output={tmp_path}/run", "resume=auto")
+    assert losses(run).items() >= losses(half).items() and (4, "val/loss") in losses(half)
+    new = weights(run, ema=False)
+    for name, values in new.items():
+        stays = any(fnmatch.fnmatch(name, pattern) for pattern in frozen)
+        assert values.dtype == (torch.bfloat16 if stays else torch.float32), name
+        assert torch.equal(values, old[name].to(values.dtype)) == stays, name
 
 
 def test_muon_orthogonalises_and_matches_torch():

@@ -10,6 +10,7 @@ PUBLIC = {
     "load_pipeline": "fluxlite.draw.pipeline",
     "load_transformer": "fluxlite.weights.sources",
     "Control": "fluxlite.draw.control",
+    "Lora": "fluxlite.weights.lora_files",
 }
 
 # Python's argv while it looks for the module of `-m`: `python -m fluxlite.data.fill50k` imports

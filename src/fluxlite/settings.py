@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxlite.cli.command_line import load_config
-from fluxlite.cli.devices import check_compiler, settle_machine
+from fluxlite.cli.devices import settle_machine
 from fluxlite.cli.options import check_options, option, refuse_first, same_option
 from fluxlite.cli.profiling import parse_steps
 from fluxlite.data.config import DataConfig
@@ -53,7 +53,7 @@ class MachineConfig:
 
     device: str | None = same_option(PipelineConfig, "device")
     dtype: str | None = same_option(PipelineConfig, "dtype")
-    compile: bool = same_option(PipelineConfig, "compile")
+    compile: bool | str = same_option(PipelineConfig, "compile")
 
     settled = settle_machine
 
@@ -174,10 +174,6 @@ def machine_conflicts(config):
     yield (
         ":" in config.device,
         f"device={config.device}: write cuda; CUDA_VISIBLE_DEVICES says which",
-    )
-    yield (
-        config.compile and mesh.tp > 1,
-        "compile=true does not work with parallel.tp above 1 yet: leave one of them out",
     )
     yield (
         mesh.shard_encoders and not config.model.t5,
@@ -315,6 +311,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
             raise ValueError(f"prompt_file={self.prompt_file} is not a file")
         check_negative(self.negative_prompt, self.true_cfg or 1.0)
         self.controls()
+        self.lora.loras()
         if not self.model.checkpoint:
             raise ValueError(
                 "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "
@@ -357,8 +354,6 @@ def check_machine(config):
     for an output that cannot be a folder.
     """
     check_output(config.output)
-    if config.compile:
-        check_compiler(config.device)
     attention = config.model.attention
     if config.device == "cpu" and attention in ("cudnn", "efficient"):
         raise ValueError(

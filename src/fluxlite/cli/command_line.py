@@ -19,6 +19,7 @@ from fluxlite.cli.options import (
     bounds_of,
     check_sources,
     checked_value,
+    list_choices,
     nearest_key,
     option_fields,
     option_value,
@@ -55,6 +56,7 @@ def load_config(cls, name, argv, others=()):
 
 def compose_config(cls, name, argv, others=()):
     """The same as it is given: its types and bounds are checked, and no more."""
+    argv = _full_keys(cls, argv)
     overrides, kept = _split_arguments(cls, name, argv, others)
     values = _composed(name, overrides)
     check_sources(cls, values, "a YAML file of configs")
@@ -71,6 +73,14 @@ def compose_config(cls, name, argv, others=()):
     config = typed_options(cls, values)
     _refuse_unread(cls, config, argv)
     return config
+
+
+def _full_keys(cls, argv):
+    """Arguments whose `short` keys are written out: `lora=` is `lora.file=`."""
+    fields = option_fields(cls).items()
+    full = {f.metadata["short"]: key for key, f in fields if "short" in f.metadata}
+    parts = [argument.partition("=") for argument in argv]
+    return [f"{full.get(key, key)}{equals}{value}" for key, equals, value in parts]
 
 
 def _composed(name, overrides):
@@ -199,7 +209,7 @@ def help_text(cls, name, usage, everything=False):
     lines += ["", "Keys, set with key=value (defaults before a group or recipe changes them):"]
     fields = option_fields(cls).items()
     shown = [(key, f) for key, f in fields if everything or not f.metadata.get("rare")]
-    lines += [_help_line(f"{key}=", f, 42) for key, f in shown]
+    lines += [_help_line(f"{f.metadata.get('short', key)}=", f, 42) for key, f in shown]
     hidden = len(fields) - len(shown)
     lines += ["", f"{hidden} more, which a checkpoint decides itself: --help all"] * (hidden > 0)
     return "\n".join(lines)
@@ -210,7 +220,7 @@ def _help_line(name, f, width=42):
     default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     if default is not dataclasses.MISSING and not (f.type is bool and name.startswith("--")):
         name += "null" if default is None else json.dumps(default)
-    allowed = ", ".join(map(str, f.metadata.get("choices", ()))) or bounds_of(f.metadata)
+    allowed = list_choices(f.metadata) or bounds_of(f.metadata)
     return (
         f"  {name}".ljust(width) + f"  {f.metadata['help']}" + (f" ({allowed})" if allowed else "")
     )
@@ -220,7 +230,8 @@ def _help_line(name, f, width=42):
 
 
 def parse_flags(cls, arguments, *, rest=False):
-    """The dataclass `cls` from flags, one for each of its fields, checked; a bool's has no value.
+    """The dataclass `cls` from flags, one for each of its fields, checked; a bool's has no value,
+    a list's may be given several times.
 
     With `rest` also the arguments that belong to no flag. Raises `ValueError` that names the flag.
     """
@@ -232,10 +243,13 @@ def parse_flags(cls, arguments, *, rest=False):
     hints, values = typing.get_type_hints(cls), {}
     for f in dataclasses.fields(cls):
         flag, texts = flag_of(f), getattr(given, f.name, [])
-        if len(texts) > 1:
-            several = ", ".join(map(shortened, texts))
-            raise ValueError(f"{flag} is given twice: {several}; give it once")
-        if texts:
+        several = typing.get_origin(hints[f.name]) is list
+        if several:
+            values[f.name] = [_flag_value(text, str, f.metadata, flag) for text in texts]
+        elif len(texts) > 1:
+            both = ", ".join(map(shortened, texts))
+            raise ValueError(f"{flag} is given twice: {both}; give it once")
+        elif texts:
             values[f.name] = _flag_value(texts[0], hints[f.name], f.metadata, flag)
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{flag} is missing: {f.metadata['help']}")

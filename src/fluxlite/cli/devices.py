@@ -5,8 +5,11 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import torch
+
+from fluxlite.cli.programs import warn_for_all
 
 CPU_BF16 = "avx512_bf16", "amx_bf16", "bf16", "arm_bf16"  # as torch names what computes in it
 
@@ -31,22 +34,43 @@ def check_device(name):
         raise ValueError(f"device={name}: there are {count} GPUs")
 
 
-def check_compiler(device):
-    """Raise `ValueError` where torch.compile has nothing to compile with: a C++ compiler on the
-    CPU, Triton on a GPU.
+def choose_compile(asked, device):
+    """Whether blocks are compiled: as `asked`, true or false; with "auto" on a GPU that can.
+
+    Raises `ValueError` where that is true and there is nothing to compile with.
     """
-    if device.startswith("cuda"):
-        if importlib.util.find_spec("triton") is None:
-            raise ValueError(
-                "compile=true needs Triton on a GPU: pip install triton, or leave compile=false"
-            )
-        return
-    wanted = os.environ.get("CXX", "g++")
-    if not any(shutil.which(name) for name in (wanted, "clang++")):
-        raise ValueError(
-            f"compile=true needs a C++ compiler, and there is no {wanted}: install g++, or leave "
-            "compile=false"
-        )
+    on_gpu = device.startswith("cuda")
+    if asked is False or (asked == "auto" and not on_gpu):
+        return False
+    missing = missing_compiler(device)
+    if missing and asked is True:
+        raise ValueError(f"compile=true needs {missing}, or leave compile=false")
+    if missing:
+        warn_of_eager(missing)
+    return not missing
+
+
+def missing_compiler(device):
+    """What torch.compile lacks for a device, and the remedy, or None.
+
+    It is a C++ compiler on the CPU; on a GPU Triton, a C compiler for Triton's launchers, or Volta.
+    """
+    if not device.startswith("cuda"):
+        wanted = os.environ.get("CXX", "g++")
+        there = any(shutil.which(name) for name in (wanted, "clang++"))
+        return None if there else f"a C++ compiler, and there is no {wanted}: install g++"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton on a GPU: pip install triton"
+    if not any(shutil.which(name) for name in (os.environ.get("CC", "gcc"), "clang")):
+        return "a C compiler for Triton, and there is no gcc: install it"
+    old = torch.cuda.get_device_capability() < (7, 0)
+    return "a GPU of compute capability 7.0 or more: use another" if old else None
+
+
+@cache
+def warn_of_eager(missing):
+    """Say once why compile=auto compiles nothing."""
+    warn_for_all("compile=auto compiles nothing, and steps are slower: it needs %s", missing)
 
 
 def default_dtype(device):
@@ -65,11 +89,20 @@ def has_float8(device):
 
 
 def settle_machine(config):
-    """A copy of a configuration with `device` and `dtype` set: where they are None, to what the
-    machine has.
+    """A copy of a configuration with `device`, `dtype` and `compile` set: where they are None or
+    "auto", to what the machine has.
 
-    Raises `ValueError` where it has no such device.
+    Raises `ValueError` where it has no such device, or nothing to compile with.
     """
     device = str(config.device or default_device())
     check_device(device)
-    return replace(config, device=device, dtype=config.dtype or default_dtype(device))
+    compile = choose_compile(config.compile, device)
+    dtype = config.dtype or default_dtype(device)
+    return replace(config, device=device, dtype=dtype, compile=compile)
+
+
+def memory_bytes(device):
+    """Bytes of a GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -41,9 +41,9 @@ def option(default, help, **about):
     `only_given`: a word, as `pipe:`, with which a value does something and is therefore taken from
     the command line alone. `resume`: a run that goes on may change it. `group`: the Hydra group
     that sets it. `only_with`: {another key: its values with which this one is read}; given on a
-    command line with others, it is refused. `key`: what errors call it where it is a flag. `rare`:
-    only `--help all` names it. A default that is a list or a class is made anew for each instance;
-    `MISSING` is none.
+    command line with others, it is refused. `key`: what errors call it where it is a flag. `short`:
+    what a command line may call it. `rare`: only `--help all` names it. A default that is a list or
+    a class is made anew for each instance; `MISSING` is none.
     """
     metadata = {"help": help, **about}
     if isinstance(default, type):
@@ -256,12 +256,18 @@ def check_bounds(value, metadata, key):
         choices = metadata.get("choices")
         if choices and one not in choices:
             shown = one if isinstance(one, str) else shortened(one)
-            raise ValueError(f"{key}={shown}: choose one of {', '.join(map(str, choices))}")
+            raise ValueError(f"{key}={shown}: choose one of {list_choices(metadata)}")
         wrong = [
             n for n, (holds, _) in RANGES.items() if n in metadata and not holds(one, metadata[n])
         ]
         if wrong:
             raise ValueError(f"{key}={shortened(one)} must be {bounds_of(metadata)}")
+
+
+def list_choices(metadata):
+    """`auto, true, false`, from a field's metadata."""
+    choices = metadata.get("choices", ())
+    return ", ".join(f"{c}".lower() if isinstance(c, bool) else f"{c}" for c in choices)
 
 
 def refuse_first(conflicts):

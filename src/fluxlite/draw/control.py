@@ -223,11 +223,15 @@ def prepare_controls(pipeline, controls, texts, times, guidance) -> Callable:
 
 def prepare_control(pipeline, control, number, texts, times, guidance) -> Callable:
     """`prepare_controls` of one net, its `number` the stream of its draws: loaded, conditioned."""
-    loaded, net, base = is_loaded(control), control.checkpoint, pipeline.transformer
-    net = net if loaded else pipeline.load_net(sources.load_controlnet, net)
-    check_alike(net, base)
+    loaded, net, base = is_loaded(control), control.checkpoint, pipeline.model_config
+    if loaded:
+        check_alike(net, pipeline)
+    else:
+        net = pipeline.load_net(sources.load_controlnet, net)
     keep = loaded or pipeline.keeps_parts
     conditions = prepare_conditions(net, texts, times, guidance, control.mode, keep=keep)
+    if not loaded:
+        pipeline.place_net(net)
     hint = prepare_hint(control, number, pipeline.autoencoder, pipeline.device)
 
     def attach(prompts, seeds):
@@ -236,18 +240,18 @@ def prepare_control(pipeline, control, number, texts, times, guidance) -> Callab
         def residuals(x, step, rope):
             modulation = known.modulation[step]
             samples = net.samples(x, known.txt, rope, modulation, embedded, control.scale)
-            return spread_samples(samples, net.config, base.config)
+            return spread_samples(samples, net.config, base)
 
         return residuals
 
     return attach
 
 
-def check_alike(net, model):
+def check_alike(net, pipeline):
     """Raise `ValueError` where a ControlNet that was given loaded computes in another type or place
     than the transformer.
     """
-    a, b = net.img_in.weight, model.img_in.weight
+    a, b = net.img_in.weight, torch.empty(0, dtype=pipeline.dtype, device=pipeline.device)
     if (a.dtype, a.device) != (b.dtype, b.device):
         raise ValueError(
             f"the ControlNet is in {a.dtype} on {a.device}, the transformer in {b.dtype} on "

@@ -1,35 +1,94 @@
-"""A transformer larger than the accelerator: its blocks stay in host memory and pass through two
+"""A transformer larger than the accelerator: blocks stay in host memory and pass through two
 buffers on the device.
 
-While one block computes, the next one's weights are copied on a stream of their own. On the CPU
-there is nothing to stream: weights are mapped from the disk, and the system drops pages that it
-needs for something else.
+While one block computes, the next one's weights are copied on a stream of their own; behind the
+last block of a step that is the next step's first. As many blocks as fit stay on the device, evenly
+among the others, so that a copy has their time too. On the CPU there is nothing to stream: weights
+are mapped from the disk, and the system drops pages that it needs for something else.
 """
 
 import torch
 
 OFFLOAD = ("none", "text", "all")
+# What a step holds at once at most, in tensors (B, L, H) of the compute dtype, and decoding in
+# tensors (widest channels, H, W): counted, and then some.
+STEP_TENSORS, DECODED_TENSORS = 20, 4
 
 
-def stream_blocks(model, device):
-    """Move all but the blocks of `model` to `device`, and make each block fetch its weights there
-    just before it runs.
+def place_steps(net, device):
+    """Move what the steps use of a net to the device. What they do not use, such as the
+    modulation, stays where it is.
     """
-    device = torch.device(device)
-    for name, child in model.named_children():
-        if name not in ("double_blocks", "single_blocks"):
+    for name, child in net.named_children():
+        if name not in net.conditioning:
             child.to(device)
-    blocks = [*model.double_blocks, *model.single_blocks]
-    feed = Feed(blocks, device)
-    for number, block in enumerate(blocks):
+
+
+def stream_blocks(net, device, resident=0):
+    """`place_steps`, but for all blocks except so many `resident` ones: each of them fetches its
+    weights just before it runs. Returns the net.
+    """
+    device, blocks = torch.device(device), [*net.double_blocks, *net.single_blocks]
+    for name, child in net.named_children():
+        if name not in (*net.conditioning, "double_blocks", "single_blocks"):
+            child.to(device)
+    staying = resident_blocks(len(blocks), resident)
+    for number in staying:
+        blocks[number].to(device)
+    streamed = [block for number, block in enumerate(blocks) if number not in staying]
+    feed = Feed(streamed, device) if streamed else None
+    for number, block in enumerate(streamed):
         block.register_forward_pre_hook(lambda *_, number=number: feed.enter(number))
         block.register_forward_hook(lambda *_, number=number: feed.leave(number))
-    return model
+    return net
+
+
+def resident_blocks(count, resident):
+    """The numbers of the blocks, of so many, that stay on the device: spread evenly."""
+    resident = min(resident, count)
+    return {number * count // resident for number in range(resident)}
+
+
+def fitting_blocks(net, free):
+    """How many blocks of a net can stay on a device with so many bytes free, beside its ends and,
+    unless that is all of them, the two buffers.
+    """
+    sizes = [_bytes(block) for block in (*net.double_blocks, *net.single_blocks)]
+    outside = (*net.conditioning, "double_blocks", "single_blocks")
+    free -= sum(_bytes(child) for name, child in net.named_children() if name not in outside)
+    if sum(sizes) <= free:
+        return len(sizes)
+    return max(0, min(len(sizes), int(free // max(sizes, default=1)) - 2))
+
+
+def _bytes(module):
+    return sum(p.nbytes for p in module.parameters())
+
+
+def bytes_beside(config, autoencoder, sample, batch, itemsize):
+    """Bytes that a drawing takes at most beside the weights: of a step of `batch` pictures, or of
+    one that is decoded.
+
+    config and autoencoder are those of the nets, `sample` a `SampleConfig`.
+    """
+    pixels = sample.height * sample.width
+    tokens = sample.max_sequence_length + pixels // (2 * autoencoder.downsampling) ** 2
+    step = STEP_TENSORS * batch * tokens * config.hidden_size
+    decoded = DECODED_TENSORS * pixels * max(autoencoder.block_out_channels[:2])
+    return itemsize * max(step, decoded)
+
+
+def free_memory(device):
+    """Bytes that PyTorch can still take on a CUDA device; 0 on others, which cannot be asked."""
+    if device.type != "cuda":
+        return 0
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 class Feed:
     """Two flat buffers on the device, each large enough for any block: that of the running one, and
-    that of the next.
+    that of the next. Blocks run in turn, again and again.
     """
 
     def __init__(self, blocks, device):
@@ -46,7 +105,7 @@ class Feed:
             [None, None],
             [None, None],
         )  # for each buffer: its copy, its block's last use
-        self.holds = [None, None]
+        self.holds, self.slot = [None, None], 0  # their blocks; the running one's buffer
 
     def _home(self, block):
         """A block's weights in one flat piece of host memory, page-locked for a GPU; its parameters
@@ -70,14 +129,13 @@ class Feed:
             start += p.numel()
 
     def _fetch(self, number):
-        """Start to copy a block's weights into its buffer, unless they are there or on their
-        way.
+        """Start to copy a block's weights into the buffer that no block runs from, unless they are
+        on the device or on their way.
         """
-        slot = number % 2
-        if self.holds[slot] == number:
+        if number in self.holds:
             return
+        slot, home = 1 - self.slot, self.homes[number]
         self.holds[slot] = number
-        home = self.homes[number]
         if not self.cuda:
             self.buffers[slot][: home.numel()].copy_(home)
             return
@@ -90,14 +148,14 @@ class Feed:
     def enter(self, number):
         """Give a block its weights, and send for the next block's."""
         self._fetch(number)
+        self.slot = self.holds.index(number)
         if self.cuda:
-            torch.cuda.current_stream().wait_event(self.copied[number % 2])
-        self._point(self.blocks[number], self.buffers[number % 2])
-        if number + 1 < len(self.blocks):
-            self._fetch(number + 1)
+            torch.cuda.current_stream().wait_event(self.copied[self.slot])
+        self._point(self.blocks[number], self.buffers[self.slot])
+        self._fetch((number + 1) % len(self.blocks))
 
     def leave(self, number):
         """Take a block's weights off the device again."""
         if self.cuda:
-            self.used[number % 2] = torch.cuda.current_stream().record_event()
+            self.used[self.slot] = torch.cuda.current_stream().record_event()
         self._point(self.blocks[number], self.homes[number])

@@ -12,8 +12,8 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from functools import cached_property, partial
 from numbers import Real
 from pathlib import Path
 
@@ -33,7 +33,14 @@ from fluxlite.cli.options import (
     typed_options,
 )
 from fluxlite.draw.control import Control, open_control, prepare_controls
-from fluxlite.draw.offload import OFFLOAD, stream_blocks
+from fluxlite.draw.offload import (
+    OFFLOAD,
+    bytes_beside,
+    fitting_blocks,
+    free_memory,
+    place_steps,
+    stream_blocks,
+)
 from fluxlite.draw.sampling import (
     decode_pictures,
     initial_noise,
@@ -58,7 +65,8 @@ from fluxlite.nets.schedule import (
     is_schnell,
     times_for,
 )
-from fluxlite.weights import run_folder, sources, writing
+from fluxlite.weights import lora_merging, run_folder, sources, writing
+from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES, TINY
 from fluxlite.weights.text_encoders import load_text_encoders
 
@@ -171,6 +179,56 @@ class DrawConfig(OwnSampleConfig):
         0, "i of a prompt's first picture; a picture's metadata say it", at_least=0, at_most=10**9
     )
     batch: int = option(8, "pictures drawn at once", at_least=1, at_most=10_000)
+    tile: int = option(
+        0,
+        "pixels along a side of the tiles that large pictures are decoded in, which overlap and "
+        "are blended: less memory, not exact; 0: whole",
+        at_least=0,
+        at_most=100_000,
+    )
+
+
+@dataclass
+class LoraConfig:
+    """The LoRAs that pictures are drawn with."""
+
+    file: list[str] = option(
+        [],
+        "a LoRA of any dialect: a file, a folder, a LoRA's hub id owner/name/file; several add up: "
+        "give it once for each",
+        path=True,
+        short="lora",
+    )
+    scale: list[float] = same_option(
+        Lora,
+        "scale",
+        default=[],
+        help="strength over the file's own (alpha / rank), by default 1; once for each LoRA, or "
+        "once for all",
+        verbatim=True,
+    )
+    merge: bool = option(
+        True,
+        "merge LoRAs into the weights; false: compute them beside the weights, of which nothing is "
+        "copied",
+    )
+    split_qkv: str = same_option(Lora, "split_qkv")
+
+    def loras(self):
+        """A `Lora` for each file; raises `ValueError` where there are not as many scales."""
+        count = len(self.file)
+        if self.scale and (not count or len(self.scale) not in (1, count)):
+            raise ValueError(
+                f"lora.scale= is given {len(self.scale)} times, and lora= {count} times"
+            )
+        scales = [*self.scale, *self.scale[:1] * count] if self.scale else [1.0] * count
+        found = [
+            one if isinstance(one, Lora) else Lora(one, scale, self.split_qkv)
+            for one, scale in zip(self.file, scales)
+        ]
+        for lora in found:
+            lora.validate()
+        return found
 
 
 @dataclass
@@ -178,15 +236,18 @@ class PipelineConfig:
     """A pipeline's parts, where they compute and how long they stay in memory."""
 
     model: ExpectedConfig = option(ExpectedConfig, "the pipeline")
+    lora: LoraConfig = option(LoraConfig, "the LoRAs")
     device: str | None = option(None, "cpu or cuda; null: what the machine has", resume=True)
     dtype: str | None = option(
         None,
         "what to compute in; null: bfloat16 where it is in hardware, else float32",
         choices=COMPUTE_DTYPES,
     )
-    compile: bool = option(
-        False,
-        "compile each block (torch.compile): minutes at the start, faster steps",
+    compile: bool | str = option(
+        "auto",
+        "compile the blocks (torch.compile): a minute or more at the start, faster steps; auto: on "
+        "a GPU",
+        choices=("auto", True, False),
         resume=True,
     )
     float8: bool = option(
@@ -200,11 +261,27 @@ class PipelineConfig:
         "none: all stays",
         choices=OFFLOAD,
     )
+    resident_blocks: int = option(
+        -1,
+        "with offload=all: blocks that stay on the GPU; -1: as many as its free memory takes",
+        at_least=-1,
+        at_most=10_000,
+        resume=True,
+    )
 
 
 PARTS_FIELDS = tuple(f.name for f in fields(PartsConfig))
 DRAW_FIELDS = tuple(f.name for f in fields(DrawConfig))
-LOAD_OPTIONS = *PARTS_FIELDS, "device", "dtype", "compile", "float8", "offload", "expected"
+LORA_OPTIONS = "lora", "lora_merge"
+KEPT_OPTIONS = "device", "dtype", "compile", "float8", "offload", "resident_blocks"
+LOAD_OPTIONS = *PARTS_FIELDS, *LORA_OPTIONS, *KEPT_OPTIONS, "expected"
+
+
+def check_tile(tile, cell):
+    """Raise `ValueError` for tiles too small to overlap, or of no whole cells of so many pixels."""
+    least = 4 * cell
+    if tile and (tile % cell or tile < least):
+        raise ValueError(f"tile={tile} must be 0, or a multiple of {cell} from {least} on")
 
 
 def check_names(given, known, function):
@@ -244,17 +321,22 @@ class Pipeline:
     settings: dict
     device: torch.device
     dtype: torch.dtype
+    loras: list = field(default_factory=list)  # `OpenLora`s: `use_loras`
 
     @cached_property
     def encoders(self):
         paths = self.sources["t5"], self.sources["clip"]
         encoders = load_text_encoders(*paths, device=self.device, dtype=self.dtype)
         check_widths(self.model_config, encoders=encoders)
-        return encoders
+        return lora_merging.merge_encoders(encoders, self.loras)
 
     @cached_property
     def transformer(self):
-        return self.load_net(sources.load_transformer, self.sources["transformer"])
+        load = sources.load_transformer
+        if self.loras:
+            own = dict(loras=self.loras, merge=self.config.lora.merge)
+            load = partial(lora_merging.load_merged, **own)
+        return self.load_net(load, self.sources["transformer"])
 
     @cached_property
     def autoencoder(self):
@@ -274,17 +356,48 @@ class Pipeline:
         if not self.keeps_parts:
             vars(self).pop(part, None)
 
-    def load_net(self, load, source):
-        """A net on its device, or with offload=all on the CPU, streamed block by block to an
-        accelerator.
+    def use_loras(self, *loras):
+        """Draw with these LoRAs from now on, and no others: paths or `Lora`s; with none, with the
+        checkpoint as it is. Parts that they change are loaded again from the disk. Raises
+        `ValueError`.
         """
-        streamed = self.config.offload == "all" and self.device.type != "cpu"
-        place = "cpu" if streamed else self.device
+        given = [lora if isinstance(lora, Lora) else Lora(lora) for lora in loras]
+        opened = lora_merging.open_loras(given, self.sources["transformer"])
+        lora_merging.check_drawable(opened, self.model_config)
+        changed = {part for lora in [*opened, *self.loras] for part in lora.file.adapters}
+        self.loras = opened
+        if "transformer" in changed:
+            vars(self).pop("transformer", None)
+        if changed & {"clip", "t5"}:
+            vars(self).pop("encoders", None)
+
+    def load_net(self, load, source):
+        """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves
+        it without what it does not need any more.
+        """
+        place = self.device if self.keeps_parts else "cpu"
         net = load(source, attention=self.config.model.attention, dtype=self.dtype, device=place)
-        if self.config.float8:
+        if self.config.float8 and self.keeps_parts:
             parallel.quantize_linears(net)
-        net = parallel.compile_blocks(net) if self.config.compile else net
-        return stream_blocks(net, self.device) if streamed else net
+        return parallel.compile_blocks(net) if self.config.compile else net
+
+    def place_net(self, net, beside=None):
+        """Move what the steps use of a net to its device; with offload=all its blocks are streamed
+        to an accelerator, all but those that fit there. `beside` are the bytes that a drawing takes
+        beside the weights; without them none are taken to fit.
+        """
+        if self.keeps_parts:
+            return
+        if self.config.float8:
+            parallel.quantize_linears(net, self.device)
+        if self.config.offload == "text" or self.device.type == "cpu":
+            place_steps(net, self.device)
+            return
+        resident = self.config.resident_blocks
+        if resident < 0:
+            free = 0 if beside is None else free_memory(self.device) - beside
+            resident = fitting_blocks(net, free)
+        stream_blocks(net, self.device, resident)
 
     def latent_shape(self, height, width):
         """Channels and cells (C, h, w) of the latents of a picture."""
@@ -296,8 +409,9 @@ def load_pipeline(checkpoint: str | Path = TINY, **options) -> Pipeline:
     """A `Pipeline` with all its parts in memory, to draw with again and again.
 
     `options` are the fields of `PartsConfig` (t5, clip, autoencoder, …), device, dtype and compile;
-    `expected` is {field of FluxConfig: value} that the transformer must have. With `offload` text
-    or all, each part is loaded when it is used, and freed. Raises `ValueError` that names the key.
+    `lora` a path or `Lora`, or several, merged unless `lora_merge` is false; `expected` is {field
+    of FluxConfig: value} that the transformer must have. With `offload` text or all, each part is
+    loaded when it is used, and freed. Raises `ValueError` that names the key.
     """
     check_names(options, LOAD_OPTIONS, "load_pipeline")
     pipeline = open_pipeline(pipeline_config(checkpoint, **{"offload": "none"} | options))
@@ -308,11 +422,16 @@ def load_pipeline(checkpoint: str | Path = TINY, **options) -> Pipeline:
 
 def pipeline_config(checkpoint=TINY, *, expected=(), device=None, dtype=None, **options):
     """The `PipelineConfig` of keyword arguments; raises `ValueError`."""
+    given, merge = options.pop("lora", ()), options.pop("lora_merge", True)
+    check_kind(merge, bool, "lora_merge", "true or false")
+    kinds = (str, Path, Lora, LoraFile)
+    given = one_or_several(given, kinds, "lora", "a path, a Lora or a list of them")
+    loras = [lora if isinstance(lora, Lora) else Lora(lora) for lora in given]
     options = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
     parts = {f.name: options.pop(f.name) for f in fields(PartsConfig) if f.name in options}
     model = {"checkpoint": str(checkpoint)} | parts | dict(expected)
     config = typed_options(PipelineConfig, options | {"model": model})
-    return replace(config, device=device, dtype=dtype)
+    return replace(config, device=device, dtype=dtype, lora=LoraConfig(loras, merge=merge))
 
 
 def open_pipeline(config: PipelineConfig) -> Pipeline:
@@ -328,7 +447,9 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     settings = default_settings(found["transformer"])
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
-    return Pipeline(config, found, settings, device, dtype)
+    pipeline = Pipeline(config, found, settings, device, dtype)
+    pipeline.use_loras(*config.lora.loras())
+    return pipeline
 
 
 def check_float8(config, dtype, transformer):
@@ -483,8 +604,11 @@ def generate(
         texts = encode_texts(pipeline.encoders, [*prompts, *against], length, batch)
         pipeline.release("encoders")
     with stage("transformer and modulation"):
-        draw = prepare_drawing(pipeline, texts, sample, times, opened, solver)
-    about, drawn = describe_drawing(sample, times, controls, pipeline.config.float8), []
+        most = min(batch, len(pictures))
+        draw = prepare_drawing(pipeline, texts, sample, times, opened, solver, most)
+    about = describe_drawing(sample, times, controls, pipeline.loras, config.tile)
+    about |= parallel.lossy_settings("float8", pipeline.config.float8)
+    drawn = []
     for first in range(0, len(pictures), batch):
         rows = range(first, min(first + batch, len(pictures)))
         with stage("denoising"):
@@ -540,6 +664,7 @@ def settle_sample(pipeline, config):
     given = {name: value for name, value in named.items() if value is not None}
     sample = typed_options(SampleConfig, pipeline.settings | given)
     check_negative(config.negative_prompt, sample.true_cfg)
+    check_tile(config.tile, pipeline.sources["autoencoder"].config.downsampling)
     sample.validate(pipeline.sources["autoencoder"].config.downsampling)
     if "guidance" in given and not pipeline.model_config.guidance_embed:
         raise ValueError(
@@ -619,16 +744,20 @@ def encode_texts(encoders, prompts, length, batch):
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def prepare_drawing(pipeline, texts, sample, times, controls, solver) -> Callable:
-    """A function (pictures, start, callback) → packed latents (B, L, C); see `sample_latents`.
+def prepare_drawing(pipeline, texts, sample, times, controls, solver, batch) -> Callable:
+    """A function (pictures, start, callback) → packed latents (B, L, C), B up to `batch`; see
+    `sample_latents`.
 
-    Transformer and nets of the `open_control`s are loaded, all steps' modulation computed; of
-    encoded prompts `texts` the negative one is the last.
+    Transformer and nets of the `open_control`s are loaded, all steps' modulation computed, and then
+    they are moved to the device; of encoded prompts `texts` the negative one is the last.
     """
     pipeline.release("transformer")  # a drawing that was stopped leaves one without modulation
     model, given = pipeline.transformer, (texts, times, sample.guidance)
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, controls, *given)
+    parts = pipeline.model_config, pipeline.sources["autoencoder"].config
+    beside = bytes_beside(*parts, sample, batch, pipeline.dtype.itemsize)
+    pipeline.place_net(model, beside)
     _, *cells = pipeline.latent_shape(sample.height, sample.width)
     positions = position_ids(*cells, texts[0].shape[1]).to(pipeline.device)
     rope = rope_table(positions, model.config)
@@ -658,12 +787,12 @@ def watch_steps(on_step, rows, times, shape) -> Callable:
     return callback
 
 
-def describe_drawing(sample, times, controls, float8):
+def describe_drawing(sample, times, controls, loras=(), tile=0):
     """What a picture's `info["sampling"]` says of it."""
     about = asdict(replace(sample, steps=len(times) - 1)) | {"times": times.tolist()}
-    own = [control.describe() for control in controls]
-    about |= parallel.lossy_settings("float8", float8)
-    return about | ({"controls": own} if own else {})
+    about |= {"tile": tile} if tile else {}
+    own = {"controls": controls, "loras": [lora.lora for lora in loras]}
+    return about | {key: [one.describe() for one in of] for key, of in own.items() if of}
 
 
 def finish_picture(pipeline, tokens, size, about, decode):
@@ -672,7 +801,8 @@ def finish_picture(pipeline, tokens, size, about, decode):
     """
     if not decode:
         return unpack_latents(tokens, *pipeline.latent_shape(*size)[1:])[0].cpu().clone()
-    [picture] = decode_pictures(pipeline.autoencoder, tokens, *size)
+    tile = about.get("tile", 0)
+    [picture] = decode_pictures(pipeline.autoencoder, tokens, *size, tile)
     picture.info["sampling"] = dict(about)
     return picture
 

@@ -8,6 +8,7 @@ B pictures, P prompts, L tokens, C channels, H hidden width.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
@@ -64,19 +65,22 @@ def guidance_rows(model_config, guidance, count, device):
 
 @torch.inference_mode()
 def condition_net(net, txt, pooled, times, guidance, mode=None):
-    """The `Conditions` of encoded prompts txt (P, L_txt, D), pooled (P, W) at times (steps + 1,).
+    """The `Conditions` of encoded prompts txt (P, L_txt, D), pooled (P, W) at times (steps + 1,),
+    where those lie; computed where the weights lie.
 
     One GEMM of P x steps rows. `mode` is a union ControlNet's. Afterwards the net's
     `drop_conditioning` may free a quarter of its weights.
     """
-    prompts, steps = len(txt), len(times) - 1
+    prompts, steps, device = len(txt), len(times) - 1, txt.device
+    txt, pooled = (x.to(net.txt_in.weight.device) for x in (txt, pooled))
     t = times[:-1].to(txt.device).repeat_interleave(prompts)
     rows = net.cast(pooled).repeat(steps, 1)
     modulation = net.modulate(t, rows, guidance_rows(net.config, guidance, len(t), txt.device))
     txt = net.txt_in(net.cast(txt))
     if mode is not None:
         txt = net.with_mode(txt, torch.full((prompts,), mode, device=txt.device))
-    return Conditions(txt, rearrange(modulation, "m (s p) 1 h -> s m p 1 h", s=steps))
+    modulation = rearrange(modulation, "m (s p) 1 h -> s m p 1 h", s=steps)
+    return Conditions(txt.to(device), modulation.to(device))
 
 
 def conditions_fit(net, num_prompts, steps):
@@ -190,10 +194,14 @@ def sample_sharded(
 
 
 @torch.inference_mode()
-def decode_pictures(autoencoder, tokens, height, width):
-    """Packed latents (B, L, C) to PIL pictures of height x width pixels."""
+def decode_pictures(autoencoder, tokens, height, width, tile=0):
+    """Packed latents (B, L, C) to PIL pictures of height x width pixels; with `tile` decoded in
+    tiles of so many pixels a side.
+    """
     factor = autoencoder.config.downsampling
-    pixels = autoencoder.decode(unpack_latents(tokens, height // factor, width // factor))
+    latents = unpack_latents(tokens, height // factor, width // factor)
+    decode = partial(autoencoder.decode_tiled, tile=tile // factor) if tile else autoencoder.decode
+    pixels = decode(latents)
     if tokens.isfinite().all() and not pixels.isfinite().all():
         raise ValueError(
             "the autoencoder gives NaN or infinite pixels: try dtype=float32, or fetch it again"

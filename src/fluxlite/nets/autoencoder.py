@@ -7,6 +7,8 @@ Shapes: B batch, C channels, H and W in pixels, h and w in latent cells, which a
 pixels along a side.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -184,6 +186,42 @@ class Autoencoder(nn.Module):
         """Scaled latents (B, C, h, w) to images (B, 3, H, W), about [-1, 1]."""
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return self.decoder(z.to(self.decoder.conv_in.weight.dtype))
+
+    def decode_tiled(self, latents, tile):
+        """`decode` in tiles of `tile` cells a side, which overlap by a quarter and are blended
+        there in float32: less memory for large pictures.
+
+        It is not exact: norms and attention see a tile alone. One tile that covers all is.
+        """
+        places = [tile_starts(size, tile) for size in latents.shape[2:]]
+        if all(len(starts) == 1 for starts in places):
+            return self.decode(latents)
+        cell, width = self.config.downsampling, self.config.downsampling * (tile // 4)
+        size = [cell * n for n in latents.shape[2:]]
+        pixels = torch.zeros(len(latents), 3, *size, device=latents.device)
+        total = pixels.new_zeros(size)
+        for y, x in itertools.product(*places):
+            part = self.decode(latents[:, :, y : y + tile, x : x + tile])
+            rows, columns = (edge_ramp(n, width, latents.device) for n in part.shape[2:])
+            weight, top, left = rows[:, None] * columns, cell * y, cell * x
+            there = ..., slice(top, top + len(rows)), slice(left, left + len(columns))
+            pixels[there] += part.float() * weight
+            total[there] += weight
+        return pixels / total
+
+
+def tile_starts(size, tile):
+    """Where tiles begin that cover `size` cells and overlap by a quarter or more."""
+    if size <= tile:
+        return [0]
+    count = -(-(size - tile) // (tile - tile // 4)) + 1
+    return [i * (size - tile) // (count - 1) for i in range(count)]
+
+
+def edge_ramp(size, width, device):
+    """Weights (size,) of a tile's pixels: 1, falling to nearly 0 over `width` pixels at an end."""
+    place = torch.arange(size, device=device) + 0.5
+    return (torch.minimum(place, size - place) / max(width, 0.5)).clamp(max=1)
 
 
 def sample_posterior(mean, logvar, noise=None):

@@ -29,6 +29,8 @@ HINT_STRIDES = (1, 1, 2, 1, 2, 1, 2, 1)  # of the convolutions from pixels to la
 class ControlNet(Trunk):
     """The ControlNet of diffusers' FluxControlNetModel and of XLabs' x-flux."""
 
+    conditioning = *Trunk.conditioning, "mode_in"
+
     def __init__(self, config, attention="auto"):
         super().__init__(config, attention)
         hidden = config.hidden_size
@@ -101,13 +103,6 @@ class ControlNet(Trunk):
             * (outputs * self.config.hidden_size + self.config.in_channels)
         )
         return super().forward_flops(num_text_tokens, num_image_tokens) + own
-
-    def drop_conditioning(self):
-        """Free the weights that `embed_hint` and `samples` do not use; `forward` and `modulate`
-        then raise `ValueError`.
-        """
-        super().drop_conditioning()
-        self.mode_in = None
 
 
 def hint_convolutions(channels_out):

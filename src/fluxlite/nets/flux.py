@@ -67,8 +67,9 @@ def rotate_pairs(x, cos, sin, sign=1):
     cos and sin are `pair_tables` (L, 1, D), and the products float32 as they are.
     """
     swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view_as(x)
-    # an accelerator rounds what it writes; a CPU would write it twice
-    rounded = None if x.device.type == "cpu" else torch.empty_like(x)
+    # an accelerator rounds what it writes, and so does a graph; a CPU would write it twice
+    plain = x.device.type == "cpu" or torch.compiler.is_compiling()
+    rounded = None if plain else torch.empty_like(x)
     return torch.addcmul(x * cos, swapped, sin, value=sign, out=rounded).to(x.dtype)
 
 
@@ -156,10 +157,11 @@ def can_fuse_gelu(linear, x):
     That is in bfloat16 on a CPU, where no gradient is wanted and no compiler is at work. An adapter
     or a hook, which the fused operator would pass by, keeps a linear as it is.
     """
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    able = torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
-    return able and is_plain_linear(linear)
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu":
+        return False
+    return torch.backends.mkldnn.is_available() and is_plain_linear(linear)
 
 
 def is_plain_linear(linear):
@@ -303,6 +305,13 @@ class Trunk(nn.Module):
     """What Flux and its ControlNets are alike in: embedders, modulation, blocks."""
 
     joins_tokens = False  # whether ranks that share tokens join those of its output
+    conditioning = (
+        "modulation",
+        "time_in",
+        "guidance_in",
+        "pooled_in",
+        "txt_in",
+    )  # no step uses them
 
     def __init__(self, config, attention="auto"):
         super().__init__()
@@ -343,7 +352,8 @@ class Trunk(nn.Module):
 
         `forward` and `modulate` then raise `ValueError`.
         """
-        self.modulation = self.time_in = self.guidance_in = self.pooled_in = self.txt_in = None
+        for name in self.conditioning:
+            setattr(self, name, None)
 
     def cast(self, x):
         return x.to(self.img_in.weight.dtype)

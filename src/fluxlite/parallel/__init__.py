@@ -1,11 +1,13 @@
 """Parallelism, applied to a model from outside; one process is a mesh of one.
 
 A run's ranks form a mesh of dp_replicate x dp_shard x cp x tp. The rooms:
-* `plan`: the order in which a model is wrapped, checkpointed, compiled and sharded (FSDP2).
+* `plan`: the order in which a model is wrapped, compiled, checkpointed and sharded (FSDP2).
+* `compilation`: its blocks, compiled and recomputed in the backward.
 * `tensor_parallel`, `tokens`, `modulation`: what ranks share inside a model.
 * `mesh`, `ranks`, `exchange`: the process group, this process in it, what ranks send each other.
 * `float8`: linears that multiply in float8.
-* `weights`: which part of a weight a rank has. `config`: the settings.
+* `weights`, `dealing`: which part of a weight a rank has, and whole ones dealt out over ranks.
+* `config`: the settings.
 
 Gradients: every rank's loss is its samples' mean, so the ranks' gradients are averaged over dp and
 cp. The tp and cp ranks of a sample compute the same loss; where they hold different tokens, what
@@ -14,6 +16,7 @@ they find for shared weights is summed.
 
 # ruff: noqa: F401 (what other wings call)
 
+from fluxlite.parallel.compilation import checkpoint_activations, compile_blocks
 from fluxlite.parallel.config import ParallelConfig
 from fluxlite.parallel.float8 import (
     block_linears,
@@ -23,10 +26,8 @@ from fluxlite.parallel.float8 import (
     quantize_linears,
     train_in_float8,
 )
-from fluxlite.parallel.mesh import Mesh, make_mesh, start_ranks, stop_ranks
+from fluxlite.parallel.mesh import Mesh, make_mesh, settle_copies, start_ranks, stop_ranks
 from fluxlite.parallel.plan import (
-    checkpoint_activations,
-    compile_blocks,
     parallelize,
     reduce_gradients,
     reshard,

@@ -15,7 +15,11 @@ class ParallelConfig:
     """The mesh, and what each of its ranks keeps."""
 
     dp_replicate: int = option(
-        1, "copies of the sharded weights (HSDP)", at_least=1, at_most=MAX_RANKS
+        -1,
+        "copies of the sharded weights (HSDP); -1: one a node where its ranks can hold the state "
+        "and parallel.tp x parallel.cp divides them, else one in all",
+        at_least=-1,
+        at_most=MAX_RANKS,
     )
     dp_shard: int = option(
         -1,
@@ -44,7 +48,8 @@ class ParallelConfig:
     )
     shard_encoders: bool = option(
         False,
-        "shard the T5 encoder over all ranks, gathered block by block: less memory, more traffic",
+        "shard the T5 encoder over a node's ranks, gathered block by block: less memory, more "
+        "traffic",
     )
     reshard_after_forward: bool = option(
         True,
@@ -55,6 +60,12 @@ class ParallelConfig:
         "blocks gathered ahead of the one that computes; 0: what FSDP2 does, one",
         at_least=0,
         at_most=1000,
+    )
+    reduce_dtype: str = option(
+        "float32",
+        "what gradients are added up in over the ranks that share weights; bfloat16 sends half, "
+        "and rounds",
+        choices=("float32", "bfloat16"),
     )
     cpu_offload: bool = option(
         False, "keep sharded weights, gradients and optimizer in host memory"
@@ -99,12 +110,19 @@ class ParallelConfig:
             )
 
     def sizes(self):
-        """(dp_replicate, dp_shard, cp, tp), with -1 filled in.
+        """(dp_replicate, dp_shard, cp, tp), with -1 filled in: of dp_replicate, which
+        `mesh.settle_copies` replaces, with 1, unless dp_shard says how many it takes.
 
         Raises `ValueError` unless their product is the number of ranks.
         """
-        ranks, product = world_size(), self.dp_replicate * self.cp * self.tp
-        fixed = {name: getattr(self, name) for name in ("dp_replicate", "cp", "tp")}
+        if self.dp_replicate == 0:
+            raise ValueError("parallel.dp_replicate=0: set 1 or more copies, or -1")
+        ranks, replicate = world_size(), self.dp_replicate
+        if replicate == -1:
+            copy = self.dp_shard * self.cp * self.tp
+            replicate = ranks // copy if copy > 0 and ranks % copy == 0 else 1
+        product = replicate * self.cp * self.tp
+        fixed = {"dp_replicate": replicate, "cp": self.cp, "tp": self.tp}
         shown = " x ".join(f"{name}={value}" for name, value in fixed.items() if value > 1)
         if ranks == 1 and product > 1:
             raise ValueError(
@@ -122,7 +140,7 @@ class ParallelConfig:
                 f"number of processes, {ranks}: "
                 f"set parallel.dp_shard={ranks // product} or -1"
             )
-        return self.dp_replicate, ranks // product, self.cp, self.tp
+        return replicate, ranks // product, self.cp, self.tp
 
     def check_model(self, shape, num_text_tokens, num_image_tokens):
         """Raise `ValueError` where a model of `shape` does not divide among the ranks.

@@ -64,17 +64,21 @@ def train_in_float8(model, kind):
     warn_for_all(LOSSY, f"parallel.float8={kind}", len(names))
 
 
-def quantize_linears(model):
+def quantize_linears(model, device=None):
     """Round the weights of the blocks' linears to float8 once, a scale a row; inputs are rounded in
-    each product. The model is in bfloat16 on a GPU.
+    each product. The model is in bfloat16; with `device` blocks are moved there, one by one.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     options = dict(granularity=PerRow(), set_inductor_config=False)  # which would set others' too
-    names = block_linears(model).keys()
-    config = Float8DynamicActivationFloat8WeightConfig(**options)
-    quantize_(model, config, filter_fn=lambda _, name: name in names)
-    warn_for_all(LOSSY, "float8=true", len(names))
+    config, count = Float8DynamicActivationFloat8WeightConfig(**options), len(block_linears(model))
+    for block in (*model.double_blocks, *model.single_blocks):
+        quantize_(block, config, filter_fn=is_linear, device=device)
+    warn_for_all(LOSSY, "float8=true", count)
+
+
+def is_linear(module, _name):
+    return isinstance(module, nn.Linear)
 
 
 def plain_values(tensor):

@@ -3,12 +3,17 @@
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fluxlite.cli.devices import memory_bytes
+from fluxlite.parallel.ranks import gather_values, num_nodes, world_size
+
+log = logging.getLogger("fluxlite")
 
 
 @dataclass
@@ -18,6 +23,8 @@ class Mesh:
     fsdp: DeviceMesh  # (dp_shard·cp,), or with HSDP (dp_replicate, dp_shard·cp)
     cp: DeviceMesh
     tp: DeviceMesh
+    shards: DeviceMesh  # (dp_shard·cp·tp,): the ranks that share one copy of the weights
+    node: DeviceMesh  # the ranks of this machine
     world: DeviceMesh
     dp_rank: int  # which samples this rank has
     dp_size: int
@@ -36,8 +43,48 @@ def check_launcher():
         ) from None
 
 
-def start_ranks(config, device):
-    """Join torchrun's process group, or make one of this process alone: (device, `Mesh`)."""
+STATE_SHARE = 0.6  # of a device's memory; the rest is for activations and gathered blocks
+
+
+def settle_copies(config, state_of, memory):
+    """A `ParallelConfig` with parallel.dp_replicate=-1 replaced: by the number of nodes, where a
+    node's ranks can hold a copy and tp x cp divides them, else by 1; the log says which.
+
+    `state_of` gives the bytes of each rank's state where so many ranks share a copy. Each has
+    `memory`.
+    """
+    nodes, per_node = num_nodes(), world_size() // num_nodes()
+    if config.dp_replicate != -1 or config.dp_shard != -1 or nodes == 1:
+        return config
+    if per_node % (config.tp * config.cp):
+        said = f"parallel.tp x parallel.cp does not divide a node's {per_node} ranks"
+        copies = 1
+    else:
+        state = state_of(per_node)
+        copies = nodes if state <= STATE_SHARE * memory else 1
+        said = (
+            f"a copy on a node's {per_node} ranks takes {state / 1e9:.1f} GB of each rank's "
+            f"{memory / 1e9:.0f}, where up to {STATE_SHARE:.0%} are for it"
+        )
+    log.info("parallel.dp_replicate=%d on %d nodes: %s", copies, nodes, said)
+    return replace(config, dp_replicate=copies)
+
+
+def least_memory(device, offload):
+    """Bytes that each rank may keep its state in, the least of all ranks: the GPU's or, with
+    `offload` and on CPUs, a share of the machine's. Collective.
+    """
+    if device.type == "cuda" and not offload:
+        return min(gather_values(memory_bytes(device)))
+    here = world_size() // num_nodes()
+    return min(gather_values(memory_bytes(torch.device("cpu")) // here))
+
+
+def start_ranks(config, device, state_of=None):
+    """Join torchrun's process group, or make one of this process alone: (device, `Mesh`).
+
+    `state_of` is as in `settle_copies`, which is asked where it is given.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -50,8 +97,10 @@ def start_ranks(config, device):
             check_launcher()
             alone = {}
         dist.init_process_group(backend, timeout=timeout, **alone)
+    if state_of:
+        config = settle_copies(config, state_of, least_memory(device, config.cpu_offload))
     mesh = make_mesh(config, device)
-    for part in (mesh.fsdp, mesh.cp, mesh.tp, mesh.world):
+    for part in (mesh.fsdp, mesh.cp, mesh.tp, mesh.shards, mesh.node, mesh.world):
         for group in part.get_all_groups():
             # new groups have their backend's default
             dist.distributed_c10d._set_pg_timeout(timeout, group)
@@ -71,9 +120,22 @@ def make_mesh(config, device):
         device.type, (replicate, shard * cp, tp), mesh_dim_names=("dp_replicate", "fsdp", "tp")
     )
     world = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
-    fsdp = by_weights["dp_replicate", "fsdp"] if replicate > 1 else by_weights["fsdp"]
-    dp_rank = by_tokens.get_local_rank("dp")
-    return Mesh(fsdp, by_tokens["cp"], by_weights["tp"], world, dp_rank, replicate * shard)
+    return Mesh(
+        fsdp=by_weights["dp_replicate", "fsdp"] if replicate > 1 else by_weights["fsdp"],
+        cp=by_tokens["cp"],
+        tp=by_weights["tp"],
+        shards=by_weights["fsdp", "tp"]._flatten("shards") if tp > 1 else by_weights["fsdp"],
+        node=node_mesh(device) if num_nodes() > 1 else world,
+        world=world,
+        dp_rank=by_tokens.get_local_rank("dp"),
+        dp_size=replicate * shard,
+    )
+
+
+def node_mesh(device):
+    """The ranks of this machine, of several with as many ranks each."""
+    sizes = num_nodes(), dist.get_world_size() // num_nodes()
+    return init_device_mesh(device.type, sizes, mesh_dim_names=("nodes", "node"))["node"]
 
 
 def stop_ranks():

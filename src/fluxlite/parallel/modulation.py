@@ -42,6 +42,14 @@ def feature_order(widths, ranks):
     return [len(part) for part in of_rank], torch.cat(of_rank).argsort()
 
 
+def stored_dtype(parameters, otherwise):
+    """The type of all of some parameters, or `otherwise` where they differ: frozen ones lie in the
+    compute dtype, trained ones in float32.
+    """
+    kinds = {p.dtype for p in parameters}
+    return kinds.pop() if len(kinds) == 1 else otherwise
+
+
 def modulate_spread(modulation, mesh, counts, order, dtype, vec):
     """`Modulation.forward` where each rank has some features of each linear, `counts` of them in
     all.
@@ -50,12 +58,14 @@ def modulate_spread(modulation, mesh, counts, order, dtype, vec):
     each rank's features, and come back whole as (B, features). That is one all-gather and one
     all-to-all of a few MB a sample. The weights' gradient, a sum over the rows of all ranks, is
     averaged as FSDP2 does. So few rows do not pay a cast of the weights: they compute in the
-    weights' type, and only what travels is in `dtype`.
+    weights' type, and only what travels is in `dtype`. Nor do they pay a copy: weights in host
+    memory (`parallel.cpu_offload`) compute there.
     """
     ranks, mine = mesh.size(), counts[mesh.get_local_rank()]
-    linears = [(lin.weight.to_local(), lin.bias.to_local()) for lin in modulation.linears()]
-    rows = ScaleGradient.apply(gather_rows(vec, mesh).to(linears[0][0].dtype), ranks)
+    stored = stored_dtype(modulation.parameters(), dtype)
+    linears = [[p.to_local().to(stored) for p in lin.parameters()] for lin in modulation.linears()]
+    rows = ScaleGradient.apply(gather_rows(vec, mesh).to(linears[0][0]), ranks)
     out = torch.cat([F.linear(rows, weight, bias) for weight, bias in linears], dim=-1)
-    out = ScaleGradient.apply(out, 1 / ranks).to(dtype)
+    out = ScaleGradient.apply(out, 1 / ranks).to(vec.device, dtype)
     out = rearrange(out, "(r b) f -> (r f) b", r=ranks)
     return exchange_parts(out, mesh, counts, [mine] * ranks).index_select(0, order).T

@@ -11,27 +11,22 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
-from fluxlite.parallel.config import checkpoint_interval
+from fluxlite.parallel.compilation import blocks_of, checkpoint_activations, compile_blocks
 from fluxlite.parallel.exchange import SumGradient
 from fluxlite.parallel.float8 import train_in_float8
-from fluxlite.parallel.modulation import spread_modulation
+from fluxlite.parallel.modulation import spread_modulation, stored_dtype
 from fluxlite.parallel.tensor_parallel import shard_heads
 from fluxlite.parallel.tokens import share_tokens
 
 
 def parallelize(model, mesh, config, dtype, *, compile=False):
-    """Wrap a model as `config` says: float8 → tp → cp → modulation → checkpointing → compile →
+    """Wrap a model as `config` says: float8 → tp → cp → modulation → compile → checkpointing →
     FSDP2.
 
     The model, on any device or meta, has double_blocks, single_blocks and a modulation. Compute is
-    in `dtype`; weights, gradients and their reduction stay float32. `fill_weights` then gives a
-    model on meta its weights.
+    in `dtype`; trained weights and gradients stay float32. `fill_weights` then gives a model on
+    meta its weights.
     """
     if config.float8 != "none" and any(p.requires_grad for p in model.parameters()):
         train_in_float8(model, config.float8)
@@ -39,64 +34,22 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
         shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
     if mesh.cp.size() > 1 or config.sequence_parallel:
         share_tokens(model, mesh.cp, mesh.tp if config.sequence_parallel else None)
-    alone, spread = mesh.fsdp.size() == 1, config.shard_modulation and mesh.world.size() > 1
+    alone = mesh.fsdp.size() == 1 and not config.cpu_offload  # FSDP2 does the offloading
+    spread = config.shard_modulation and mesh.world.size() > 1
     if spread:
         spread_modulation(model.modulation, mesh.world, dtype)
+    checkpointing = config.activation_checkpointing
+    if compile:
+        compile_blocks(model, checkpointing)
     if alone:
         compute_in(model, dtype, spread)
-    checkpoint_activations(model, config.activation_checkpointing)
-    if compile:
-        compile_blocks(model)
+    if not (compile and checkpointing == "selective"):  # which is in the graphs already
+        checkpoint_activations(model, checkpointing)
     if config.sequence_parallel:
         model.modulation.register_forward_hook(
             lambda _module, _args, out: SumGradient.apply(out, mesh.tp)
         )
     return model if alone else shard_weights(model, mesh.fsdp, config, dtype, spread)
-
-
-def blocks_of(model):
-    """All blocks of a model, in the order of its forward."""
-    return [*model.double_blocks, *model.single_blocks]
-
-
-# --- activation checkpointing and compilation ----------------------------------------------------
-
-# What selective checkpointing keeps: the linears' products, fused attention, and what ranks sent.
-SAVED_NAMES = """mm addmm linear _scaled_mm _scaled_dot_product_flash_attention
-    _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
-    _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"""
-SAVED_OPERATORS = {torch.ops._c10d_functional.all_to_all_single.default} | {
-    getattr(torch.ops.aten, name).default
-    for name in SAVED_NAMES.split()
-    if hasattr(torch.ops.aten, name)
-}
-
-
-def checkpoint_activations(model, kind):
-    """Make blocks recompute their forward in the backward.
-
-    That is all of them with "full", each k-th with "k", all in part with "selective".
-    """
-    if kind == "none":
-        return
-
-    def policy(_context, operator, *_args, **_kwargs):
-        kept = operator in SAVED_OPERATORS
-        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    # an early stop may leave a collective unwaited
-    options = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)
-    if kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
-    for block in blocks_of(model)[:: checkpoint_interval(kind) or 1]:
-        block.forward = partial(checkpoint, block.forward, **options)
-
-
-def compile_blocks(model):
-    """Compile each block by itself: one compilation serves all blocks of a kind."""
-    for block in blocks_of(model):
-        block.compile()
-    return model
 
 
 # --- FSDP2 ---------------------------------------------------------------------------------------
@@ -109,7 +62,8 @@ def shard_weights(model, mesh, config, dtype, spread):
     """
     # nothing here writes to outputs in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    precision = dict(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    reduced = getattr(torch, config.reduce_dtype)
+    precision = dict(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
     options = dict(
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(**precision),
@@ -141,10 +95,14 @@ def shard_frozen(model, blocks, mesh):
     fully_shard(model, mesh=mesh)
 
 
-def reduce_gradients(model, flag):
-    """Whether the next backward reduces gradients over ranks, or leaves that to a later one."""
+def reduce_gradients(model, last):
+    """How the next backward, the `last` of a step or one before it, reduces gradients over ranks.
+
+    Each adds them up over the ranks that share the weights, so that none holds more of them than
+    its part. Only the last does so over the copies of the weights (HSDP).
+    """
     if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(flag)
+        model.set_requires_all_reduce(last)
 
 
 def reshard(model):
@@ -164,14 +122,17 @@ def compute_in(model, dtype, spread):
     """Mixed precision on one rank: blocks and ends see their weights in `dtype` while they run.
 
     FSDP2 on one rank does the same with two more copies of everything, an eighth of a step on a
-    CPU. The modulation computes in the type of its weights: so few rows pass through it that to
-    cast them costs more than to use them. Where it is `spread` it does so already.
+    CPU. The modulation computes in the type of its weights, unless some are frozen and some are
+    not: so few rows pass through it that to cast them costs more than to use them. Where it is
+    `spread` it does so already.
     """
-    blocks = blocks_of(model)
-    inside = {*model.modulation.parameters()}.union(*(block.parameters() for block in blocks))
+    blocks, modulation = blocks_of(model), model.modulation
+    inside = {*modulation.parameters()}.union(*(block.parameters() for block in blocks))
     if not spread:
-        forward, stored = model.modulation.forward, next(model.modulation.parameters()).dtype
-        model.modulation.forward = partial(_as_stored, forward, stored, dtype)
+        stored, forward = stored_dtype(modulation.parameters(), dtype), modulation.forward
+        if any(p.dtype != stored for p in modulation.parameters()):
+            forward = partial(_with_cast, forward, _owners(modulation, ()), stored)
+        modulation.forward = partial(_as_stored, forward, stored, dtype)
     for block in blocks:
         block.forward = partial(_with_cast, block.forward, _owners(block, ()), dtype)
     model.forward = partial(_with_cast, model.forward, _owners(model, inside), dtype)

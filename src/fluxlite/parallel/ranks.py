@@ -18,6 +18,12 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
+def num_nodes():
+    """Machines of this run, each with as many processes; 1 where they have not as many."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    return 1 if world_size() % here else world_size() // here
+
+
 # gloo raises a bare RuntimeError, its text after the place in gloo's source
 GLOO_FAILURE = re.compile(
     r"\[\S*gloo/(transport|rendezvous)/\S+:\d+\] (Connection closed by peer|Connect timeout"

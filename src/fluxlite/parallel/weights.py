@@ -9,13 +9,15 @@ def local_tensor(tensor):
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def local_part(tensor):
-    """The slices of the whole that this rank's part of a DTensor is; of others, all of it."""
+def local_part(tensor, coordinate=None):
+    """The slices of the whole that this rank's part of a DTensor is, or that of the rank at a
+    `coordinate` of its mesh; of others, all of it.
+    """
     if not isinstance(tensor, DTensor):
         return tuple(slice(0, size) for size in tensor.shape)
     begin, size = [0] * tensor.ndim, list(tensor.shape)
     mesh = tensor.device_mesh
-    splits = zip(tensor.placements, mesh.shape, mesh.get_coordinate())
+    splits = zip(tensor.placements, mesh.shape, coordinate or mesh.get_coordinate())
     splits = [split for split in splits if hasattr(split[0], "dim")]
     # FSDP2 splits what tensor parallelism has split, though its mesh dimension comes first: that is
     # what split_factor says

@@ -23,6 +23,10 @@ class PreflightConfig:
     """What this module takes beside the keys of `train.py`."""
 
     ranks: int = option(MISSING, "processes of the run", at_least=1, at_most=65_536)
+    per_node: int = option(8, "processes of a node", at_least=1, at_most=65_536)
+    memory: float = option(
+        80, "GB of each GPU, which parallel.dp_replicate=-1 asks", at_least=1, at_most=100_000
+    )
 
 
 def print_prediction(found):
@@ -54,7 +58,7 @@ def body(arguments):
         from fluxlite.preflight.prediction import predict_step
 
     config, rest = parse_flags(PreflightConfig, arguments, rest=True)
-    found = predict_step(rest, config.ranks)
+    found = predict_step(rest, config.ranks, config.per_node, config.memory * 1e9)
     print_prediction(found)
     sent = {" over ".join(key): size for key, size in found["sent"].items()}
     calls = {" over ".join(key): count for key, count in found["calls"].items()}

@@ -9,6 +9,7 @@ import os
 import weakref
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from fluxlite.data.cache import POSTERIORS
 from fluxlite.draw.pipeline import BESIDE_FOLDERS
 from fluxlite.parallel.weights import local_tensor
 from fluxlite.settings import TrainConfig
-from fluxlite.train.setup import FrozenParts, assemble_run
+from fluxlite.train.setup import FrozenParts, assemble_run, state_per_rank
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.training_step import optimizer_step, train_step
 from fluxlite.weights.sources import TINY
@@ -118,7 +119,7 @@ def groups_of(mesh):
     """{name of a process group: (mesh dimension, ranks)} of a `parallel.Mesh`."""
     found = {}
     # of meshes that share a group the last names it
-    for part in (mesh.world, mesh.cp, mesh.tp, mesh.fsdp):
+    for part in (mesh.world, mesh.shards, mesh.cp, mesh.tp, mesh.fsdp):
         for dimension in part.mesh_dim_names:
             group = part.get_group(dimension)
             found[group.group_name] = dimension, group.size()
@@ -126,12 +127,12 @@ def groups_of(mesh):
 
 
 @contextmanager
-def fake_ranks(ranks):
+def fake_ranks(ranks, per_node):
     """A process group of so many ranks, of which this is rank 0 and the others are pretended."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     environment = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE=str(ranks))
+    os.environ.update(RANK="0", WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(min(per_node, ranks)))
     try:
         dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
         yield
@@ -141,16 +142,18 @@ def fake_ranks(ranks):
         os.environ.update(environment)
 
 
-def predict_step(arguments, ranks):
+def predict_step(arguments, ranks, per_node=8, memory=80e9):
     """{"memory": bytes of each kind, "sent": {(collective, dimension): bytes}, "calls"} of one step
-    of `train.py arguments`.
+    of `train.py arguments` on nodes of `per_node` ranks, each of `memory` bytes.
     """
-    with fake_ranks(ranks):
+    with fake_ranks(ranks, per_node):
         config = compose_config(TrainConfig, "train", on_fake_ranks(arguments))
         name_parts(config)
         config.validate()
         config = config.settled()
         device = torch.device("cpu")
+        state_of = partial(state_per_rank, config)
+        config.parallel = parallel.settle_copies(config.parallel, state_of, memory)
         mesh = parallel.make_mesh(config.parallel, device)
         task = choose_task(config)
         models = [wrap(config, mesh) for wrap, _ in task.models]
@@ -194,7 +197,8 @@ def on_fake_ranks(arguments):
     """The arguments of `train.py` for ranks that compute nothing: device, resume and the type of
     products do not matter.
     """
-    kept = [a for a in arguments if not a.startswith(("device=", "resume=", "parallel.float8="))]
+    free = "device=", "resume=", "compile=", "parallel.float8="
+    kept = [a for a in arguments if not a.startswith(free)]
     typed = any(a.startswith("dtype=") for a in kept)
     return [*kept, "device=cpu"] if typed else [*kept, "device=cpu", "dtype=bfloat16"]
 

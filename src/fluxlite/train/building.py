@@ -22,22 +22,25 @@ def meta_flux(config):
 
 
 def wrap_flux(config, mesh, *, frozen=False):
-    """The transformer on meta, wrapped as the configuration says; frozen it is in the compute
-    dtype.
-    """
+    """The transformer on meta, wrapped as the configuration says."""
     model = meta_flux(config)
     if frozen:
-        model.to(getattr(torch, config.dtype)).requires_grad_(False)
+        model.requires_grad_(False)
     else:
         optim.freeze_parameters(model.train(), config.optim)
     return wrap_model(model, config, mesh)
 
 
 def wrap_model(model, config, mesh):
-    """A model on meta, parallelized."""
-    return parallel.parallelize(
-        model, mesh, config.parallel, getattr(torch, config.dtype), compile=config.compile
-    )
+    """A model on meta, parallelized unless `mesh` is None; what is frozen of it lies in the compute
+    dtype.
+    """
+    dtype = getattr(torch, config.dtype)
+    for p in model.parameters():
+        p.data = p.data if p.requires_grad else p.data.to(dtype)
+    if mesh is None:
+        return model
+    return parallel.parallelize(model, mesh, config.parallel, dtype, compile=config.compile)
 
 
 def open_base(config, save_converted=None):

@@ -10,6 +10,7 @@ import math
 import signal
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from fluxlite.train.grids import draw_grid, encode_grid
 from fluxlite.train.metrics import Metrics, Throughput
 from fluxlite.train.plots import plot_losses
 from fluxlite.train.resume import describe_data, describe_run, find_resume, warn_of_changed_data
-from fluxlite.train.setup import open_data, set_up
+from fluxlite.train.setup import open_data, set_up, state_per_rank
 from fluxlite.train.training_step import train_step
 from fluxlite.train.validation import averaged_weights, encode_validation, validation_losses
 from fluxlite.weights.tensor_files import atomic_weights
@@ -44,11 +45,14 @@ class RunMonitor:
 
 def train(config):
     """Train as `config`, a `TrainConfig`, says; returns the run's folder."""
-    device, mesh = parallel.start_ranks(config.parallel, config.device)
+    state_of = partial(state_per_rank, config)
+    device, mesh = parallel.start_ranks(config.parallel, config.device, state_of)
     with run_state.locked_run(config.output):
         last = find_resume(config)
         run, monitor, batches, start = start_run(config, device, mesh, last)
         with held_signals() as caught, closing(monitor.metrics), closing(batches):
+            if config.compile and start < config.steps:
+                monitor.metrics.announce("compiling: the first step takes longer")
             steps = range(start + 1, config.steps + 1)
             for step in profile_of(config, device).over(steps):
                 micro = [next(batches) for _ in range(run.micro_batches)]

@@ -257,6 +257,15 @@ class Metrics:
             parts = [f"step {step}/{self.total_steps}", text, f"{tqdm.format_interval(left)} left"]
             print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
+    def announce(self, text):
+        """Show why the next step takes long, until it is done."""
+        if not (self.enabled and self.config.progress):
+            return
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            print(f"step {self.start_step}/{self.total_steps}, {text}", file=sys.stderr, flush=True)
+
     def close(self):
         """Flush and close everything; may be called again."""
         bar, writer, wandb = self.bar, self.writer, self.wandb

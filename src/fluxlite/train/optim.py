@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from fluxlite.cli.options import option
-from fluxlite.parallel.weights import local_part, local_tensor
+from fluxlite.parallel.dealing import collect_parts, deal_tensors
+from fluxlite.parallel.weights import local_tensor
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
@@ -73,18 +74,33 @@ def freeze_parameters(model, config):
         raise ValueError("optim.trainable and optim.freeze leave nothing to train")
 
 
-def make_optimizers(model, config):
+def muon_names(model, config):
+    """Names of the parameters that Muon updates: with optim.kind=muon the blocks' matrices."""
+    named = model.named_parameters() if config.kind == "muon" else ()
+    return {name for name, p in named if p.requires_grad and p.ndim == 2 and "_blocks." in name}
+
+
+def state_bytes(model, config):
+    """{parameter: bytes that it takes with its gradient, optimizer and average}, all float32; of a
+    frozen one its own.
+    """
+    in_muon, found = muon_names(model, config), {}
+    for name, p in model.named_parameters():
+        moments = 1 if name in in_muon else 2
+        copies = 2 + moments + (config.ema_decay > 0)
+        found[name] = p.numel() * 4 * copies if p.requires_grad else p.nbytes
+    return found
+
+
+def make_optimizers(model, config, mesh=None):
     """The optimizers of the trainable parameters, a list: AdamW alone, or Muon for the blocks'
     matrices before it.
 
-    Weight decay is on matrices only. All follow one learning rate.
+    Weight decay is on matrices only. All follow one learning rate. A sharded model is so over a
+    `parallel.Mesh`.
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    in_muon = {
-        name
-        for name, p in named.items()
-        if config.kind == "muon" and p.ndim == 2 and "_blocks." in name
-    }
+    in_muon = muon_names(model, config)
     groups = {}
     for name, p in named.items():
         if name not in in_muon:  # a fused step takes tensors of one mesh and device
@@ -96,12 +112,8 @@ def make_optimizers(model, config):
     optimizers = [torch.optim.AdamW(list(groups.values()), **options)] if groups else []
     if in_muon:
         matrices = [named[name] for name in named if name in in_muon]
-        optimizers.insert(
-            0,
-            Muon(
-                matrices, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-            ),
-        )
+        options = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        optimizers.insert(0, Muon(matrices, mesh=mesh, **options))
     return optimizers
 
 
@@ -126,12 +138,13 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised, for matrices (Jordan et al., 2024), scaled to
     AdamW's usual size (arXiv 2502.16982).
 
-    A sharded matrix is gathered for its update, which every rank computes whole: exact on any mesh,
-    at the price of an all-gather.
+    Sharded matrices are dealt out over the ranks that share them: each is whole on one, which
+    computes its update and sends the others their parts. That is exact on any mesh.
     """
 
-    def __init__(self, parameters, *, lr, momentum, weight_decay):
+    def __init__(self, parameters, *, lr, momentum, weight_decay, mesh=None):
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.mesh = mesh
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -141,24 +154,37 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("Muon takes no closure")
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                if "momentum" not in self.state[p]:
-                    self.state[p]["momentum"] = torch.zeros_like(p)
-                mean = self.state[p]["momentum"]
-                moved = mean.lerp(p.grad, 1 - group["momentum"])
-                update = self.orthogonalised(p.grad.lerp(moved, group["momentum"]))
-                stepped = local_tensor(p) * (1 - group["lr"] * group["weight_decay"])
-                stepped.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
-                skipped = getattr(self, "found_inf", None)
-                for old, new in ((mean, moved), (p, stepped)):
-                    replace_unless(skipped, local_tensor(old), local_tensor(new))
+            found = [p for p in group["params"] if p.grad is not None]
+            found.sort(key=lambda p: p.numel(), reverse=True)  # those of a round cost the same
+            ranks = self.mesh.shards.size() if self.mesh else 1
+            for first in range(0, len(found), ranks):
+                self.step_round(group, found[first : first + ranks])
 
-    @staticmethod
-    def orthogonalised(update):
-        """This rank's part of the whole update."""
-        if not isinstance(update, DTensor):
-            return orthogonalise_matrix(update)
-        return orthogonalise_matrix(update.full_tensor())[local_part(update)]
+    def step_round(self, group, matrices):
+        """Update some matrices, no more than there are ranks to deal them to."""
+        means, grads = [], []
+        for p in matrices:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            means.append(local_tensor(self.state[p]["momentum"]))
+            grads.append(local_tensor(p.grad))
+        moved = [mean.lerp(grad, 1 - group["momentum"]) for mean, grad in zip(means, grads)]
+        updates = [grad.lerp(new, group["momentum"]) for grad, new in zip(grads, moved)]
+        skipped = getattr(self, "found_inf", None)
+        for p, mean, new, update in zip(matrices, means, moved, self.shared(matrices, updates)):
+            stepped = local_tensor(p) * (1 - group["lr"] * group["weight_decay"])
+            stepped.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+            replace_unless(skipped, mean, new)
+            replace_unless(skipped, local_tensor(p), stepped)
+
+    def shared(self, matrices, updates):
+        """This rank's parts of the orthogonalised updates, each computed on one rank."""
+        if not isinstance(matrices[0], DTensor):
+            return [orthogonalise_matrix(update) for update in updates]
+        whole = deal_tensors(updates, matrices, self.mesh)
+        if whole is not None:
+            whole = orthogonalise_matrix(whole)
+        return collect_parts(whole, updates, matrices, self.mesh)
 
 
 def replace_unless(skipped, old, new):

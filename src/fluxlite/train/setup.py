@@ -76,6 +76,17 @@ def set_up(config, device, mesh):
     return assemble_run(config, device, mesh, task, task.build_models(config, device, mesh), parts)
 
 
+def state_per_rank(config, ranks):
+    """Bytes of what lives from step to step on each of `ranks` that share one copy of the weights;
+    the modulation may be spread over all there are.
+    """
+    total, widest = 0, parallel.world_size() if config.parallel.shard_modulation else ranks
+    for wrap, _ in choose_task(config).models:
+        for name, size in optim.state_bytes(wrap(config, None), config.optim).items():
+            total += size / (widest if name.startswith("modulation.") else ranks)
+    return total
+
+
 def warn_of_warmup(config):
     """Say so where a run ends before its learning rate has risen to `optim.lr`."""
     if config.optim.warmup >= config.steps:
@@ -85,7 +96,7 @@ def warn_of_warmup(config):
 
 def assemble_run(config, device, mesh, task, models, parts):
     """The `Run` of a task's wrapped models."""
-    optimizers = optim.make_optimizers(models[0], config.optim)
+    optimizers = optim.make_optimizers(models[0], config.optim, mesh)
     ema = optim.EMA(models[0], config.optim.ema_decay) if config.optim.ema_decay else None
     _, *cells = config.latent_shape()
     positions = position_ids(*cells, config.model.max_sequence_length).to(device)
@@ -107,7 +118,7 @@ def load_parts(config, device, mesh):
     names = config.model.t5, config.model.clip
     encoders = load_text_encoders(*names, t5_device="cpu" if sharded else device, **where)
     if sharded:
-        parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.world)
+        parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.node)
     check_widths(config.model.shape(), encoders=encoders)
     return FrozenParts(sources.load_autoencoder(source, **where), encoders)
 

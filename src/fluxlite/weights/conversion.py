@@ -5,7 +5,8 @@ tensor is read.
 """
 
 import itertools
-from functools import reduce
+from dataclasses import astuple
+from functools import lru_cache, reduce
 
 import torch
 
@@ -26,7 +27,13 @@ def build_on_meta(config, *options):
 
 def our_tensors(config):
     """{name: meta tensor} of a model in our layout."""
-    return build_on_meta(config).state_dict()
+    return dict(_tensors_of(type(config), astuple(config)))
+
+
+@lru_cache(maxsize=8)
+def _tensors_of(cls, values):
+    """`our_tensors` of the configuration cls(*values): building FLUX.1 on meta takes seconds."""
+    return build_on_meta(cls(*values)).state_dict()
 
 
 def model_rules(layout, config):

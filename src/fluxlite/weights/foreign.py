@@ -25,7 +25,7 @@ TELLTALE_KEYS = (
     (
         r"(?i)lora|\.hada_|\.lokr_|\.dora_scale|\.oft_(blocks|diag)|\.diff(_b)?$",
         "a LoRA or its like, not a model",
-        "adapters are not supported yet: name the model that it was merged into",
+        "name it as lora=, and as this the model that it changes",
     ),
     (
         r"ip_adapter|^image_proj|\.to_k_ip\.",

@@ -273,10 +273,10 @@ def stage_of(row):
     return next((stage for prefix, stage in prefixes.items() if ours.startswith(prefix)), 0)
 
 
-def spell_rows(layout, config):
+def spell_rows(layout, config, tables=TABLES):
     """Yield (row, block number) of all rows that a model of this shape has, block after block."""
     depths = (1, config.num_double_blocks, config.num_single_blocks, 1)
-    rows, absent = TABLES[layout], [] if config.guidance_embed else ["guidance_in"]
+    rows, absent = tables[layout], [] if config.guidance_embed else ["guidance_in"]
     if config.part == "controlnet":
         rows = [*rows, *CONTROL_TABLES[layout]]
         absent += ["out.", "modulation.out"]
@@ -288,10 +288,10 @@ def spell_rows(layout, config):
             yield from ((row, i) for row in of_stage)
 
 
-def flux_rules(layout, config):
+def flux_rules(layout, config, tables=TABLES):
     """The rules between a foreign layout of a transformer or a ControlNet and ours."""
     found = []
-    for (theirs, ours, transform), i in spell_rows(layout, config):
+    for (theirs, ours, transform), i in spell_rows(layout, config, tables):
         for leaf in ("weight", "bias") if theirs[0].endswith(".*") else [""]:
             mine, foreign = spell_names(ours, i, leaf), spell_names(theirs, i, leaf)
             found.append(Rule(foreign, mine, transform, foreign[1:] if transform is TWICE else ()))

@@ -63,6 +63,7 @@ class Source:
     averaged: bool = False  # whether it is the moving average of a run
     # raises `ValueError` where a run's files are not as they were written
     check_whole: Callable = lambda: None
+    base: object = None  # the `Source` that this one is with LoRAs in it: digests are the base's
 
     def num_bytes(self):
         return tensor_files.num_bytes(self.described)
@@ -310,6 +311,8 @@ def load_controlnet(where, *, attention="auto", dtype=None, device="cpu"):
 def load_autoencoder(where, *, dtype=None, device="cpu"):
     """An Autoencoder from a diffusers `vae/` folder, the pipeline's around it, or `ae.safetensors`.
 
-    Raises `ValueError`.
+    On CUDA its weights lie channels last, as cuDNN's tensor cores take them. Raises `ValueError`.
     """
-    return _load(open_part(where, "autoencoder"), dtype, device)
+    found = _load(open_part(where, "autoencoder"), dtype, device)
+    on_cuda = torch.device(device).type == "cuda"
+    return found.to(memory_format=torch.channels_last) if on_cuda else found

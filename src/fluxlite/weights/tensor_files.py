@@ -225,6 +225,7 @@ class Digests:
 
     def _digest(self, name, source):
         try:
+            source = source.base or source
             dtype, shape = source.described[name]
             size = max(1, num_bytes({name: (dtype, shape)}))
             digest, step = hashlib.sha256(), max(1, DIGEST_BYTES * shape[0] // size)

@@ -174,7 +174,7 @@ def _write_shards(source, to, shards, files, progress):
 
 
 def _metadata(source, to):
-    kept = {k: v for k, v in source.metadata.items() if k == "training"}
+    kept = {k: v for k, v in source.metadata.items() if k in ("training", "loras")}
     if source.settings:
         kept["sampling"] = json.dumps(source.settings)
     if getattr(source.config, "scheduler", None):

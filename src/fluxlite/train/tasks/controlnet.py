@@ -172,7 +172,8 @@ def wrap_controlnet(config, mesh):
             "optim.trainable and optim.freeze leave nothing to train that a gradient can reach: "
             "see controlnet's depth"
         )
-    log_unused(net.config, base, unused)
+    if mesh:
+        log_unused(net.config, base, unused)
     return wrap_model(net, config, mesh)
 
 

@@ -15,8 +15,8 @@ class Task:
     """What is trained, beside what, and on which inputs."""
 
     name: str  # of what is trained, as a checkpoint says it
-    # of the trained model first, of a Flux last: (config, mesh) → wrapped on meta, and
-    # (config, device) → its (name, values), one by one
+    # of the trained model first, of a Flux last: (config, mesh) → wrapped on meta, for no mesh as
+    # it is, and (config, device) → its (name, values), one by one
     models: tuple
     velocity_of: Callable  # (models) → velocity(img, txt, rope, *, t, pooled, guidance, **inputs)
     check_settings: Callable = lambda config: None  # raises `ValueError`

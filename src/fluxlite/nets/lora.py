@@ -1,0 +1,235 @@
+"""Differences of a linear's weight that are not stored whole, and a linear that computes with them.
+
+`LowRank`, `Hadamard`, `Kronecker` and `Dense` are the forms in which LoRA files hold a difference
+ΔW (out, in). Each can be written out (`dense`), cut (`rows`, `columns`) and applied to inputs
+without being written out. `Term` is such a form as a module, with its strength and, of DoRA, how
+the sum is rescaled. `AdaptedLinear` is a linear with terms beside its weight, which is untouched.
+
+Definitions: LoRA arXiv 2106.09685; LoHa and LoKr LyCORIS, arXiv 2309.14859; DoRA arXiv 2402.09353.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def pick_indices(tensor, index, dim):
+    """The rows (dim 0) or columns (dim 1) `index` of a tensor, a view where they are adjacent."""
+    first, count = int(index[0]), len(index)
+    if torch.equal(index, torch.arange(first, first + count)):
+        return tensor.narrow(dim, first, count)
+    return tensor.index_select(dim, index.to(tensor.device))
+
+
+class LowRank(NamedTuple):
+    """up (out, r) · down (r, in)."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+
+    @property
+    def shape(self):
+        return self.up.shape[0], self.down.shape[1]
+
+    def dense(self):
+        return self.up @ self.down
+
+    def rows(self, index):
+        return LowRank(self.down, pick_indices(self.up, index, 0))
+
+    def columns(self, index):
+        return LowRank(pick_indices(self.down, index, 1), self.up)
+
+    def apply(self, x):
+        return F.linear(F.linear(x, self.down), self.up)
+
+
+class Hadamard(NamedTuple):
+    """(w1_a · w1_b) ∘ (w2_a · w2_b), each factor (out, r) · (r, in): LoHa."""
+
+    w1_a: torch.Tensor
+    w1_b: torch.Tensor
+    w2_a: torch.Tensor
+    w2_b: torch.Tensor
+
+    @property
+    def shape(self):
+        return self.w1_a.shape[0], self.w1_b.shape[1]
+
+    def dense(self):
+        return (self.w1_a @ self.w1_b) * (self.w2_a @ self.w2_b)
+
+    def rows(self, index):
+        w1_a, w2_a = (pick_indices(w, index, 0) for w in (self.w1_a, self.w2_a))
+        return Hadamard(w1_a, self.w1_b, w2_a, self.w2_b)
+
+    def columns(self, index):
+        w1_b, w2_b = (pick_indices(w, index, 1) for w in (self.w1_b, self.w2_b))
+        return Hadamard(self.w1_a, w1_b, self.w2_a, w2_b)
+
+    def apply(self, x):
+        return F.linear(x, self.dense())
+
+
+class Kronecker(NamedTuple):
+    """w1 ⊗ w2, each factor whole or two that are multiplied, and the rows and columns of it that
+    are meant: LoKr.
+    """
+
+    w1: torch.Tensor | None
+    w1_a: torch.Tensor | None
+    w1_b: torch.Tensor | None
+    w2: torch.Tensor | None
+    w2_a: torch.Tensor | None
+    w2_b: torch.Tensor | None
+    row_index: torch.Tensor | None = None
+    column_index: torch.Tensor | None = None
+
+    def factors(self):
+        """w1 and w2, multiplied out."""
+        first = self.w1 if self.w1 is not None else self.w1_a @ self.w1_b
+        return first, self.w2 if self.w2 is not None else self.w2_a @ self.w2_b
+
+    def factor_shapes(self):
+        """Their shapes."""
+        w1 = self.w1.shape if self.w1 is not None else (len(self.w1_a), self.w1_b.shape[1])
+        w2 = self.w2.shape if self.w2 is not None else (len(self.w2_a), self.w2_b.shape[1])
+        return w1, w2
+
+    @property
+    def shape(self):
+        (rows, columns), (of_rows, of_columns) = self.factor_shapes()
+        found = [rows * of_rows, columns * of_columns]
+        for dim, index in enumerate((self.row_index, self.column_index)):
+            found[dim] = found[dim] if index is None else len(index)
+        return tuple(found)
+
+    def dense(self):
+        whole = torch.kron(*self.factors())
+        for dim, index in enumerate((self.row_index, self.column_index)):
+            whole = whole if index is None else pick_indices(whole, index.cpu(), dim)
+        return whole
+
+    def rows(self, index):
+        index = index if self.row_index is None else self.row_index[index]
+        return self._replace(row_index=index)
+
+    def columns(self, index):
+        index = index if self.column_index is None else self.column_index[index]
+        return self._replace(column_index=index)
+
+    def apply(self, x):
+        if self.row_index is not None or self.column_index is not None:
+            return F.linear(x, self.dense())
+        w1, w2 = self.factors()
+        x = x.unflatten(-1, (w1.shape[1], w2.shape[1]))  # x as a matrix X: w1 · X · w2ᵀ
+        return (w1 @ F.linear(x, w2)).flatten(-2)
+
+
+class Dense(NamedTuple):
+    """A difference as it is: of a weight, or of a bias or scale (out,)."""
+
+    diff: torch.Tensor
+
+    @property
+    def shape(self):
+        return tuple(self.diff.shape)
+
+    def dense(self):
+        return self.diff
+
+    def rows(self, index):
+        return Dense(pick_indices(self.diff, index, 0))
+
+    def columns(self, index):
+        return Dense(pick_indices(self.diff, index, 1))
+
+    def apply(self, x):
+        return F.linear(x, self.diff)
+
+
+def float_form(form):
+    """A form with float32 factors."""
+    return type(form)(*(t.float() if _has_values(t) else t for t in form))
+
+
+def _has_values(tensor):
+    """Whether a field of a form is a factor, and neither an index nor absent."""
+    return tensor is not None and tensor.is_floating_point()
+
+
+class Term(nn.Module):
+    """A form, its scale, and the strength with which it is added to a linear.
+
+    Without `ratio` it adds strength · scale · ΔW·x. With one, DoRA's, W + strength · (W' − W) is
+    meant, W' = ratio ∘ (W + scale · ΔW): a ratio (out, 1) rescales rows, one (1, in) columns.
+    """
+
+    def __init__(self, form, scale=1.0, strength=1.0, ratio=None):
+        super().__init__()
+        self.form_type, self.scale, self.strength = type(form), scale, strength
+        for name, tensor in zip(form._fields, form):
+            if _has_values(tensor):
+                tensor = nn.Parameter(tensor, requires_grad=False)
+            setattr(self, name, tensor)
+        self.ratio = None if ratio is None else nn.Parameter(ratio, requires_grad=False)
+
+    def form(self):
+        return self.form_type(*(getattr(self, name) for name in self.form_type._fields))
+
+    def forward(self, x, base, weight):
+        """What is added for inputs x (…, in); a ratio needs base = W·x, without bias."""
+        form = self.form()
+        if self.ratio is None:
+            return form.apply(x) * (self.scale * self.strength)
+        if self.ratio.shape[1] == 1:
+            changed = (base + self.scale * form.apply(x)) * self.ratio[:, 0]
+        else:
+            x = x * self.ratio[0]
+            changed = F.linear(x, weight) + self.scale * form.apply(x)
+        return self.strength * (changed - base)
+
+
+class AdaptedLinear(nn.Linear):
+    """A linear with `Term`s beside its weight, which it shares with the linear it is made of.
+
+    It is no plain linear (`flux.is_plain_linear`): no fast path passes it by.
+    """
+
+    def __init__(self, linear, terms):
+        nn.Module.__init__(self)  # the linear's own tensors: nothing is made or copied
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.terms = nn.ModuleList(terms)
+
+    def forward(self, x):
+        out, base = super().forward(x), None
+        if any(term.ratio is not None for term in self.terms):
+            base = F.linear(x, self.weight)
+        for term in self.terms:
+            out = out + term(x, base, self.weight)
+        return out
+
+
+def adapt_linears(model, terms):
+    """Put {name of a linear: its `Term`s} beside the linears of a model, in their type."""
+    for name, of_linear in terms.items():
+        parent, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        linear = getattr(parent, leaf)
+        setattr(parent, leaf, AdaptedLinear(linear, of_linear).to(linear.weight))
+    return model
+
+
+def remove_adapters(model):
+    """Take all terms off a model again: its linears are what they were."""
+    for parent in list(model.modules()):
+        for leaf, linear in list(parent.named_children()):
+            if type(linear) is AdaptedLinear:
+                plain = nn.Linear(0, 0, bias=False, device="meta")
+                plain.in_features, plain.out_features = linear.in_features, linear.out_features
+                plain.weight, plain.bias = linear.weight, linear.bias
+                setattr(parent, leaf, plain)
+    return model

@@ -1,0 +1,379 @@
+"""LoRA adapters resolved against a base: merged into its weights, or kept beside its linears.
+
+    loras = open_loras([Lora("style.safetensors", 0.8)], source)
+    merged = merged_source(source, loras)     # a Source like any other: to draw with, or to bake
+
+Differences are computed in float32 against the base as it is, added up, and the sum is rounded
+once. Nothing of the base is changed: without the LoRAs the source is what it was.
+"""
+
+import json
+import logging
+from collections import defaultdict
+from dataclasses import dataclass, replace
+
+import torch
+
+from fluxlite.nets.configs import CHANNEL_NAMES
+from fluxlite.nets.lora import Dense, LowRank, Term, adapt_linears, float_form
+from fluxlite.weights import conversion, sources
+from fluxlite.weights.dtypes import wider_dtype
+from fluxlite.weights.layouts import COLUMNS, SAME
+from fluxlite.weights.lora_files import Lora, LoraFile, read_lora
+from fluxlite.weights.lora_keys import CLIP_PREFIX
+
+log = logging.getLogger("fluxlite")
+
+WIDENED = "img_in.weight"  # the one linear whose inputs a LoRA may widen: BFL's control LoRAs
+
+
+@dataclass
+class OpenLora:
+    """A `LoraFile` whose adapters fit the model, and the strength it is taken with."""
+
+    file: LoraFile
+    lora: Lora
+
+    @property
+    def scale(self):
+        return self.lora.scale
+
+    def adapters(self, part):
+        """Those of a part; none where the strength is 0, which leaves the base as it is."""
+        return self.file.adapters.get(part, []) if self.scale else []
+
+
+def open_loras(loras, source, setting="lora="):
+    """`OpenLora`s of `Lora`s for a transformer's `Source`, checked; raises `ValueError`."""
+    found = []
+    for lora in loras:
+        lora.validate()
+        file = read_lora(lora.file, source.config, setting=setting, split_qkv=lora.split_qkv)
+        try:
+            check_adapters(file.adapters.get("transformer", []), source.config)
+        except ValueError as error:
+            raise ValueError(f"{setting}{file.where}: {error}") from None
+        found.append(OpenLora(file, lora))
+    return found
+
+
+def check_drawable(loras, config):
+    """Raise `ValueError` for LoRAs that make a model of another input of a transformer."""
+    for lora in loras:
+        wide = widened_config(config, [lora]).in_channels
+        if wide != config.in_channels:
+            raise ValueError(
+                f"lora={lora.file.where} widens the model's input to {wide} channels, as "
+                f"{CHANNEL_NAMES.get(wide, 'a control LoRA')}: it can be baked (convert_hf.py "
+                "--lora), but drawing with it is not supported yet"
+            )
+
+
+# --- rows and columns -----------------------------------------------------------------------------
+
+
+def moves_columns(rule):
+    """Whether a rule moves columns, which are A's, and not rows, which are B's."""
+    return rule.transform is COLUMNS
+
+
+def part_indices(rule, shape, config):
+    """For each of our tensors the rows, or columns, of their tensor (of `shape`) that it has."""
+    if moves_columns(rule):
+        numbers = torch.arange(shape[1])[None]
+        return [part[0] for part in rule.transform.forward([numbers], config)]
+    return rule.transform.forward([torch.arange(shape[0])], config)
+
+
+def form_part(form, rule, number, config):
+    """The part of a form that is a difference of our tensor `number` of the rule."""
+    if rule.transform is SAME:
+        return form
+    index = part_indices(rule, form.shape, config)[number]
+    return form.columns(index) if moves_columns(rule) else form.rows(index)
+
+
+def rule_shape(rule, ours, config):
+    """The shape of a rule's tensor in their layout; `ours` are our tensors, on meta."""
+    return tuple(rule.transform.backward([ours[name] for name in rule.ours], config)[0].shape)
+
+
+# --- checked against the base ---------------------------------------------------------------------
+
+
+def check_adapters(adapters, config):
+    """Raise `ValueError` for the first adapter whose shape does not fit a transformer."""
+    ours = conversion.our_tensors(config)
+    for adapter in adapters:
+        if WIDENED in adapter.rule.ours:
+            shape, expected = adapter.form.shape[:1], (config.hidden_size,)
+        else:
+            shape, expected = adapter.form.shape, rule_shape(adapter.rule, ours, config)
+        if tuple(shape) != tuple(expected):
+            raise ValueError(
+                f"{adapter.name} is of shape {list(adapter.form.shape)}, and the model's weight of "
+                f"{list(expected)}: it is a LoRA of another model"
+            )
+
+
+def widened_config(config, loras):
+    """The shape of a transformer with its LoRAs: BFL's control LoRAs widen its input."""
+    widths = [
+        adapter.form.shape[1]
+        for lora in loras
+        for adapter in lora.adapters("transformer")
+        if WIDENED in adapter.rule.ours
+    ]
+    wide = max([config.in_channels, *widths])
+    widened = replace(config, in_channels=wide)
+    widened.scheduler = config.scheduler
+    return widened
+
+
+def pad_columns(tensor, width):
+    """A matrix with columns of zeros up to `width`."""
+    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+
+
+def pad_form(form, width):
+    """A form for inputs of `width`: those that it does not know count for nothing."""
+    if form.shape[1] == width:
+        return form
+    if type(form) is LowRank:
+        return LowRank(pad_columns(form.down, width), form.up)
+    return Dense(pad_columns(form_values(form), width))
+
+
+# --- differences ----------------------------------------------------------------------------------
+
+
+def form_values(form):
+    """A form written out, in float32."""
+    return float_form(form).dense()
+
+
+class Resolver:
+    """The LoRAs of one model, resolved against its weights: `base(name)` gives one of ours.
+
+    `part` is transformer, clip or t5; `dtype` what it will compute in.
+    """
+
+    def __init__(self, loras, part, base, config=None, dtype=None):
+        self.base, self.config, self.dtype, self.ratios = base, config, dtype, {}
+        self.adapters = defaultdict(list)  # {our name: [(OpenLora, Adapter, number in its rule)]}
+        for lora in loras:
+            for adapter in lora.adapters(part):
+                for number, name in enumerate(adapter.rule.ours):
+                    self.adapters[name].append((lora, adapter, number))
+
+    def form(self, name, adapter, number):
+        """An adapter's difference of our tensor `name`, before its scale."""
+        form = form_part(adapter.form, adapter.rule, number, self.config)
+        return pad_form(form, self.config.in_channels) if name == WIDENED else form
+
+    def weight(self, name):
+        """The base's values in float32, a copy, widened where the LoRAs widen it."""
+        weight = self.base(name).to(torch.float32, copy=True)
+        return pad_columns(weight, self.config.in_channels) if name == WIDENED else weight
+
+    def ratio(self, adapter, name, number):
+        """By what DoRA rescales the rows (out, 1) or columns (1, in) of our tensor `name`.
+
+        Norms are those of the whole tensor of the file's layout, which may be several of ours.
+        """
+        if id(adapter) not in self.ratios:
+            self.ratios[id(adapter)] = self.whole_ratio(adapter)
+        ratio, rule = self.ratios[id(adapter)], adapter.rule
+        axis = 1 if moves_columns(rule) else 0
+        if ratio.shape[axis] == 1 or rule.transform is SAME:
+            return ratio
+        index = part_indices(rule, adapter.form.shape, self.config)[number]
+        return ratio.index_select(axis, index)
+
+    def whole_ratio(self, adapter):
+        """magnitude / ‖W + scale·ΔW‖ of a DoRA; 1 where there is nothing to rescale."""
+        parts = [self.weight(name) for name in adapter.rule.ours]
+        [whole] = adapter.rule.transform.backward(parts, self.config)
+        whole = whole + adapter.scale * form_values(adapter.form)
+        per_output = adapter.magnitude.shape[0] == whole.shape[0]
+        norm = whole.norm(dim=1 if per_output else 0, keepdim=True)
+        return torch.where(norm > 0, adapter.magnitude.float() / norm, 1.0)
+
+    def difference(self, name, adapter, number):
+        """What an adapter at strength 1 adds to our tensor `name`, in float32."""
+        values = adapter.scale * form_values(self.form(name, adapter, number))
+        if adapter.magnitude is None:
+            return values
+        weight = self.weight(name)
+        return self.ratio(adapter, name, number) * (weight + values) - weight
+
+    def merged(self, name):
+        """Our tensor `name` with all LoRAs, rounded once: to the base's type, or a wider one that
+        is computed in.
+        """
+        dtype, total = self.base(name).dtype, self.weight(name)
+        dtype = wider_dtype(dtype, self.dtype or dtype)
+        for _, adapter, number in self.adapters[name]:
+            if adapter.replaces:
+                total = form_values(self.form(name, adapter, number)).clone()
+        for lora, adapter, number in self.adapters[name]:
+            if not adapter.replaces:
+                self.add_difference(total, lora.scale, name, adapter, number)
+        return total.to(dtype)
+
+    def add_difference(self, total, strength, name, adapter, number):
+        """Add a difference to the float32 `total` in place: of low rank in one pass over it."""
+        if type(adapter.form) is LowRank and adapter.magnitude is None:
+            down, up = float_form(self.form(name, adapter, number))
+            total.addmm_(up, down, alpha=adapter.scale * strength)
+        else:
+            total.add_(self.difference(name, adapter, number), alpha=strength)
+
+    def terms(self, name):
+        """The same as `Term`s to keep beside a linear, in the base's type."""
+        found = []
+        for lora, adapter, number in self.adapters[name]:
+            form, ratio = self.form(name, adapter, number), None
+            if adapter.magnitude is not None:
+                ratio = self.ratio(adapter, name, number)
+            found.append(Term(float_form(form), adapter.scale, lora.scale, ratio))
+        return found
+
+
+# --- a merged source ------------------------------------------------------------------------------
+
+
+def merged_source(source, loras, dtype=None, only=lambda name: True):
+    """A `Source` whose tensors are those of `source` with the LoRAs in them, in its own layout.
+
+    A tensor is merged when it is read, and is then of a type as wide as the source's and `dtype`;
+    `only` tells which of ours are merged.
+    """
+    if not any(lora.adapters("transformer") for lora in loras):
+        return source
+    config = widened_config(source.config, loras)
+    makers = conversion.rules_by_name(source.layout, source.config)
+    rules = {name: r for r in conversion.model_rules(source.layout, config) for name in r.theirs}
+
+    def base(name):
+        """One of our tensors of the base, a view where it can be."""
+        rule = makers[name]
+        needed = rule.theirs[: len(rule.theirs) - len(rule.optional)]
+        parts = conversion.apply_transform(
+            rule.transform, "forward", [source.read(n) for n in needed], source.config
+        )
+        return parts[rule.ours.index(name)]
+
+    resolver = Resolver(loras, "transformer", base, config, dtype)
+    changed = {name for name in resolver.adapters if only(name)}
+
+    def read(name, start=0, stop=None):
+        rule = rules[name]
+        widened = WIDENED in rule.ours and config.in_channels != source.config.in_channels
+        if not changed & set(rule.ours) and not widened:
+            return source.read(name, start, stop)
+        ours = [resolver.merged(n) if n in changed or widened else base(n) for n in rule.ours]
+        made = conversion.apply_transform(rule.transform, "backward", ours, config)
+        return made[rule.theirs.index(name)][start:stop]
+
+    shapes = conversion.layout_shapes(source.layout, config)
+    described = {}
+    for name, (of, _) in source.described.items():
+        merged = changed & set(rules[name].ours)
+        described[name] = wider_dtype(of, dtype or of) if merged else of, shapes[name]
+    return replace(source, config=config, described=described, read=read, base=source)
+
+
+def bake_source(source, loras, dtype=None):
+    """The `merged_source` to write, of `Lora`s, whose text parts are left out: the log says so."""
+    if source.what != "transformer":
+        raise ValueError(f"--lora changes a transformer, and {source.where} is a {source.what}")
+    opened = open_loras(loras, source, "--lora ")
+    for lora in opened:
+        others = [part for part in lora.file.adapters if part != "transformer"]
+        if others:
+            parts = " and ".join(others)
+            log.warning(
+                "%s also changes %s, which is not written with a transformer: draw with lora= to "
+                "have it",
+                *(lora.file.where, parts),
+            )
+        if not lora.file.adapters.get("transformer"):
+            raise ValueError(f"--lora {lora.file.where} changes no transformer")
+    merged = merged_source(source, opened, dtype)
+    baked = json.dumps([lora.lora.describe() for lora in opened])
+    return replace(merged, metadata=merged.metadata | {"loras": baked})
+
+
+def load_merged(source, loras, *, merge=True, **options):
+    """The transformer of a `Source` with its LoRAs merged, or kept beside its linears.
+
+    Kept apart, nothing of a mapped linear is copied; biases and scales of norms, which are small,
+    are merged.
+    """
+    dtype = sources.named_dtype(options.get("dtype"))
+    if merge:
+        return sources.load_transformer(merged_source(source, loras, dtype), **options)
+    linears = linear_names(source.config)
+    small = merged_source(source, loras, dtype, only=lambda name: name not in linears)
+    if small.config.in_channels != source.config.in_channels:
+        raise ValueError("lora.merge=false cannot widen the model's input, as a control LoRA does")
+    model = sources.load_transformer(small, **options)
+    return keep_apart(model, loras, linears)
+
+
+def linear_names(config):
+    """Our names of the weights of linears."""
+    return {name for name, t in conversion.our_tensors(config).items() if t.ndim == 2}
+
+
+def keep_apart(model, loras, linears):
+    """Put the LoRAs' terms beside the linears of a loaded transformer."""
+    weights = dict(model.named_parameters())
+
+    def base(name):  # where the adapters are
+        return weights[name].detach().cpu()
+
+    resolver = Resolver(loras, "transformer", base, model.config)
+    terms = {}
+    for name in resolver.adapters:
+        if name in linears:
+            whole = [a for _, a, _ in resolver.adapters[name] if a.replaces]
+            if whole:
+                raise ValueError(f"lora.merge=false: {whole[0].name} is replaced, not added to")
+            terms[name.removesuffix(".weight")] = resolver.terms(name)
+    return adapt_linears(model, terms)
+
+
+# --- text encoders --------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge_encoders(encoders, loras):
+    """Merge the LoRAs' text parts into loaded `TextEncoders`; raises `ValueError`."""
+    for part in ("clip", "t5"):
+        if any(lora.adapters(part) for lora in loras):
+            merge_encoder(getattr(encoders, part), loras, part)
+    return encoders
+
+
+def merge_encoder(model, loras, part):
+    """Merge those of a part into one transformers model."""
+    named = {name.removeprefix(CLIP_PREFIX): p for name, p in model.named_parameters()}
+    for lora in loras:
+        for adapter in lora.adapters(part):
+            check_encoder_adapter(adapter, named, lora, part)
+    resolver = Resolver(loras, part, lambda name: named[name].detach().cpu())
+    for name in resolver.adapters:
+        named[name].copy_(resolver.merged(name))
+
+
+def check_encoder_adapter(adapter, named, lora, part):
+    """Raise `ValueError` where an adapter of a text encoder matches none of its weights."""
+    there = named.get(adapter.name)
+    if there is None or tuple(there.shape) != tuple(adapter.form.shape):
+        shape = "no such weight" if there is None else f"a weight of {list(there.shape)}"
+        raise ValueError(
+            f"lora={lora.file.where}: {adapter.name} of shape {list(adapter.form.shape)} is for "
+            f"another text encoder: model.{part} has {shape}"
+        )
