@@ -21,6 +21,7 @@ code 2.
 """
 
 import dataclasses
+import logging
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -88,7 +89,7 @@ class ConvertConfig:
 
     def validate(self):
         """Raise `ValueError` for flags that contradict each other."""
-        writing = ("dst", "to", "dtype", "max_shard_size", "overwrite", "verify")
+        writing = ("dst", "to", "dtype", "max_shard_size", "overwrite", "verify", "lora", "extract")
         given = [name.replace("_", "-") for name in writing if getattr(self, name)]
         if self.digests and given:
             raise ValueError(f"--digests writes nothing: leave out --{given[0]}")
@@ -174,11 +175,23 @@ def extract(args):
     print(f"{args.dst}: rank {args.rank}, {made.describe()}")
 
 
+def with_loras(source, args, dtype):
+    """A `Source` with the LoRAs of --lora in it; itself without any."""
+    from fluxlite.weights import lora_merging
+
+    loras = [parse_lora(text) for text in args.lora]
+    if args.split_qkv and not loras:
+        raise ValueError("--split-qkv is for LoRAs, and there is none: leave it out")
+    for lora in loras:
+        lora.split_qkv = args.split_qkv or lora.split_qkv
+    return lora_merging.bake_source(source, loras, dtype) if loras else source
+
+
 def convert(args):
     with stopping_at_once():
         import torch
 
-        from fluxlite.weights import lora_files, lora_merging, sources, verify, writing
+        from fluxlite.weights import lora_files, sources, verify, writing
         from fluxlite.weights.tensor_files import format_bytes
 
     if args.extract:
@@ -186,14 +199,8 @@ def convert(args):
     if args.to in LORA_DIALECTS or lora_files.is_lora(args.src):
         return exchange(args)
     source = sources.open_source(args.src, setting="--src", ema=not args.no_ema)
-    loras = [parse_lora(text) for text in args.lora]
-    if args.split_qkv and not loras:
-        raise ValueError("--split-qkv is for LoRAs, and there is none: leave it out")
-    for lora in loras:
-        lora.split_qkv = args.split_qkv or lora.split_qkv
-    if loras:
-        wide = args.dtype and getattr(torch, args.dtype)
-        source = lora_merging.bake_source(source, loras, wide)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    source = with_loras(source, args, dtype)
     if args.no_ema and not sources.is_run(Path(args.src)):
         raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:
@@ -209,7 +216,7 @@ def convert(args):
         source,
         args.dst,
         to=to,
-        dtype=args.dtype and getattr(torch, args.dtype),
+        dtype=dtype,
         max_shard_bytes=args.max_shard_size,
         overwrite=args.overwrite,
         remedy=REMEDY,
@@ -226,6 +233,7 @@ def convert(args):
 def body(arguments):
     config = parse_flags(ConvertConfig, arguments)
     config.validate()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     convert(config)
 
 

@@ -23,7 +23,8 @@ fused otherwise.
 
 Host time is CPU time of this process for one step of 19 + 38 blocks so small that next to nothing
 is computed: float32, one thread, a training step without its optimizer, the least of several
-rounds. Prints a table and a JSON line.
+rounds. Clipping and moving average are measured by themselves; waits of the host are those of
+`waits.py`. Prints a table and a JSON line.
 """
 
 import argparse
@@ -49,6 +50,7 @@ from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import num_image_tokens, position_ids
 from fluxlite.parallel import compilation
+from fluxlite.train import optim
 from fluxlite.weights.verify import build_diffusers, diffusers_inputs
 
 DEPTH = {"double": 19, "single": 38}
@@ -120,7 +122,7 @@ def dispatch_as_cuda(sdpa):
 
 # --- counting -----------------------------------------------------------------------------------
 
-GEMM = {"mm", "addmm", "bmm", "baddbmm"}
+GEMM = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 FREE = {"detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 FILLS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "fill_", "zero_"}
 CONTIGUOUS = {  # how many of its first inputs an operator wants contiguous
@@ -475,6 +477,25 @@ def measure_host(rounds, steps=10):
     return found
 
 
+def measure_update(rounds):
+    """The least CPU time in ms of clipping and moving average, for as many parameters as
+    FLUX.1-dev has, all tiny.
+    """
+    parallel.start_ranks(parallel.ParallelConfig(), "cpu")
+    model = Flux(TINY)
+    groups, ema, found = optim.group_by_share(model), optim.EMA(model, 0.999), []
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for _ in range(5 * rounds):
+        began = time.process_time()
+        norm = optim.gradient_norm(groups)
+        optim.clip_scale(norm, 1.0)
+        ema.update(100, (~norm.isfinite()).float())
+        found.append(1e3 * (time.process_time() - began))
+    parallel.stop_ranks()
+    return min(found)
+
+
 # --- report -------------------------------------------------------------------------------------
 
 COLUMNS = {
@@ -516,10 +537,13 @@ def print_table(rows, host):
     for row in rows:
         cells = [f"{row['who']}, {row['sdpa']}", *both_phases(row)]
         cells += [f"{row[f'saved_bytes_{kind}'] / 1e9:.1f}" for kind in CHECKPOINTING]
-        print_line(cells + [f"{milliseconds:.1f}" for milliseconds in host[row["who"]].values()])
+        figures = (host[row["who"]][name] for name in ("sampling_ms", "training_ms"))
+        print_line(cells + [f"{milliseconds:.1f}" for milliseconds in figures])
 
 
 def main():
+    from waits import count_sampling_waits, count_training_waits  # beside this program
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -536,12 +560,16 @@ def main():
     compiled = {
         kind: add_up(measure_compiled_blocks(kind, **sizes)) for kind in ("none", "selective")
     }
+    host["ours"]["update_ms"] = measure_update(args.rounds)
+    waits = {"training": len(count_training_waits()), "sampling": len(count_sampling_waits())}
     tokens = f"{args.text} + {num_image_tokens(args.side // 8, args.side // 8)} tokens"
     print(f"FLUX.1-dev's 19 + 38 blocks, {args.side}², {tokens}, batch {args.batch}, bf16\n")
     print_table(rows, host)
+    print(f"\nclipping + EMA host ms: {host['ours']['update_ms']:.2f}")
+    print(f"host waits of 3 steps: training {waits['training']}, sampling {waits['sampling']}")
     print("\ncompiled by inductor, its code for this CPU; checkpointing")
     print_compiled(compiled, graphs)
-    found = {"rows": rows, "host": host, "compiled": compiled, "graphs": graphs}
+    found = {"rows": rows, "host": host, "waits": waits, "compiled": compiled, "graphs": graphs}
     print(json.dumps({**found, **vars(args), "torch": torch.__version__}))
 
 

@@ -368,7 +368,8 @@ def draw_in_float8(scale, side):
     ours.eval().requires_grad_(False)
     inputs, ids = make_inputs(scale.shape, side, torch.bfloat16, scale.device, scale.text)
     rows, results = {}, []
-    for name, prepare in (("bfloat16", leave_alone), ("float8, lossy", parallel.quantize_linears)):
+    quantize = partial(parallel.quantize_linears, device=scale.device)
+    for name, prepare in (("bfloat16", leave_alone), ("float8, lossy", quantize)):
         prepare(ours)
         torch._dynamo.reset()
         step = our_steps(parallel.compile_blocks(ours), inputs, ids)[0]

@@ -146,7 +146,9 @@ def cases(ranks):
     for name in MESHES[ranks]:
         both = name in ("one", "dp2", "dp2 x tp2")
         for kind in ("muon", "muon in float64") if both else ("muon in float64",):
-            found[f"{name}, {kind}"] = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
+            quick = both or name in ("tp2", "tp3", "hsdp 2 x 2")
+            case = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
+            found[f"{name}, {kind}" if quick else f"more: {name}, {kind}"] = case
     return found | compiled_cases(ranks)
 
 
@@ -228,7 +230,9 @@ def train(config, steps=10):
         for step in range(steps):
             loss, norm = training_step.train_step(run, next(loaded), step)
             if step == 0:
-                figures |= {"loss": parallel.mean_over_ranks(loss).item(), "norm": norm.item()}
+                dist.all_reduce(loss)
+                mean = loss.item() / dist.get_world_size()
+                figures |= {"loss": mean, "norm": norm.item()}
     figures["trained"] = sorted(name for name, p in run.model.named_parameters() if p.requires_grad)
     return figures | {
         "weights": whole(dict(run.model.named_parameters())),

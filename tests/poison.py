@@ -6,9 +6,14 @@ rank or on all.
 Fails with an `AssertionError` that names the case.
 """
 
+import math
+import os
+import signal
+import tempfile
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -21,6 +26,7 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, loop, optim, setup, training_step
+from fluxlite.weights import run_folder
 
 MESHES = {1: {"one": []}, 2: {"dp2": [], "tp2": ["parallel.tp=2"]}}
 
@@ -44,17 +50,16 @@ def poisoned_gradient(value, call=1):
     """One number of the last rank's gradient becomes `value` before the norm is taken for the
     `call`-th time.
     """
-    clip, calls = optim.clip_gradients, count(1)
+    take_norm, calls = optim.gradient_norm, count(1)
 
-    def poison(model, *rest):
+    def poison(groups, *rest):
         if next(calls) == call and dist.get_rank() == dist.get_world_size() - 1:
-            p = next(
-                p for p in model.parameters() if p.grad is not None and local_part(p.grad).numel()
-            )
-            local_part(p.grad).view(-1)[0] = value
-        return clip(model, *rest)
+            gradients = (p.grad for _, parameters in groups for p in parameters)
+            parts = (local_part(gradient) for gradient in gradients if gradient is not None)
+            next(part for part in parts if part.numel()).view(-1)[0] = value
+        return take_norm(groups, *rest)
 
-    with mock.patch.object(optim, "clip_gradients", poison):
+    with mock.patch.object(optim, "gradient_norm", poison):
         yield
 
 
@@ -104,7 +109,8 @@ def check_poisoned_steps(options, kind, accumulation):
         after = state_of(run)
         changed = [key for key in before if not torch.equal(before[key], after[key])]
         assert not changed, f"{options} {kind} {name}: {changed[:3]}"
-        assert loop.read_flags(run, {"number": 0}, norm) == (None, False)
+        seen, _, *asked = loop.shared_numbers(loss, norm, {"number": 0}).tolist()
+        assert not math.isfinite(seen) and asked == [0, 0]
     _, norm = training_step.train_step(run, next(batches), 1)
     after = state_of(run)
     assert torch.isfinite(norm) and all(torch.isfinite(value).all() for value in after.values())
@@ -116,14 +122,44 @@ def check_samples():
     """An error names the samples of the rank whose loss is bad, on all ranks."""
     last = dist.get_world_size() - 1
     loss = torch.tensor(float("inf") if dist.get_rank() == last else 1.0)
-    try:
-        loop.check_finite(
-            False, loss, loss, 7, [{"keys": [f"sample {dist.get_rank()}"]}], "nowhere"
-        )
-    except ValueError as error:
-        assert f"the loss of step 7 is inf; its samples: sample {last}. Try" in str(error), error
-    else:
-        raise AssertionError("a bad step was accepted")
+    launched = loop.LaunchedStep(7, [f"sample {dist.get_rank()}"], loss, 0.0, None)
+    found = loop.describe_bad_step(launched, math.nan)
+    assert found == f"loss of step 7 is inf; its samples: sample {last}.", found
+
+
+def check_signals():
+    """A signal that one rank was sent is known to all, and SIGTERM goes before SIGINT."""
+    ranks, first = dist.get_world_size(), dist.get_rank() == 0
+    caught = {"number": signal.SIGTERM if first else signal.SIGINT}
+    numbers = loop.shared_numbers(torch.tensor(2.0), torch.tensor(3.0), caught).tolist()
+    assert numbers == [3, 2 * ranks, 1, ranks - 1], numbers
+
+
+def check_late_stop():
+    """A signal that only the last rank is sent, while steps are read late, stops all after the same
+    step.
+    """
+    real, last = loop.train_step, dist.get_rank() == dist.get_world_size() - 1
+
+    def signalled(run, batches, step):
+        if last and step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run, batches, step)
+
+    [folder] = parallel.first_rank_does(lambda: [tempfile.mkdtemp()])
+    config = load_config(
+        TrainConfig,
+        "train",
+        last_of_each(
+            [*MODEL, "data.micro_batch=1", "steps=9", "metrics.tensorboard=false"]
+            + ["metrics.progress=false", f"output={folder}/run"]
+        ),
+    )
+    late = mock.patch.object(loop, "reads_late", lambda device: True)
+    with late, mock.patch.object(loop, "train_step", signalled):
+        loop.train(config)
+    step = run_folder.read_meta(Path(folder) / "run/checkpoints/last").step
+    assert step == 4, step
 
 
 def main():
@@ -132,6 +168,8 @@ def main():
         for kind, accumulation in (("adamw", 1), ("muon", 2)):
             check_poisoned_steps(options, kind, accumulation)
     check_samples()
+    check_signals()
+    check_late_stop()
     parallel.stop_ranks()
 
 

@@ -57,6 +57,7 @@ def forget_graphs():
     torch.compiler.reset()
     compilation.compile_kind.cache_clear()
     compilation.warn_of_limit.cache_clear()
+    compilation.warn_of_break.cache_clear()
     counters.clear()
 
 
@@ -198,6 +199,18 @@ def test_at_the_limit_new_sizes_run_eagerly_with_one_warning(graphs, monkeypatch
     assert graphs.runs == {("DoubleBlock", "gradient"): 4, ("SingleBlock", "gradient"): 6}
     warned = [r.message for r in caplog.records if "run eagerly" in r.message]
     assert [text.split()[0] for text in warned] == ["DoubleBlock", "SingleBlock"]
+
+
+def test_a_block_that_makes_no_graph_runs_eagerly_with_one_warning(graphs, caplog):
+    model, eager = (wrap_small("selective", compile=c) for c in (True, False))
+    model.double_blocks[0].img.mlp.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    batch = make_batch(64)
+    for _ in range(2):
+        ours, theirs = (backward(m, batch) for m in (model, eager))
+        assert max(relative(ours[name], theirs[name]) for name in theirs) < 1e-6
+    assert graphs.runs == {("DoubleBlock", "gradient"): 2, ("SingleBlock", "gradient"): 6}
+    assert sum("cannot be compiled" in r.message for r in caplog.records) == 1
+    counters.clear()
 
 
 @pytest.mark.parametrize("attention", ["auto", "flash", "math"])

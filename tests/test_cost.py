@@ -5,12 +5,20 @@ import torch
 import torch.nn.functional as F
 from diffusers import __version__ as diffusers_version
 
-from benchmarks.cost import KernelCount, count_model, dispatch_as_cuda, measure_blocks
+from benchmarks.cost import (
+    KernelCount,
+    add_up,
+    count_graphs,
+    count_model,
+    dispatch_as_cuda,
+    measure_blocks,
+    measure_compiled_blocks,
+)
 from fluxlite.nets.configs import FluxConfig
 
 SIZES = dict(batch=1, side=1024, text=512)
 FIGURES = {  # kernels and GB forward, kernels and GB backward, GB saved: none, selective, full
-    "ours": (1634, 73.8, 3705, 129.2, 31.3, 17.8, 1.6),
+    "ours": (1520, 73.8, 3705, 129.2, 31.3, 17.8, 1.6),
     "diffusers": (2584, 143.7, 4389, 180.9, 32.4, 16.7, 1.6),
 }
 
@@ -38,6 +46,28 @@ def test_full_checkpointing_saves_the_tokens_alone():
         assert tokens < selective[block]["saved_bytes"] < none[block]["saved_bytes"]
         assert none[block]["forward_kernels"] == full[block]["forward_kernels"]
         assert none[block]["backward_kernels"] < full[block]["backward_kernels"]  # runs it again
+
+
+COMPILED = {  # kernels and GB forward, kernels and GB backward, as inductor plans them for a CPU
+    "none": (665, 37.5, 1349, 89.1),
+    "selective": (513, 36.4, 1596, 112.1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", COMPILED)
+def test_counts_of_compiled_blocks_are_the_known_ones(checkpointing):
+    if not torch.__version__.startswith("2.13."):
+        pytest.skip(f"counted with torch 2.13, not {torch.__version__}")
+    found = add_up(measure_compiled_blocks(checkpointing, **SIZES))
+    names = "forward_kernels", "forward_bytes", "backward_kernels", "backward_bytes"
+    values = (found[n] if n.endswith("kernels") else round(found[n] / 1e9, 1) for n in names)
+    assert tuple(values) == COMPILED[checkpointing]
+
+
+@pytest.mark.slow
+def test_graphs_are_counted_without_breaks():
+    assert count_graphs("selective") == {"graphs": [6, 14, 14], "breaks": 0}
 
 
 def make_meta(*shape, dtype=torch.float32):

@@ -26,7 +26,8 @@ from fluxlite.data.images import (
     canny_edges,
     choose_frame,
     decode_picture,
-    picture_pixels,
+    picture_levels,
+    pixels_of,
     resize_crop,
 )
 from fluxlite.data.loading import make_loader
@@ -452,7 +453,9 @@ def test_the_control_is_not_the_picture_and_hidden_files_are_none(tmp_path):
     write_tar(tmp_path / "0.tar", content)
     dataset = open_dataset(config_for(tmp_path, val_path=str(tmp_path)), "train", 0)
     assert (
-        torch.equal(dataset[0]["images"], resize_crop(decode_picture(picture(2)), 32, 32))
+        torch.equal(
+            pixels_of(dataset[0]["images"]), resize_crop(decode_picture(picture(2)), 32, 32)
+        )
         and len(dataset) == 1
     )
 
@@ -568,7 +571,7 @@ def test_nonsense_is_refused(changes, named):
 
 
 def encode_images(images):
-    mean = torch.nn.functional.avg_pool2d(images, 8)
+    mean = torch.nn.functional.avg_pool2d(pixels_of(images), 8)
     return mean, mean - 3
 
 
@@ -895,7 +898,7 @@ def test_the_control_is_cropped_and_flipped_as_its_target(tmp_path):
         for i in range(24):
             assert (
                 torch.equal(dataset[i]["controls"], dataset[i]["images"])
-                and dataset[i]["controls"].dtype == torch.float32
+                and dataset[i]["controls"].dtype == torch.uint8
             )
             assert torch.equal(dataset[i]["images"], plain[i]["images"])  # a control draws nothing
             moved += not torch.equal(dataset[i]["controls"], flat[i]["controls"])
@@ -919,8 +922,9 @@ def test_a_control_of_another_size_shows_the_same_part(tmp_path, scale):
         )
         dataset = open_dataset(config, "train", 0)
         for i in range(12):
-            assert (dataset[i]["images"] - dataset[i]["controls"]).abs().mean() < 0.03
-            assert (dataset[i]["images"] - dataset[i]["controls"].flip(2)).abs().mean() > 0.1
+            target, control = (pixels_of(dataset[i][name]) for name in ("images", "controls"))
+            assert (target - control).abs().mean() < 0.03
+            assert (target - control.flip(2)).abs().mean() > 0.1
 
 
 def test_a_box_of_whole_pixels_is_copied_from_a_control_of_half_the_size():
@@ -973,8 +977,9 @@ def test_controls_with_endings_of_their_own_leave_other_pngs_alone(tmp_path):
         }
     write_tar(tmp_path / "0.tar", content)
     sample = open_dataset(config_for(tmp_path, control="depth.png", shuffle=False), "train", 0)[0]
-    assert torch.equal(sample["images"], resize_crop(decode_picture(picture(0, "png")), 32, 32))
-    assert torch.equal(sample["controls"], resize_crop(decode_picture(picture(5, "png")), 32, 32))
+    for name, number in (("images", 0), ("controls", 5)):
+        expected = resize_crop(decode_picture(picture(number, "png")), 32, 32)
+        assert torch.equal(pixels_of(sample[name]), expected)
 
 
 def test_canny_draws_the_outline_of_a_square(tmp_path):
@@ -988,7 +993,7 @@ def test_canny_draws_the_outline_of_a_square(tmp_path):
     write_tar(tmp_path / "0.tar", content)
     options = dict(control="canny", height=64, width=64, val_path=str(tmp_path))
     sample = open_dataset(config_for(tmp_path, **options), "train", 0)[0]
-    controls = sample["controls"]
+    controls = pixels_of(sample["controls"])
     assert controls.shape == (3, 64, 64) and set(controls.unique().tolist()) == {-1.0, 1.0}
     inside = torch.zeros(64, 64, dtype=torch.bool)
     inside[18:46, 22:42] = True
@@ -1002,7 +1007,7 @@ def test_canny_draws_the_outline_of_a_square(tmp_path):
     )
     for i in range(8):
         assert torch.equal(
-            flipped[i]["controls"], picture_pixels(canny_edges(to_picture(flipped[i]["images"])))
+            flipped[i]["controls"], picture_levels(canny_edges(to_picture(flipped[i]["images"])))
         )
     assert same(by_index(batches(flipped, workers=2)), by_index(batches(flipped)))
 
@@ -1016,7 +1021,7 @@ def test_canny_sees_edges_by_two_thresholds():
         image = np.zeros((32, 16 * len(steps), 3), np.uint8)
         for i, step in enumerate(steps):
             image[16:, 16 * i : 16 * i + 16] = step
-        return (picture_pixels(canny_edges(Image.fromarray(image)))[0] > 0).any(dim=0)[2:-2]
+        return (picture_levels(canny_edges(Image.fromarray(image)))[0] > 0).any(dim=0)[2:-2]
 
     assert not outlined(45).any() and outlined(55).all()
     assert outlined(45, 55).all()  # a weak edge that continues a strong one
@@ -1024,7 +1029,7 @@ def test_canny_sees_edges_by_two_thresholds():
 
 
 def to_picture(image):
-    return Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def test_canny_without_opencv_says_what_to_install(monkeypatch):
@@ -1039,9 +1044,8 @@ def test_validation_has_controls_of_the_centre(tmp_path):
     )
     dataset = open_dataset(config, "val", 0)
     for i in range(3):
-        assert torch.equal(
-            dataset[i]["controls"], resize_crop(decode_picture(picture(56 + i, "png")), 16, 24)
-        )
+        expected = resize_crop(decode_picture(picture(56 + i, "png")), 16, 24)
+        assert torch.equal(pixels_of(dataset[i]["controls"]), expected)
 
 
 def test_modes_are_given_by_name_by_number_and_by_default(tmp_path):
@@ -1151,7 +1155,7 @@ def test_generated_circles_have_their_outlines_as_controls(tmp_path):
         number = int(sample["keys"].split("/")[1])
         _, outline, text = fill50k.draw_sample(number, size=32, seed=seed, held_out=split == "val")
         assert sample["captions"] == text and torch.equal(
-            sample["controls"], picture_pixels(Image.fromarray(outline))
+            sample["controls"], picture_levels(Image.fromarray(outline))
         )
 
 

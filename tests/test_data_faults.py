@@ -78,10 +78,8 @@ def pairs_of(path, **changes):
     dataset, found = open_dataset(config, "train", 0), {}
     for i in range(len(dataset)):
         sample = dataset[i]
-        mean = sample["images"].mean((1, 2))
-        near = min(
-            COLOURS, key=lambda name: (mean - torch.tensor(COLOURS[name]) / 127.5 + 1).abs().sum()
-        )
+        mean = sample["images"].float().mean((1, 2))
+        near = min(COLOURS, key=lambda name: (mean - torch.tensor(COLOURS[name])).abs().sum())
         found[sample["keys"]] = near, sample["captions"]
     return found
 

@@ -341,7 +341,7 @@ def test_for_drawing_weights_are_rounded_once(able_to_draw):
     inputs = inputs_of(SHAPE, torch.bfloat16)
     with torch.inference_mode():
         expected = model(**inputs)
-    parallel.quantize_linears(model)
+    parallel.quantize_linears(model, "cpu")
     linears = parallel.block_linears(model)
     assert {linear.weight.qdata.dtype for linear in linears.values()} == {torch.float8_e4m3fn}
     assert {p.dtype for p in model.modulation.parameters()} == {torch.bfloat16}

@@ -273,7 +273,7 @@ def test_weights_rounded_for_drawing_take_half_the_memory():
     call = functools.partial(model, rope=rope_table(ids, SHAPE), **inputs)
     with torch.inference_mode():
         expected, before = call(), torch.cuda.memory_allocated()
-        parallel.quantize_linears(model)
+        parallel.quantize_linears(model, "cuda")
         freed = before - torch.cuda.memory_allocated()
         linears = parallel.block_linears(model).values()
         assert freed > 0.9 * sum(linear.weight.numel() for linear in linears)

@@ -366,6 +366,7 @@ MISUSES = {
     "scales of others": (["lora=A", "lora.scale=1", "lora.scale=2"], "lora= 1 times"),
     "a word for a scale": (["lora=A", "lora.scale=strong"], "must be a number"),
     "no such file": (["lora=./nowhere.safetensors"], "does not exist"),
+    "nothing": (["lora="], "names no file or folder"),
     "a scale beyond sense": (["lora=A", "lora.scale=1e6"], "must be at least -100"),
     "a LoRA as the model": (["model.checkpoint=A"], "a LoRA or its like"),
 }
@@ -389,6 +390,7 @@ CONVERT_MISUSES = {
         ["--src", "flux-tiny/vae", "--lora", "A", "--dst", "OUT"],
         "changes a transformer",
     ),
+    "digests of one": (["--src", "flux-tiny", "--lora", "A", "--digests"], "leave out --lora"),
     "no rank": (
         ["--src", "flux-tiny", "--extract", "flux-tiny", "--dst", "OUT"],
         "name its --rank",

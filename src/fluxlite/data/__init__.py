@@ -16,7 +16,7 @@ A data set is any object with these; tars, their cache and made-up data are:
 A sample has `indices`, its global index; `keys`, its name in a log; `bad`, a list of "name: reason"
 for what was passed over in its place; and pictures or what encoders make of them:
 
-    images (3, H, W) float32 in [-1, 1]          mean, logvar (C, h, w) float32: the posterior
+    images (3, H, W) uint8                       mean, logvar (C, h, w) float32: the posterior
     captions: a string                           txt (L, D), pooled (P,): the text encoders' output
     controls (3, H, W), with `data.control`      control_mean, control_logvar (C, h, w)
     modes: int64 scalar, with `data.control_mode`

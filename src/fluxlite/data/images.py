@@ -1,4 +1,6 @@
-"""From an encoded picture to a tensor: any kind of file as RGB, resized and cropped, in [-1, 1]."""
+"""From an encoded picture to a tensor: any kind of file as RGB, resized and cropped; its levels
+from 0 to 255, and pixels in [-1, 1].
+"""
 
 import io
 from dataclasses import dataclass
@@ -103,9 +105,19 @@ def choose_frame(size, height, width, *, crop="center", flip=False, generator=No
     return Frame(size, box, height, width, bool(flip and draw[2] < 0.5))
 
 
+def picture_levels(image):
+    """An RGB image as (3, H, W) uint8: as it travels, in a quarter of the bytes of its pixels."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def pixels_of(levels):
+    """The uint8 levels of pictures as float32 in [-1, 1], on whatever device they are."""
+    return levels.float() / 127.5 - 1
+
+
 def picture_pixels(image):
     """An RGB image as (3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
+    return pixels_of(picture_levels(image))
 
 
 def resize_crop(image, height, width, **options):

@@ -25,14 +25,24 @@ log = logging.getLogger("fluxlite")
 
 
 def make_loader(
-    dataset, *, global_batch, micro_batch, dp_rank, dp_size, start_index, stop_index=None, workers=0
+    dataset,
+    *,
+    global_batch,
+    micro_batch,
+    dp_rank,
+    dp_size,
+    start_index,
+    stop_index=None,
+    workers=0,
+    pinned=False,
 ):
     """One rank's micro-batches from `start_index` to `stop_index` or for ever: an iterator.
 
     Both are multiples of `global_batch`. Step s, slice a, rank r takes `micro_batch` indices from
     s·global_batch + (a·dp_size + r)·micro_batch on. Batches are dictionaries as samples are (see
-    `fluxlite.data`), with a dimension B in front of each tensor. Raises `ValueError` where more
-    than `max_bad_fraction` of 100 samples or more, or of an epoch, are bad.
+    `fluxlite.data`), with a dimension B in front of each tensor, `pinned` in page-locked memory.
+    Raises `ValueError` where more than `max_bad_fraction` of 100 samples or more, or of an epoch,
+    are bad.
     """
     for name, value, multiple in (
         ("global_batch", global_batch, micro_batch * dp_size),
@@ -48,6 +58,7 @@ def make_loader(
         batch_sampler=_slices(first, stop_index, stride, micro_batch),
         prefetch_factor=4 if workers else None,
         collate_fn=collate_samples,
+        pin_memory=pinned,
     )
     size, share = len(dataset), -(-len(dataset) // dp_size)
     return _counted(batches, dataset.config.max_bad_fraction, size=size, share=share)

@@ -1,5 +1,7 @@
 """Made-up data: pictures and captions, or what encoders of a model's widths would make of them."""
 
+from functools import partial
+
 import torch
 
 from fluxlite import rng
@@ -71,11 +73,12 @@ class MockPictures(MadeUp):
         number = index % self.length
         shape, generator = (3, self.config.height, self.config.width), self.generator(number)
         words = torch.randint(len(WORDS), (8,), generator=generator).tolist()
+        levels = partial(torch.randint, 256, shape, dtype=torch.uint8)
         sample = {
-            "images": torch.rand(shape, generator=generator) * 2 - 1,
+            "images": levels(generator=generator),
             "captions": " ".join(WORDS[i] for i in words),
         }
         if self.config.control:
             generator = self.generator(number, "control")
-            sample["controls"] = torch.rand(shape, generator=generator) * 2 - 1
+            sample["controls"] = levels(generator=generator)
         return sample | self.named(index)

@@ -18,7 +18,7 @@ from fluxlite.data.images import (
     canny_edges,
     choose_frame,
     decode_picture,
-    picture_pixels,
+    picture_levels,
 )
 from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, config_parts, printable_name
 from fluxlite.data.urls import fetched_description
@@ -195,10 +195,10 @@ class Samples:
         caption, image = self._caption(number), decode_picture(self._bytes(number, IMAGE))
         framed = self._frame(image.size, index)
         target = framed.of(image)
-        sample = {"images": picture_pixels(target), "captions": caption}
+        sample = {"images": picture_levels(target), "captions": caption}
         if self.config.control:
             of_file = self.config.control_ending
-            sample["controls"] = picture_pixels(
+            sample["controls"] = picture_levels(
                 self._control(number, framed) if of_file else canny_edges(target)
             )
         if self.config.control_mode is not None:

@@ -19,6 +19,7 @@ from PIL import Image
 from fluxlite import rng
 from fluxlite.cli.options import check_kind, check_options, expand_home, option
 from fluxlite.data import images
+from fluxlite.data.transfers import send_tensor
 from fluxlite.draw.sampling import prepare_conditions
 from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.configs import MODES, mode_number
@@ -181,14 +182,15 @@ def prepare_hint(opened, number, autoencoder, device) -> Callable:
     Latents are a sample of the posterior, as diffusers' pipeline takes it, drawn for each picture
     from its seed alone.
     """
-    pixels = opened.image.to(device)
+    pixels = send_tensor(opened.image, device)
     if opened.checkpoint.config.hint == "pixel":
         return lambda prompts, seeds: _rows_for(prompts, pixels)
     posterior = autoencoder.posterior(pixels)
 
     def sample_hint(prompts, seeds):
         mean, logvar = (_rows_for(prompts, values) for values in posterior)
-        noise = rng.normal(mean.shape[1:], seed=number, indices=seeds, stream="control").to(device)
+        noise = rng.normal(mean.shape[1:], seed=number, indices=seeds, stream="control")
+        noise = send_tensor(noise, device)
         return pack_latents(autoencoder.scale(sample_posterior(mean, logvar, noise)))
 
     return sample_hint
@@ -196,7 +198,9 @@ def prepare_hint(opened, number, autoencoder, device) -> Callable:
 
 def _rows_for(prompts, values):
     """The rows of some prompts; of one row, which serves all, itself."""
-    return values if len(values) == 1 else values[prompts]
+    if len(values) == 1:
+        return values
+    return values[send_tensor(torch.as_tensor(prompts), values.device)]
 
 
 def prepare_controls(pipeline, controls, texts, times, guidance) -> Callable:

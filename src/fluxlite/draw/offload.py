@@ -65,15 +65,16 @@ def _bytes(module):
     return sum(p.nbytes for p in module.parameters())
 
 
-def bytes_beside(config, autoencoder, sample, batch, itemsize):
+def bytes_beside(config, autoencoder, sample, batch, itemsize, residuals=0):
     """Bytes that a drawing takes at most beside the weights: of a step of `batch` pictures, or of
     one that is decoded.
 
-    config and autoencoder are those of the nets, `sample` a `SampleConfig`.
+    config and autoencoder are those of the nets, `sample` a `SampleConfig`, `residuals` as many
+    tensors as ControlNets give at a step.
     """
     pixels = sample.height * sample.width
     tokens = sample.max_sequence_length + pixels // (2 * autoencoder.downsampling) ** 2
-    step = STEP_TENSORS * batch * tokens * config.hidden_size
+    step = (STEP_TENSORS + residuals) * batch * tokens * config.hidden_size
     decoded = DECODED_TENSORS * pixels * max(autoencoder.block_out_channels[:2])
     return itemsize * max(step, decoded)
 
@@ -101,6 +102,8 @@ class Feed:
             self.side.wait_stream(
                 torch.cuda.current_stream(device)
             )  # whoever had the buffers' memory before must be done
+            for buffer in self.buffers:  # nor may another have it while a last copy is on its way
+                buffer.record_stream(self.side)
         self.copied, self.used = (
             [None, None],
             [None, None],

@@ -32,6 +32,7 @@ from fluxlite.cli.options import (
     shortened,
     typed_options,
 )
+from fluxlite.data.transfers import send_tensor
 from fluxlite.draw.control import Control, open_control, prepare_controls
 from fluxlite.draw.offload import (
     OFFLOAD,
@@ -378,7 +379,7 @@ class Pipeline:
         place = self.device if self.keeps_parts else "cpu"
         net = load(source, attention=self.config.model.attention, dtype=self.dtype, device=place)
         if self.config.float8 and self.keeps_parts:
-            parallel.quantize_linears(net)
+            parallel.quantize_linears(net, self.device)
         return parallel.compile_blocks(net) if self.config.compile else net
 
     def place_net(self, net, beside=None):
@@ -459,9 +460,14 @@ def check_float8(config, dtype, transformer):
     if not config.float8:
         return
     streamed = "float8=true does not work with offload=all, which streams weights as they are"
+    apart = "float8=true rounds weights that LoRAs are merged into: leave lora.merge=false out"
     name, hidden = str(dtype).removeprefix("torch."), transformer.config.hidden_size
     conflicts = parallel.float8_conflicts("float8=true", config.device, name, hidden)
-    refuse_first([(config.offload == "all", f"{streamed}: leave one of them out"), *conflicts])
+    own = [
+        (config.offload == "all", f"{streamed}: leave one of them out"),
+        (config.lora.file and not config.lora.merge, apart),
+    ]
+    refuse_first([*own, *conflicts])
 
 
 def find_sources(model):
@@ -756,10 +762,12 @@ def prepare_drawing(pipeline, texts, sample, times, controls, solver, batch) -> 
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, controls, *given)
     parts = pipeline.model_config, pipeline.sources["autoencoder"].config
-    beside = bytes_beside(*parts, sample, batch, pipeline.dtype.itemsize)
+    nets = [control.checkpoint.config for control in controls]
+    residuals = sum(net.num_double_blocks + net.num_single_blocks for net in nets)
+    beside = bytes_beside(*parts, sample, batch, pipeline.dtype.itemsize, residuals)
     pipeline.place_net(model, beside)
     _, *cells = pipeline.latent_shape(sample.height, sample.width)
-    positions = position_ids(*cells, texts[0].shape[1]).to(pipeline.device)
+    positions = send_tensor(position_ids(*cells, texts[0].shape[1]), pipeline.device)
     rope = rope_table(positions, model.config)
 
     @torch.inference_mode()
@@ -770,7 +778,7 @@ def prepare_drawing(pipeline, texts, sample, times, controls, solver, batch) -> 
             last = len(texts[0]) - 1
             negative = conditions([last]).rows([0] * len(prompts))
             options |= {"negative": negative, "true_cfg": sample.true_cfg}
-        start = start.to(pipeline.device)
+        start = send_tensor(start, pipeline.device)
         return sample_latents(model, conditions(prompts), start, rope, times, **options)
 
     return draw

@@ -15,6 +15,7 @@ from einops import rearrange
 from PIL import Image
 
 from fluxlite import parallel, rng
+from fluxlite.data.transfers import begin_read, send_tensor
 from fluxlite.nets import flow
 from fluxlite.nets.latents import pack_latents, unpack_latents
 from fluxlite.nets.schedule import times_for
@@ -25,7 +26,7 @@ def sample_euler(velocity, x, times, callback=lambda step, x: x):
 
     `velocity(x, i)` is that at times[i], of all times but the last. `callback(i, x)` sees the x at
     times[i], from the first to the last, and gives the x to go on with. Any solver has this
-    signature.
+    signature. The times lie on the host, where to look at them is to wait for nothing.
     """
     x = callback(0, x)
     for i in range(len(times) - 1):
@@ -55,7 +56,8 @@ class Conditions:
 
     def rows(self, numbers):
         """The conditions of some of the prompts, by number, repeated as they are."""
-        return Conditions(self.txt[numbers], self.modulation[:, :, numbers])
+        places = send_tensor(torch.as_tensor(numbers), self.txt.device)
+        return Conditions(self.txt[places], self.modulation[:, :, places])
 
 
 def guidance_rows(model_config, guidance, count, device):
@@ -73,7 +75,7 @@ def condition_net(net, txt, pooled, times, guidance, mode=None):
     """
     prompts, steps, device = len(txt), len(times) - 1, txt.device
     txt, pooled = (x.to(net.txt_in.weight.device) for x in (txt, pooled))
-    t = times[:-1].to(txt.device).repeat_interleave(prompts)
+    t = send_tensor(times[:-1].repeat_interleave(prompts), txt.device)
     rows = net.cast(pooled).repeat(steps, 1)
     modulation = net.modulate(t, rows, guidance_rows(net.config, guidance, len(t), txt.device))
     txt = net.txt_in(net.cast(txt))
@@ -135,7 +137,7 @@ def sample_latents(
     prompt serve the negative prompt too. `solver` and `callback` are as in `sample_euler`. Raises
     `ValueError` where latents are not finite.
     """
-    finite = []  # looked at in the end: the device is not waited for
+    finite = []  # looked at in the end: in the loop the device is not waited for
 
     def velocity(x, i):
         added = residuals(x, i, rope) if residuals else None
@@ -150,7 +152,8 @@ def sample_latents(
         return callback(step, x)
 
     latents = solver(velocity, noise, times, watch_step)
-    check_latents_finite(model, conditions, finite)
+    if finite:
+        check_latents_finite(model, conditions, begin_read(torch.stack(finite))())
     return latents
 
 
@@ -164,9 +167,9 @@ def check_latents_finite(model, conditions, finite):
     where = next((name for name, t in values if not t.isfinite().all()), None)
     others = "no weight of the transformer does: look at the ControlNet, or try dtype=float32"
     cause = f"{where} holds some" if where else others
-    step = [bool(f) for f in finite].index(False)
+    step, last = finite.index(False), len(finite) - 1
     raise ValueError(
-        f"the latents are NaN or infinite after step {step} of {len(finite) - 1}, and {cause}; "
+        f"the latents are NaN or infinite after step {step} of {last}, and {cause}; "
         "convert_hf.py names the first tensor of a checkpoint that does"
     )
 
@@ -183,8 +186,10 @@ def sample_sharded(
     times = times_for(config, model_config, noise.shape[1])
     guidance = guidance_rows(model_config, config.guidance, len(noise), noise.device)
 
+    there = send_tensor(times, noise.device)
+
     def velocity(x, i):
-        t = times[i].expand(len(x)).to(x.device)
+        t = there[i].expand(len(x))
         return forward(x.to(dtype), txt, rope, t=t, pooled=pooled, guidance=guidance)
 
     return solver(velocity, noise, times)
@@ -202,7 +207,8 @@ def decode_pictures(autoencoder, tokens, height, width, tile=0):
     latents = unpack_latents(tokens, height // factor, width // factor)
     decode = partial(autoencoder.decode_tiled, tile=tile // factor) if tile else autoencoder.decode
     pixels = decode(latents)
-    if tokens.isfinite().all() and not pixels.isfinite().all():
+    given, made = begin_read(torch.stack([x.isfinite().all() for x in (tokens, pixels)]))()
+    if given and not made:
         raise ValueError(
             "the autoencoder gives NaN or infinite pixels: try dtype=float32, or fetch it again"
         )

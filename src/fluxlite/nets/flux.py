@@ -107,9 +107,12 @@ def attend(q, k, v, rope, backend="auto"):
     return out.transpose(1, 2).flatten(2)
 
 
-def modulated_norm(x, shift, scale):
-    """LayerNorm without weights, then (1 + scale)·x + shift; shift and scale are (B, 1, H)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+def modulated_norm(x, shift, factor):
+    """LayerNorm without weights, then factor·x + shift; shift and factor are (B, 1, H).
+
+    The factor is 1 + scale, as `Trunk.modulate` gives it.
+    """
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), factor)
 
 
 def initial_weight(name, shape, device, generator=None):
@@ -172,37 +175,40 @@ def is_plain_linear(linear):
 
 
 class FanOut(torch.autograd.Function):
-    """Linears that read the same x; parameters are weight and bias of each.
+    """Linears that read the same x; parameters are weight and bias of each, `last` the last
+    dimensions of their outputs.
 
     The backward adds up the gradient of x inside the products. Autograd would write one for each
     linear and add them in passes of their own.
     """
 
     @staticmethod
-    def forward(ctx, x, *parameters):
+    def forward(ctx, x, last, *parameters):
         weights, biases = parameters[::2], parameters[1::2]
         ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, *pair) for pair in zip(weights, biases))
+        shape = *x.shape[:-1], *last
+        return tuple(F.linear(x, *pair).view(shape) for pair in zip(weights, biases))
 
     @staticmethod
     def backward(ctx, *gradients):
         x, *weights = ctx.saved_tensors
         rows, dx, found = x.flatten(0, -2), None, []
         for i, (gradient, weight) in enumerate(zip(gradients, weights)):
-            gradient = gradient.flatten(0, -2)
-            if ctx.needs_input_grad[0]:
-                dx = gradient @ weight if dx is None else torch.addmm(dx, gradient, weight)
-            trains_weight, trains_bias = ctx.needs_input_grad[1 + 2 * i : 3 + 2 * i]
+            gradient = gradient.reshape(len(rows), -1)
+            if ctx.needs_input_grad[0]:  # in place: a sum elsewhere would be copied there first
+                dx = gradient @ weight if dx is None else dx.addmm_(gradient, weight)
+            trains_weight, trains_bias = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
             found.append(gradient.t() @ rows if trains_weight else None)
             found.append(gradient.sum(0) if trains_bias else None)
-        return (dx if dx is None else dx.view_as(x), *found)
+        return (dx if dx is None else dx.view_as(x), None, *found)
 
 
-def fan_out(x, linears):
-    """What each of some linears makes of x (…, H): a tuple."""
+def fan_out(x, linears, last=(-1,)):
+    """What each of some linears makes of x (…, H), with the last dimensions `last`: a tuple."""
     if torch.is_grad_enabled() and all(map(is_plain_linear, linears)):
-        return FanOut.apply(x, *(p for linear in linears for p in (linear.weight, linear.bias)))
-    return tuple(linear(x) for linear in linears)
+        parameters = (p for linear in linears for p in (linear.weight, linear.bias))
+        return FanOut.apply(x, last, *parameters)
+    return tuple(linear(x).view(*x.shape[:-1], *last) for linear in linears)
 
 
 class QKV(nn.Module):
@@ -215,9 +221,7 @@ class QKV(nn.Module):
         self.k_norm = nn.RMSNorm(hidden // num_heads, eps=1e-6)
 
     def forward(self, x):
-        head = self.q_norm.weight.shape[0]
-        heads = (*x.shape[:-1], -1, head)
-        q, k, v = (out.view(heads) for out in fan_out(x, (self.q, self.k, self.v)))
+        q, k, v = fan_out(x, (self.q, self.k, self.v), (-1, self.q_norm.weight.shape[0]))
         return self.q_norm(q), self.k_norm(k), v
 
 
@@ -329,7 +333,7 @@ class Trunk(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in singles)
 
     def modulate(self, t, pooled, guidance=None):
-        """Every shift, scale and gate of the network for B steps or samples: (chunks, B, 1, H).
+        """Every shift, 1 + scale and gate of the network for B steps or samples: (chunks, B, 1, H).
 
         `split(config.modulation_chunks)` gives each block its part, and the end its own.
         """
@@ -345,7 +349,16 @@ class Trunk(nn.Module):
         if guidance is not None:
             vec = vec + self.guidance_in(sinusoid(guidance))
         features = self.modulation(F.silu(vec))
-        return rearrange(features, "b (m h) -> m b 1 h", h=self.config.hidden_size)
+        chunks = rearrange(features, "b (m h) -> m b 1 h", h=self.config.hidden_size)
+        return chunks + self.scale_offsets(chunks)
+
+    def scale_offsets(self, chunks):
+        """1 for each scale among the chunks, else 0: (chunks, 1, 1, 1)."""
+        offsets = chunks.new_zeros(len(chunks), 1, 1, 1)
+        offsets[1 : 3 * (len(chunks) // 3) : 3] = 1  # shift, scale, gate, shift, …
+        if self.config.out_channels:  # at the end scale comes first
+            offsets[-2] = 1
+        return offsets
 
     def drop_conditioning(self):
         """Free the weights that the steps do not use, 27 % of FLUX.1-dev.

@@ -36,8 +36,6 @@ from fluxlite.parallel.plan import (
 from fluxlite.parallel.ranks import (
     first_rank_does,
     gather_values,
-    max_over_ranks,
-    mean_over_ranks,
     rank,
     wait_for_all,
     watching_ranks,

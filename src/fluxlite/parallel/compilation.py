@@ -10,6 +10,7 @@ import inspect
 import logging
 from functools import cache, partial
 from types import FunctionType
+from weakref import WeakSet
 
 import torch
 from torch.utils.checkpoint import (
@@ -88,14 +89,24 @@ def compile_blocks(model, checkpointing="none"):
     return model
 
 
-def run_compiled(kind, selective, *args):
-    """A block's forward, compiled; eager, with a warning, where `MOST_GRAPHS` are there already."""
+def run_compiled(kind, selective, block, *args):
+    """A block's forward, compiled; eager, with a warning, where `MOST_GRAPHS` are there already, or
+    where what is in the block, as somebody's adapter, makes no whole graph.
+    """
     eager, compiled = compile_kind(kind, selective and torch.is_grad_enabled())
+    if block in EAGER_BLOCKS:
+        return eager(block, *args)
     try:
-        return compiled(*args)
+        return compiled(block, *args)
     except torch._dynamo.exc.FailOnRecompileLimitHit:
         warn_of_limit(kind)
-        return eager(*args)
+    except torch._dynamo.exc.Unsupported as error:
+        EAGER_BLOCKS.add(block)
+        warn_of_break(kind, str(error).split("\n")[0])
+    return eager(block, *args)
+
+
+EAGER_BLOCKS = WeakSet()  # that cannot be compiled
 
 
 @cache
@@ -130,6 +141,15 @@ def lower_graph(kind, graph, inputs):
     purpose = "training" if torch.is_grad_enabled() else "drawing and validation"
     log.info("compiling %s for %s: this step takes longer", kind.__name__, purpose)
     return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
+
+
+@cache
+def warn_of_break(kind, reason):
+    """Say once for each kind of block and reason that something in it cannot be compiled."""
+    warn_for_all(
+        "%s with what is in it cannot be compiled and runs eagerly, slower: %s",
+        *(kind.__name__, reason),
+    )
 
 
 @cache

@@ -64,21 +64,18 @@ def train_in_float8(model, kind):
     warn_for_all(LOSSY, f"parallel.float8={kind}", len(names))
 
 
-def quantize_linears(model, device=None):
-    """Round the weights of the blocks' linears to float8 once, a scale a row; inputs are rounded in
-    each product. The model is in bfloat16; with `device` blocks are moved there, one by one.
+def quantize_linears(model, device):
+    """Move a model's blocks to a device, the weights of their linears rounded to float8 on the way,
+    a scale a row. Inputs are rounded in each product. The model is in bfloat16, the device a GPU.
     """
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     options = dict(granularity=PerRow(), set_inductor_config=False)  # which would set others' too
-    config, count = Float8DynamicActivationFloat8WeightConfig(**options), len(block_linears(model))
+    config = Float8DynamicActivationFloat8WeightConfig(**options)
+    names = block_linears(model).keys()
     for block in (*model.double_blocks, *model.single_blocks):
-        quantize_(block, config, filter_fn=is_linear, device=device)
-    warn_for_all(LOSSY, "float8=true", count)
-
-
-def is_linear(module, _name):
-    return isinstance(module, nn.Linear)
+        quantize_(block, config, filter_fn=lambda m, _: isinstance(m, nn.Linear), device=device)
+    warn_for_all(LOSSY, "float8=true", len(names))
 
 
 def plain_values(tensor):

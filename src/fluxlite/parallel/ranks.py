@@ -55,19 +55,6 @@ def watching_ranks(config):
 # --- small values of all ranks -------------------------------------------------------------------
 
 
-def mean_over_ranks(value):
-    """A float32 scalar tensor averaged over all ranks."""
-    value = value.detach().float().clone()
-    dist.all_reduce(value)
-    return value / dist.get_world_size()
-
-
-def max_over_ranks(values):
-    """The greatest of each of some numbers, a float tensor (n,), over all ranks: a list."""
-    dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values.tolist()
-
-
 def gather_values(value):
     """What each rank has as `value`, a small Python object, as a list in their order;
     collective.

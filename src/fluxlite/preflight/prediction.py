@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +22,7 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import compose_config
 from fluxlite.data.cache import POSTERIORS
 from fluxlite.draw.pipeline import BESIDE_FOLDERS
+from fluxlite.nets.latents import num_image_tokens
 from fluxlite.parallel.weights import local_tensor
 from fluxlite.settings import TrainConfig
 from fluxlite.train.setup import FrozenParts, assemble_run, state_per_rank
@@ -67,6 +68,8 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # its parts come here one by one
+        if func.overloadpacket is aten._fused_sgd_:
+            return None  # torch knows no fake one; it makes no tensor
         out = func(*args, **(kwargs or {}))
         if func.namespace in ("_c10d_functional", "c10d", "_c10d_functional_autograd"):
             self._count(func, args, out)
@@ -197,8 +200,8 @@ def on_fake_ranks(arguments):
     """The arguments of `train.py` for ranks that compute nothing: device, resume and the type of
     products do not matter.
     """
-    free = "device=", "resume=", "compile=", "parallel.float8="
-    kept = [a for a in arguments if not a.startswith(free)]
+    ignored = "device=", "resume=", "compile=", "parallel.float8="
+    kept = [a for a in arguments if not a.startswith(ignored)]
     typed = any(a.startswith("dtype=") for a in kept)
     return [*kept, "device=cpu"] if typed else [*kept, "device=cpu", "dtype=bfloat16"]
 
@@ -218,15 +221,18 @@ def made_up_batch(run):
     """A micro-batch with all that any task may ask of one, as a cache would hold it."""
     data, model, latents = run.config.data, run.config.model, run.latent_shape
     size = data.micro_batch
-    names = sum(POSTERIORS.values(), ())
-    with unset_fake_temporarily():  # their values are looked at
-        modes = torch.zeros(size, dtype=torch.long)
+    names = *sum(POSTERIORS.values(), ()), "posterior_noise", "control_noise"
+    tokens = num_image_tokens(*latents[1:]), model.in_channels
     return {name: torch.randn(size, *latents) for name in names} | {
         "indices": range(size),
-        "controls": torch.randn(size, 3, data.height, data.width),
-        "modes": modes,
+        "controls": torch.zeros(size, 3, data.height, data.width, dtype=torch.uint8),
+        "modes": torch.zeros(size, dtype=torch.long),
+        "control_dropped": torch.zeros(size, dtype=torch.bool),
         "txt": torch.randn(size, model.max_sequence_length, model.text_width),
         "pooled": torch.randn(size, model.pooled_width),
+        "noise": torch.randn(size, *tokens),
+        "t": torch.rand(size),
+        "guidance": torch.rand(size),
     }
 
 

@@ -9,7 +9,9 @@ from functools import partial
 import torch
 
 from fluxlite.data.cache import CachedSamples
+from fluxlite.data.images import pixels_of
 from fluxlite.data.loading import collate_samples
+from fluxlite.data.transfers import send_batch, send_tensor
 from fluxlite.draw import sampling
 from fluxlite.draw.contact_sheet import contact_sheet
 from fluxlite.nets.schedule import SampleConfig
@@ -36,7 +38,8 @@ def encode_grid(run, dataset):
     # a cache holds no captions
     plain = dataset.dataset if isinstance(dataset, CachedSamples) else dataset
     config = run.config
-    samples = [plain[i] for i in range(min(config.sample.count, config.data.val_count))]
+    drawn = run.drawn_samples(plain)
+    samples = [drawn[i] for i in range(min(config.sample.count, config.data.val_count))]
     captions = [sample["captions"] for sample in samples]
     txt, pooled = run.parts.encoders.encode(captions, config.model.max_sequence_length)
     batches = []
@@ -50,9 +53,9 @@ def encode_grid(run, dataset):
 def grid_batch(run, samples, txt, pooled, start):
     """The `GridBatch` of some samples, the first of which is number `start` of the grid."""
     numbers = list(range(start, start + len(samples)))
-    batch = collate_samples(samples) | {"indices": numbers}
-    noise = sampling.initial_noise(run.latent_shape, numbers).to(run.device)
-    shown = [sampling.pictures_of(batch[name]) for _, name in run.task.shown]
+    batch = send_batch(collate_samples(samples), run.device)
+    noise = send_tensor(sampling.initial_noise(run.latent_shape, numbers), run.device)
+    shown = [sampling.pictures_of(pixels_of(batch[name])) for _, name in run.task.shown]
     beside = list(zip(*shown)) or [()] * len(samples)
     inputs = run.task.encode_inputs(run, batch)
     return GridBatch(batch["captions"], txt, pooled, inputs, noise, beside)

@@ -7,17 +7,19 @@ of (config, seed, data): every random draw is keyed by the sample's global index
 import json
 import logging
 import math
-import signal
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from fluxlite import parallel
-from fluxlite.cli.processes import held_signals
+from fluxlite.cli.processes import STOP_SIGNALS, held_signals
 from fluxlite.cli.profiling import StepProfile, parse_steps
+from fluxlite.data.transfers import begin_read
 from fluxlite.nets.latents import num_image_tokens
 from fluxlite.train import run_state
 from fluxlite.train.grids import draw_grid, encode_grid
@@ -31,6 +33,8 @@ from fluxlite.weights.tensor_files import atomic_weights
 
 log = logging.getLogger("fluxlite")
 
+MAX_SKIPPED = 100  # steps in a row that are not finite: such weights will not recover
+
 
 @dataclass
 class RunMonitor:
@@ -41,6 +45,7 @@ class RunMonitor:
     held_out: list
     grid: list
     meter: object  # the task's, or None
+    skipped: int = 0  # steps in a row that were not finite
 
 
 def train(config):
@@ -53,22 +58,35 @@ def train(config):
         with held_signals() as caught, closing(monitor.metrics), closing(batches):
             if config.compile and start < config.steps:
                 monitor.metrics.announce("compiling: the first step takes longer")
-            steps = range(start + 1, config.steps + 1)
-            for step in profile_of(config, device).over(steps):
-                micro = [next(batches) for _ in range(run.micro_batches)]
-                loss, norm = train_step(run, micro, step - 1)
-                stopped_by, good = read_flags(run, caught, norm)
-                check_finite(good, loss, norm, step, micro, config.output)
-                log_step(run, monitor, step, loss, norm)
-                with monitor.speed.paused():
-                    finish_step(run, monitor, step, stopped_by)
-                if stopped_by:
-                    break
+            take_steps(run, monitor, batches, start, caught)
             if parallel.rank() == 0:
                 plot_losses(config.output)
                 if monitor.meter:
                     monitor.meter.plot(config.output)
     return Path(config.output)
+
+
+def take_steps(run, monitor, batches, start, caught):
+    """Take the steps after step `start`, to the last one or to one that is stopped and saved.
+
+    An accelerator is given a step before the numbers of the step before are read: it never waits
+    for the host. Where something is due after a step, that step is read first: nothing is measured,
+    drawn or saved after a step that is not known to be good.
+    """
+    earlier = stopped_by = None
+    steps = range(start + 1, run.config.steps + 1)
+    for step in profile_of(run.config, run.device).over(steps):
+        launched = launch_step(run, batches, caught, step)
+        if earlier:
+            stopped_by = settle_step(run, monitor, earlier)
+        earlier = launched
+        if stopped_by or is_settled_at_once(run, monitor, step):
+            stopped_by = settle_step(run, monitor, launched) or stopped_by
+            earlier = None
+            with monitor.speed.paused():
+                finish_step(run, monitor, step, stopped_by)
+        if stopped_by:
+            break
 
 
 def start_run(config, device, mesh, last):
@@ -110,38 +128,95 @@ def trained_state(run):
     return dict(model=run.model, optimizers=run.optimizers, ema=run.ema)
 
 
-def read_flags(run, caught, norm):
-    """The name of a signal that asks any rank to stop, or None, and whether the step was good;
-    collective.
+@dataclass
+class LaunchedStep:
+    """A step that a device may still be at."""
 
-    It is the one place of a step where the host waits for the device.
+    number: int
+    keys: list  # of this rank's samples
+    loss: torch.Tensor  # of this rank
+    learning_rate: float
+    read: Callable  # waits for the step: the list of `shared_numbers`
+
+
+def launch_step(run, batches, caught, step):
+    """Give the device a step: a `LaunchedStep`; collective."""
+    micro = [next(batches) for _ in range(run.micro_batches)]
+    loss, norm = train_step(run, micro, step - 1)
+    keys = sum((batch["keys"] for batch in micro), [])
+    rate = run.optimizers[0].param_groups[0]["lr"]
+    return LaunchedStep(step, keys, loss, rate, begin_read(shared_numbers(loss, norm, caught)))
+
+
+def shared_numbers(loss, norm, caught):
+    """What ranks must know of a step, a tensor on their devices: the gradient's norm, the sum of
+    the ranks' losses, and for each of `STOP_SIGNALS` how many ranks were sent it; collective.
     """
-    asked = torch.tensor(float(caught["number"]), device=run.device)
-    bad = (~torch.isfinite(norm)).to(run.device, torch.float32)
-    number, bad = parallel.max_over_ranks(torch.stack([asked, bad]))
-    return signal.Signals(int(number)).name if number else None, not bad
+    asked = [torch.full_like(loss, caught["number"] == number) for number in STOP_SIGNALS]
+    told = torch.stack([loss, *asked])
+    dist.all_reduce(told)
+    return torch.cat([norm.to(told.device, non_blocking=True)[None], told])
 
 
-def check_finite(good, loss, norm, step, batches, output):
-    """Raise `ValueError` for a step that is not `good`, with its samples, what to try and what the
-    run's folder `output` has; collective.
+def reads_late(device):
+    """Whether a step is read while the next one runs. A CPU does nothing beside the host."""
+    return device.type != "cpu"
+
+
+def is_settled_at_once(run, monitor, step):
+    """Whether a step is waited for before the next is launched: something is due after it."""
+    config, meter = run.config, monitor.meter
+    periods = [config.checkpoint.every, config.validate_every, config.sample.every]
+    periods += [meter.every] if meter else []
+    return not reads_late(run.device) or any(is_due(run, step, every) for every in periods)
+
+
+def settle_step(run, monitor, launched):
+    """Wait for a step and write it down: the name of a signal that asks any rank to stop after it,
+    or None; collective.
+
+    It is the one place where the host waits for a step. Raises `ValueError` for a step that is not
+    finite, or with optim.nonfinite=skip counts it.
     """
-    if good:
-        return
-    keys = sum((batch["keys"] for batch in batches), [])
-    found = parallel.gather_values((loss.item(), keys))
+    norm, loss, *asked = launched.read()
+    if math.isfinite(norm):
+        monitor.skipped = 0
+    else:
+        skip_step(run, monitor, launched, norm)
+    log_step(run, monitor, launched, loss / parallel.world_size(), norm)
+    return next((n.name for n, count in zip(STOP_SIGNALS, asked) if count), None)
+
+
+def skip_step(run, monitor, launched, norm):
+    """Count a step that was not taken, or raise `ValueError` with its samples, what to try and what
+    the run's folder has; collective.
+    """
+    what = describe_bad_step(launched, norm)
+    monitor.skipped += 1
+    if run.config.optim.nonfinite == "skip" and monitor.skipped < MAX_SKIPPED:
+        if parallel.rank() == 0:
+            log.warning("the %s The step is skipped", what)
+        return monitor.metrics.log(launched.number, {"skipped": 1})
+    many = f" (and of the {MAX_SKIPPED - 1} steps before)" if monitor.skipped == MAX_SKIPPED else ""
+    raise ValueError(
+        f"the {what}{many} Try a lower optim.lr, a longer optim.warmup, dtype=float32, or look at "
+        "these samples. The step was not taken and nothing of it is saved: "
+        f"{run_state.saved_words(run.config.output)}"
+    )
+
+
+def describe_bad_step(launched, norm):
+    """What of a step is not finite, and the samples of the ranks where it is so; collective."""
+    found = parallel.gather_values((launched.loss.item(), launched.keys))
     guilty = [entry for entry in found if not math.isfinite(entry[0])]
     samples = list(dict.fromkeys(sum((keys for _, keys in guilty or found), [])))
+    step = launched.number
     what = (
         f"loss of step {step} is {guilty[0][0]}"
         if guilty
-        else f"gradient's norm of step {step} is {norm.item()}"
+        else f"gradient's norm of step {step} is {norm}"
     )
-    raise ValueError(
-        f"the {what}; its samples: {', '.join(samples[:8])}{' …' if len(samples) > 8 else ''}. "
-        "Try a lower optim.lr, a longer optim.warmup, dtype=float32, or look at these samples. "
-        f"The step was not taken and nothing of it is saved: {run_state.saved_words(output)}"
-    )
+    return f"{what}; its samples: {', '.join(samples[:8])}{' …' if len(samples) > 8 else ''}."
 
 
 def finish_step(run, monitor, step, stopped_by):
@@ -207,16 +282,13 @@ def step_flops(run):
     return 3 * trained + 2 * sum(frozen)
 
 
-def log_step(run, monitor, step, loss, norm):
-    """Count a step, and every log_every of them write the loss and the speed down."""
+def log_step(run, monitor, launched, loss, norm):
+    """Count a step, and every log_every of them write its mean loss and the speed down."""
     monitor.speed.add(run.config.data.global_batch)
-    values = {}
+    values, step = {}, launched.number
     if is_due(run, step, run.config.metrics.log_every):
-        values = {
-            "loss": parallel.mean_over_ranks(loss).item(),
-            "grad_norm": norm.item(),
-            "lr": run.optimizers[0].param_groups[0]["lr"],
-        } | monitor.speed.read()
+        values = {"loss": loss, "grad_norm": norm, "lr": launched.learning_rate}
+        values |= monitor.speed.read()
         monitor.metrics.log(step, values)
     monitor.metrics.progress(step, values)
 

@@ -14,6 +14,7 @@ from fluxlite.parallel.weights import local_tensor
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "muon")
+SWAPPED_AT_ONCE = 8  # weights and averages, of which copies are held meanwhile
 
 
 @dataclass
@@ -49,6 +50,13 @@ class OptimConfig:
         "decay of the moving average of the weights, 0 for none; it warms up",
         at_least=0,
         below=1,
+    )
+    nonfinite: str = option(
+        "stop",
+        "a step whose loss or gradient is not finite is not taken; then stop the run, or skip to "
+        "the next step",
+        choices=("stop", "skip"),
+        resume=True,
     )
     trainable: list[str] = option(["*"], "name patterns of the parameters to train")
     freeze: list[str] = option([], "name patterns of parameters to freeze, after trainable")
@@ -148,11 +156,12 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step; none where the tensor `found_inf`, if it is set, is 1, as torch.amp.GradScaler
-        has it.
+        """One step; none where the tensor `found_inf`, if it is set, is 1. Gradients are divided by
+        the tensor `grad_scale` first, if that is set. torch's fused optimizers do the same.
         """
         if closure is not None:
             raise ValueError("Muon takes no closure")
+        self.scale_gradients()
         for group in self.param_groups:
             found = [p for p in group["params"] if p.grad is not None]
             found.sort(key=lambda p: p.numel(), reverse=True)  # those of a round cost the same
@@ -186,6 +195,14 @@ class Muon(torch.optim.Optimizer):
             whole = orthogonalise_matrix(whole)
         return collect_parts(whole, updates, matrices, self.mesh)
 
+    def scale_gradients(self):
+        """Divide this rank's parts of the gradients by `grad_scale`, in one pass."""
+        scale = getattr(self, "grad_scale", None)
+        for group in self.param_groups if scale is not None else ():
+            parts = [local_tensor(p.grad) for p in group["params"] if p.grad is not None]
+            if parts:
+                torch._foreach_div_(parts, scale)
+
 
 def replace_unless(skipped, old, new):
     """Write `new` into `old`, unless the tensor `skipped` is 1; the host does not wait for it."""
@@ -205,36 +222,59 @@ def learning_rate(config, step, total_steps):
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
+def group_by_share(model):
+    """[(share, parameters)] of what is trained, alike in `share_of_rank`, device and kind of
+    tensor.
+
+    Norms of a group are taken by a few kernels, however many parameters it has.
+    """
+    ranks, groups = dist.get_world_size(), {}
+    for p in model.parameters():
+        if p.requires_grad:
+            key = share_of_rank(p, ranks), p.device, isinstance(p, DTensor)
+            groups.setdefault(key, []).append(p)
+    return [(share, parameters) for (share, *_), parameters in groups.items()]
+
+
 @torch.no_grad()
-def clip_gradients(model, config, loss=0.0):
-    """Scale the gradient to a norm of at most `config.clip`; returns its norm before, a tensor.
-    Collective.
+def gradient_norm(groups, loss=0.0):
+    """The norm of the whole gradient, a tensor, of `group_by_share`'s groups. Collective.
 
     Where the gradient or the `loss` of a single rank is not finite, the norm is not on any rank.
 
     Parameters may lie on different meshes: each rank adds up its parts, a part that several ranks
     hold in equal shares.
     """
+    devices = {parameters[0].device for _, parameters in groups}
+    # of weights on two devices the host's optimizer needs it first, and must not read it too early
+    device = min(devices, key=lambda device: device.type != "cpu")
+    total = 0 * torch.as_tensor(loss, device=device)
+    for share, parameters in groups:
+        parts = local_gradients(parameters)
+        if parts:
+            norms = torch.stack(torch._foreach_norm(parts, dtype=torch.float32))
+            total = total + share * norms.dot(norms).to(device)
+    dist.all_reduce(total)
+    return total.sqrt_()
+
+
+def local_gradients(parameters):
+    """This rank's parts of the gradients of parameters that are all DTensors, or none of them."""
+    if not isinstance(parameters[0], DTensor):
+        return [gradient for p in parameters if (gradient := p.grad) is not None]
+    found = [p for p in parameters if p.grad is not None]
     # where FSDP2 has nothing to reduce, what tensor parallelism left to be summed is not summed yet
-    for p in model.parameters():
-        if isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+    for p in found:
+        if p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    parts = [local_tensor(gradient) for gradient in gradients]
-    norms = torch._foreach_norm(parts, dtype=torch.float32)
-    ranks = dist.get_world_size()
-    device = next(p.device for p in model.parameters())
-    shares = torch.tensor([share_of_rank(gradient, ranks) for gradient in gradients])
-    norm = torch.stack([part.to(device) for part in norms]).square()
-    norm = norm.dot(shares.to(device, non_blocking=True))
-    norm += 0 * torch.as_tensor(loss, device=device)
-    dist.all_reduce(norm)
-    norm = norm.sqrt_()
-    if config.clip:
-        scale = (config.clip / (norm + 1e-6)).clamp(max=1.0)
-        for place in {part.device for part in parts}:
-            torch._foreach_mul_([p for p in parts if p.device == place], scale.to(place))
-    return norm
+    return [p.grad.to_local() for p in found]
+
+
+def clip_scale(norm, clip):
+    """What a gradient of this norm is divided by, a tensor of at least 1, to have a norm of `clip`
+    at most; None without clipping.
+    """
+    return ((norm + 1e-6) / clip).clamp(min=1.0) if clip else None
 
 
 def share_of_rank(tensor, ranks):
@@ -258,6 +298,7 @@ class EMA:
         self.decay = decay
         self.live = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.live.items()}
+        self.pairs = self.pair_parts()  # which stay where they are
 
     @torch.no_grad()
     def update(self, step, skipped):
@@ -266,16 +307,40 @@ class EMA:
 
         Where the tensor `skipped` is 1, nothing changes.
         """
-        decay = min(self.decay, (2 + step) / (11 + step))
-        share = (1 - decay) * (1 - skipped)
+        share = 1 - min(self.decay, (2 + step) / (11 + step))
+        for averages, lives in self.pairs:
+            # SGD that goes by `share` of weight_decay * average - live: one pass, which can be
+            # skipped on the device, as no lerp can
+            torch._fused_sgd_(
+                averages,
+                lives,
+                [],
+                lr=share,
+                weight_decay=1.0,
+                maximize=True,
+                momentum=0.0,
+                dampening=0.0,
+                nesterov=False,
+                is_first_step=False,
+                found_inf=skipped.to(averages[0].device),
+            )
+
+    @torch.no_grad()
+    def pair_parts(self):
+        """[(averages, live weights)], this rank's parts, for each device."""
+        groups = {}
         for name, average in self.average.items():
-            local_tensor(average).lerp_(local_tensor(self.live[name]), share.to(average.device))
+            averages, lives = groups.setdefault(average.device, ([], []))
+            averages.append(local_tensor(average))
+            lives.append(local_tensor(self.live[name]))
+        return [*groups.values()]
 
     @torch.no_grad()
     def swap(self):
         """Exchange the average and the live weights, in place; call it twice to have both back."""
-        for name in self.average:
-            average, live = local_tensor(self.average[name]), local_tensor(self.live[name])
-            kept = live.clone()
-            live.copy_(average)
-            average.copy_(kept)
+        for averages, lives in self.pairs:
+            for first in range(0, len(lives), SWAPPED_AT_ONCE):
+                some = slice(first, first + SWAPPED_AT_ONCE)
+                kept = [live.clone() for live in lives[some]]
+                torch._foreach_copy_(lives[some], averages[some])
+                torch._foreach_copy_(averages[some], kept)

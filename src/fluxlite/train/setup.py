@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,14 +11,17 @@ from fluxlite import parallel
 from fluxlite.cli.options import option_value
 from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.cache import MADE_BY, CachedSamples, build_cache
+from fluxlite.data.images import pixels_of
 from fluxlite.data.loading import make_loader
 from fluxlite.data.mock import MockSamples
 from fluxlite.data.opening import open_dataset, prepare_data
+from fluxlite.data.transfers import send_tensor
 from fluxlite.draw.pipeline import check_widths
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.train import optim
 from fluxlite.train.building import check_base
+from fluxlite.train.draws import DrawnSamples, draw_posterior, draw_step
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.task import Task
 from fluxlite.weights import sources
@@ -53,6 +57,7 @@ class Run:
         self.model, self.flux = self.models[0], self.models[-1]  # which may be the same
         self.dtype = getattr(torch, self.config.dtype)  # what is computed in
         self.latent_shape = self.config.latent_shape()  # (C, h, w) of one picture
+        self.gradient_groups = optim.group_by_share(self.model)
 
     @property
     def micro_batches(self):
@@ -60,12 +65,19 @@ class Run:
         data = self.config.data
         return data.global_batch // (data.micro_batch * self.mesh.dp_size)
 
-    def loader(self, dataset, **options):
-        """This rank's batches of a data set: those of its place in data parallelism, the same for
-        tp and cp ranks.
+    def drawn_samples(self, dataset, *draws):
+        """A data set with what its samples are encoded with, and with more `draws`."""
+        encoding = draw_posterior, self.task.draw_inputs
+        return DrawnSamples(dataset, *(partial(draw, self.config) for draw in (*encoding, *draws)))
+
+    def loader(self, dataset, *, draws=(draw_step,), **options):
+        """This rank's batches of a data set, with their draws: those of its place in data
+        parallelism, the same for tp and cp ranks.
         """
         ranks = dict(dp_rank=self.mesh.dp_rank, dp_size=self.mesh.dp_size)
-        return make_loader(dataset, micro_batch=self.config.data.micro_batch, **ranks, **options)
+        samples = self.drawn_samples(dataset, *draws)
+        sizes = dict(micro_batch=self.config.data.micro_batch, pinned=self.device.type == "cuda")
+        return make_loader(samples, **sizes, **ranks, **options)
 
 
 def set_up(config, device, mesh):
@@ -99,8 +111,8 @@ def assemble_run(config, device, mesh, task, models, parts):
     optimizers = optim.make_optimizers(models[0], config.optim, mesh)
     ema = optim.EMA(models[0], config.optim.ema_decay) if config.optim.ema_decay else None
     _, *cells = config.latent_shape()
-    positions = position_ids(*cells, config.model.max_sequence_length).to(device)
-    rope = rope_table(positions, config.model.shape())
+    positions = position_ids(*cells, config.model.max_sequence_length)
+    rope = rope_table(send_tensor(positions, device), config.model.shape())
     flux = models[-1].config
     flux.scheduler = sources.scheduler_beside(config.model.checkpoint, flux)  # for pictures
     return Run(config, device, mesh, task, models, optimizers, ema, parts, rope)
@@ -175,7 +187,7 @@ def cache_samples(run, dataset, folder):
     directory = build_cache(
         dataset,
         folder,
-        encode_images=lambda images: parts.autoencoder.posterior(images.to(run.device)),
+        encode_images=partial(encode_levels, parts.autoencoder, run.device),
         encode_texts=lambda texts: parts.encoders.encode(texts, length),
         digest=encoders_digest(parts, length, run.config.dtype),
         settings={key: option_value(run.config, key) for key in MADE_BY["encoders"]},
@@ -184,6 +196,11 @@ def cache_samples(run, dataset, folder):
     )
     parallel.wait_for_all()
     return CachedSamples(dataset, directory)
+
+
+def encode_levels(autoencoder, device, levels):
+    """The posterior of pictures (B, 3, H, W) uint8."""
+    return autoencoder.posterior(pixels_of(send_tensor(levels, device)))
 
 
 def encoders_digest(parts, max_sequence_length, dtype):

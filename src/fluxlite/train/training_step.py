@@ -1,4 +1,4 @@
-"""One training step: a batch encoded, noise, velocity, loss, gradient, update.
+"""One training step: a batch encoded, noised, velocity, loss, gradient, update.
 
 B samples of a micro-batch, L tokens, C channels of a token.
 """
@@ -6,6 +6,8 @@ B samples of a micro-batch, L tokens, C channels of a token.
 import torch
 
 from fluxlite import parallel, rng
+from fluxlite.data.images import pixels_of
+from fluxlite.data.transfers import feed_device, send_tensor
 from fluxlite.nets import flow
 from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.latents import pack_latents
@@ -25,29 +27,21 @@ def flow_loss(run, x0, txt, pooled, *, noise, t, guidance, **inputs):
 
 
 def train_step(run, batches, step):
-    """One optimizer step over this rank's micro-batches; their mean loss and the gradient's norm,
-    both tensors.
+    """One optimizer step over this rank's micro-batches, as `Run.loader` has them; their mean loss
+    and the gradient's norm, both tensors.
+
+    The host does not wait for the device here, nor look at a tensor that is there.
     """
     total = torch.zeros((), device=run.device)
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(feed_device(batches, run.device)):
         parallel.reduce_gradients(run.model, i == len(batches) - 1)
         x0, txt, pooled, inputs = encode_batch(run, batch)
-        inputs = run.task.drop_inputs(run, inputs, batch["indices"])
-        drawn = draw_step(run, batch["indices"], num_tokens=x0.shape[1])
+        inputs = run.task.drop_inputs(run, inputs, batch)
+        drawn = {name: batch[name] for name in ("noise", "t", "guidance")}
         loss = flow_loss(run, x0, txt, pooled, **drawn, **inputs).mean() / len(batches)
         loss.backward()
         total += loss.detach()
     return total, optimizer_step(run, step, total)
-
-
-def draw_step(run, indices, num_tokens):
-    """Noise (B, L, C), t (B,) and guidance (B,) that the samples of a step are trained with."""
-    config, keys = run.config, dict(seed=run.config.seed, indices=indices)
-    return {
-        "noise": packed_noise(run, stream="noise", **keys),
-        "t": flow.sample_t(config.flow, num_tokens, **keys).to(run.device),
-        "guidance": flow.sample_guidance(config.flow, **keys).to(run.device),
-    }
 
 
 def fixed_draws(run, indices, stream):
@@ -55,27 +49,26 @@ def fixed_draws(run, indices, stream):
     measured with.
     """
     middle = sum(flow.guidance_range(run.config.flow.guidance)) / 2
+    noise = pack_latents(rng.normal(run.latent_shape, seed=0, indices=indices, stream=stream))
     return {
-        "noise": packed_noise(run, seed=0, indices=indices, stream=stream),
+        "noise": send_tensor(noise, run.device),
         "guidance": torch.full((len(indices),), middle, device=run.device),
     }
-
-
-def packed_noise(run, **keys):
-    return pack_latents(rng.normal(run.latent_shape, **keys)).to(run.device)
 
 
 def optimizer_step(run, step, loss=0.0):
     """Clip the gradient, step the optimizers and the moving average; the gradient's norm, a tensor.
 
     Where a rank's loss or the gradient is not finite, the norm is not either, and nothing changes:
-    the device sees to that without the host, which learns of it later, in `read_flags`.
+    the device sees to that without the host, which learns of it later, in `settle_step`.
     """
     config = run.config
-    norm = optim.clip_gradients(run.model, config.optim, loss)
+    norm = optim.gradient_norm(run.gradient_groups, loss)
     skipped = (~torch.isfinite(norm)).float()
     for optimizer in run.optimizers:
-        optimizer.found_inf = skipped  # as torch.amp.GradScaler has it
+        # as torch.amp.GradScaler has it: the device looks at both
+        optimizer.found_inf = skipped
+        optimizer.grad_scale = optim.clip_scale(norm, config.optim.clip)
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(config.optim, step, config.steps)
         optimizer.step()
@@ -90,28 +83,26 @@ def optimizer_step(run, step, loss=0.0):
 
 @torch.no_grad()
 def encode_batch(run, batch):
-    """A batch as clean tokens x0 (B, L, C) float32, txt, pooled, and the task's inputs {name: (B,
-    …)}.
+    """A batch on the device as clean tokens x0 (B, L, C) float32, txt, pooled, and the task's
+    inputs {name: (B, …)}.
     """
     if "captions" in batch:
         length = run.config.model.max_sequence_length
         txt, pooled = run.parts.encoders.encode(batch["captions"], length)
     else:
-        txt, pooled = batch["txt"].to(run.device), batch["pooled"].to(run.device)
-    x0 = encode_pictures(run, batch, "images", ("mean", "logvar"), stream="posterior")
+        txt, pooled = batch["txt"], batch["pooled"]
+    x0 = encode_pictures(run, batch, "images", ("mean", "logvar"), "posterior_noise")
     return x0, txt, pooled, run.task.encode_inputs(run, batch)
 
 
-def encode_pictures(run, batch, name, cached, *, stream):
-    """Packed latents (B, L, C) float32 of a batch's pictures `name`: a sample of their posterior,
-    whose mean and log variance a cached batch holds under the names `cached`.
+def encode_pictures(run, batch, name, cached, noise):
+    """Packed latents (B, L, C) float32 of a batch's pictures `name`: a sample of their posterior by
+    the draws `noise`. A cached batch holds its mean and log variance under the names `cached`.
     """
     autoencoder = run.parts.autoencoder
     if cached[0] in batch:
-        mean, logvar = (batch[key].to(run.device) for key in cached)
+        mean, logvar = (batch[key] for key in cached)
     else:
-        mean, logvar = autoencoder.posterior(batch[name].to(run.device))
-    keys = dict(seed=run.config.seed, indices=batch["indices"], stream=stream)
-    noise = rng.normal(mean.shape[1:], **keys).to(run.device)
-    latents = sample_posterior(mean.float(), logvar.float(), noise)
+        mean, logvar = autoencoder.posterior(pixels_of(batch[name]))
+    latents = sample_posterior(mean.float(), logvar.float(), batch[noise])
     return pack_latents(latents if autoencoder is None else autoencoder.scale(latents))

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fluxlite import parallel
+from fluxlite.data.transfers import feed_device, send_tensor
 from fluxlite.nets import flow
 from fluxlite.train.training_step import encode_batch, fixed_draws, flow_loss
 
@@ -57,8 +58,9 @@ def encode_validation(run, dataset):
     count, stride = run.config.data.val_count, run.mesh.dp_size * run.config.data.micro_batch
     rounded = -(-count // stride) * stride
     batches = []
-    for batch in run.loader(dataset, global_batch=stride, start_index=0, stop_index=rounded):
-        weights = (batch["indices"] < count).float().to(run.device)
+    options = dict(draws=(), global_batch=stride, start_index=0, stop_index=rounded)
+    for batch in feed_device(run.loader(dataset, **options), run.device):
+        weights = send_tensor((batch["indices"] < count).float(), run.device)
         batches.append(HeldOutBatch(*encode_batch(run, batch), batch["indices"] % count, weights))
     return batches
 
@@ -72,7 +74,7 @@ def validation_losses(run, batches):
     an eighth of the work.
     """
     run.model.eval()
-    times = torch.tensor(flow.VALIDATION_T, device=run.device)
+    times = send_tensor(torch.tensor(flow.VALIDATION_T), run.device)
     sums = torch.zeros(2, len(times), device=run.device)  # of losses, and of samples
     for held in batches:
         drawn = fixed_draws(run, held.indices, "validation")
@@ -89,5 +91,5 @@ def validation_losses(run, batches):
 def time_numbers(run, indices, count):
     """For each pass over some samples which of `count` times each is measured at: (B,) each."""
     if run.config.validation == "round_robin":
-        return [indices.to(run.device) % count]
+        return [send_tensor(indices % count, run.device)]
     return torch.arange(count, device=run.device)[:, None].expand(count, len(indices))

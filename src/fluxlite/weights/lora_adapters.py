@@ -86,17 +86,8 @@ def make_form(name, of):
     if not kinds:
         return None
     [kind] = kinds
-    roles = FACTORS[kind]
-    tensors = [of.get(role) for role in roles]
-    tensors = [t.flatten(1) if t is not None and t.ndim == 4 else t for t in tensors]
-    lacks = [role for role, tensor in zip(roles, tensors) if tensor is None]
-    if kind is Kronecker:
-        whole, halves = tensors[::3], [tensors[1:3], tensors[4:6]]
-        lacks = [
-            f"lokr_w{n}"
-            for n, (full, pair) in enumerate(zip(whole, halves), 1)
-            if (full is None) == any(half is None for half in pair)
-        ]
+    tensors = [of.get(role) for role in FACTORS[kind]]
+    lacks = missing_factors(kind, tensors)
     if lacks:
         raise ValueError(f"{name} lacks {lacks[0]}: the file is damaged")
     for tensor in filter(lambda t: t is not None, tensors):
@@ -105,6 +96,15 @@ def make_form(name, of):
     form = kind(*tensors)
     check_ranks(name, form)
     return form
+
+
+def missing_factors(kind, tensors):
+    """The roles of factors that a form must have and that are None."""
+    if kind is not Kronecker:
+        return [role for role, tensor in zip(FACTORS[kind], tensors) if tensor is None]
+    there = [tensor is not None for tensor in tensors]
+    patterns = ([True, False, False], [False, True, True])  # whole, or two that are multiplied
+    return [f"lokr_w{n}" for n in (1, 2) if there[3 * n - 3 : 3 * n] not in patterns]
 
 
 def check_ranks(name, form):

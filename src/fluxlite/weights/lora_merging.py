@@ -252,36 +252,45 @@ def merged_source(source, loras, dtype=None, only=lambda name: True):
     if not any(lora.adapters("transformer") for lora in loras):
         return source
     config = widened_config(source.config, loras)
-    makers = conversion.rules_by_name(source.layout, source.config)
-    rules = {name: r for r in conversion.model_rules(source.layout, config) for name in r.theirs}
-
-    def base(name):
-        """One of our tensors of the base, a view where it can be."""
-        rule = makers[name]
-        needed = rule.theirs[: len(rule.theirs) - len(rule.optional)]
-        parts = conversion.apply_transform(
-            rule.transform, "forward", [source.read(n) for n in needed], source.config
-        )
-        return parts[rule.ours.index(name)]
-
+    base, rules = our_reader(source), rules_of_theirs(source)
     resolver = Resolver(loras, "transformer", base, config, dtype)
     changed = {name for name in resolver.adapters if only(name)}
+    if config.in_channels != source.config.in_channels:
+        changed.add(WIDENED)
 
     def read(name, start=0, stop=None):
         rule = rules[name]
-        widened = WIDENED in rule.ours and config.in_channels != source.config.in_channels
-        if not changed & set(rule.ours) and not widened:
+        if not changed & set(rule.ours):
             return source.read(name, start, stop)
-        ours = [resolver.merged(n) if n in changed or widened else base(n) for n in rule.ours]
+        ours = [resolver.merged(n) if n in changed else base(n) for n in rule.ours]
         made = conversion.apply_transform(rule.transform, "backward", ours, config)
         return made[rule.theirs.index(name)][start:stop]
 
-    shapes = conversion.layout_shapes(source.layout, config)
-    described = {}
+    shapes, described = conversion.layout_shapes(source.layout, config), {}
     for name, (of, _) in source.described.items():
         merged = changed & set(rules[name].ours)
         described[name] = wider_dtype(of, dtype or of) if merged else of, shapes[name]
     return replace(source, config=config, described=described, read=read, base=source)
+
+
+def rules_of_theirs(source):
+    """{name in a source's layout: the rule that has it}."""
+    rules = conversion.model_rules(source.layout, source.config)
+    return {name: rule for rule in rules for name in rule.theirs}
+
+
+def our_reader(source):
+    """A function from our name of a tensor to its values in a source, a view where it can be."""
+    makers = conversion.rules_by_name(source.layout, source.config)
+
+    def read(name):
+        rule = makers[name]
+        needed = rule.theirs[: len(rule.theirs) - len(rule.optional)]
+        tensors = [source.read(theirs) for theirs in needed]
+        made = conversion.apply_transform(rule.transform, "forward", tensors, source.config)
+        return made[rule.ours.index(name)]
+
+    return read
 
 
 def bake_source(source, loras, dtype=None):

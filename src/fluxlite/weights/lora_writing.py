@@ -304,22 +304,24 @@ def write_adapter(adapter, part, to, biases):
         return write_dense(adapter, key, leaf, to)
     if to == "peft":
         return write_peft(adapter, key, biases.get(f"{module}.bias"))
-    form, alpha = adapter.form, form_rank(adapter.form)
-    found = {}
-    if type(form) is LowRank:
-        found = {f"{key}.{dialect.down}": form.down, f"{key}.{dialect.up}": form.up}
-    elif type(form) is Hadamard:
-        found = {f"{key}.hada_{name}": tensor for name, tensor in form._asdict().items()}
-    else:
-        if form.row_index is not None or form.column_index is not None:
-            raise ValueError(f"{adapter.name} is a part of a Kronecker product: choose --to comfy")
-        pairs = form._asdict().items()
-        found = {f"{key}.lokr_{name}": t for name, t in pairs if t is not None}
-    if alpha is not None:
-        found[f"{key}.alpha"] = torch.tensor(adapter.scale * alpha, dtype=torch.float32)
+    found, rank = factor_tensors(adapter, dialect), form_rank(adapter.form)
+    if rank is not None:
+        found["alpha"] = torch.tensor(adapter.scale * rank, dtype=torch.float32)
     if adapter.magnitude is not None:
-        found[f"{key}.{dialect.magnitude}"] = adapter.magnitude
-    return found
+        found[dialect.magnitude] = adapter.magnitude
+    return {f"{key}.{suffix}": tensor for suffix, tensor in found.items()}
+
+
+def factor_tensors(adapter, dialect):
+    """{suffix: tensor} of a form's factors; raises `ValueError` for a part of a product."""
+    form = adapter.form
+    if type(form) is LowRank:
+        return {dialect.down: form.down, dialect.up: form.up}
+    if type(form) is Hadamard:
+        return {f"hada_{name}": tensor for name, tensor in form._asdict().items()}
+    if form.row_index is not None or form.column_index is not None:
+        raise ValueError(f"{adapter.name} is a part of a Kronecker product: choose --to comfy")
+    return {f"lokr_{name}": t for name, t in form._asdict().items() if t is not None}
 
 
 def module_key(module, layout, part, dialect):

@@ -15,6 +15,7 @@ from operator import itemgetter
 
 import torch
 
+from fluxlite.data.transfers import send_tensor
 from fluxlite.weights.encoder_files import (
     CLIP,
     READ_SUFFIXES,
@@ -57,8 +58,9 @@ class TextEncoders:
         clip_ids = self._tokenize("CLIP", self.clip_tokenizer, prompts, clip_length, seen)
         remedy = "raise the maximum sequence length or shorten the prompt"
         t5_ids = self._tokenize("T5", self.t5_tokenizer, prompts, max_sequence_length, remedy)
-        txt = self.t5(t5_ids.to(self.clip.device)).last_hidden_state
-        pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output
+        t5_ids, clip_ids = (send_tensor(ids, self.clip.device) for ids in (t5_ids, clip_ids))
+        txt = self.t5(t5_ids).last_hidden_state
+        pooled = self.clip(clip_ids).pooler_output
         return txt.to(self.t5.dtype), pooled.to(self.clip.dtype)
 
     def _tokenize(self, name, tokenizer, prompts, length, remark):

@@ -12,6 +12,7 @@ import torch
 from fluxlite import rng
 from fluxlite.cli.options import option, refuse_first, same_option
 from fluxlite.cli.programs import warn_for_all
+from fluxlite.data.images import pixels_of
 from fluxlite.nets.configs import ControlNetConfig, mode_number
 from fluxlite.nets.controlnet import (
     ControlNet,
@@ -33,6 +34,7 @@ from fluxlite.train.building import (
     wrap_flux,
     wrap_model,
 )
+from fluxlite.train.draws import keys_of
 from fluxlite.train.meter import ControlMeter
 from fluxlite.train.tasks.task import Task
 from fluxlite.train.training_step import encode_pictures
@@ -236,34 +238,42 @@ def controlled_velocity(net, flux, img, txt, rope, *, hint=None, mode=None, **in
     )
 
 
+def draw_control(config, sample):
+    """The noise (C, h, w) of a control's posterior, and whether a sample is trained without it.
+
+    Raises `ValueError` for a mode that the net has not.
+    """
+    control, keys = config.controlnet, keys_of(config, sample)
+    if control.num_modes and sample["modes"] >= control.num_modes:
+        raise ValueError(
+            f"controlnet.num_modes={control.num_modes}, but a sample's json has the mode "
+            f"{int(sample['modes'])}"
+        )
+    noise = rng.normal(config.latent_shape(), stream="control", **keys)
+    dropped = rng.uniform(stream="control dropout", **keys) < control.dropout
+    return {"control_noise": noise[0], "control_dropped": dropped[0]}
+
+
 def encode_control(run, batch):
     """A ControlNet's hint, latents (B, L, C) or pixels (B, 3, H, W), and of a union net the mode
     (B,).
     """
     control = run.config.controlnet
     if control.hint == "pixel":
-        hint = batch["controls"].to(run.device)
+        hint = pixels_of(batch["controls"])
     else:
-        hint = encode_pictures(run, batch, "controls", CACHED, stream="control")
-    if not control.num_modes:
-        return {"hint": hint}
-    largest = max(batch["modes"].tolist())
-    if largest >= control.num_modes:
-        raise ValueError(
-            f"controlnet.num_modes={control.num_modes}, but a sample's json has the mode {largest}"
-        )
-    return {"hint": hint, "mode": batch["modes"].to(run.device)}
+        hint = encode_pictures(run, batch, "controls", CACHED, "control_noise")
+    return {"hint": hint} | ({"mode": batch["modes"]} if control.num_modes else {})
 
 
-def drop_control(run, inputs, indices):
+def drop_control(run, inputs, batch):
     """Inputs with the control of a share of the samples emptied: black pixels, or latents of
     zero.
     """
     control, hint = run.config.controlnet, inputs["hint"]
     if not control.dropout:
         return inputs
-    drawn = rng.uniform(seed=run.config.seed, indices=indices, stream="control dropout")
-    gone = (drawn < control.dropout).to(run.device).view(-1, *[1] * (hint.ndim - 1))
+    gone = batch["control_dropped"].view(-1, *[1] * (hint.ndim - 1))
     return inputs | {"hint": torch.where(gone, -1.0 if control.hint == "pixel" else 0.0, hint)}
 
 
@@ -281,6 +291,7 @@ CONTROLNET = Task(
     ),
     velocity_of=lambda models: partial(controlled_velocity, *models),
     check_settings=check_control,
+    draw_inputs=draw_control,
     encode_inputs=encode_control,
     drop_inputs=drop_control,
     make_meter=make_meter,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fluxlite import parallel
+from fluxlite.train.draws import draw_nothing
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Task:
     models: tuple
     velocity_of: Callable  # (models) → velocity(img, txt, rope, *, t, pooled, guidance, **inputs)
     check_settings: Callable = lambda config: None  # raises `ValueError`
-    encode_inputs: Callable = lambda run, batch: {}  # → inputs
-    drop_inputs: Callable = lambda run, inputs, indices: inputs  # some emptied, for a step
+    draw_inputs: Callable = draw_nothing  # (config, sample) → its draws, in a loader's process
+    encode_inputs: Callable = lambda run, batch: {}  # → inputs, by those draws
+    drop_inputs: Callable = lambda run, inputs, batch: inputs  # some emptied, for a step
     make_meter: Callable = lambda run, held_out: None  # → `every`, `measure(step)`, `plot(folder)`
     shown: tuple = ()  # ("control", "controls"): captions and names of pictures that grids show too
 
