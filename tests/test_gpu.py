@@ -23,7 +23,7 @@ from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.parallel import float8
-from fluxlite.train import setup, training_step
+from fluxlite.train import loop, setup, training_step
 from fluxlite.weights import conversion
 from fluxlite.weights.verify import diffusers_inputs
 
@@ -170,18 +170,29 @@ def test_compiled_under_every_checkpointing_computes_the_same(device, kind, alon
         assert relative_error(gradient, theirs[name]) < 1e-4, name
 
 
-@needs_gpu
-def test_a_step_does_not_wait_for_the_device(alone):
-    run, batches = run_of("cuda", "dtype=bfloat16")
-    taken = [next(batches) for _ in range(4)]
-    for step in range(2):
-        training_step.train_step(run, [taken[step]], step)
-    torch.cuda.set_sync_debug_mode("error")
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_does_not_wait_for_the_device(device, alone):
+    """Nor does what ranks tell each other of it; its numbers are read afterwards."""
+    run, batches = run_of(device, "dtype=float32", "optim.ema_decay=0.9")
+    launch = functools.partial(loop.launch_step, run, batches, {"number": 0})
+    earlier = [launch(step) for step in (1, 2)]  # what is made once is made here
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
     try:
-        for step in range(2, 4):
-            training_step.train_step(run, [taken[step]], step)
+        launched = [launch(step) for step in (3, 4)]
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    for step in (*earlier, *launched):
+        norm, loss, *_ = step.read()
+        assert 0 < norm < 1e6 and 0 < loss < 1e6
+
+
+@needs_gpu
+def test_batches_lie_in_page_locked_memory(alone):
+    _, batches = run_of("cuda")
+    batch = next(batches)
+    assert all(batch[name].is_pinned() for name in ("mean", "logvar", "txt", "pooled", "noise"))
 
 
 @pytest.mark.parametrize("device", SLOW_ON_CPU)
