@@ -159,6 +159,7 @@ def step_of(run, batches, step=0):
     return loss.item(), gradients
 
 
+@pytest.mark.timeout(1500)  # inductor, on a CPU
 @pytest.mark.parametrize("device", SLOW_ON_CPU)
 @pytest.mark.parametrize("kind", CHECKPOINTING)
 def test_compiled_under_every_checkpointing_computes_the_same(device, kind, alone):
