@@ -42,6 +42,7 @@ from gpu_sections import (
 
 from fluxlite import parallel
 from fluxlite.cli.programs import run_program
+from fluxlite.parallel import compilation
 
 MINUTES = 8  # on one GPU
 
@@ -49,7 +50,7 @@ MINUTES = 8  # on one GPU
 def find_scale(args):
     """The `Scale` of this machine; raises `ValueError` where it has no GPU."""
     if args.tiny:
-        torch._dynamo.config.disable = True  # what is run here is this script
+        compilation.BACKEND = "eager"  # what is run here is this script
         return TINY
     if not torch.cuda.is_available():
         raise ValueError(

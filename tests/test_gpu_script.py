@@ -15,16 +15,18 @@ import pytest
 import torch
 
 from fluxlite import parallel
-from fluxlite.parallel import float8
+from fluxlite.parallel import compilation, float8
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
-def not_compiled():
-    """What dynamo would compile runs as it is."""
-    with torch._dynamo.config.patch(disable=True):
-        yield
+def traced_alone(monkeypatch):
+    """Blocks are traced, and run as they are."""
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
     parallel.stop_ranks()
 
 

@@ -30,7 +30,7 @@ BACKEND = "inductor"
 MOST_GRAPHS = 64
 
 # What selective checkpointing keeps: the linears' products, fused attention, and what ranks sent.
-SAVED_NAMES = """mm addmm linear _scaled_dot_product_flash_attention
+SAVED_NAMES = """mm addmm linear _scaled_mm _scaled_dot_product_flash_attention
     _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
     _scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"""
 SAVED_OPERATORS = {torch.ops._c10d_functional.all_to_all_single.default} | {
