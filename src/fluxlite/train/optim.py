@@ -309,15 +309,16 @@ class EMA:
         """
         share = 1 - min(self.decay, (2 + step) / (11 + step))
         for averages, lives in self.pairs:
-            # SGD that goes by `share` of weight_decay * average - live: one pass, which can be
-            # skipped on the device, as no lerp can
+            # SGD that goes by `share` of live - average: one pass, which can be skipped on the
+            # device, as no lerp can. By two minus signs, since torch's first CUDA kernel had
+            # `maximize` turn the decay too
             torch._fused_sgd_(
                 averages,
                 lives,
                 [],
-                lr=share,
-                weight_decay=1.0,
-                maximize=True,
+                lr=-share,
+                weight_decay=-1.0,
+                maximize=False,
                 momentum=0.0,
                 dampening=0.0,
                 nesterov=False,
