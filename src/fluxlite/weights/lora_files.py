@@ -8,6 +8,7 @@ Strength is the file's own: alpha / rank, 1 without an alpha.
 
 import logging
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import MISSING, dataclass, field
@@ -81,6 +82,8 @@ def locate_lora(where, setting="lora="):
     path = Path(expand_home(str(where), setting.rstrip("= ")))
     if not path.exists():
         path = _fetch_lora(str(where), setting)
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{setting}{where} cannot be read: no permission")
     if not path.is_dir():
         return path
     named = [path / name for name in LORA_NAMES if (path / name).is_file()]
@@ -103,7 +106,7 @@ def is_lora(where):
         return False
     try:
         return any(re.search(ADAPTER_KEYS, key) for key in Tensors(path, [path]).keys())
-    except ValueError:  # which the model's reader tells
+    except (ValueError, PermissionError):  # which the model's reader tells
         return False
 
 
