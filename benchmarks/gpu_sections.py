@@ -423,8 +423,6 @@ def autoencoder_rows(scale, clock):
     for model in (ours, theirs):
         model.load_state_dict(state, assign=True)
         model.eval().requires_grad_(False)
-    if scale.device == "cuda":
-        ours.to(memory_format=torch.channels_last)  # as `load_autoencoder` lays it
     cells = side // config.downsampling
     options = dict(dtype=torch.bfloat16, device=scale.device)
     latents = torch.randn(1, config.latent_channels, cells, cells, **options)

@@ -164,15 +164,3 @@ def test_a_tiled_picture_has_no_seam_and_differs_by_what_norms_see():
     steps = (tiled - whole).diff(dim=3).abs()
     seams = steps[..., ours.config.downsampling * 4 :: ours.config.downsampling * 4]
     assert seams.mean() < 1.5 * steps.mean()
-
-
-def test_channels_last_weights_give_the_same_picture(pair):
-    """As a CUDA device has them."""
-    _, ours, _ = pair
-    latents, images = torch.randn(2, 4, 6, 10), torch.rand(2, 3, 24, 40) * 2 - 1
-    with torch.no_grad():
-        plain, mean = ours.decode(latents), ours.encode(images)
-        ours.to(memory_format=torch.channels_last)
-        assert ours.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-        assert relative_error(ours.decode(latents), plain) < 1e-5
-        assert relative_error(ours.encode(images), mean) < 1e-5

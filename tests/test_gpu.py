@@ -20,7 +20,7 @@ from fluxlite import parallel
 from fluxlite.draw.offload import stream_blocks
 from fluxlite.nets.autoencoder import Autoencoder
 from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
-from fluxlite.nets.flux import Flux, rope_table
+from fluxlite.nets.flux import QKV, ContiguousGradient, Flux, rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.parallel import float8
 from fluxlite.parallel.weights import local_tensor
@@ -73,6 +73,37 @@ def test_forward_and_every_gradient_are_diffusers(device, dtype, bound):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_gradients_of_queries_and_keys_are_those_of_any_layout(device, dtype, bound):
+    """Parts of a joint tensor, and head-major ones, as attention's backward may give them."""
+    net = randomise(QKV(128, 4))
+    x = torch.randn(2, 6, 128, generator=torch.Generator().manual_seed(1))
+    towards = torch.randn(3, 2, 4, 10, 32, generator=torch.Generator().manual_seed(2))
+
+    def gradient(net, x, towards):
+        x = x.requires_grad_()
+        parts = [part.transpose(1, 2)[:, 4:] for part in towards]
+        found = torch.autograd.grad(net(x), (x, *net.parameters()), parts)
+        return [g.float() for g in found]
+
+    expected = gradient(copy.deepcopy(net), x.clone(), towards)
+    found = gradient(net.to(device, dtype), x.to(device, dtype), towards.to(device, dtype))
+    for ours, right in zip(found, expected):
+        assert relative_error(ours.cpu(), right) < bound
+
+
+def test_a_gradient_is_laid_out_as_its_tensor_is():
+    q, k = (torch.randn(2, 5, 3, 4, requires_grad=True) for _ in range(2))
+    seen = []
+    inner = q * 1, k * 1
+    for tensor in inner:
+        tensor.register_hook(lambda g: seen.append(g.is_contiguous()))
+    joint = torch.cat([torch.cat(ContiguousGradient.apply(*inner), dim=1)] * 2, dim=1)
+    joint.backward(torch.randn(2, 3, 20, 4).transpose(1, 2))
+    assert seen == [True, True] and q.grad.shape == q.shape
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("attention", ["flash", "math", "cudnn", "efficient"])
 def test_every_attention_kernel_computes_the_same(device, attention):
     if device == "cpu" and attention in ("cudnn", "efficient"):
@@ -87,7 +118,8 @@ def test_every_attention_kernel_computes_the_same(device, attention):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_autoencoder_is_diffusers(device):
+def test_the_autoencoder_is_diffusers(device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which rounds convolutions
     theirs = randomise(
         AutoencoderKL(
             block_out_channels=(16, 32),

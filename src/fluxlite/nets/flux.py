@@ -69,7 +69,7 @@ def rotate_pairs(x, cos, sin, sign=1):
     swapped = x.view(*x.shape[:-1], -1, 2).flip(-1).view_as(x)
     # an accelerator rounds what it writes, and so does a graph; a CPU would write it twice
     plain = x.device.type == "cpu" or torch.compiler.is_compiling()
-    rounded = None if plain else torch.empty_like(x)
+    rounded = None if plain else torch.empty_like(x, memory_format=torch.contiguous_format)
     return torch.addcmul(x * cos, swapped, sin, value=sign, out=rounded).to(x.dtype)
 
 
@@ -211,6 +211,23 @@ def fan_out(x, linears, last=(-1,)):
     return tuple(linear(x).view(*x.shape[:-1], *last) for linear in linears)
 
 
+class ContiguousGradient(torch.autograd.Function):
+    """q and k as they are; their gradients are laid out as they are too.
+
+    CUDA's fused RMSNorm hands its backward whatever strides the gradient has (torch's
+    derivatives.yaml, 2.13). On a GPU gradients were wrong where those of text and image are parts
+    of one tensor, and where attention's are head-major.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k):
+        return q.view_as(q), k.view_as(k)
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return dq.contiguous(), dk.contiguous()
+
+
 class QKV(nn.Module):
     """One stream's queries, keys and values, the first two normed per head: (B, L, N, D) each."""
 
@@ -222,7 +239,10 @@ class QKV(nn.Module):
 
     def forward(self, x):
         q, k, v = fan_out(x, (self.q, self.k, self.v), (-1, self.q_norm.weight.shape[0]))
-        return self.q_norm(q), self.k_norm(k), v
+        q, k = self.q_norm(q), self.k_norm(k)
+        if q.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            q, k = ContiguousGradient.apply(q, k)
+        return q, k, v
 
 
 class Stream(nn.Module):

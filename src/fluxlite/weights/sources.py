@@ -309,10 +309,7 @@ def load_controlnet(where, *, attention="auto", dtype=None, device="cpu"):
 
 
 def load_autoencoder(where, *, dtype=None, device="cpu"):
-    """An Autoencoder from a diffusers `vae/` folder, the pipeline's around it, or `ae.safetensors`.
-
-    On CUDA its weights lie channels last, as cuDNN's tensor cores take them. Raises `ValueError`.
+    """An Autoencoder from a diffusers `vae/` folder, the pipeline's around it, or `ae.safetensors`;
+    raises `ValueError`.
     """
-    found = _load(open_part(where, "autoencoder"), dtype, device)
-    on_cuda = torch.device(device).type == "cuda"
-    return found.to(memory_format=torch.channels_last) if on_cuda else found
+    return _load(open_part(where, "autoencoder"), dtype, device)
