@@ -9,7 +9,7 @@ and nothing is sent. Text encoders and autoencoder are not in it: their outputs 
 compute dtype is bfloat16 unless `dtype=` says otherwise; parallel.cpu_offload and what CUDA's
 allocator adds cannot be predicted. Where a process group holds all ranks of FSDP2, what travels
 among all ranks (the modulation's vectors, norms) is counted with it. Several nodes have
-`--per_node` ranks each, with `--memory` GB.
+`--per-node` ranks each, with `--memory` GB.
 """
 
 import json
