@@ -59,6 +59,19 @@ def test_what_is_recorded_is_written_when_a_run_stops_before_the_last_step(tmp_p
     assert count_of(events_of(tmp_path), "aten::dot") == 2
 
 
+@pytest.mark.parametrize("steps", [(2, 3), (2, 6), (9, 9)])
+def test_that_nothing_is_recorded_is_said_once(steps, tmp_path, caplog):
+    profile = StepProfile(steps, tmp_path, "cpu")
+    assert [*profile.over(range(4, 8))] == [4, 5, 6, 7]  # of a run that is resumed after step 3
+    assert caplog.text.count(f"step {steps[0]} was not taken: nothing is recorded") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_nothing_is_said_where_nothing_is_asked_for(tmp_path, caplog):
+    assert [*StepProfile((0, 0), tmp_path, "cpu").over(range(1, 3))] == [1, 2]
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("steps", ["0-3", "3-2", "5", "2-9", "a few", "-1", "", "2-"])
 def test_steps_that_are_none_are_refused(steps):
     with pytest.raises(ValueError, match=f"profile={steps}"):

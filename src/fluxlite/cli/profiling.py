@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fluxlite.cli.programs import warn_for_all
+
 log = logging.getLogger("fluxlite")
 
 MAX_ALLOCATIONS = 200_000  # that a snapshot of the memory remembers
@@ -42,7 +44,7 @@ class StepProfile:
 
     def __init__(self, steps, folder, device):
         self.steps, self.folder, self.device = steps, Path(folder), torch.device(device)
-        self.running = None
+        self.running, self.expected = None, steps != (0, 0)  # to be recorded yet
 
     def enter(self, step):
         if step != self.steps[0] or self.running:
@@ -51,7 +53,7 @@ class StepProfile:
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
-        self.running = profile(activities=activities)
+        self.running, self.expected = profile(activities=activities), False
         self.running.start()
 
     def leave(self, step):
@@ -59,9 +61,12 @@ class StepProfile:
             self.close()
 
     def close(self):
-        """Write what has been recorded."""
+        """Write what has been recorded, or say that there is nothing."""
         running, self.running = self.running, None
         if not running:
+            if self.expected:  # a resumed run was past it, or a drawing has fewer steps
+                warn_for_all("profile=: step %d was not taken: nothing is recorded", self.steps[0])
+            self.expected = False
             return
         rank = os.environ.get("RANK", 0)
         self.folder.mkdir(parents=True, exist_ok=True)
