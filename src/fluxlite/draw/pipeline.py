@@ -268,6 +268,7 @@ class PipelineConfig:
         at_least=-1,
         at_most=10_000,
         resume=True,
+        only_with={"offload": ("all",)},
     )
 
 
