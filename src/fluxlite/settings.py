@@ -319,9 +319,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         self.controls()
         self.lora.loras()
         if self.lora != LoraConfig() and not self.lora.file:
-            raise ValueError(
-                "lora.* say how LoRAs are drawn with: name lora= too, or leave them out"
-            )
+            raise ValueError("lora.* are for drawing with LoRAs: name lora= too, or leave them out")
         if not self.model.checkpoint:
             raise ValueError(
                 "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "
