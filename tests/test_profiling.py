@@ -42,11 +42,19 @@ def test_a_drawing_records_the_steps_of_its_first_batch_that_are_named(tmp_path)
     given += ["device=cpu", "dtype=float32", f"output={tmp_path}"]
     infer = runpy.run_path(str(ROOT / "infer.py"))
     counts = {}
-    for steps in ("3", "2-4"):
+    for steps in ("3", "2-4", "3-9"):  # the last one ends with the batch
         infer["body"]([*given, f"profile={steps}"])
         events = events_of(tmp_path)
         counts[steps] = count_of(events, "aten::scaled_dot_product_attention")
-    assert counts["2-4"] == 3 * counts["3"] > 0
+    assert counts["2-4"] == 3 * counts["3"] > 0 and counts["3-9"] == 2 * counts["3"]
+
+
+def test_steps_that_a_drawing_does_not_take_are_said_and_nothing_is_recorded(tmp_path, caplog):
+    given = ["prompt=a", "height=32", "width=32", "steps=2", "device=cpu", "dtype=float32"]
+    infer = runpy.run_path(str(ROOT / "infer.py"))
+    infer["body"]([*given, "profile=3-4", f"output={tmp_path}"])
+    assert caplog.text.count("step 3 was not taken: nothing is recorded") == 1
+    assert not list(tmp_path.glob("profile*"))
 
 
 def test_what_is_recorded_is_written_when_a_run_stops_before_the_last_step(tmp_path):

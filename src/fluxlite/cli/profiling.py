@@ -93,9 +93,10 @@ class StepProfile:
         """An `on_step` of `generate` that calls another, and records steps of the first batch."""
 
         def watch(numbers, step, times, latents):
-            self.leave(step)
+            ended = step == len(times) - 1
+            self.leave(self.steps[1] if ended else step)
             on_step(numbers, step, times, latents)
-            if numbers[0] == 0:
+            if numbers[0] == 0 and not ended:
                 self.enter(step + 1)
 
         return watch
