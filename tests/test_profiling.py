@@ -57,7 +57,8 @@ def test_steps_that_a_drawing_does_not_take_are_said_and_nothing_is_recorded(tmp
     assert not list(tmp_path.glob("profile*"))
 
 
-def test_what_is_recorded_is_written_when_a_run_stops_before_the_last_step(tmp_path):
+def test_what_is_recorded_is_written_when_a_run_stops_before_the_last_step(tmp_path, caplog):
+    caplog.set_level("INFO", "fluxlite")
     profile = StepProfile((2, 9), tmp_path, "cpu")
     for step in profile.over(range(1, 10)):
         torch.ones(2) @ torch.ones(2)
@@ -65,6 +66,7 @@ def test_what_is_recorded_is_written_when_a_run_stops_before_the_last_step(tmp_p
             break
     profile.close()
     assert count_of(events_of(tmp_path), "aten::dot") == 2
+    assert caplog.text.count("steps 2 to 3 are recorded") == 1
 
 
 @pytest.mark.parametrize("steps", [(2, 3), (2, 6), (9, 9)])

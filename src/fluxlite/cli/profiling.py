@@ -47,6 +47,7 @@ class StepProfile:
         self.running, self.expected = None, steps != (0, 0)  # to be recorded yet
 
     def enter(self, step):
+        self.entered = step
         if step != self.steps[0] or self.running:
             return
         activities = [ProfilerActivity.CPU]
@@ -77,7 +78,8 @@ class StepProfile:
         if self.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-rank{rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        log.info("steps %d to %d are recorded in %s", *self.steps, self.folder)
+        taken = self.steps[0], self.entered  # which a stopped run's last step is
+        log.info("steps %d to %d are recorded in %s", *taken, self.folder)
 
     def over(self, steps):
         """The numbers of `steps` as they come, each entered and left."""
