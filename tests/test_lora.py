@@ -472,6 +472,21 @@ def test_a_lora_kept_apart_is_streamed_with_its_block(theirs, base, tmp_path):
     assert torch.equal(our_velocity(streamed, given), our_velocity(kept, given))
 
 
+COMPILED = ("PEFT", "DoRA of peft", "DoRA per input, fused", "LoKr of kohya", "LoHa of kohya")
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_block_with_adapters_is_one_graph(name, theirs, base, states, tmp_path):
+    """Traced whole, as `compile=true` asks for; what is made of the graph is the compiler's."""
+    file, given = save(FILES[name](states), tmp_path), inputs_for(theirs)
+    opened = lora_merging.open_loras([Lora(file)], base)
+    model = lora_merging.load_merged(base, opened, merge=False)
+    expected = our_velocity(model, given)
+    for block in (model.double_blocks[0], model.single_blocks[0]):
+        block.forward = torch.compile(block.forward, backend="eager", fullgraph=True)
+    assert relative_error(our_velocity(model, given), expected) < 1e-6
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_no_fast_path_passes_an_adapter_by(grad, theirs, base, tmp_path):
     """In bfloat16 on a CPU, where oneDNN would compute a linear and its GELU at once, and with

@@ -109,7 +109,8 @@ class Kronecker(NamedTuple):
     def dense(self):
         whole = torch.kron(*self.factors())
         for dim, index in enumerate((self.row_index, self.column_index)):
-            whole = whole if index is None else pick_indices(whole, index.cpu(), dim)
+            if index is not None:
+                whole = whole.index_select(dim, index.to(whole.device))
         return whole
 
     def rows(self, index):
