@@ -1,14 +1,23 @@
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from fluxlite.cli.command_line import compose_config, help_text, load_config, parse_flags
+from fluxlite.cli.command_line import (
+    compose_config,
+    flag_of,
+    help_text,
+    load_config,
+    parse_flags,
+)
 from fluxlite.cli.options import option_fields, resumable_keys
 from fluxlite.draw.proof import ProofConfig
 from fluxlite.nets.configs import FluxConfig
+from fluxlite.preflight import __main__ as preflight
+from fluxlite.preflight.__main__ import PreflightConfig
 from fluxlite.settings import PROGRAMS, InferConfig, TrainConfig, load_settings
 
 ROOT = Path(__file__).parents[1]
@@ -292,6 +301,32 @@ def test_what_the_data_do_not_read_is_refused(arguments, named):
     path = ["data.path=x"] if "data=webdataset" in arguments else []
     with pytest.raises(ValueError, match=named):
         load_config(TrainConfig, "train", [*arguments, *path])
+
+
+@pytest.mark.parametrize(
+    "argument,named",
+    [
+        ("resident_blocks=2", "resident_blocks= is not read with offload=text"),
+        ("lora.merge=false", "name lora= too"),
+        ("lora.split_qkv=training", "name lora= too"),
+    ],
+)
+def test_what_a_drawing_does_not_read_is_refused(argument, named):
+    with pytest.raises(ValueError, match=named):
+        infer("prompt=a", argument)
+    other = "offload=all" if "resident" in argument else "lora=a.safetensors"
+    infer("prompt=a", argument, other)
+
+
+def test_a_flag_that_preflight_has_not_is_refused_and_its_own_are_named_as_they_are():
+    with pytest.raises(ValueError, match="--per_node: no such flag"):
+        parse_flags(PreflightConfig, ["--ranks", "8", "--per_node", "4", "steps=1"], rest=True)
+    config, rest = parse_flags(PreflightConfig, ["--ranks=8", "--per-node=4", "steps=1"], rest=True)
+    assert config.per_node == 4 and rest == ["steps=1"]
+    pages = [preflight.__doc__, (ROOT / "docs" / "parallel.md").read_text()]
+    flags = {flag for page in pages for flag in re.findall("`(--[a-z_-]+)`", page)}
+    known = {flag_of(f) for f in dataclasses.fields(PreflightConfig)}
+    assert {"--per-node", "--memory"} <= flags <= known
 
 
 def test_what_a_recipe_says_of_pictures_it_would_generate_is_no_error_with_other_data():

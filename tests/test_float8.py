@@ -322,6 +322,7 @@ def test_drawing_in_float8_is_refused_where_it_cannot_be(able, monkeypatch):
 
     assert "offload=all" in refused(offload="all", dtype="bfloat16")
     assert "dtype=bfloat16, not float32" in refused(dtype="float32")
+    assert "leave lora.merge=false out" in refused(dtype="bfloat16", lora_merge=False)
     monkeypatch.setattr(float8, "has_float8", lambda device: False)
     assert "float8=true needs a GPU of compute capability 8.9" in refused(dtype="bfloat16")
 

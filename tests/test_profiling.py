@@ -42,14 +42,23 @@ def test_a_drawing_records_the_steps_of_its_first_batch_that_are_named(tmp_path)
     given += ["device=cpu", "dtype=float32", f"output={tmp_path}"]
     infer = runpy.run_path(str(ROOT / "infer.py"))
     counts = {}
-    for steps in ("3", "2-4"):
+    for steps in ("3", "2-4", "3-9"):  # the last one ends with the batch
         infer["body"]([*given, f"profile={steps}"])
         events = events_of(tmp_path)
         counts[steps] = count_of(events, "aten::scaled_dot_product_attention")
-    assert counts["2-4"] == 3 * counts["3"] > 0
+    assert counts["2-4"] == 3 * counts["3"] > 0 and counts["3-9"] == 2 * counts["3"]
 
 
-def test_what_is_recorded_is_written_when_a_run_stops_before_the_last_step(tmp_path):
+def test_steps_that_a_drawing_does_not_take_are_said_and_nothing_is_recorded(tmp_path, caplog):
+    given = ["prompt=a", "height=32", "width=32", "steps=2", "device=cpu", "dtype=float32"]
+    infer = runpy.run_path(str(ROOT / "infer.py"))
+    infer["body"]([*given, "profile=3-4", f"output={tmp_path}"])
+    assert caplog.text.count("step 3 was not taken: nothing is recorded") == 1
+    assert not list(tmp_path.glob("profile*"))
+
+
+def test_what_is_recorded_is_written_when_a_run_stops_before_the_last_step(tmp_path, caplog):
+    caplog.set_level("INFO", "fluxlite")
     profile = StepProfile((2, 9), tmp_path, "cpu")
     for step in profile.over(range(1, 10)):
         torch.ones(2) @ torch.ones(2)
@@ -57,6 +66,20 @@ def test_what_is_recorded_is_written_when_a_run_stops_before_the_last_step(tmp_p
             break
     profile.close()
     assert count_of(events_of(tmp_path), "aten::dot") == 2
+    assert caplog.text.count("steps 2 to 3 are recorded") == 1
+
+
+@pytest.mark.parametrize("steps", [(2, 3), (2, 6), (9, 9)])
+def test_that_nothing_is_recorded_is_said_once(steps, tmp_path, caplog):
+    profile = StepProfile(steps, tmp_path, "cpu")
+    assert [*profile.over(range(4, 8))] == [4, 5, 6, 7]  # of a run that is resumed after step 3
+    assert caplog.text.count(f"step {steps[0]} was not taken: nothing is recorded") == 1
+    assert not [*tmp_path.iterdir()]
+
+
+def test_nothing_is_said_where_nothing_is_asked_for(tmp_path, caplog):
+    assert [*StepProfile((0, 0), tmp_path, "cpu").over(range(1, 3))] == [1, 2]
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("steps", ["0-3", "3-2", "5", "2-9", "a few", "-1", "", "2-"])

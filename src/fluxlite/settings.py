@@ -15,7 +15,13 @@ from fluxlite.cli.options import check_options, option, refuse_first, same_optio
 from fluxlite.cli.profiling import parse_steps
 from fluxlite.data.config import DataConfig
 from fluxlite.draw.control import Control
-from fluxlite.draw.pipeline import DrawConfig, PartsConfig, PipelineConfig, check_negative
+from fluxlite.draw.pipeline import (
+    DrawConfig,
+    LoraConfig,
+    PartsConfig,
+    PipelineConfig,
+    check_negative,
+)
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
@@ -312,6 +318,8 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         check_negative(self.negative_prompt, self.true_cfg or 1.0)
         self.controls()
         self.lora.loras()
+        if self.lora != LoraConfig() and not self.lora.file:
+            raise ValueError("lora.* are for drawing with LoRAs: name lora= too, or leave them out")
         if not self.model.checkpoint:
             raise ValueError(
                 "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "

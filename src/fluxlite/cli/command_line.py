@@ -238,8 +238,9 @@ def parse_flags(cls, arguments, *, rest=False):
     for argument in arguments:
         check_text(argument)
     given, others = _flag_parser(cls).parse_known_args(arguments)
-    if others and not rest:
-        raise ValueError(f"{others[0]}: no such flag; --help lists them")
+    unknown = [text for text in others if not rest or text.startswith("--")]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: no such flag; --help lists them")
     hints, values = typing.get_type_hints(cls), {}
     for f in dataclasses.fields(cls):
         flag, texts = flag_of(f), getattr(given, f.name, [])

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fluxlite.cli.programs import warn_for_all
+
 log = logging.getLogger("fluxlite")
 
 MAX_ALLOCATIONS = 200_000  # that a snapshot of the memory remembers
@@ -42,16 +44,17 @@ class StepProfile:
 
     def __init__(self, steps, folder, device):
         self.steps, self.folder, self.device = steps, Path(folder), torch.device(device)
-        self.running = None
+        self.running, self.expected = None, steps != (0, 0)  # to be recorded yet
 
     def enter(self, step):
+        self.entered = step
         if step != self.steps[0] or self.running:
             return
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.memory._record_memory_history(max_entries=MAX_ALLOCATIONS)
-        self.running = profile(activities=activities)
+        self.running, self.expected = profile(activities=activities), False
         self.running.start()
 
     def leave(self, step):
@@ -59,9 +62,12 @@ class StepProfile:
             self.close()
 
     def close(self):
-        """Write what has been recorded."""
+        """Write what has been recorded, or say that there is nothing."""
         running, self.running = self.running, None
         if not running:
+            if self.expected:  # a resumed run was past it, or a drawing has fewer steps
+                warn_for_all("profile=: step %d was not taken: nothing is recorded", self.steps[0])
+            self.expected = False
             return
         rank = os.environ.get("RANK", 0)
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +78,8 @@ class StepProfile:
         if self.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self.folder / f"memory-rank{rank}.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)
-        log.info("steps %d to %d are recorded in %s", *self.steps, self.folder)
+        taken = self.steps[0], self.entered  # which a stopped run's last step is
+        log.info("steps %d to %d are recorded in %s", *taken, self.folder)
 
     def over(self, steps):
         """The numbers of `steps` as they come, each entered and left."""
@@ -88,9 +95,10 @@ class StepProfile:
         """An `on_step` of `generate` that calls another, and records steps of the first batch."""
 
         def watch(numbers, step, times, latents):
-            self.leave(step)
+            ended = step == len(times) - 1
+            self.leave(self.steps[1] if ended else step)
             on_step(numbers, step, times, latents)
-            if numbers[0] == 0:
+            if numbers[0] == 0 and not ended:
                 self.enter(step + 1)
 
         return watch

@@ -268,6 +268,7 @@ class PipelineConfig:
         at_least=-1,
         at_most=10_000,
         resume=True,
+        only_with={"offload": ("all",)},
     )
 
 
@@ -465,7 +466,7 @@ def check_float8(config, dtype, transformer):
     conflicts = parallel.float8_conflicts("float8=true", config.device, name, hidden)
     own = [
         (config.offload == "all", f"{streamed}: leave one of them out"),
-        (config.lora.file and not config.lora.merge, apart),
+        (not config.lora.merge, apart),  # of LoRAs given later too, by `use_loras`
     ]
     refuse_first([*own, *conflicts])
 
