@@ -195,8 +195,8 @@ class FanOut(torch.autograd.Function):
         rows, dx, found = x.flatten(0, -2), None, []
         for i, (gradient, weight) in enumerate(zip(gradients, weights)):
             gradient = gradient.reshape(len(rows), -1)
-            if ctx.needs_input_grad[0]:  # in place: a sum elsewhere would be copied there first
-                dx = gradient @ weight if dx is None else dx.addmm_(gradient, weight)
+            if ctx.needs_input_grad[0]:  # in place torch 2.11 compiles it wrong
+                dx = gradient @ weight if dx is None else torch.addmm(dx, gradient, weight)
             trains_weight, trains_bias = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
             found.append(gradient.t() @ rows if trains_weight else None)
             found.append(gradient.sum(0) if trains_bias else None)
