@@ -85,6 +85,14 @@ DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]
 # text and image tokens, for float8
 SIXTEEN = ["model.max_sequence_length=16", "data.height=64", "data.width=64"]
 NAMED = "compiled:", "inductor:", "more:", "float8:"
+# which the suite leaves to its slow part
+LATER = {
+    *(f"{name}, activation_checkpointing 2" for name in ("dp2", "tp2, sequence parallel", "cp2")),
+    *(f"{name}, frozen" for name in ("tp2", "tp2, sequence parallel")),
+    *(f"dp2 x tp2, {what}" for what in ("accumulation 4", "double blocks alone", "bfloat16")),
+    "dp4, bfloat16",
+    "dp2 x cp2, bfloat16",
+}
 # accumulation, shard_modulation, and whether the suite leaves it to its slow part
 COMBINATIONS = (1, "true", ""), (2, "false", ""), (1, "false", "more: "), (2, "true", "more: ")
 # frozen weights lie in the compute dtype: also some of the modulation's linears, and of a linear
@@ -149,7 +157,8 @@ def cases(ranks):
             quick = both or name in ("tp2", "tp3", "hsdp 2 x 2")
             case = MESHES[ranks][name], 1, [*PLAIN, "optim.kind=muon"]
             found[f"{name}, {kind}" if quick else f"more: {name}, {kind}"] = case
-    return found | compiled_cases(ranks)
+    found |= compiled_cases(ranks)
+    return {f"more: {name}" if name in LATER else name: case for name, case in found.items()}
 
 
 def compiled_cases(ranks):

@@ -123,12 +123,15 @@ def train_validate_draw(compiled, eager, side, dtype=torch.float32):
     return max(errors)
 
 
-def test_one_process_that_trains_validates_and_draws_at_three_sizes_has_few_graphs(graphs):
+@pytest.mark.parametrize(
+    "kinds", [("none", "selective"), pytest.param(KINDS, marks=pytest.mark.slow)]
+)
+def test_one_process_that_trains_validates_and_draws_at_three_sizes_has_few_graphs(graphs, kinds):
     """One graph a kind of block and use, and as many again for all other sizes at once; none,
     full and every-2nd share theirs, and selective has its own in training.
     """
     eager = wrap_small("none", compile=False)
-    models = {kind: wrap_small(kind, compile=True) for kind in KINDS}
+    models = {kind: wrap_small(kind, compile=True) for kind in kinds}
     made, first = [], Counter()
     for side in SIZES:
         for kind, model in models.items():

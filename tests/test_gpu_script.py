@@ -48,6 +48,7 @@ def test_a_step_is_measured_beside_diffusers_eager_and_compiled():
             assert float(row["note"].split("differs by ")[1]) < 3e-2
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured_under_each_checkpointing():
     rows = rows_of("train")
     assert len(rows) == 7 and not any(row["note"].startswith("skipped") for row in rows)
@@ -57,6 +58,7 @@ def test_a_training_step_is_measured_under_each_checkpointing():
     assert all(loss == pytest.approx(of_ours[0], rel=0.05) for loss in of_ours)
 
 
+@pytest.mark.slow
 def test_a_model_that_does_not_fit_is_less_deep_and_its_row_says_so():
     whole = replace(
         sections.TINY,
@@ -91,6 +93,7 @@ def test_loading_and_the_autoencoder_are_measured():
     assert float(ours["note"].split("differs by ")[1]) < 5e-2 and theirs["ratio"] == 1
 
 
+@pytest.mark.slow
 def test_meshes_are_skipped_on_one_gpu_and_a_rank_is_measured():
     [row] = rows_of("meshes")
     assert row["note"] == "skipped: there is one GPU"
