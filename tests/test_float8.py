@@ -225,6 +225,7 @@ def test_compiled_blocks_compute_the_same(kind):
         assert relative_error(ours, theirs) < 1e-3
 
 
+@pytest.mark.slow
 def test_ranks_that_share_weights_train_as_one_does(tmp_path):
     """FSDP2 on two ranks: scales over other tokens round otherwise, and no more."""
     reference = run_meshes(1, tmp_path, "float8: ")
