@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -114,15 +115,16 @@ def body(arguments):
     prompts, stages = prompts_of(config), StageTimes(config.device)
     recorded = parse_steps(config.profile, MAX_STEPS)
     profile = StepProfile(recorded, config.output, config.device)
-    pictures = generate(
-        prompts,
-        checkpoint=open_pipeline(config),
-        config=config,
-        controls=config.controls(),
-        stage=stages,
-        on_step=profile.watching(show_steps(desc="drawing", unit="step")),
-        on_picture=partial(save_drawn, config, prompts),
-    )
+    with closing(profile):
+        pictures = generate(
+            prompts,
+            checkpoint=open_pipeline(config),
+            config=config,
+            controls=config.controls(),
+            stage=stages,
+            on_step=profile.watching(show_steps(desc="drawing", unit="step")),
+            on_picture=partial(save_drawn, config, prompts),
+        )
     if len(pictures) > 1:
         texts = [prompts[n // config.images_per_prompt] for n in range(len(pictures))]
         sheet = contact_sheet(pictures, captions=texts)

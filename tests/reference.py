@@ -79,6 +79,21 @@ def our_controlnet_from(theirs):
     return net
 
 
+def made_up_inputs(config, dtype, tokens):
+    """Made-up inputs of two samples for a Flux's forward, but for the rotations; (text, image)
+    tokens.
+    """
+    draw = torch.Generator().manual_seed(0)
+    text, image = tokens
+    shapes = dict(
+        img=(2, image, config.in_channels),
+        txt=(2, text, config.text_width),
+        pooled=(2, config.pooled_width),
+    )
+    drawn = {name: torch.randn(s, generator=draw).to(dtype) for name, s in shapes.items()}
+    return drawn | dict(t=torch.tensor([0.2, 0.9]), guidance=torch.tensor([1.0, 4.0]))
+
+
 def relative_error(ours, theirs):
     """‖ours − theirs‖ / ‖theirs‖."""
     return ((ours - theirs).norm() / theirs.norm()).item()

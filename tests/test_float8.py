@@ -8,7 +8,7 @@ import logging
 
 import pytest
 import torch
-from reference import randomise, relative_error
+from reference import made_up_inputs, randomise, relative_error
 from test_parallel import assert_same, run_meshes
 from test_trainer import MOCK, configure, losses, train, weights
 from torch import nn
@@ -49,17 +49,9 @@ def names_in_float8(model):
     return {n for n, module in model.named_modules() if isinstance(module, torchao.Float8Linear)}
 
 
-def inputs_of(config, dtype=torch.float32, tokens=(16, 16)):
-    draw = torch.Generator().manual_seed(0)
-    text, image = tokens
-    shapes = dict(
-        img=(2, image, config.in_channels),
-        txt=(2, text, config.text_width),
-        pooled=(2, config.pooled_width),
-    )
-    drawn = {name: torch.randn(s, generator=draw).to(dtype) for name, s in shapes.items()}
-    times = dict(t=torch.tensor([0.2, 0.9]), guidance=torch.tensor([1.0, 4.0]))
-    return drawn | times | dict(rope=rope_table(position_ids(8, 8, text), config))
+def inputs_of(config, dtype=torch.float32):
+    rope = rope_table(position_ids(8, 8, 16), config)
+    return made_up_inputs(config, dtype, (16, 16)) | {"rope": rope}
 
 
 # --- what is converted ----------------------------------------------------------------------------

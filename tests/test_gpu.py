@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from reference import diffusers_flux, ours_from, randomise, relative_error
+from reference import diffusers_flux, made_up_inputs, ours_from, randomise, relative_error
 from test_parallel import BOUNDS, assert_same, run_meshes
 from test_trainer import MOCK, configure, losses, train
 
@@ -37,16 +37,8 @@ CHECKPOINTING = "none", "selective", "full", "2"
 
 
 def inputs_of(config, device, dtype, tokens=(16, 64)):
-    draw = torch.Generator().manual_seed(0)
-    text, image = tokens
-    shapes = dict(
-        img=(2, image, config.in_channels),
-        txt=(2, text, config.text_width),
-        pooled=(2, config.pooled_width),
-    )
-    drawn = {name: torch.randn(s, generator=draw).to(dtype) for name, s in shapes.items()}
-    drawn |= dict(t=torch.tensor([0.2, 0.9]), guidance=torch.tensor([1.0, 4.0]))
-    ids = position_ids(16, 16, text).to(device)
+    drawn = made_up_inputs(config, dtype, tokens)
+    ids = position_ids(16, 16, tokens[0]).to(device)
     return {name: value.to(device) for name, value in drawn.items()}, ids
 
 

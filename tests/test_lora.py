@@ -62,7 +62,7 @@ def differences(file, base, **options):
     """{diffusers' name: float32 difference} of a LoRA file for the base `Source`."""
     state = sources.load_state(base)
     opened = lora_merging.open_loras([Lora(file, **options)], base)
-    resolver = lora_merging.Resolver(opened, "transformer", state.__getitem__, base.config)
+    resolver = lora_merging.LoraResolver(opened, "transformer", state.__getitem__, base.config)
     ours = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     for name, of in resolver.adapters.items():
         for lora, adapter, number in of:
@@ -304,7 +304,7 @@ def test_a_control_lora_widens_the_input(base, states, tmp_path):
 def test_a_lora_of_a_narrower_input_leaves_the_further_channels_alone(tmp_path, base):
     wide = replace(base.config, in_channels=24)
     file = save(write.peft(), tmp_path)
-    resolver = lora_merging.Resolver(
+    resolver = lora_merging.LoraResolver(
         lora_merging.open_loras([Lora(file)], replace(base, config=wide)),
         "transformer",
         {"img_in.weight": torch.zeros(48, 24)}.__getitem__,

@@ -59,7 +59,8 @@ class MachineConfig:
 
     device: str | None = same_option(PipelineConfig, "device")
     dtype: str | None = same_option(PipelineConfig, "dtype")
-    compile: bool | str = same_option(PipelineConfig, "compile")
+    # not on by itself: compiled gradients were wrong on the one GPU that they were tried on (LOG)
+    compile: bool | str = same_option(PipelineConfig, "compile", default=False)
 
     settled = settle_machine
 

@@ -195,7 +195,7 @@ class FanOut(torch.autograd.Function):
         rows, dx, found = x.flatten(0, -2), None, []
         for i, (gradient, weight) in enumerate(zip(gradients, weights)):
             gradient = gradient.reshape(len(rows), -1)
-            if ctx.needs_input_grad[0]:  # in place torch 2.11 compiles it wrong
+            if ctx.needs_input_grad[0]:  # not in place: see LOG, a GPU's gradients
                 dx = gradient @ weight if dx is None else torch.addmm(dx, gradient, weight)
             trains_weight, trains_bias = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
             found.append(gradient.t() @ rows if trains_weight else None)
@@ -215,8 +215,8 @@ class ContiguousGradient(torch.autograd.Function):
     """q and k as they are; their gradients are laid out as they are too.
 
     CUDA's fused RMSNorm hands its backward whatever strides the gradient has (torch's
-    derivatives.yaml, 2.13). On a GPU gradients were wrong where those of text and image are parts
-    of one tensor, and where attention's are head-major.
+    derivatives.yaml, 2.13): those of a part of the joint tokens, or of attention's layout. Whether
+    its kernel minds them is not known; a gradient on a GPU differed, see LOG.
     """
 
     @staticmethod

@@ -1,9 +1,10 @@
 """Differences of a linear's weight that are not stored whole, and a linear that computes with them.
 
-`LowRank`, `Hadamard`, `Kronecker` and `Dense` are the forms in which LoRA files hold a difference
-ΔW (out, in). Each can be written out (`dense`), cut (`rows`, `columns`) and applied to inputs
-without being written out. `Term` is such a form as a module, with its strength and, of DoRA, how
-the sum is rescaled. `AdaptedLinear` is a linear with terms beside its weight, which is untouched.
+`LowRank`, `Hadamard`, `Kronecker` and `DenseForm` are the forms in which LoRA files hold a
+difference ΔW (out, in). Each can be written out (`dense`), cut (`rows`, `columns`) and applied to
+inputs without being written out. `AdapterTerm` is such a form as a module, with its strength and,
+of DoRA, how the sum is rescaled. `AdaptedLinear` is a linear with terms beside its weight, which is
+untouched.
 
 Definitions: LoRA arXiv 2106.09685; LoHa and LoKr LyCORIS, arXiv 2309.14859; DoRA arXiv 2402.09353.
 """
@@ -129,7 +130,7 @@ class Kronecker(NamedTuple):
         return (w1 @ F.linear(x, w2)).flatten(-2)
 
 
-class Dense(NamedTuple):
+class DenseForm(NamedTuple):
     """A difference as it is: of a weight, or of a bias or scale (out,)."""
 
     diff: torch.Tensor
@@ -142,10 +143,10 @@ class Dense(NamedTuple):
         return self.diff
 
     def rows(self, index):
-        return Dense(pick_indices(self.diff, index, 0))
+        return DenseForm(pick_indices(self.diff, index, 0))
 
     def columns(self, index):
-        return Dense(pick_indices(self.diff, index, 1))
+        return DenseForm(pick_indices(self.diff, index, 1))
 
     def apply(self, x):
         return F.linear(x, self.diff)
@@ -161,7 +162,7 @@ def _has_values(tensor):
     return tensor is not None and tensor.is_floating_point()
 
 
-class Term(nn.Module):
+class AdapterTerm(nn.Module):
     """A form, its scale, and the strength with which it is added to a linear.
 
     Without `ratio` it adds strength · scale · ΔW·x. With one, DoRA's, W + strength · (W' − W) is
@@ -194,7 +195,7 @@ class Term(nn.Module):
 
 
 class AdaptedLinear(nn.Linear):
-    """A linear with `Term`s beside its weight, which it shares with the linear it is made of.
+    """A linear with `AdapterTerm`s beside its weight, shared with the linear that it is made of.
 
     It is no plain linear (`flux.is_plain_linear`): no fast path passes it by.
     """
@@ -215,7 +216,7 @@ class AdaptedLinear(nn.Linear):
 
 
 def adapt_linears(model, terms):
-    """Put {name of a linear: its `Term`s} beside the linears of a model, in their type."""
+    """Put {name of a linear: its `AdapterTerm`s} beside the linears of a model, in their type."""
     for name, of_linear in terms.items():
         parent, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fluxlite.cli.descriptions import parse_json, read_json
-from fluxlite.nets.lora import Dense, Hadamard, Kronecker, LowRank
+from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank
 from fluxlite.weights.layouts import COLUMNS, Rule
 
 PEFT_NAME = "adapter_model.safetensors"  # beside adapter_config.json
@@ -42,7 +42,7 @@ class Adapter:
 
     rule: Rule
     layout: str
-    form: LowRank | Hadamard | Kronecker | Dense
+    form: LowRank | Hadamard | Kronecker | DenseForm
     scale: float = 1.0
     magnitude: torch.Tensor | None = None
     replaces: bool = False
@@ -74,7 +74,7 @@ def make_adapters(part, name, values, module, peft):
             raise ValueError(f"{name} has {role} alone: the file is damaged")
         if role in WHOLE_ROLES:
             own = dict(scale=scale if role == "up_bias" else 1.0, replaces=WHOLE_ROLES[role])
-            made.append(Adapter(module.rules[leaf], module.layout, Dense(tensor), **own))
+            made.append(Adapter(module.rules[leaf], module.layout, DenseForm(tensor), **own))
     return made
 
 

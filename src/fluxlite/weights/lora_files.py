@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fluxlite.cli.options import check_kind, check_options, expand_home, expand_path, option
 from fluxlite.nets.configs import FluxConfig
-from fluxlite.nets.lora import Dense, Hadamard, Kronecker, LowRank, float_form
+from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank, float_form
 from fluxlite.weights import hub, lora_keys
 from fluxlite.weights.dtypes import DTYPES
 from fluxlite.weights.layouts import recognise_layout
@@ -264,7 +264,7 @@ def describe_lora(found):
     """One line: dialects, what kinds, ranks, how many modules of each part, norms."""
     adapters = found.all_adapters()
     kinds = Counter(kind_of(adapter) for adapter in adapters)
-    ranks = sorted({form_rank(a.form) for a in adapters if type(a.form) is not Dense} - {None})
+    ranks = sorted({form_rank(a.form) for a in adapters if type(a.form) is not DenseForm} - {None})
     modules = ", ".join(f"{len(of)} of the {part}" for part, of in found.adapters.items())
     shown = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}" if ranks else "none"
     sizes = [abs(a.scale) * form_norm(a.form) for a in adapters if not a.replaces]
@@ -281,7 +281,7 @@ def kind_of(adapter):
     """What the log calls an adapter's kind."""
     if adapter.replaces:
         return "replaced"
-    names = {LowRank: "LoRA", Hadamard: "LoHa", Kronecker: "LoKr", Dense: "difference"}
+    names = {LowRank: "LoRA", Hadamard: "LoHa", Kronecker: "LoKr", DenseForm: "difference"}
     return ("DoRA, " if adapter.magnitude is not None else "") + names[type(adapter.form)]
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fluxlite.nets.configs import CHANNEL_NAMES
-from fluxlite.nets.lora import Dense, LowRank, Term, adapt_linears, float_form
+from fluxlite.nets.lora import AdapterTerm, DenseForm, LowRank, adapt_linears, float_form
 from fluxlite.weights import conversion, sources
 from fluxlite.weights.dtypes import wider_dtype
 from fluxlite.weights.layouts import COLUMNS, SAME
@@ -141,7 +141,7 @@ def pad_form(form, width):
         return form
     if type(form) is LowRank:
         return LowRank(pad_columns(form.down, width), form.up)
-    return Dense(pad_columns(form_values(form), width))
+    return DenseForm(pad_columns(form_values(form), width))
 
 
 # --- differences ----------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def form_values(form):
     return float_form(form).dense()
 
 
-class Resolver:
+class LoraResolver:
     """The LoRAs of one model, resolved against its weights: `base(name)` gives one of ours.
 
     `part` is transformer, clip or t5; `dtype` what it will compute in.
@@ -230,13 +230,13 @@ class Resolver:
             total.add_(self.difference(name, adapter, number), alpha=strength)
 
     def terms(self, name):
-        """The same as `Term`s to keep beside a linear, in the base's type."""
+        """The same as `AdapterTerm`s to keep beside a linear, in the base's type."""
         found = []
         for lora, adapter, number in self.adapters[name]:
             form, ratio = self.form(name, adapter, number), None
             if adapter.magnitude is not None:
                 ratio = self.ratio(adapter, name, number)
-            found.append(Term(float_form(form), adapter.scale, lora.scale, ratio))
+            found.append(AdapterTerm(float_form(form), adapter.scale, lora.scale, ratio))
         return found
 
 
@@ -253,7 +253,7 @@ def merged_source(source, loras, dtype=None, only=lambda name: True):
         return source
     config = widened_config(source.config, loras)
     base, rules = our_reader(source), rules_of_theirs(source)
-    resolver = Resolver(loras, "transformer", base, config, dtype)
+    resolver = LoraResolver(loras, "transformer", base, config, dtype)
     changed = {name for name in resolver.adapters if only(name)}
     if config.in_channels != source.config.in_channels:
         changed.add(WIDENED)
@@ -343,7 +343,7 @@ def keep_apart(model, loras, linears):
     def base(name):  # where the adapters are
         return weights[name].detach().cpu()
 
-    resolver = Resolver(loras, "transformer", base, model.config)
+    resolver = LoraResolver(loras, "transformer", base, model.config)
     terms = {}
     for name in resolver.adapters:
         if name in linears:
@@ -372,7 +372,7 @@ def merge_encoder(model, loras, part):
     for lora in loras:
         for adapter in lora.adapters(part):
             check_encoder_adapter(adapter, named, lora, part)
-    resolver = Resolver(loras, part, lambda name: named[name].detach().cpu())
+    resolver = LoraResolver(loras, part, lambda name: named[name].detach().cpu())
     for name in resolver.adapters:
         named[name].copy_(resolver.merged(name))
 

@@ -17,7 +17,7 @@ from functools import reduce
 import torch
 
 from fluxlite import __version__
-from fluxlite.nets.lora import Dense, Hadamard, Kronecker, LowRank
+from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank
 from fluxlite.weights import conversion, lora_keys, tensor_files
 from fluxlite.weights.dtypes import wider_dtype
 from fluxlite.weights.layouts import COLUMNS, SAME
@@ -80,19 +80,19 @@ def regroup_adapters(adapters, layout, config):
         parts = [by_ours.get(name, []) for name in rule.ours]
         if any(parts):
             indices = part_indices(rule, rule_shape(rule, ours, config), config)
-            found += regroup_rule(Joint(rule, layout, indices, config), parts)
+            found += regroup_rule(JointTensor(rule, layout, indices, config), parts)
     return found
 
 
 # a tensor of a layout that adapters are joined in; indices: its rows or columns, for each of ours
-Joint = namedtuple("Joint", "rule layout indices config")
+JointTensor = namedtuple("JointTensor", "rule layout indices config")
 
 
 def regroup_rule(joint, parts):
     """The adapters of one tensor of a layout, from [(adapter, number in its rule)] of each of our
     tensors that it holds.
     """
-    found, joins = [], {LowRank: join_low_rank, Dense: join_dense}
+    found, joins = [], {LowRank: join_low_rank, DenseForm: join_dense}
     adapters = list({id(adapter): adapter for part in parts for adapter, _ in part}.values())
     for kind in dict.fromkeys(type(adapter.form) for adapter in adapters):
         of_kind = [adapter for adapter in adapters if type(adapter.form) is kind]
@@ -233,7 +233,7 @@ def join_dense(joint, parts):
         for adapter, number in part:
             values = form_part(adapter.form, adapter.rule, number, config).diff.to(total.dtype)
             total.index_add_(dim, index, values, alpha=adapter.scale)
-    return Adapter(rule, layout, Dense(total), replaces=replaced.pop())
+    return Adapter(rule, layout, DenseForm(total), replaces=replaced.pop())
 
 
 # --- keys and tensors -----------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def write_adapter(adapter, part, to, biases):
     dialect = DIALECTS[to]
     module, leaf = lora_keys.split_leaf(adapter.name)
     key = module_key(module, adapter.layout, part, dialect)
-    if type(adapter.form) is Dense:
+    if type(adapter.form) is DenseForm:
         return write_dense(adapter, key, leaf, to)
     if to == "peft":
         return write_peft(adapter, key, biases.get(f"{module}.bias"))
