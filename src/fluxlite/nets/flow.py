@@ -34,8 +34,18 @@ class FlowConfig:
         "time shift: resolution (from the number of tokens), none, or a factor s as everywhere, "
         "t' = s*t / (1 + (s - 1)*t)",
     )
+    stratified: bool = option(
+        False, "spread the t of a batch evenly: each of its samples draws from a share of its own"
+    )
     guidance: str = option(
         "1.0", "guidance in training: a constant, or uniform[a,b]", verbatim=True
+    )
+    contrast: float = option(
+        0.0,
+        "weight of the velocity's distance from that of the next sample of the micro-batch, which "
+        "is made large (arXiv 2506.05350); 0 for none",
+        at_least=0,
+        below=1,
     )
 
     def validate(self):
@@ -89,16 +99,33 @@ def guidance_range(policy):
     return low, high
 
 
-def sample_t(config, num_image_tokens, *, seed, indices):
-    """Training times (B,), one for each global sample index, shifted for the resolution."""
+def sample_t(config, num_image_tokens, *, seed, indices, batch=None):
+    """Training times (B,), one for each global sample index, shifted for the resolution.
+
+    With `flow.stratified` those of a `batch` of successive indices are spread evenly.
+    """
+    u = stratified_uniform(batch, seed, indices) if config.stratified else None
     if config.density == "logit_normal":
-        z = rng.normal((), seed=seed, indices=indices, stream="t")
+        normal = rng.normal((), seed=seed, indices=indices, stream="t")
+        z = normal if u is None else torch.special.ndtri(u)
         t = torch.sigmoid(config.logit_mean + config.logit_std * z)
     else:
-        t = rng.uniform(seed=seed, indices=indices, stream="t")
+        t = rng.uniform(seed=seed, indices=indices, stream="t") if u is None else u
         if config.density == "mode":
             t = 1 - t - config.mode_scale * (torch.cos(math.pi / 2 * t) ** 2 - 1 + t)
     return shift_time(t, shift_factor(config.shift, num_image_tokens))
+
+
+def stratified_uniform(batch, seed, indices):
+    """Draws from [0, 1) (B,), one from each `batch`-th of it for successive global indices.
+
+    Which index has which share turns with the batch: a sample that comes again at its place in a
+    batch gets another (a low-discrepancy sampler as in arXiv 2107.00630).
+    """
+    inside = rng.uniform(seed=seed, indices=indices, stream="t")
+    turn = rng.uniform(seed=seed, indices=[i // batch for i in indices], stream="turn")
+    place = torch.tensor([i % batch for i in indices])
+    return ((place + inside) / batch + turn) % 1
 
 
 def sample_guidance(config, *, seed, indices):

@@ -42,7 +42,7 @@ def draw_step(config, sample):
     """Noise (L, C), t and guidance that a sample is trained with."""
     keys = keys_of(config, sample)
     noise = pack_latents(rng.normal(config.latent_shape(), stream="noise", **keys))
-    t = flow.sample_t(config.flow, noise.shape[1], **keys)
+    t = flow.sample_t(config.flow, noise.shape[1], batch=config.data.global_batch, **keys)
     guidance = flow.sample_guidance(config.flow, **keys)
     return {"noise": noise[0], "t": t[0], "guidance": guidance[0]}
 

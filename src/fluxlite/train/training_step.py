@@ -14,16 +14,31 @@ from fluxlite.nets.latents import pack_latents
 from fluxlite.train import optim
 
 
-def flow_loss(run, x0, txt, pooled, *, noise, t, guidance, **inputs):
-    """The velocity loss of each sample (B,) at times t (B,), all on the run's device; `inputs` are
-    the task's.
+def flow_loss(run, x0, txt, pooled, *, noise, **drawn):
+    """The velocity loss of each sample (B,), all on the run's device; `drawn` as in
+    `predict_velocity`.
     """
+    return flow.velocity_loss(predict_velocity(run, x0, txt, pooled, noise, **drawn), x0, noise)
+
+
+def predict_velocity(run, x0, txt, pooled, noise, *, t, guidance, **inputs):
+    """The model's velocity (B, L, C) at times t (B,); `inputs` are the task's."""
     noisy = flow.add_noise(x0, noise, t).to(run.dtype)
     conditions = dict(t=t, pooled=pooled.to(run.dtype), **inputs)
     if run.flux.config.guidance_embed:
         conditions["guidance"] = guidance
-    velocity = run.velocity(noisy, txt.to(run.dtype), run.rope, **conditions)
-    return flow.velocity_loss(velocity, x0, noise)
+    return run.velocity(noisy, txt.to(run.dtype), run.rope, **conditions)
+
+
+def training_loss(run, x0, txt, pooled, *, noise, **drawn):
+    """What is made small: the `flow_loss`, with flow.contrast less a share of the distance from
+    the velocity of the next sample of the micro-batch; each sample's (B,).
+    """
+    velocity = predict_velocity(run, x0, txt, pooled, noise, **drawn)
+    loss, contrast = flow.velocity_loss(velocity, x0, noise), run.config.flow.contrast
+    if contrast:
+        loss = loss - contrast * flow.velocity_loss(velocity, x0.roll(1, 0), noise.roll(1, 0))
+    return loss
 
 
 def train_step(run, batches, step):
@@ -38,7 +53,7 @@ def train_step(run, batches, step):
         x0, txt, pooled, inputs = encode_batch(run, batch)
         inputs = run.task.drop_inputs(run, inputs, batch)
         drawn = {name: batch[name] for name in ("noise", "t", "guidance")}
-        loss = flow_loss(run, x0, txt, pooled, **drawn, **inputs).mean() / len(batches)
+        loss = training_loss(run, x0, txt, pooled, **drawn, **inputs).mean() / len(batches)
         loss.backward()
         total += loss.detach()
     return total, optimizer_step(run, step, total)
