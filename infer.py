@@ -26,6 +26,11 @@ Draw pictures with a FLUX pipeline.
   python infer.py prompt="a fox" lora=style.safetensors lora=fox.safetensors lora.scale=0.8 \\
       lora.scale=0.5  two, each with its strength
 
+  python infer.py prompt="an owl" image=photo.jpg strength=0.7  from a picture
+  python infer.py prompt="an owl" image=photo.jpg mask=hole.png paste=true  into a hole; a FLUX.1-Fill too
+  python infer.py prompt="in snow" reference=owl.png model.checkpoint=FLUX.1-Kontext-dev
+  python infer.py prompt="an owl" control_image=owl.jpg canny=true model.checkpoint=FLUX.1-Canny-dev
+
   python infer.py prompt="an owl" prompt_number=1 picture_number=3  one of many, again
 
 Prompts and paths are taken as the shell gives them: no quoting for Hydra is needed.
@@ -121,6 +126,7 @@ def body(arguments):
             checkpoint=open_pipeline(config),
             config=config,
             controls=config.controls(),
+            **config.pictures(),
             stage=stages,
             on_step=profile.watching(show_steps(desc="drawing", unit="step")),
             on_picture=partial(save_drawn, config, prompts),

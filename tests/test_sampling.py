@@ -655,14 +655,13 @@ def test_on_an_accelerator_the_modulation_is_never_there(monkeypatch, fit):
     if not fit:  # too many prompts: they are conditioned batch by batch, still in host memory
         monkeypatch.setattr(sampling, "conditions_fit", lambda *_: False)
     opened = fluxlite.load_pipeline(offload="text", device="cpu", dtype=torch.float32)
-    texts = draw_pipeline.encode_texts(opened.encoders, [PROMPT], 16, 1)
+    texts = draw_pipeline.encode_texts(opened.encoders, [PROMPT], 16)
     opened.device, config = torch.device("meta"), DrawConfig(height=64, width=64, steps=3)
-    sample = draw_pipeline.settle_sample(opened, config)
-    times = draw_pipeline.settle_times(opened, config, sample, None, None)
+    plan = draw_pipeline.plan_drawing(opened, config, PROMPT)
     _ = opened.transformer  # built on meta, in fact
     monkeypatch.setattr(opened, "release", lambda part: None)
     with DeviceMemory() as memory:
-        draw_pipeline.prepare_drawing(opened, texts, sample, times, [], sampling.sample_euler, 1)
+        draw_pipeline.prepare_drawing(plan, texts, sampling.sample_euler)
     model = opened.transformer
     of_steps = {n: p for n, p in model.named_parameters() if n.split(".")[0] not in CONDITIONING}
     kept = {n: p for n, p in model.named_parameters() if n not in of_steps}

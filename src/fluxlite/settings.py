@@ -269,10 +269,19 @@ class ControlConfig(dataclasses.make_dataclass("RepeatedControl", repeated_field
 
 @dataclass
 class PromptConfig:
-    """What `infer.py` draws."""
+    """What `infer.py` draws, and from what."""
 
     prompt: list[str] = option([], "what to draw; give it several times for several", verbatim=True)
     prompt_file: str | None = option(None, "a text file with a prompt a line", path=True)
+    image: str | None = option(
+        None, "a picture to begin from (strength), or to fill (mask)", path=True
+    )
+    mask: str | None = option(
+        None, "a picture as large as image=, whose white is drawn anew", path=True
+    )
+    reference: list[str] = option(
+        [], "of a FLUX.1-Kontext: the picture that the prompt changes; or several", path=True
+    )
 
 
 @dataclass
@@ -281,7 +290,8 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
 
     control_image: list[str] = option(
         [],
-        "the picture that a ControlNet follows, resized and cropped; once for each net",
+        "the picture that a ControlNet follows, resized and cropped; once for each net, and of a "
+        "FLUX.1-Canny or FLUX.1-Depth first its own",
         path=True,
     )
     controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
@@ -301,7 +311,20 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         nets = self.controlnet
         if self.control_image and not nets.checkpoint and self.model.checkpoint == TINY:
             nets = dataclasses.replace(nets, checkpoint=[TINY])
-        return nets.controls(self.control_image)
+        return nets.controls(self.control_image[self._owns_control() :])
+
+    def _owns_control(self):
+        """Whether the first picture to follow is the transformer's own: there is a net for each of
+        the others.
+        """
+        tiny = not self.controlnet.checkpoint and self.model.checkpoint == TINY
+        return not tiny and len(self.control_image) == len(self.controlnet.checkpoint) + 1
+
+    def pictures(self):
+        """What is drawn beside the prompts, by argument of `generate`."""
+        own = self.control_image[: self._owns_control()]
+        given = {"image": self.image, "mask": self.mask, "reference": self.reference}
+        return given | {"control_image": own}
 
     def validate(self):
         check_options(self)
