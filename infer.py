@@ -27,7 +27,7 @@ Draw pictures with a FLUX pipeline.
       lora.scale=0.5  two, each with its strength
 
   python infer.py prompt="an owl" image=photo.jpg strength=0.7  from a picture
-  python infer.py prompt="an owl" image=photo.jpg mask=hole.png paste=true  into a hole; a FLUX.1-Fill too
+  python infer.py prompt="an owl" image=photo.jpg mask=hole.png paste=true  into a hole
   python infer.py prompt="in snow" reference=owl.png model.checkpoint=FLUX.1-Kontext-dev
   python infer.py prompt="an owl" control_image=owl.jpg canny=true model.checkpoint=FLUX.1-Canny-dev
 
@@ -127,6 +127,7 @@ def body(arguments):
             config=config,
             controls=config.controls(),
             **config.pictures(),
+            **config.sampling(),
             stage=stages,
             on_step=profile.watching(show_steps(desc="drawing", unit="step")),
             on_picture=partial(save_drawn, config, prompts),

@@ -22,10 +22,11 @@ from fluxlite.draw.pipeline import (
     PipelineConfig,
     check_negative,
 )
+from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
-from fluxlite.nets.schedule import SampleConfig
+from fluxlite.nets.schedule import SampleConfig, check_times
 from fluxlite.parallel import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
@@ -294,6 +295,16 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         path=True,
     )
     controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
+    solver: str = option(
+        "euler", "how steps are taken; heun asks the model twice in each", choices=tuple(SOLVERS)
+    )
+    times: list[float] = option(
+        [],
+        "own times, falling from 1, noise, to 0, a picture, in place of steps and shift: "
+        "times=[1,0.7,0.3,0]",
+        at_least=0,
+        at_most=1,
+    )
     profile: str | None = option(
         None,
         "steps of the first batch to record with torch's profiler into output, as 2-3",
@@ -325,6 +336,10 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         given = {"image": self.image, "mask": self.mask, "reference": self.reference}
         return given | {"control_image": own}
 
+    def sampling(self):
+        """How steps are taken, by argument of `generate`."""
+        return {"solver": self.solver, "times": self.times or None}
+
     def validate(self):
         check_options(self)
         check_machine(settle_machine(self))
@@ -339,6 +354,8 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         if self.prompt_file and not Path(self.prompt_file).is_file():
             raise ValueError(f"prompt_file={self.prompt_file} is not a file")
         check_negative(self.negative_prompt, self.true_cfg or 1.0)
+        if self.times:
+            check_times(self.times)
         self.controls()
         self.lora.loras()
         if self.lora != LoraConfig() and not self.lora.file:

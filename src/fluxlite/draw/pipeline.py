@@ -48,9 +48,9 @@ from fluxlite.draw.sampling import (
     decode_pictures,
     initial_noise,
     prepare_conditions,
-    sample_euler,
     sample_latents,
 )
+from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import ATTENTION, rope_table
 from fluxlite.nets.latents import (
@@ -619,7 +619,7 @@ def generate(
     latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
     posteriors: dict | None = None,
     decode: bool = True,
-    solver: Callable = sample_euler,
+    solver: str | Callable = "euler",
     on_step: Callable | None = None,
     on_picture: Callable | None = None,
     stage: Callable[[str], AbstractContextManager] = nullcontext,
@@ -645,7 +645,8 @@ def generate(
     `start_time`, of which `latents` (pictures, C, h, w) are the state; they may also stand for the
     noise at 1, and do with `image`. `posteriors` are normal draws, by name, for
     encoding pictures (`control.Posteriors`). Without `decode` the latents (C, h, w) at the last
-    time come in place of pictures. `solver` is a function as `sample_euler`.
+    time come in place of pictures. `solver` is a name of `solvers.SOLVERS`, or a
+    function as those.
 
     `on_step(numbers, step, times, latents)` is called with the latents (B, C, h, w) of a batch's
     pictures at times[step], from step 0 on; `on_picture(number, picture)` with each picture as soon
@@ -656,12 +657,14 @@ def generate(
     pipeline, config = settle_options(checkpoint, config, options)
     given = dict(image=image, mask=mask, control_image=control_image, reference=reference)
     times = dict(times=times, start_time=start_time)
-    plan = plan_drawing(pipeline, config, prompt, controls, given, latents, posteriors, **times)
+    plan = plan_drawing(
+        pipeline, config, prompt, controls, given, latents, posteriors, solver, **times
+    )
     with stage("text encoders"):
         texts = encode_texts(pipeline.encoders, plan.texts(), plan.sample.max_sequence_length)
         pipeline.release("encoders")
     with stage("transformer and modulation"):
-        draw = prepare_drawing(plan, texts, solver)
+        draw = prepare_drawing(plan, texts)
     about, drawn = describe_drawing(plan), []
     for numbers, kept in list_batches(len(plan.pictures), config):
         with stage("denoising"):
@@ -699,6 +702,7 @@ class Plan:
     pictures: list
     noise: Callable
     posteriors: Posteriors
+    solver: Callable
 
     @property
     def size(self):
@@ -716,7 +720,15 @@ class Plan:
 
 
 def plan_drawing(
-    pipeline, config, prompt, controls=(), given=(), latents=None, posteriors=None, **times_given
+    pipeline,
+    config,
+    prompt,
+    controls=(),
+    given=(),
+    latents=None,
+    posteriors=None,
+    solver="euler",
+    **times_given,
 ) -> Plan:
     """The `Plan` of what `generate` takes, its pictures by name in `given`; raises `ValueError`."""
     prompts = one_or_several(prompt, str, "prompt", "a text or a list of texts")
@@ -732,7 +744,7 @@ def plan_drawing(
     pictures, shape = list_pictures(len(prompts), config), pipeline.latent_shape(*size)
     noise = start_latents(latents, times, pictures, shape, from_noise=bool(inputs.image))
     draws = kinds.check_posteriors(posteriors, pictures, controls, shape)
-    found = sample, scene, times, controls, opened, pictures, noise, draws
+    found = sample, scene, times, controls, opened, pictures, noise, draws, find_solver(solver)
     return Plan(pipeline, config, prompts, inputs, *found)
 
 
@@ -743,6 +755,22 @@ def one_or_several(value, kind, key, meaning):
     for one in found:
         check_kind(one, kind, key, meaning)
     return found
+
+
+def find_solver(solver):
+    """A function from a name of `SOLVERS` or from itself; raises `ValueError`."""
+    if callable(solver):
+        return solver
+    if solver not in SOLVERS:
+        names = ", ".join(SOLVERS)
+        raise ValueError(f"solver={shortened(solver)}: choose one of {names}, or pass a function")
+    return SOLVERS[solver]
+
+
+def solver_name(solver):
+    """What metadata call a solver."""
+    known = {function: name for name, function in SOLVERS.items()}
+    return known.get(solver, getattr(solver, "__name__", "own"))
 
 
 def settle_options(checkpoint, config, options):
@@ -887,7 +915,7 @@ def encode_texts(encoders, prompts, length):
     return [torch.cat(column) for column in zip(*parts)]
 
 
-def prepare_drawing(plan, texts, solver) -> Callable:
+def prepare_drawing(plan, texts) -> Callable:
     """A function (pictures' numbers, callback) → packed latents (B, L, C); see `sample_latents`.
 
     Pictures are encoded, transformer and nets of the `open_control`s loaded, all steps' modulation
@@ -910,7 +938,7 @@ def prepare_drawing(plan, texts, solver) -> Callable:
     def draw(numbers, callback):
         prompts, seeds = map(list, zip(*[plan.pictures[n] for n in numbers]))
         guide = guides(numbers)
-        options = dict(residuals=attach(prompts, seeds), see=guide.see, solver=solver)
+        options = dict(residuals=attach(prompts, seeds), see=guide.see, solver=plan.solver)
         if sample.true_cfg > 1:
             last = len(texts[0]) - 1
             negative = conditions([last]).rows([0] * len(prompts))
@@ -955,7 +983,7 @@ def describe_drawing(plan):
     own = {"controls": plan.controls, "loras": [lora.lora for lora in pipeline.loras]}
     about |= {key: [one.describe() for one in of] for key, of in own.items() if of}
     lossy = parallel.lossy_settings("float8", pipeline.config.float8)
-    return about | plan.inputs.named | lossy
+    return about | {"solver": solver_name(plan.solver)} | plan.inputs.named | lossy
 
 
 def finish_picture(plan, number, tokens, about, decode):

@@ -1,4 +1,4 @@
-"""From noise to latents to pictures: solvers, and the velocity that they ask for.
+"""From noise to latents to pictures: the velocity that `solvers` ask for, and what is around it.
 
 What depends on the step alone is computed for all steps before the first (`condition_net`); then
 its weights are not needed any more.
@@ -17,22 +17,9 @@ from PIL import Image
 
 from fluxlite import parallel, rng
 from fluxlite.data.transfers import begin_read, send_tensor
-from fluxlite.nets import flow
+from fluxlite.draw.solvers import sample_euler
 from fluxlite.nets.latents import pack_latents, unpack_latents
 from fluxlite.nets.schedule import times_for
-
-
-def sample_euler(velocity, x, times, callback=lambda step, x: x):
-    """Follow `velocity` from times[0] to the last in Euler steps: x (B, L, C) float32.
-
-    `velocity(x, i)` is that at times[i], of all times but the last. `callback(i, x)` sees the x at
-    times[i], from the first to the last, and gives the x to go on with. Any solver has this
-    signature. The times lie on the host, where to look at them is to wait for nothing.
-    """
-    x = callback(0, x)
-    for i in range(len(times) - 1):
-        x = callback(i + 1, flow.euler_step(x, velocity(x, i), times[i], times[i + 1]))
-    return x
 
 
 def initial_noise(shape, seeds):
