@@ -11,7 +11,16 @@ from pathlib import Path
 
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.devices import settle_machine
-from fluxlite.cli.options import check_options, option, refuse_first, same_option
+from fluxlite.cli.options import (
+    change_options,
+    check_options,
+    naming_place,
+    option,
+    option_fields,
+    refuse_first,
+    same_option,
+    set_options,
+)
 from fluxlite.cli.profiling import parse_steps
 from fluxlite.data.config import DataConfig
 from fluxlite.draw.control import Control
@@ -22,6 +31,7 @@ from fluxlite.draw.pipeline import (
     PipelineConfig,
     check_negative,
 )
+from fluxlite.draw.preview import PREVIEWS
 from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
@@ -273,6 +283,18 @@ class PromptConfig:
 
     prompt: list[str] = option([], "what to draw; give it several times for several", verbatim=True)
     prompt_file: str | None = option(None, "a text file with a prompt a line", path=True)
+    jobs: str | None = option(
+        None,
+        'a JSONL file, a line a picture with any of these keys: {"prompt": "a fox", "seed": 1}; '
+        "those that are in output already are not drawn again",
+        path=True,
+    )
+    again: str | None = option(
+        None,
+        "a picture that infer.py has drawn: it is drawn again, bit for bit, or with other keys",
+        path=True,
+        short="from",
+    )
     image: str | None = option(
         None, "a picture to begin from (strength), or to fill (mask)", path=True
     )
@@ -305,6 +327,15 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         at_least=0,
         at_most=1,
     )
+    preview_every: int = option(
+        0,
+        "steps between pictures of what is being drawn, output/preview.live.png; 0 for none",
+        at_least=0,
+        at_most=10_000,
+    )
+    preview: str = option(
+        "colours", "how they are made: colours, blurred but fast, or the decoder", choices=PREVIEWS
+    )
     profile: str | None = option(
         None,
         "steps of the first batch to record with torch's profiler into output, as 2-3",
@@ -336,6 +367,11 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         given = {"image": self.image, "mask": self.mask, "reference": self.reference}
         return given | {"control_image": own}
 
+    def _ways(self):
+        """{key: what it is given} of what says what is drawn."""
+        ways = {"prompt": self.prompt, "prompt_file": self.prompt_file, "jobs": self.jobs}
+        return ways | {"from": self.again}
+
     def sampling(self):
         """How steps are taken, by argument of `generate`."""
         return {"solver": self.solver, "times": self.times or None}
@@ -344,15 +380,19 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         check_options(self)
         check_machine(settle_machine(self))
         parse_steps(self.profile, MAX_STEPS)
-        if not self.prompt and not self.prompt_file:
+        ways = [f"{key}=" for key, way in self._ways().items() if way]
+        if "jobs=" in ways and len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways)}: name one of them")
+        for key, path in (("prompt_file", self.prompt_file), ("jobs", self.jobs)):
+            if path and not Path(path).is_file():
+                raise ValueError(f"{key}={path} is not a file")
+        if not ways:
             raise ValueError(
                 'prompt= is missing: name what to draw, as in prompt="red circle with blue '
                 'background"'
             )
         if not all(text.strip() for text in self.prompt):
             raise ValueError("prompt= is empty: name what to draw, or leave it out")
-        if self.prompt_file and not Path(self.prompt_file).is_file():
-            raise ValueError(f"prompt_file={self.prompt_file} is not a file")
         check_negative(self.negative_prompt, self.true_cfg or 1.0)
         if self.times:
             check_times(self.times)
@@ -365,6 +405,50 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
                 "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "
                 "run"
             )
+
+
+# Of `infer.py`: what is no part of a picture, so that no job has it and no picture's name.
+SESSION_KEYS = (
+    "prompt_file",
+    "jobs",
+    "again",
+    "from",
+    "output",
+    "profile",
+    "preview_every",
+    "preview",
+)
+SESSION_KEYS += ("device", "offload", "resident_blocks")
+SESSION_KEYS += ("model.save_converted", "controlnet.save_converted")
+
+
+def picture_settings(config):
+    """{key: value} of what makes the pictures of an `InferConfig`, paths whole: a job's line."""
+    fields, found = option_fields(InferConfig), {}
+    for key, value in set_options(config).items():
+        if key in SESSION_KEYS:
+            continue
+        if fields[key].metadata.get("path"):
+            paths = value if isinstance(value, list) else [value]
+            whole = [os.path.abspath(path) if os.path.exists(path) else path for path in paths]
+            value = whole if isinstance(value, list) else whole[0]
+        found[key] = value
+    return found
+
+
+def job_settings(base, job, where):
+    """The checked `InferConfig` of a job's values, else of `base`; raises `ValueError`, naming
+    `where`.
+    """
+    with naming_place(where):
+        for key in SESSION_KEYS:
+            if key in job:
+                raise ValueError(f"{key} belongs to the command line: leave it out")
+        config = change_options(dataclasses.replace(base, jobs=None, again=None), job)
+        config.validate()
+        if len(config.prompt) != 1 or config.images_per_prompt != 1:
+            raise ValueError("name one prompt, and images_per_prompt=1: a line is a picture")
+        return config.settled()
 
 
 PROGRAMS = {"train": TrainConfig, "infer": InferConfig}

@@ -355,6 +355,7 @@ class Pipeline:
     device: torch.device
     dtype: torch.dtype
     loras: list = field(default_factory=list)  # `OpenLora`s: `use_loras`
+    known_texts: dict = field(default_factory=dict)  # `remember_texts`
 
     @cached_property
     def encoders(self):
@@ -402,6 +403,23 @@ class Pipeline:
         """Drop a part, to be loaded again where it is used again, unless all are kept."""
         if not self.keeps_parts:
             vars(self).pop(part, None)
+
+    def drop_parts(self):
+        """Free all parts and texts; they are loaded again where they are used again."""
+        self.known_texts = {}
+        for part in ("encoders", "transformer", "autoencoder"):
+            vars(self).pop(part, None)
+
+    def remember_texts(self, texts):
+        """Encode (prompt, T5 tokens) pairs for drawings to come, and forget others."""
+        self.known_texts = {text: self.encode_text(*text) for text in texts}
+        self.release("encoders")
+
+    @torch.inference_mode()
+    def encode_text(self, prompt, length):
+        """(txt (1, L, D), pooled (1, W)) of a prompt, alone: the same bits in any company."""
+        known = self.known_texts.get((prompt, length))
+        return self.encoders.encode([prompt], length) if known is None else known
 
     def use_loras(self, *loras):
         """Draw with these LoRAs from now on, and no others: paths or `Lora`s; with none, with the
@@ -661,7 +679,9 @@ def generate(
         pipeline, config, prompt, controls, given, latents, posteriors, solver, **times
     )
     with stage("text encoders"):
-        texts = encode_texts(pipeline.encoders, plan.texts(), plan.sample.max_sequence_length)
+        length = plan.sample.max_sequence_length
+        encoded = [pipeline.encode_text(text, length) for text in plan.texts()]
+        texts = [torch.cat(column) for column in zip(*encoded)]
         pipeline.release("encoders")
     with stage("transformer and modulation"):
         draw = prepare_drawing(plan, texts)
@@ -906,13 +926,6 @@ def stack_latents(latents):
     if not stacked.is_floating_point():
         raise ValueError(f"latents= are {stacked.dtype}: give them as float32")
     return stacked
-
-
-@torch.inference_mode()
-def encode_texts(encoders, prompts, length):
-    """(txt, pooled) of all prompts, each alone: the same bits in any company."""
-    parts = [encoders.encode([prompt], length) for prompt in prompts]
-    return [torch.cat(column) for column in zip(*parts)]
 
 
 def prepare_drawing(plan, texts) -> Callable:
