@@ -85,7 +85,13 @@ CONTROL = [
 DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]
 # beside a modulation that is spread, and of all linears, the modulation's too
 LORA = [*PLAIN, "lora=default", "lora.rank=3", "lora.alpha=2", "lora.dropout=0.25"]
-DORA = [*PLAIN, "lora=default", "lora.targets=['*','*.proj_out:5']", "lora.rank=2", "lora.dora=true"]
+DORA = [
+    *PLAIN,
+    "lora=default",
+    "lora.targets=['*','*.proj_out:5']",
+    "lora.rank=2",
+    "lora.dora=true",
+]
 SHORT_LORA = {"one, LoRA", "one, DoRA", "dp2, LoRA", "tp2, sequence parallel, DoRA"}
 # text and image tokens, for float8
 SIXTEEN = ["model.max_sequence_length=16", "data.height=64", "data.width=64"]

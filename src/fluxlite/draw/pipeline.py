@@ -464,15 +464,9 @@ def settle_base(config):
     folder = run_folder.last_checkpoint(path)
     meta = run_folder.read_meta(folder)
     saved = run_folder.saved_parts(folder, meta)
-    refuse_first(
-        [
-            (not saved.checkpoint, f"model.checkpoint={path} is a LoRA of a random base"),
-            (
-                meta.ema and not model.ema,
-                f"model.ema=false: model.checkpoint={path} has its LoRA averaged alone to draw with",
-            ),
-        ]
-    )
+    averaged = f"model.ema=false: of model.checkpoint={path} the LoRA is there averaged alone"
+    random = f"model.checkpoint={path} is the LoRA of a random base"
+    refuse_first([(not saved.checkpoint, random), (meta.ema and not model.ema, averaged)])
     parts = {name: getattr(model, name) or where for name, where in vars(saved).items()}
     model = replace(model, **parts | {"checkpoint": saved.checkpoint})
     lora = replace(config.lora, file=[Lora(path), *config.lora.loras()], scale=[])

@@ -255,15 +255,16 @@ class LowRankAdapter(nn.Module):
     def __init__(self, names, widths, out, rank, scale=1.0, dora=False):
         super().__init__()
         self.names, self.rank, self.scale = names, rank, scale
+        self.down_names = self.DOWNS[: len(names)]
         self.linears = ()  # a tuple: they are another model's
         self.keep = None  # (B, r): 0 for ranks that a sample is trained without
-        for name, width in zip(self.DOWNS, widths):
+        for name, width in zip(self.down_names, widths):
             self.register_parameter(name, nn.Parameter(torch.empty(rank, width)))
         self.up = nn.Parameter(torch.empty(out, rank))
         self.magnitude = nn.Parameter(torch.empty(out)) if dora else None
 
     def downs(self):
-        return [getattr(self, name) for name, _ in zip(self.DOWNS, self.names)]
+        return [getattr(self, name) for name in self.down_names]
 
     def product(self, x, down, up):
         """scale · up · down · x for x (B, …, in), of these parts of the factors."""

@@ -5,7 +5,7 @@ rank, float32, never gathered and never cast. A rank sends their gradient, once 
 tensor parallelism they are split as their linears are (`shard_adapters`).
 """
 
-from functools import partial
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -47,15 +47,27 @@ def attach_adapters(adapters, model):
     for adapter in adapters.each.values():
         adapter.linears = tuple(model.get_submodule(name) for name in adapter.names)
         for number, linear in enumerate(adapter.linears):
-            linear.forward = partial(forward_adapted, linear, adapter, number)
+            linear.__class__ = adapted_class(type(linear))
+            linear.__dict__ |= {"adapter": adapter, "number": number}  # no module of its own
 
 
-def forward_adapted(linear, adapter, number, x):
-    """What a linear, the one of that number of its adapter's, makes of x with the adapter."""
-    part, up = own_part(x), own_part(adapter.up)
-    beside = adapter.product(part, own_part(adapter.downs()[number]), up)
+@cache
+def adapted_class(cls):
+    """A class of linears as `cls`, which compute with their adapter too.
+
+    Not a `forward` of each linear's own: torch.compile would make each block a graph of its own.
+    """
+    names = {"forward": forward_adapted, "plain_forward": cls.forward}
+    return type(f"Adapted{cls.__name__}", (cls,), names)
+
+
+def forward_adapted(linear, x):
+    """What a linear makes of x with its adapter, of whose linears it has a `number`."""
+    adapter, part = linear.adapter, own_part(x)
+    down, up = own_part(adapter.downs()[linear.number]), own_part(adapter.up)
+    beside = adapter.product(part, down, up)
     if adapter.magnitude is None:
-        return type(linear).forward(linear, x) + output_like(x, beside)
+        return linear.plain_forward(x) + output_like(x, beside)
     base, ratio = F.linear(part, own_part(linear.weight)), dora_ratio(adapter, x)
     # near 1 the ratio itself would be rounded to 1
     changed = (ratio - 1).to(part.dtype) * base + ratio.to(part.dtype) * beside

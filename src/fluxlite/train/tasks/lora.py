@@ -163,17 +163,16 @@ def read_start(where, shape):
         if file.adapters.keys() != {"transformer"}:
             parts = " and ".join(file.adapters.keys() - {"transformer"})
             raise ValueError(f"it also changes {parts}: text encoders are not trained")
-        lora_merging.check_adapters(file.adapters["transformer"], config)
-        found = lora_writing.regroup_adapters(file.adapters["transformer"], LAYOUT, config)
-        for adapter in found:
+        for adapter in file.adapters["transformer"]:
             check_trainable(adapter, config)
+        return lora_writing.regroup_adapters(file.adapters["transformer"], LAYOUT, config)
     except ValueError as error:
         raise ValueError(f"{setting}{where}: {error}") from None
-    return found
 
 
 def check_trainable(adapter, config):
     """Raise `ValueError` for an adapter of a kind that is read and not trained."""
+    lora_merging.check_adapters([adapter], config)
     expected = lora_merging.rule_shape(adapter.rule, conversion.our_tensors(config), config)
     per_input = adapter.magnitude is not None and adapter.magnitude.shape != (expected[0], 1)
     if type(adapter.form) is not LowRank or per_input:
@@ -220,8 +219,9 @@ def lora_conflicts(config):
 def meta_adapters(config):
     """The `Adapters` on meta, as they are."""
     ours, found = conversion.our_tensors(config.model.shape()), {}
+    planned = plan_adapters(config)
     with torch.device("meta"):
-        for name, (rule, rank, scale, dora, _) in plan_adapters(config).items():
+        for name, (rule, rank, scale, dora, _) in planned.items():
             linears = [lora_keys.split_leaf(weight)[0] for weight in rule.ours]
             widths = [ours[weight].shape[1] for weight in rule.ours]
             sizes = widths, len(ours[rule.ours[0]]), rank
@@ -286,7 +286,7 @@ def unchanging_weights(config, net, device):
 
 
 def base_norms(config, net, device):
-    """{name of an adapter: norms of the rows of its linears' weights, as they are computed with}."""
+    """{name of an adapter: norms of the rows of its linears' weights, in the compute dtype}."""
     squares, dtype = {}, getattr(torch, config.dtype)
     places = {f"{n}.weight": name for name, adapter in net.each.items() for n in adapter.names}
     for weight, values in flux_weights(config, device, random_base_value):
@@ -350,11 +350,10 @@ def file_adapters(net, values):
     """The `Adapter`s of a net's parameters {name: whole values}."""
     rules, found = linear_rules(net.config), []
     for name, adapter in net.each.items():
-        names = [leaf for leaf, _ in zip(adapter.DOWNS, adapter.names)]
-        down = torch.cat([values[f"{name}.{leaf}"] for leaf in names], dim=1)
+        downs = [values[f"{name}.{leaf}"] for leaf in adapter.down_names]
         magnitude = values.get(f"{name}.magnitude")
         magnitude = None if magnitude is None else magnitude[:, None]
-        form = LowRank(down, values[f"{name}.up"])
+        form = LowRank(torch.cat(downs, dim=1), values[f"{name}.up"])
         found.append(Adapter(rules[name], LAYOUT, form, adapter.scale, magnitude))
     return found
 
