@@ -14,7 +14,7 @@ import numpy as np
 
 from fluxlite.cli.descriptions import check_regular
 from fluxlite.cli.file_kinds import ARCHIVE, KIND_BYTES, TAR, file_kind
-from fluxlite.cli.programs import warn_for_all
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.data.pairing import choose_parts, split_name
 from fluxlite.data.parts import MAX_KEY, SampleParts, printable_name
 

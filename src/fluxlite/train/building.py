@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 
 from fluxlite import parallel, rng
-from fluxlite.cli.programs import warn_for_all
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.configs import check_channels
 from fluxlite.nets.flux import Flux, initial_weight
 from fluxlite.train import optim
