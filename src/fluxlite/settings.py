@@ -42,6 +42,7 @@ from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
+from fluxlite.train.tasks.lora import LoraTrainConfig
 from fluxlite.weights.run_folder import CheckpointConfig
 from fluxlite.weights.sources import TINY
 
@@ -105,6 +106,7 @@ class TrainConfig(MachineConfig):
     optim: OptimConfig = option(OptimConfig, "the optimizer")
     parallel: ParallelConfig = option(ParallelConfig, "the mesh", resume=True)
     controlnet: ControlNetTrainConfig = option(ControlNetTrainConfig, "the ControlNet")
+    lora: LoraTrainConfig = option(LoraTrainConfig, "the LoRA")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "what is saved", resume=True)
     metrics: MetricsConfig = option(MetricsConfig, "what is logged", resume=True)
     sample: SampleGridConfig = option(SampleGridConfig, "what is drawn", resume=True)
@@ -226,6 +228,10 @@ def parts_conflicts(config):
         unused and not config.controlnet.train,
         "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, "
         "or leave them out",
+    )
+    yield (
+        config.lora != LoraTrainConfig() and not config.lora.train,
+        "lora.* are for training a LoRA: set lora=default too, or leave them out",
     )
     yield (
         model.save_converted and not model.checkpoint,

@@ -41,6 +41,7 @@ def train_step(run, batches, step):
         loss = flow_loss(run, x0, txt, pooled, **drawn, **inputs).mean() / len(batches)
         loss.backward()
         total += loss.detach()
+    parallel.average_gradients(run.model, run.mesh.fsdp)
     return total, optimizer_step(run, step, total)
 
 
