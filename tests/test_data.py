@@ -4,12 +4,10 @@ import logging
 import multiprocessing
 import os
 import pickle
-import re
 import signal
 import tarfile
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest

@@ -307,9 +307,10 @@ class DataConfig:
 
 
 def bucket_shapes(area, step):
-    """Shapes (height, width) of sides that `step` divides: for each width, up to `MAX_ASPECT`, the
-    largest height of at most `area` pixels together.
+    """Shapes (height, width) of sides that `step` divides: to each side the longest other one of at
+    most `area` pixels together, and none longer than that of `MAX_ASPECT`.
     """
-    widest = math.isqrt(area * MAX_ASPECT)
-    found = [(area // width // step * step, width) for width in range(step, widest + 1, step)]
-    return [(h, w) for h, w in found if 0 < h <= widest]
+    longest = math.isqrt(area * MAX_ASPECT)
+    pairs = [(area // side // step * step, side) for side in range(step, longest + 1, step)]
+    kept = [(a, b) for a, b in pairs if 0 < a <= longest]
+    return sorted({*kept, *((b, a) for a, b in kept)})

@@ -67,11 +67,12 @@ def _raise_error(error):
 def _indexed(path, files, parts):
     found = _files_by_key(path, files, parts)
     pictures = set().union(*(parts.endings()[column] for column in (IMAGE, CONTROL, MASK)))
-    lone = {key for key, of in found.items() if not pictures & {ending for ending, *_ in of}}
-    for key in sorted(lone)[:1]:
-        shown = len(lone), path, printable_name(key)
-        warn_for_all("%d captions have no picture: %s/%s first", *shown)
-    samples = {key: of for key, of in found.items() if key not in lone}
+    endings = {key: {ending for ending, *_ in of} for key, of in found.items()}
+    samples = {key: of for key, of in found.items() if endings[key] & pictures}
+    lone = [k for k in found if k not in samples and endings[k] & {parts.text, parts.json}]
+    if lone:
+        shown = len(lone), path, printable_name(lone[0])
+        warn_for_all("%d captions have no picture: that of %s/%s first", *shown)
     shard = index_samples(path, files, parts, index_folder, samples)
     _warn_of_unread(shard)
     return shard
