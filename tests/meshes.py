@@ -20,10 +20,11 @@ import torch.distributed as dist
 from reference import last_of_each, randomise
 
 from fluxlite import parallel
+from fluxlite.cli import devices
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
-from fluxlite.parallel import compilation, float8, plan
+from fluxlite.parallel import compilation, plan
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
 from fluxlite.train.tasks import controlnet
@@ -302,7 +303,7 @@ def main():
     only where they are named.
     """
     torch.set_num_threads(1)
-    float8.has_float8 = lambda device: True  # a CPU emulates it
+    devices.has_float8 = lambda device: True  # a CPU emulates it
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
     on_gpu = torch.cuda.is_available()  # without one nothing can be pinned
     policy = partial(plan.CPUOffloadPolicy, pin_memory=on_gpu)

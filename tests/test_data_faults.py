@@ -26,8 +26,8 @@ from test_data import tars as tars
 
 from fluxlite.cli import atomic
 from fluxlite.cli.atomic import atomic_file, atomic_folder, locked
+from fluxlite.cli.messages import one_line
 from fluxlite.cli.options import check_sources
-from fluxlite.cli.programs import one_line
 from fluxlite.data import cache as cache_module
 from fluxlite.data import fill50k, images, urls
 from fluxlite.data.braces import count_names, expand_braces

@@ -18,8 +18,9 @@ from PIL import Image
 import fluxlite
 from fluxlite.cli import shipped_help
 from fluxlite.cli.command_line import load_config
+from fluxlite.cli.messages import LONGEST, one_line
 from fluxlite.cli.options import RANGES, option_fields
-from fluxlite.cli.programs import LONGEST, Terminated, one_line
+from fluxlite.cli.programs import Terminated
 from fluxlite.cli.stage_times import StageTimes
 from fluxlite.draw import pipeline
 from fluxlite.draw.contact_sheet import wrap_caption

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fluxlite.cli.programs import warn_for_all
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.data.order import GroupedOrder
 from fluxlite.data.parts import MASK
 

@@ -8,7 +8,7 @@ import os
 from functools import cache
 
 from fluxlite.cli.descriptions import MAX_BYTES, check_regular, foreign_json
-from fluxlite.cli.programs import warn_for_all
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.data.indexed import index_samples
 from fluxlite.data.parts import CONTROL, IMAGE, MASK, SampleParts, printable_name
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL.ContainerIO import ContainerIO
 
 from fluxlite.cli.descriptions import check_regular
-from fluxlite.cli.programs import warn_for_all
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.data.config import Source
 from fluxlite.data.images import BadSample, check_proportions, upright_size
 from fluxlite.data.pairing import choose_parts

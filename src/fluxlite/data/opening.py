@@ -9,8 +9,8 @@ from pathlib import Path
 
 from fluxlite.cli.atomic import naming_setting
 from fluxlite.cli.descriptions import read_json
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import expand_home, typed_description
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.data import fill50k
 from fluxlite.data.buckets import log_samples, shape_shards
 from fluxlite.data.folders import index_folder

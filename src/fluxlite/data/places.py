@@ -8,8 +8,8 @@ from functools import cache, partial
 from pathlib import Path
 
 from fluxlite.cli.descriptions import check_regular
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import expand_home
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
 from fluxlite.data.parts import IMAGES

@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fluxlite import parallel
-from fluxlite.cli.devices import settle_machine
+from fluxlite.cli.devices import float8_conflicts, settle_machine
 from fluxlite.cli.options import (
     check_kind,
     nearest_key,
@@ -463,7 +463,7 @@ def check_float8(config, dtype, transformer):
     streamed = "float8=true does not work with offload=all, which streams weights as they are"
     apart = "float8=true rounds weights that LoRAs are merged into: leave lora.merge=false out"
     name, hidden = str(dtype).removeprefix("torch."), transformer.config.hidden_size
-    conflicts = parallel.float8_conflicts("float8=true", config.device, name, hidden)
+    conflicts = float8_conflicts("float8=true", config.device, name, hidden)
     own = [
         (config.offload == "all", f"{streamed}: leave one of them out"),
         (not config.lora.merge, apart),  # of LoRAs given later too, by `use_loras`

@@ -20,7 +20,6 @@ from fluxlite.parallel.compilation import checkpoint_activations, compile_blocks
 from fluxlite.parallel.config import ParallelConfig
 from fluxlite.parallel.float8 import (
     block_linears,
-    float8_conflicts,
     lossy_settings,
     plain_values,
     quantize_linears,

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from fluxlite import parallel
 from fluxlite.cli.atomic import naming_errors, sync_folder
 from fluxlite.cli.descriptions import read_json
-from fluxlite.cli.programs import one_line
+from fluxlite.cli.messages import one_line
 from fluxlite.parallel.weights import local_tensor
 from fluxlite.weights.run_folder import (
     SOON_CHECKED,

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from fluxlite import parallel
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import option_value
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.cache import MADE_BY, CachedSamples, build_cache
 from fluxlite.data.images import pixels_of
 from fluxlite.data.loading import make_loader

@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import MISSING, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from fluxlite.cli.options import check_kind, check_options, expand_home, expand_path, option
@@ -69,7 +70,7 @@ class LoraFile:
     metadata: dict = field(default_factory=dict)
 
     def all_adapters(self):
-        return [adapter for part in self.adapters.values() for adapter in part]
+        return list(chain.from_iterable(self.adapters.values()))
 
 
 # --- where it is ----------------------------------------------------------------------------------
@@ -195,8 +196,7 @@ def group_keys(tensors, config):
         dialects[dialect_of(meaning)] += 1
     if unknown:
         raise ValueError(unknown_text(unknown, tensors.keys(), config))
-    roles = [role for of_module in found.values() for role, _ in of_module]
-    if all(role == "whole" for role in roles):
+    if all(role == "whole" for role, _ in chain.from_iterable(found.values())):
         raise ValueError(model_text(tensors.keys()) or "it holds whole weights, and no adapter")
     return found, tuple(name for name, _ in dialects.most_common())
 

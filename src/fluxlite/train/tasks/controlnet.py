@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from fluxlite import rng
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import option, refuse_first, same_option
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.images import pixels_of
 from fluxlite.nets.configs import ControlNetConfig, mode_number
 from fluxlite.nets.controlnet import (
