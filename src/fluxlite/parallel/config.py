@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from fluxlite.cli.devices import FLOAT8_KINDS, FLOAT8_MULTIPLE, float8_conflicts
 from fluxlite.cli.options import option, refuse_first
-from fluxlite.parallel.float8 import FLOAT8_KINDS, FLOAT8_MULTIPLE, float8_conflicts
 from fluxlite.parallel.ranks import world_size
 
 MAX_RANKS = 65_536

@@ -50,6 +50,11 @@ def stored_dtype(parameters, otherwise):
     return kinds.pop() if len(kinds) == 1 else otherwise
 
 
+def local_parameters(linear, dtype):
+    """This rank's part of a sharded linear's weight and bias."""
+    return [parameter.to_local().to(dtype) for parameter in linear.parameters()]
+
+
 def modulate_spread(modulation, mesh, counts, order, dtype, vec):
     """`Modulation.forward` where each rank has some features of each linear, `counts` of them in
     all.
@@ -63,7 +68,7 @@ def modulate_spread(modulation, mesh, counts, order, dtype, vec):
     """
     ranks, mine = mesh.size(), counts[mesh.get_local_rank()]
     stored = stored_dtype(modulation.parameters(), dtype)
-    linears = [[p.to_local().to(stored) for p in lin.parameters()] for lin in modulation.linears()]
+    linears = [local_parameters(linear, stored) for linear in modulation.linears()]
     rows = ScaleGradient.apply(gather_rows(vec, mesh).to(linears[0][0]), ranks)
     out = torch.cat([F.linear(rows, weight, bias) for weight, bias in linears], dim=-1)
     out = ScaleGradient.apply(out, 1 / ranks).to(vec.device, dtype)
