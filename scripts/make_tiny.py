@@ -2,7 +2,7 @@
 fill50k pictures and captions.
 
     python scripts/make_tiny.py  # all stages, about two hours and a half on two cores
-    python scripts/make_tiny.py --stage vae        # or decoder, text, transformer, controlnet
+    python scripts/make_tiny.py --stage vae        # or text, transformer, controlnet
 
 Pairs of colours that `fill50k.is_held_out` holds out are in no stage's data. Weights are stored in
 bfloat16.
@@ -33,11 +33,11 @@ from fluxlite.data import fill50k
 from fluxlite.nets.autoencoder import Autoencoder, sample_posterior
 from fluxlite.nets.configs import AutoencoderConfig
 from fluxlite.weights import conversion, diffusers_configs
-from fluxlite.weights.sources import load_autoencoder, load_transformer, open_source
+from fluxlite.weights.sources import load_transformer, open_source
 from fluxlite.weights.writing import write_converted
 
 SIZE = 64
-STAGES = ("vae", "decoder", "text", "transformer", "controlnet")
+STAGES = ("vae", "text", "transformer", "controlnet")
 ASSETS = Path(__file__).parent.parent / "assets" / "flux-tiny"
 
 
@@ -111,57 +111,6 @@ def make_vae(minutes):
         error = (vae.decode(vae.encode(images)) - images) * 127.5
     print(f"reconstruction: mean |error| {error.abs().mean():.2f} of 255; latents {config}")
     save_module(ASSETS / "vae", vae.state_dict(), config)
-
-
-def twin_batches(batch, seed):
-    """Endless batches of training pictures, each beside one of the same colours with its circle
-    elsewhere: (2, batch, 3, SIZE, SIZE) in [-1, 1].
-    """
-    pairs, rng, index = fill50k.colour_pairs(held_out=False), np.random.default_rng(seed), 0
-    while True:
-        rows = []
-        for number in range(index, index + 2 * batch):
-            if number % 2 == 0:
-                pair = pairs[rng.integers(len(pairs))]
-            rows.append(fill50k.draw_sample(number, size=SIZE, seed=seed, choices=[pair])[0])
-        index += 2 * batch
-        pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        yield pixels.unflatten(0, (batch, 2)).transpose(0, 1)
-
-
-def roughen_latents(latents, others, noise, blend):
-    """Latents (B, C, h, w) as a flow's estimate may have them: noise of up to `noise`, and each
-    token of 2 x 2 cells up to a share `blend` of that of `others`.
-    """
-    count, _, *cells = latents.shape
-    made = partial(torch.rand, device=latents.device)
-    level, share = noise * made(count, 1, 1, 1), blend * made(count, 1, 1, 1)
-    shares = share * made(count, 1, *(n // 2 for n in cells))
-    shares = shares.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    return latents.lerp(others, shares) + level * torch.randn_like(latents)
-
-
-def make_decoder(minutes, noise, blend, device, folder):
-    """The decoder of the shipped autoencoder trained on from there, its encoder as it is, on
-    roughened latents: written to `folder`.
-    """
-    torch.manual_seed(1)
-    vae = load_autoencoder(ASSETS / "vae", dtype=torch.float32, device=device)
-    vae.requires_grad_(False).to(memory_format=torch.channels_last)
-    vae.decoder.requires_grad_(True)
-    batches = twin_batches(32 if device == "cuda" else 8, seed=2)
-
-    def step():
-        images, twins = next(batches).to(device)
-        with torch.autocast(device, torch.bfloat16):
-            latents = vae.encode(torch.cat([images, twins])).chunk(2)
-            out = vae.decode(roughen_latents(*latents, noise, blend))
-        error = out.float() - images
-        return error.abs().mean() + error.square().mean()
-
-    fit_parameters(vae.decoder.parameters(), step, minutes=minutes, lr=1e-3)
-    vae = vae.to(memory_format=torch.contiguous_format)
-    save_module(folder / "vae", vae.state_dict(), vae.config)
 
 
 # --- transformer ----------------------------------------------------------------------------------
@@ -248,13 +197,6 @@ class TinyConfig:
 
     stage: str = option("all", "what to train", choices=("all", *STAGES))
     vae_minutes: float = option(30.0, "minutes for the autoencoder", above=0, at_most=10_000)
-    decoder_minutes: float = option(
-        30.0, "minutes for the decoder on rough latents", above=0, at_most=10_000
-    )
-    noise: float = option(0.8, "largest noise of rough latents", at_least=0, at_most=10)
-    blend: float = option(0.5, "largest share of another picture in them", at_least=0, at_most=1)
-    device: str = option("cpu", "of the decoder's stage", choices=("cpu", "cuda"))
-    output: str = option(str(ASSETS), "where the decoder's stage writes vae/", path=True)
     text_minutes: float = option(7.0, "minutes for the encoders", above=0, at_most=10_000)
     threads: int = option(2, "threads of torch", at_least=1, at_most=1024)
 
@@ -264,10 +206,6 @@ def body(arguments):
     torch.set_num_threads(config.threads)
     stages = {
         "vae": lambda: make_vae(config.vae_minutes),
-        "decoder": lambda: make_decoder(
-            *(config.decoder_minutes, config.noise, config.blend),
-            *(config.device, Path(config.output)),
-        ),
         "text": lambda: make_text(ASSETS, config.text_minutes),
         "transformer": make_transformer,
         "controlnet": make_controlnet,

@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -82,6 +84,22 @@ def test_draws_depend_on_the_sample_alone():
     guidance = flow.sample_guidance(config, seed=3, indices=INDICES)
     assert 1 <= guidance.min() < 1.1 and 6.9 < guidance.max() <= 7
     assert flow.sample_guidance(FlowConfig(), seed=3, indices=range(3)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("density", ["uniform", "logit_normal", "mode"])
+def test_stratified_times_have_their_density_and_one_in_each_share_of_a_batch(density):
+    config = FlowConfig(density=density, stratified=True, shift="none")
+    draw = partial(flow.sample_t, config, 256, seed=3, batch=8)
+    times = draw(indices=INDICES)
+    plain = flow.sample_t(replace(config, stratified=False), 256, seed=3, indices=INDICES)
+    for q in (0.1, 0.5, 0.9):
+        assert abs(times.quantile(q) - plain.quantile(q)) < 0.03
+    assert times.view(-1, 8).mean(1).std() < plain.view(-1, 8).mean(1).std() / 3
+    assert torch.equal(draw(indices=[13, 2]), times[[13, 2]])
+    u = flow.stratified_uniform(8, seed=3, indices=INDICES).view(-1, 8)
+    shares = (8 * u).floor()
+    assert torch.equal(shares.sort(1).values, torch.arange(8.0).expand(500, 8))
+    assert all(len(place.unique()) == 8 for place in shares.T)  # no place keeps its share
 
 
 def test_sigma_form_and_t_form_of_the_shift_agree():

@@ -135,6 +135,29 @@ def test_steps_modulated_together_equal_steps_one_by_one(pipeline):
     ).shape == (2, 16, 8, 8)
 
 
+def test_a_grid_guides_away_from_the_empty_caption_as_a_drawing_does(pipeline):
+    texts, empty = (pipeline.encoders.encode([prompt], 16) for prompt in (PROMPT, ""))
+    noise, rope = (
+        sampling.initial_noise((16, 8, 8), [0]),
+        rope_table(position_ids(8, 8, 16), pipeline.model_config),
+    )
+    config = schedule.SampleConfig(height=64, width=64, steps=3, true_cfg=2.5)
+    times = schedule.times_for(config, pipeline.transformer.config, noise.shape[1])
+    conditions = [
+        sampling.condition_net(pipeline.transformer, *of, times, 3.5) for of in (texts, empty)
+    ]
+    drawn = sampling.sample_latents(
+        *(pipeline.transformer, conditions[0], noise, rope, times),
+        **dict(true_cfg=2.5, negative=conditions[1]),
+    )
+    options = *texts, noise, rope, config, torch.float32
+    grid, plain = (
+        sampling.sample_sharded(pipeline.transformer, pipeline.model_config, *options, negative)
+        for negative in (empty, None)
+    )
+    assert (grid - drawn).norm() / drawn.norm() < 1e-5 < 0.1 < (grid - plain).norm() / plain.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pictures_are_the_same_bit_for_bit_whatever_is_freed(dtype):
     options = dict(height=64, width=64, steps=3, max_sequence_length=16, dtype=dtype, device="cpu")

@@ -100,7 +100,7 @@ def waits_inside(monkeypatch, owner, name, wait):
 
 
 PLACES = {  # of a wait in a step with one micro-batch: a function, and how it waits
-    "the loss": (training_step, "training_loss", "item"),
+    "the loss": (training_step, "flow_loss", "item"),
     "noise is added": (flow, "add_noise", "to the device"),
     "the norm": (optim, "gradient_norm", "a branch"),
     "the step": (loop, "train_step", "tolist"),

@@ -94,6 +94,11 @@ class SampleGridConfig:
     )
     steps: int = same_option(SampleConfig, "steps", default=20)
     guidance: float = same_option(SampleConfig, "guidance")
+    true_cfg: float = same_option(
+        SampleConfig,
+        "true_cfg",
+        help="classifier-free guidance away from the empty caption; 1 for none",
+    )
 
 
 @dataclass

@@ -189,24 +189,29 @@ def check_latents_finite(model, conditions, finite):
 
 
 @torch.inference_mode()
-def sample_sharded(
-    forward, model_config, txt, pooled, noise, rope, config, dtype, solver=sample_euler
-):
+def sample_sharded(forward, model_config, txt, pooled, noise, rope, config, dtype, negative=None):
     """`sample_latents` by whole forwards, as sharded models in training need, whose weights are
     gathered inside `forward` alone.
 
-    `forward(img, txt, rope, t=, pooled=, guidance=)` is a velocity.
+    `forward(img, txt, rope, t=, pooled=, guidance=)` is a velocity. `negative` are txt and pooled of
+    the negative prompts, for true_cfg > 1.
     """
     times = times_for(config, model_config, noise.shape[1])
     guidance = guidance_rows(model_config, config.guidance, len(noise), noise.device)
 
     there = send_tensor(times, noise.device)
 
-    def velocity(x, i):
+    def velocity_for(x, i, txt, pooled):
         t = there[i].expand(len(x))
         return forward(x.to(dtype), txt, rope, t=t, pooled=pooled, guidance=guidance)
 
-    return solver(velocity, noise, times)
+    def velocity(x, i):
+        positive = velocity_for(x, i, txt, pooled)
+        if negative is None:
+            return positive
+        return velocity_for(x, i, *negative).float().lerp(positive.float(), config.true_cfg)
+
+    return sample_euler(velocity, noise, times)
 
 
 # --- from latents to pictures ---------------------------------------------------------------------

@@ -97,28 +97,27 @@ def sample_t(config, num_image_tokens, *, seed, indices, batch=None):
 
     With `flow.stratified` those of a `batch` of successive indices are spread evenly.
     """
-    u = stratified_uniform(batch, seed, indices) if config.stratified else None
+    keys = dict(seed=seed, indices=indices)
+    u = stratified_uniform(batch, **keys) if config.stratified else rng.uniform(stream="t", **keys)
+    t = u
     if config.density == "logit_normal":
-        normal = rng.normal((), seed=seed, indices=indices, stream="t")
-        z = normal if u is None else torch.special.ndtri(u)
+        z = torch.special.ndtri(u) if config.stratified else rng.normal((), stream="t", **keys)
         t = torch.sigmoid(config.logit_mean + config.logit_std * z)
-    else:
-        t = rng.uniform(seed=seed, indices=indices, stream="t") if u is None else u
-        if config.density == "mode":
-            t = 1 - t - config.mode_scale * (torch.cos(math.pi / 2 * t) ** 2 - 1 + t)
+    elif config.density == "mode":
+        t = 1 - u - config.mode_scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
     return shift_time(t, shift_factor(config.shift, num_image_tokens))
 
 
-def stratified_uniform(batch, seed, indices):
-    """Draws from [0, 1) (B,), one from each `batch`-th of it for successive global indices.
+def stratified_uniform(batch, *, seed, indices):
+    """Draws from [0, 1) (B,), one from each `batch`-th of it for successive global indices (the
+    stratified sampling of Monte Carlo methods).
 
-    Which index has which share turns with the batch: a sample that comes again at its place in a
-    batch gets another (a low-discrepancy sampler as in arXiv 2107.00630).
+    Which place in a batch has which share turns from batch to batch.
     """
     inside = rng.uniform(seed=seed, indices=indices, stream="t")
     turn = rng.uniform(seed=seed, indices=[i // batch for i in indices], stream="turn")
     place = torch.tensor([i % batch for i in indices])
-    return ((place + inside) / batch + turn) % 1
+    return ((place + (batch * turn).floor()) % batch + inside) / batch
 
 
 def sample_guidance(config, *, seed, indices):

@@ -27,6 +27,7 @@ class GridBatch:
     inputs: dict  # the task's
     noise: torch.Tensor  # (B, L, C)
     shown: list  # of each, the pictures that are shown before the drawn one
+    negative: tuple | None  # txt and pooled of the empty caption, where it is guided away from
 
 
 def encode_grid(run, dataset):
@@ -58,21 +59,31 @@ def grid_batch(run, samples, txt, pooled, start):
     shown = [sampling.pictures_of(pixels_of(batch[name])) for _, name in run.task.shown]
     beside = list(zip(*shown)) or [()] * len(samples)
     inputs = run.task.encode_inputs(run, batch)
-    return GridBatch(batch["captions"], txt, pooled, inputs, noise, beside)
+    return GridBatch(
+        *(batch["captions"], txt, pooled, inputs, noise, beside), encode_negative(run, len(samples))
+    )
+
+
+def encode_negative(run, count):
+    """txt and pooled of so many empty captions, where sample.true_cfg uses them; else None."""
+    if run.config.sample.true_cfg == 1:
+        return None
+    texts = run.parts.encoders.encode([""] * count, run.config.model.max_sequence_length)
+    return tuple(text.to(run.dtype) for text in texts)
 
 
 def draw_grid(run, batches):
     """A contact sheet of pictures, each behind what the task shows with it. Collective."""
     data, grid = run.config.data, run.config.sample
-    settings = SampleConfig(
-        height=data.height, width=data.width, steps=grid.steps, guidance=grid.guidance
-    )
+    drawn_with = {name: getattr(grid, name) for name in ("steps", "guidance", "true_cfg")}
+    settings = SampleConfig(height=data.height, width=data.width, **drawn_with)
     pictures, captions = [], []
     for batch in batches:
         velocity = partial(run.velocity, **batch.inputs)
         texts = batch.txt.to(run.dtype), batch.pooled.to(run.dtype)
         tokens = sampling.sample_sharded(
-            velocity, run.flux.config, *texts, batch.noise, run.rope, settings, run.dtype
+            *(velocity, run.flux.config, *texts, batch.noise, run.rope, settings, run.dtype),
+            batch.negative,
         )
         drawn = sampling.decode_pictures(run.parts.autoencoder, tokens, data.height, data.width)
         for caption, shown, picture in zip(batch.captions, batch.shown, drawn):

@@ -140,6 +140,7 @@ class DrawingSettings:
 
     steps: int = option(MISSING, "sampling steps", at_least=1, at_most=100_000)
     guidance: float = option(MISSING, "guidance embedding", at_least=0)
+    true_cfg: float = option(1.0, "classifier-free guidance", at_least=1)
     height: int = option(MISSING, "pixels", at_least=16, at_most=1 << 16)
     width: int = option(MISSING, "pixels", at_least=16, at_most=1 << 16)
     max_sequence_length: int = option(MISSING, "text tokens", at_least=1, at_most=1 << 16)
@@ -147,7 +148,7 @@ class DrawingSettings:
 
 def run_settings(folder, meta):
     """{field of SampleConfig: value} that a run drew its pictures with."""
-    places = {"sample": ("steps", "guidance"), "data": ("height", "width")}
+    places = {"sample": ("steps", "guidance", "true_cfg"), "data": ("height", "width")}
     values = {}
     for group, names in (places | {"model": ("max_sequence_length",)}).items():
         part = saved_group(folder, meta, group)
