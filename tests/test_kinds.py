@@ -10,8 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
+from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 from reference import our_controlnet_from, randomise
+from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import fluxlite
 from fluxlite.weights.sources import ASSETS
@@ -209,3 +212,48 @@ def test_pictures_match_diffusers(ours, theirs, photo, mask, reference, controln
         if kind != "fill" or case == "fill":
             others = pictures | {key: pictures[key].rotate(180)}
             assert np.abs(our_pictures(kind, ours, order, **others) - got).max() > 5
+
+
+# --- FLUX.1-Redux ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def redux(ours, tmp_path_factory):
+    """A folder as FLUX.1-Redux-dev's, tiny and random, for the tiny transformer."""
+    folder, width = tmp_path_factory.mktemp("redux"), ours["plain"].model_config.text_width
+    small = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2)
+    config = SiglipVisionConfig(**small, image_size=28, patch_size=14)
+    randomise(SiglipVisionModel(config)).save_pretrained(folder / "image_encoder")
+    linears = ReduxImageEncoder(redux_dim=24, txt_in_features=width)
+    randomise(linears, seed=1).save_pretrained(folder / "image_embedder")
+    return folder
+
+
+def test_redux_matches_diffusers(ours, theirs, redux, photo, reference):
+    """Two pictures with their scales, added up, and a prompt: within 1/255."""
+    processor = SiglipImageProcessorPil(size={"height": 28, "width": 28}, resample=3)
+    prior = diffusers.FluxPriorReduxPipeline(
+        image_encoder=SiglipVisionModel.from_pretrained(redux / "image_encoder"),
+        image_embedder=ReduxImageEncoder.from_pretrained(redux / "image_embedder"),
+        feature_extractor=processor,
+        **{k: v for k, v in theirs["plain"].items() if "text" in k or "token" in k},
+    )
+    likened, scales = [photo, reference], ([0.5, 0.3], [0.8, 0.4])
+    embedded = prior(likened, PROMPTS[0], None, None, None, *scales)
+    embeds = embedded.prompt_embeds
+    pipe = FluxPipeline(**theirs["plain"])
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(7))
+    options = dict(num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7))
+    pooled = embedded.pooled_prompt_embeds
+    both = dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled, height=HEIGHT, width=WIDTH)
+    expected = pixels(pipe(**both, **options, guidance_scale=3.5).images)
+    given = [fluxlite.Redux(redux, *one) for one in zip(likened, *scales)]
+    common = dict(checkpoint=ours["plain"], steps=STEPS, latents=noise, guidance=3.5)
+    common |= dict(height=HEIGHT, width=WIDTH, max_sequence_length=512)
+    got = fluxlite.generate(PROMPTS[0], redux=given, **common)
+    assert np.abs(pixels(got) - expected).max() <= 1 and embeds.shape[1] == 512 + 4
+    described = got[0].info["sampling"]["redux"]
+    assert [one["scale"] for one in described] == [0.5, 0.3]
+    alone = fluxlite.generate(PROMPTS[0], redux=given[0], **common)
+    assert np.abs(pixels(alone) - expected).max() > 5
