@@ -194,6 +194,11 @@ def frame_inputs(inputs, config, size, area, multiple) -> Scene:
         scene.image = torch.stack([one.pixels() for one in scene.canvases])
     if masks:
         scene.holes = torch.stack([one.holes() for one in scene.canvases])
+        if not scene.holes.flatten(1).any(1).all():
+            raise ValueError(
+                "mask= marks nothing of the part of image= that is drawn: mark more, set crop= to "
+                "draw around the mask, or leave height= and width= out"
+            )
     if inputs.control_image:
         framed = [frame_control(one, size, config.canny) for one in inputs.control_image]
         scene.control_image = torch.stack(framed)

@@ -693,7 +693,7 @@ def generate(
     with stage("transformer and modulation"):
         draw = prepare_drawing(plan, texts)
     about, drawn = describe_drawing(plan), []
-    for numbers, kept in list_batches(len(plan.pictures), config):
+    for numbers, kept in plan.batches:
         with stage("denoising"):
             tokens = draw(numbers, watch_steps(on_step, numbers, kept, plan))
         if numbers[-1] == len(plan.pictures) - 1:
@@ -729,6 +729,7 @@ class Plan:
     pictures: list
     noise: Callable
     posteriors: Posteriors
+    batches: list  # of `list_batches`
     solver: Callable
     redux: list
 
@@ -777,7 +778,8 @@ def plan_drawing(
     pictures, shape = list_pictures(len(prompts), config), pipeline.latent_shape(*size)
     noise = start_latents(latents, times, pictures, shape, from_noise=bool(inputs.image))
     draws = kinds.check_posteriors(posteriors, pictures, controls, shape)
-    found = sample, scene, times, controls, opened, pictures, noise, draws
+    batches = list_batches(len(pictures), config)
+    found = sample, scene, times, controls, opened, pictures, noise, draws, batches
     return Plan(pipeline, config, prompts, inputs, *found, find_solver(solver), likened)
 
 
