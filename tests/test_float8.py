@@ -23,7 +23,6 @@ from fluxlite.nets.configs import ControlNetConfig, FluxConfig
 from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.parallel import float8
 from fluxlite.preflight.prediction import on_fake_ranks
 from fluxlite.settings import InferConfig
 

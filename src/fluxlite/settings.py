@@ -43,6 +43,7 @@ from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
+from fluxlite.train.tasks.lora import LoraTrainConfig
 from fluxlite.weights.run_folder import CheckpointConfig
 from fluxlite.weights.sources import TINY
 
@@ -106,6 +107,7 @@ class TrainConfig(MachineConfig):
     optim: OptimConfig = option(OptimConfig, "the optimizer")
     parallel: ParallelConfig = option(ParallelConfig, "the mesh", resume=True)
     controlnet: ControlNetTrainConfig = option(ControlNetTrainConfig, "the ControlNet")
+    lora: LoraTrainConfig = option(LoraTrainConfig, "the LoRA")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "what is saved", resume=True)
     metrics: MetricsConfig = option(MetricsConfig, "what is logged", resume=True)
     sample: SampleGridConfig = option(SampleGridConfig, "what is drawn", resume=True)
@@ -124,6 +126,11 @@ class TrainConfig(MachineConfig):
         resume=True,
     )
     seed: int = same_option(DrawConfig, "seed", help="seed of every random draw")
+    preview: bool = option(
+        False,
+        "write the first batches as they would be trained on into output/preview, and stop",
+        resume=True,
+    )
     profile: str | None = option(
         None,
         "steps to record with torch's profiler into output, as 10-12: a Chrome trace, on a GPU a "
@@ -144,10 +151,11 @@ class TrainConfig(MachineConfig):
         resume=True,
     )
 
-    def latent_shape(self):
-        """(C, h, w) of one picture's latents."""
+    def latent_shape(self, height=None, width=None):
+        """(C, h, w) of the latents of a picture, of data.height x data.width if left out."""
         channels, cell = self.model.in_channels // PATCH**2, self.model.downsampling
-        return channels, self.data.height // cell, self.data.width // cell
+        height, width = height or self.data.height, width or self.data.width
+        return channels, height // cell, width // cell
 
     def validate(self):
         check_options(self)
@@ -163,10 +171,12 @@ class TrainConfig(MachineConfig):
                 nearest_folder(folder, f"data.{name}=")
         check_size(self.data.height, self.data.width, self.model.downsampling, "data.")
         check_batch(self.data, self.parallel)
-        tokens = num_image_tokens(*self.latent_shape()[1:])
-        self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
-        refuse_first([*machine_conflicts(machine), *parts_conflicts(self)])
-        self.parallel.check_float8(machine, (self.model.max_sequence_length, tokens))
+        refuse_first([*machine_conflicts(machine), *parts_conflicts(self), *shape_conflicts(self)])
+        text = self.model.max_sequence_length
+        for shape in [(self.data.height, self.data.width), *sum(self.data.shapes(), [])]:
+            tokens = num_image_tokens(*self.latent_shape(*shape)[1:])
+            self.parallel.check_model(self.model.shape(), text, tokens)
+            self.parallel.check_float8(machine, (text, tokens))
         choose_task(self).check_settings(self)
 
 
@@ -213,6 +223,17 @@ def machine_conflicts(config):
     )
 
 
+def shape_conflicts(config):
+    """The same of the shapes that pictures are trained in."""
+    data, cells = config.data, config.model.downsampling * PATCH
+    wrong = [side for side in data.resolutions if side % cells and not data.buckets]
+    yield (wrong, f"data.resolutions={data.resolutions} must be multiples of {cells}, not {wrong}")
+    yield (
+        data.buckets and data.bucket_step % cells,
+        f"data.bucket_step={data.bucket_step} must be a multiple of {cells}",
+    )
+
+
 def parts_conflicts(config):
     """The same of the model's parts and the data."""
     model, data = config.model, config.data
@@ -222,11 +243,20 @@ def parts_conflicts(config):
         missing and (data.kind != "mock" or len(parts) < 3),
         f"data={data.kind} needs {missing}: name a folder or a hub id for each",
     )
+    yield (
+        config.preview and missing,
+        f"preview=true shows pictures and captions: it needs {missing} and other data than "
+        "made-up latents",
+    )
     unused = data.control or config.controlnet != ControlNetTrainConfig()
     yield (
         unused and not config.controlnet.train,
         "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, "
         "or leave them out",
+    )
+    yield (
+        config.lora != LoraTrainConfig() and not config.lora.train,
+        "lora.* are for training a LoRA: set lora=default too, or leave them out",
     )
     yield (
         model.save_converted and not model.checkpoint,

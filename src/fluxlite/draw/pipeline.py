@@ -70,7 +70,7 @@ from fluxlite.nets.schedule import (
     strength_times,
     times_for,
 )
-from fluxlite.weights import lora_merging, run_folder, sources, writing
+from fluxlite.weights import lora_files, lora_merging, run_folder, sources, writing
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES, TINY
 from fluxlite.weights.text_encoders import load_text_encoders
@@ -506,18 +506,37 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     Parts that are not named are looked for beside it. They are checked to fit together, as far as
     that can be seen. Raises `ValueError` that names the missing key.
     """
-    config = settle_machine(config)
+    config, own = settle_base(settle_machine(config))
     device, dtype = torch.device(config.device), sources.named_dtype(config.dtype)
     found = find_sources(config.model)
     check_float8(config, dtype, found["transformer"])
     cell = found["autoencoder"].config.downsampling
     kind = kinds.drawing_kind(found["transformer"].config, cell, "model.checkpoint")
-    settings = kinds.KINDS[kind].settings | default_settings(found["transformer"])
+    settings = kinds.KINDS[kind].settings | default_settings(found["transformer"]) | own
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
     pipeline = Pipeline(config, found, settings, device, dtype)
     pipeline.use_loras(*config.lora.loras())
     return pipeline
+
+
+def settle_base(config):
+    """A `PipelineConfig` whose checkpoint, where it is the run of a LoRA, is that run's base with
+    the LoRA, and the run's {field of SampleConfig: value}; raises `ValueError`.
+    """
+    model, path = config.model, Path(config.model.checkpoint).expanduser()
+    if not lora_files.run_lora(path):
+        return config, {}
+    folder = run_folder.last_checkpoint(path)
+    meta = run_folder.read_meta(folder)
+    saved = run_folder.saved_parts(folder, meta)
+    averaged = f"model.ema=false: of model.checkpoint={path} the LoRA is there averaged alone"
+    random = f"model.checkpoint={path} is the LoRA of a random base"
+    refuse_first([(not saved.checkpoint, random), (meta.ema and not model.ema, averaged)])
+    parts = {name: getattr(model, name) or where for name, where in vars(saved).items()}
+    model = replace(model, **parts | {"checkpoint": saved.checkpoint})
+    lora = replace(config.lora, file=[Lora(path), *config.lora.loras()], scale=[])
+    return replace(config, model=model, lora=lora), run_folder.run_settings(folder, meta)
 
 
 def check_float8(config, dtype, transformer):
