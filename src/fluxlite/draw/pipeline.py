@@ -704,10 +704,10 @@ def generate(
     )
     with stage("text encoders"):
         length = plan.sample.max_sequence_length
-        encoded = [pipeline.encode_text(text, length) for text in plan.texts()]
-        texts = [torch.cat(column) for column in zip(*encoded)]
+        texts = [pipeline.encode_text(text, length) for text in plan.texts()]
         if plan.redux:
-            texts = add_pictures(plan.redux, texts, pipeline.device, pipeline.dtype)
+            add = add_pictures(plan.redux, pipeline.device, pipeline.dtype)
+            texts = [*map(add, texts[: len(plan.prompts)]), *texts[len(plan.prompts) :]]
         pipeline.release("encoders")
     with stage("transformer and modulation"):
         draw = prepare_drawing(plan, texts)
@@ -749,6 +749,7 @@ class Plan:
     noise: Callable
     posteriors: Posteriors
     batches: list  # of `list_batches`
+    strength: float | None  # that cut the times
     solver: Callable
     redux: list
 
@@ -786,19 +787,22 @@ def plan_drawing(
     redux = one_or_several(given.pop("redux", ()), Redux, "redux", "a Redux or a list of them")
     inputs = kinds.open_inputs(len(prompts), **given)
     kinds.check_inputs(pipeline.kind, inputs, config, pipeline.where)
+    if inputs.reference:
+        kinds.warn_untrained(pipeline.sources["transformer"].where)
     sample = settle_sample(pipeline, config, inputs.size)
     scene = settle_scene(pipeline, config, inputs, sample)
-    times = settle_times(pipeline, config, sample, inputs=inputs, **times_given)
+    strength = None
+    if times_given.get("start_time") is None:
+        strength = kinds.settle_strength(pipeline.kind, inputs, config)
+    times = settle_times(pipeline, config, sample, strength=strength, **times_given)
     size, width = (sample.height, sample.width), pipeline.model_config.text_width
     likened = [open_redux(one, width) for one in redux]
-    alone = "redux= does not work with true_cfg=, whose negative prompt has no pictures"
-    refuse_first([(redux and sample.true_cfg > 1, f"{alone}: leave one of them out")])
     opened = [open_control(control, pipeline, *size, len(prompts)) for control in controls]
     pictures, shape = list_pictures(len(prompts), config), pipeline.latent_shape(*size)
     noise = start_latents(latents, times, pictures, shape, from_noise=bool(inputs.image))
     draws = kinds.check_posteriors(posteriors, pictures, controls, shape)
     batches = list_batches(len(pictures), config)
-    found = sample, scene, times, controls, opened, pictures, noise, draws, batches
+    found = sample, scene, times, controls, opened, pictures, noise, draws, batches, strength
     return Plan(pipeline, config, prompts, inputs, *found, find_solver(solver), likened)
 
 
@@ -879,7 +883,7 @@ def settle_scene(pipeline, config, inputs, sample):
     return scene
 
 
-def settle_times(pipeline, config, sample, times=None, start_time=None, inputs=None):
+def settle_times(pipeline, config, sample, times=None, start_time=None, strength=None):
     """The times (steps + 1,) of a drawing; raises `ValueError`."""
     if times is None:
         _, height, width = pipeline.latent_shape(sample.height, sample.width)
@@ -892,10 +896,7 @@ def settle_times(pipeline, config, sample, times=None, start_time=None, inputs=N
     if start_time is not None:
         refuse_first([(config.strength, "start_time= takes the place of strength=: name one")])
         return cut_times(times, start_time)
-    if not inputs or not inputs.image:
-        return times
-    strength = config.strength or kinds.default_strength(pipeline.kind, inputs)
-    return strength_times(times, strength)
+    return strength_times(times, strength) if strength else times
 
 
 def list_pictures(num_prompts, config):
@@ -977,9 +978,10 @@ def prepare_drawing(plan, texts) -> Callable:
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, plan.opened, *given, plan.posteriors)
     references = [pipeline.latent_shape(*one.shape[2:])[1:] for one in plan.scene.references]
-    further = texts[0].shape[1] - sample.max_sequence_length  # of redux
+    length = texts[0][0].shape[1]
+    further = length - sample.max_sequence_length  # of redux
     pipeline.place_net(model, bytes_planned(plan, references, further))
-    positions = position_ids(*plan.shape[1:], texts[0].shape[1], references)
+    positions = position_ids(*plan.shape[1:], length, references)
     rope = rope_table(send_tensor(positions, pipeline.device), model.config)
 
     @torch.inference_mode()
@@ -988,8 +990,7 @@ def prepare_drawing(plan, texts) -> Callable:
         guide = guides(numbers)
         options = dict(residuals=attach(prompts, seeds), see=guide.see, solver=plan.solver)
         if sample.true_cfg > 1:
-            last = len(texts[0]) - 1
-            negative = conditions([last]).rows([0] * len(prompts))
+            negative = conditions([len(texts) - 1] * len(prompts))
             options |= {"negative": negative, "true_cfg": sample.true_cfg}
         options["callback"] = lambda step, x: callback(step, guide.blend(step, x))
         return sample_latents(model, conditions(prompts), guide.start, rope, times, **options)
@@ -1030,6 +1031,7 @@ def describe_drawing(plan):
     times, pipeline = plan.times, plan.pipeline
     about = asdict(replace(plan.sample, steps=len(times) - 1)) | {"times": times.tolist()}
     about |= {"tile": plan.config.tile} if plan.config.tile else {}
+    about |= {"strength": plan.strength} if plan.strength else {}
     own = {"controls": plan.controls, "loras": [lora.lora for lora in pipeline.loras]}
     own |= {"redux": [one.redux for one in plan.redux]}
     about |= {key: [one.describe() for one in of] for key, of in own.items() if of}
