@@ -150,6 +150,9 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
     of `train.py arguments` on nodes of `per_node` ranks, each of `memory` bytes.
     """
     with fake_ranks(ranks, per_node):
+        compose_config(
+            TrainConfig, "train", arguments
+        )  # which checks what makes no difference here
         config = compose_config(TrainConfig, "train", on_fake_ranks(arguments))
         name_parts(config)
         config.validate()
@@ -223,7 +226,9 @@ def made_up_batch(run):
     size = data.micro_batch
     names = *sum(POSTERIORS.values(), ()), "posterior_noise"
     tokens = num_image_tokens(*latents[1:]), model.in_channels
-    drawn = run.task.draw_inputs(run.config, {"indices": 0, "modes": 0})
+    drawn = run.task.draw_inputs(
+        run.config, {"indices": 0, "modes": 0, "mean": torch.empty(latents)}
+    )
     made = {name: value.expand(size, *value.shape) for name, value in drawn.items()}
     made |= {name: torch.randn(size, *latents) for name in names}
     return made | {
