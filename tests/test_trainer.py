@@ -21,8 +21,8 @@ from fluxlite.cli.command_line import load_config
 from fluxlite.draw.pipeline import generate
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux
-from fluxlite.settings import TrainConfig
 from fluxlite.parallel import ParallelConfig
+from fluxlite.settings import TrainConfig
 from fluxlite.train import building, loop, optim, setup
 from fluxlite.train.tasks import FULL
 from fluxlite.weights import run_folder, sources, writing
