@@ -10,6 +10,7 @@ typed_options(OptimConfig, {"lr": 1e-3}, "optim.")    # checked, or a ValueError
 The same checks serve a command line and a description read from a disk.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -67,6 +68,54 @@ def option_fields(cls, prefix=""):
 def option_value(config, key):
     """The value of a dotted key."""
     return functools.reduce(getattr, key.split("."), config)
+
+
+@contextlib.contextmanager
+def naming_place(where):
+    """Have a `ValueError` of the block begin with where its cause lies."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def set_options(config):
+    """{dotted key: value} of what a configuration has that is not the default."""
+    found = {}
+    for key, f in option_fields(type(config)).items():
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        value = option_value(config, key)
+        if value != default:
+            found[key] = value
+    return found
+
+
+def change_options(config, values):
+    """A configuration like `config` with other values, by dotted or `short` key or nested; where
+    several belong one may stand alone.
+
+    Raises `ValueError` that names the key.
+    """
+    fields, changed = option_fields(type(config)), dataclasses.asdict(config)
+    full = {f.metadata["short"]: key for key, f in fields.items() if "short" in f.metadata}
+    for key, value in flat_values(values):
+        key = full.get(key, key)
+        if key not in fields:
+            raise ValueError(f"{key} is not a key{nearest_key(key, fields)}")
+        several = typing.get_origin(fields[key].type) is list and not isinstance(value, list)
+        *path, last = key.split(".")
+        at = functools.reduce(dict.__getitem__, path, changed)
+        at[last] = [value] if several else value
+    return typed_options(type(config), changed)
+
+
+def flat_values(values, prefix=""):
+    """(dotted key, value) of nested dictionaries."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat_values(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def resumable_keys(cls, prefix="", everything=False):

@@ -108,8 +108,8 @@ def sample_guidance(config, *, seed, indices):
 
 
 def add_noise(x0, noise, t):
-    """Clean tokens (B, L, C) at times t (B,): (1 − t)·x0 + t·noise."""
-    t = t.view(-1, *[1] * (x0.ndim - 1))
+    """Clean tokens (B, L, C) at times t, (B,) or one number: (1 − t)·x0 + t·noise."""
+    t = t.view(-1, *[1] * (x0.ndim - 1)) if t.ndim else t
     return (1 - t) * x0 + t * noise
 
 

@@ -226,13 +226,15 @@ def made_up_batch(run):
     height, width = max(sum(data.shapes(), []), key=math.prod)
     latents = run.config.latent_shape(height, width)
     size = data.micro_batch
-    names = *sum(POSTERIORS.values(), ()), "posterior_noise", "control_noise"
+    names = *sum(POSTERIORS.values(), ()), "posterior_noise"
     tokens = num_image_tokens(*latents[1:]), model.in_channels
-    return {name: torch.randn(size, *latents) for name in names} | {
+    drawn = run.task.draw_inputs(run.config, {"indices": 0, "modes": 0})
+    made = {name: value.expand(size, *value.shape) for name, value in drawn.items()}
+    made |= {name: torch.randn(size, *latents) for name in names}
+    return made | {
         "indices": range(size),
         "controls": torch.zeros(size, 3, height, width, dtype=torch.uint8),
         "modes": torch.zeros(size, dtype=torch.long),
-        "control_dropped": torch.zeros(size, dtype=torch.bool),
         "txt": torch.randn(size, model.max_sequence_length, model.text_width),
         "pooled": torch.randn(size, model.pooled_width),
         "noise": torch.randn(size, *tokens),

@@ -319,4 +319,5 @@ def validate_and_draw(run, monitor, step):
 def save_checkpoint(run, step):
     """Write a checkpoint of step `step`."""
     about = dict(step=step, meta=describe_run(run), keep=run.config.checkpoint.keep)
-    run_state.save_training(run.config.output, **about, **trained_state(run))
+    write = partial(run.task.write_files, run)
+    run_state.save_training(run.config.output, **about, **trained_state(run), write=write)

@@ -102,8 +102,10 @@ def state_per_rank(config, ranks):
     """
     total, widest = 0, parallel.world_size() if config.parallel.shard_modulation else ranks
     for wrap, _ in choose_task(config).models:
-        for name, size in optim.state_bytes(wrap(config, None), config.optim).items():
-            total += size / (widest if name.startswith("modulation.") else ranks)
+        model = wrap(config, None)
+        for name, size in optim.state_bytes(model, config.optim).items():
+            share = widest if name.startswith("modulation.") else ranks
+            total += size / (1 if model.is_whole else share)
     return total
 
 

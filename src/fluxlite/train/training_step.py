@@ -46,6 +46,7 @@ def train_step(run, batches, step):
         loss = losses.mean() / len(batches)
         loss.backward()
         total += loss.detach()
+    parallel.average_gradients(run.model, run.mesh.fsdp)
     return total, optimizer_step(run, step, total)
 
 

@@ -23,13 +23,14 @@ from fluxlite.nets.controlnet import (
     unused_parameters,
     weights_from_base,
 )
-from fluxlite.nets.flux import initial_weight
 from fluxlite.train import optim
 from fluxlite.train.building import (
     check_shape,
     checked_weights,
     device_generator,
     flux_weights,
+    frozen_weights,
+    random_base_value,
     random_weights,
     wrap_flux,
     wrap_model,
@@ -210,21 +211,6 @@ def controlnet_weights(config, device):
     return random_weights(net, config.seed, device, partial(initial_control_weight, net.config))
 
 
-def random_base_value(name, *options):
-    """`initial_weight` with a random output layer: behind a zero one nothing can learn."""
-    return initial_weight("img_in.weight" if name == "out.weight" else name, *options)
-
-
-def base_weights(config, device):
-    """`flux_weights` of the frozen transformer."""
-    if not config.model.checkpoint:
-        warn_for_all(
-            "model.checkpoint is null: the frozen transformer is random, its output layer too; "
-            "only the ControlNet learns"
-        )
-    return flux_weights(config, device, random_base_value)
-
-
 # --- a step ---------------------------------------------------------------------------------------
 
 
@@ -287,7 +273,7 @@ CONTROLNET = Task(
     name="controlnet",
     models=(
         (wrap_controlnet, controlnet_weights),
-        (partial(wrap_flux, frozen=True), base_weights),
+        (partial(wrap_flux, frozen=True), frozen_weights),
     ),
     velocity_of=lambda models: partial(controlled_velocity, *models),
     check_settings=check_control,

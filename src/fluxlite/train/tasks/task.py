@@ -25,12 +25,16 @@ class Task:
     encode_inputs: Callable = lambda run, batch: {}  # → inputs, by those draws
     drop_inputs: Callable = lambda run, inputs, batch: inputs  # some emptied, for a step
     make_meter: Callable = lambda run, held_out: None  # → `every`, `measure(step)`, `plot(folder)`
+    # (run, folder): what else a checkpoint's folder holds is written; collective
+    write_files: Callable = lambda run, folder: None
     shown: tuple = ()  # ("control", "controls"): captions and names of pictures that grids show too
 
     def build_models(self, config, device, mesh):
         """The models, sharded and filled."""
-        place = "cpu" if config.parallel.cpu_offload else device
-        return [
-            parallel.fill_weights(wrap(config, mesh), weights_of(config, device), place)
-            for wrap, weights_of in self.models
-        ]
+        found = []
+        for wrap, weights_of in self.models:
+            model = wrap(config, mesh)
+            away = config.parallel.cpu_offload and not model.is_whole  # FSDP2 offloads
+            place = "cpu" if away else device
+            found.append(parallel.fill_weights(model, weights_of(config, device), place))
+        return found
