@@ -228,7 +228,8 @@ def made_up_batch(run):
     size = data.micro_batch
     names = *sum(POSTERIORS.values(), ()), "posterior_noise"
     tokens = num_image_tokens(*latents[1:]), model.in_channels
-    drawn = run.task.draw_inputs(run.config, {"indices": 0, "modes": 0})
+    sample = {"indices": 0, "modes": 0, "mean": torch.empty(latents)}
+    drawn = run.task.draw_inputs(run.config, sample)
     made = {name: value.expand(size, *value.shape) for name, value in drawn.items()}
     made |= {name: torch.randn(size, *latents) for name in names}
     return made | {
