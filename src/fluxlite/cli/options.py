@@ -94,7 +94,8 @@ def same_option(cls, name, **changes):
 
 def nearest_key(key, known, otherwise=""):
     """`: did you mean …?` for a key that is unknown; `otherwise` where none is like it."""
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    same = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    close = difflib.get_close_matches(key, same or known, n=1, cutoff=0 if same else 0.6)
     tails = difflib.get_close_matches(
         key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.8
     )
