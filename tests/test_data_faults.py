@@ -445,7 +445,7 @@ def test_the_same_tar_twice_and_validation_inside_training_are_said(tars, caplog
     open_dataset(config_for(f"{tars}/0.tar::{tars}/again"), "train", 0)
     assert "0.tar twice" in caplog.text
     open_dataset(config_for(tars, val_path=f"{tars}/1.tar"), "val", 0)
-    assert "1 of 1 tars of data.val_path are trained on too" in caplog.text
+    assert "1 of 1 places of data.val_path are trained on too" in caplog.text
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):

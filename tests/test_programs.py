@@ -148,8 +148,8 @@ def test_a_stopped_infer_leaves_every_finished_picture(tmp_path, monkeypatch):
 
 def test_programs_that_save_to_one_folder_take_no_name_twice(tmp_path):
     save = (
-        "import runpy, pathlib, sys; from PIL import Image\n"
-        "save = runpy.run_path('infer.py')['save_picture']\n"
+        "import pathlib, sys; from PIL import Image\n"
+        "from fluxlite.draw.saving import save_picture as save\n"
         "picture = Image.new('RGB', (8, 8))\n"
         "for _ in range(40): save(picture, pathlib.Path(sys.argv[1]), 'a fox')"
     )

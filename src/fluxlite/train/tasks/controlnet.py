@@ -35,7 +35,7 @@ from fluxlite.train.building import (
     wrap_flux,
     wrap_model,
 )
-from fluxlite.train.draws import keys_of
+from fluxlite.train.draws import keys_of, shape_of
 from fluxlite.train.meter import ControlMeter
 from fluxlite.train.tasks.task import Task
 from fluxlite.train.training_step import encode_pictures
@@ -235,7 +235,7 @@ def draw_control(config, sample):
             f"controlnet.num_modes={control.num_modes}, but a sample's json has the mode "
             f"{int(sample['modes'])}"
         )
-    noise = rng.normal(config.latent_shape(), stream="control", **keys)
+    noise = rng.normal(shape_of(config, sample), stream="control", **keys)
     dropped = rng.uniform(stream="control dropout", **keys) < control.dropout
     return {"control_noise": noise[0], "control_dropped": dropped[0]}
 
