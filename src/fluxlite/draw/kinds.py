@@ -28,7 +28,8 @@ from fluxlite.nets.latents import PATCH, pack_latents
 
 log = logging.getLogger("fluxlite")
 
-POSTERIORS = "image", "masked_image", "control_image"  # what is drawn of pictures, each its stream
+# What is drawn of pictures, each from its stream.
+PICTURE_DRAWS = ("image", "masked_image", "control_image")
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class Scene:
     references: list = field(default_factory=list)
 
     def encoded(self, kind):
-        """{name of `POSTERIORS`: pixels} of what a kind of model sees as latents."""
+        """{name of `PICTURE_DRAWS`: pixels} of what a kind of model sees as latents."""
         found = {"image": self.image, "control_image": self.control_image}
         if kind == "fill":
             found["masked_image"] = self.image * (1 - self.holes)
@@ -329,7 +330,7 @@ def check_posteriors(given, pictures, controls, shape):
     """
     given = given or {}
     check_kind(given, dict, "posteriors", "normal draws by name")
-    known = [*POSTERIORS, *(f"controlnet_{number}" for number in range(len(controls)))]
+    known = [*PICTURE_DRAWS, *(f"controlnet_{number}" for number in range(len(controls)))]
     allowed = [(len(pictures), *shape), (1, *shape)]
     for name, draws in given.items():
         if name not in known or tuple(getattr(draws, "shape", ())) not in allowed:

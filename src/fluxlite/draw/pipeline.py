@@ -1008,7 +1008,8 @@ def bytes_planned(plan, references, further=0):
     nets = [control.checkpoint.config for control in plan.opened]
     residuals = sum(net.num_double_blocks + net.num_single_blocks for net in nets)
     tokens = further + sum(num_image_tokens(*cells) for cells in references)
-    return bytes_beside(*parts, plan.sample, batch, pipeline.dtype.itemsize, residuals, tokens)
+    beside = residuals, tokens, plan.config.tile
+    return bytes_beside(*parts, plan.sample, batch, pipeline.dtype.itemsize, *beside)
 
 
 def watch_steps(on_step, numbers, kept, plan) -> Callable:
