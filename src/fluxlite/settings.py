@@ -25,6 +25,7 @@ from fluxlite.draw.pipeline import (
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
+from fluxlite.nets.quantized import quantize_conflicts
 from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
@@ -217,6 +218,12 @@ def parts_conflicts(config):
         "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, "
         "or leave them out",
     )
+    yield (
+        model.quantize != "none" and not config.controlnet.train,
+        f"model.quantize={model.quantize} is for a transformer that stays as it is, beside a "
+        "ControlNet: set controlnet=default too, or leave it out",
+    )
+    yield from quantize_conflicts(model.quantize, model.hidden_size, config.parallel.tp)
     yield (
         model.save_converted and not model.checkpoint,
         "model.save_converted= keeps model.checkpoint= in our layout: name that too, or neither",

@@ -58,6 +58,7 @@ from fluxlite.nets.latents import (
     position_ids,
     unpack_latents,
 )
+from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts, quantize_model
 from fluxlite.nets.schedule import (
     SCHNELL_SCHEDULER,
     SampleConfig,
@@ -125,6 +126,12 @@ class PartsConfig:
     )
     ema: bool = option(True, "use the moving average of a run, where it has one")
     attention: str = option("auto", "attention kernel", choices=tuple(ATTENTION), resume=True)
+    quantize: str = option(
+        "none",
+        "lossy: how linears that are not trained lie in memory: int8 or float8, a scale a row, or "
+        "nf4, 4 bits and a scale for each 64; dequantised where they are used",
+        choices=QUANTIZED_KINDS,
+    )
 
 
 def unset_fields(cls, names, help, **about):
@@ -377,8 +384,13 @@ class Pipeline:
         """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves
         it without what it does not need any more.
         """
-        place = self.device if self.keeps_parts else "cpu"
-        net = load(source, attention=self.config.model.attention, dtype=self.dtype, device=place)
+        kind = self.config.model.quantize
+        whole = self.keeps_parts and kind == "none"
+        own = dict(dtype=self.dtype, device=self.device if whole else "cpu")
+        net = load(source, attention=self.config.model.attention, **own)
+        if kind != "none":
+            quantize_model(net, kind, self.device)
+        net = net.to(self.device) if self.keeps_parts else net
         if self.config.float8 and self.keeps_parts:
             parallel.quantize_linears(net, self.device)
         return parallel.compile_blocks(net) if self.config.compile else net
@@ -446,6 +458,8 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     device, dtype = torch.device(config.device), sources.named_dtype(config.dtype)
     found = find_sources(config.model)
     check_float8(config, dtype, found["transformer"])
+    width, kind = found["transformer"].config.hidden_size, config.model.quantize
+    refuse_first(quantize_conflicts(kind, width))
     settings = default_settings(found["transformer"])
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
@@ -462,11 +476,13 @@ def check_float8(config, dtype, transformer):
         return
     streamed = "float8=true does not work with offload=all, which streams weights as they are"
     apart = "float8=true rounds weights that LoRAs are merged into: leave lora.merge=false out"
+    twice = "float8=true rounds weights that model.quantize= rounds: leave one of them out"
     name, hidden = str(dtype).removeprefix("torch."), transformer.config.hidden_size
     conflicts = parallel.float8_conflicts("float8=true", config.device, name, hidden)
     own = [
         (config.offload == "all", f"{streamed}: leave one of them out"),
         (not config.lora.merge, apart),  # of LoRAs given later too, by `use_loras`
+        (config.model.quantize != "none", twice),
     ]
     refuse_first([*own, *conflicts])
 
@@ -614,7 +630,8 @@ def generate(
         most = min(batch, len(pictures))
         draw = prepare_drawing(pipeline, texts, sample, times, opened, solver, most)
     about = describe_drawing(sample, times, controls, pipeline.loras, config.tile)
-    about |= parallel.lossy_settings("float8", pipeline.config.float8)
+    rounded = {"float8": pipeline.config.float8, "model.quantize": pipeline.config.model.quantize}
+    about |= parallel.lossy_settings(rounded)
     drawn = []
     for first in range(0, len(pictures), batch):
         rows = range(first, min(first + batch, len(pictures)))

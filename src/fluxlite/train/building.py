@@ -10,6 +10,7 @@ import torch
 from fluxlite import parallel, rng
 from fluxlite.nets.configs import check_channels
 from fluxlite.nets.flux import Flux, initial_weight
+from fluxlite.nets.quantized import quantize_model
 from fluxlite.train import optim
 from fluxlite.weights import sources, writing
 from fluxlite.weights.tensor_files import check_values
@@ -33,11 +34,13 @@ def wrap_flux(config, mesh, *, frozen=False):
 
 def wrap_model(model, config, mesh):
     """A model on meta, parallelized unless `mesh` is None; what is frozen of it lies in the compute
-    dtype.
+    dtype, and where all of it is, as model.quantize says.
     """
     dtype = getattr(torch, config.dtype)
     for p in model.parameters():
         p.data = p.data if p.requires_grad else p.data.to(dtype)
+    if not any(p.requires_grad for p in model.parameters()) and config.model.quantize != "none":
+        quantize_model(model, config.model.quantize)
     if mesh is None:
         return model
     return parallel.parallelize(model, mesh, config.parallel, dtype, compile=config.compile)
