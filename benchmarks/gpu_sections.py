@@ -321,17 +321,19 @@ def train_rows(scale, clock):
     whole, scale = scale.whole, scale.fitted(TRAINING_BYTES, scale.memory)
     note = scale.depth_note(whole)
     variants = {}
-    for who, kind, compiled in (
-        ("diffusers", "full", False),
-        ("ours", "selective", True),
-        ("ours", "full", True),
-        ("ours", "none", True),
-        ("diffusers", "none", False),
-        ("diffusers", "full", True),
-        ("ours", "none", False),
+    for who, kind, compiled, attention in (
+        ("diffusers", "full", False, "flash"),
+        ("ours", "selective", True, "auto"),
+        ("ours", "full", True, "auto"),
+        ("ours", "none", True, "auto"),
+        ("diffusers", "none", False, "flash"),
+        ("ours", "none", False, "flash"),
+        ("ours", "none", False, "auto"),
+        ("diffusers", "none", True, "flash"),
     ):
-        name = f"{scale.sides[0]}², {who}, checkpointing {kind}{', compiled' * compiled}"
-        variants[name] = scale, who, kind, compiled, (), note
+        words = f"{scale.sides[0]}², {who}", f"checkpointing {kind}"
+        name = ", ".join([*words, *["compiled"] * compiled, *["flash"] * (attention == "flash")])
+        variants[name] = scale, who, kind, compiled, [f"model.attention={attention}"], note
     yield from attempt_each(variants, measure_training, clock)
     parallel.stop_ranks()
 

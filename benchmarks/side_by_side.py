@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
@@ -144,7 +145,8 @@ def our_step(config):
 def their_step(config, checkpointing, weights=None, prepare=lambda model: None):
     """The same of diffusers' model, with `weights` in our layout where they are given.
 
-    `prepare(model)` is called before the first step.
+    `prepare(model)` is called before the first step. Attention is not cuDNN's: its backward serves
+    one layout of the gradient in a process, and diffusers' comes in two (`ContiguousGradient`).
     """
     with torch.device(config.device):
         model = build_diffusers(config.model.shape())
@@ -163,11 +165,13 @@ def their_step(config, checkpointing, weights=None, prepare=lambda model: None):
     inputs, mixed = diffusers_inputs(inputs, ids), config.dtype == "bfloat16"
 
     def step():
-        with torch.autocast(config.device, torch.bfloat16, enabled=mixed):
-            noisy = flow.add_noise(x0, drawn["noise"], drawn["t"])
-            velocity = model(hidden_states=noisy, **inputs)[0]
-        loss = flow.velocity_loss(velocity, x0, drawn["noise"]).mean()
-        loss.backward()
+        # around the backward too, which recomputes
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            with torch.autocast(config.device, torch.bfloat16, enabled=mixed):
+                noisy = flow.add_noise(x0, drawn["noise"], drawn["t"])
+                velocity = model(hidden_states=noisy, **inputs)[0]
+            loss = flow.velocity_loss(velocity, x0, drawn["noise"]).mean()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         for optimizer in optimizers:
             for group in optimizer.param_groups:

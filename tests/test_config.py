@@ -211,7 +211,7 @@ def test_a_key_of_the_other_program_is_told_from_a_mistake(name, argument, named
         load_settings(name, [argument])
 
 
-@pytest.mark.parametrize("name,arguments", [("train", ["compile=auto"]), ("infer", ["prompt=a"])])
+@pytest.mark.parametrize("name,arguments", [("train", []), ("infer", ["prompt=a"])])
 def test_checking_changes_nothing_and_what_is_left_open_is_the_machines(name, arguments):
     config = compose_config(PROGRAMS[name], name, arguments)
     before = dataclasses.asdict(config)
@@ -222,10 +222,6 @@ def test_checking_changes_nothing_and_what_is_left_open_is_the_machines(name, ar
     assert settled.device in ("cpu", "cuda") and settled.dtype in ("float32", "bfloat16")
     assert settled.compile is (settled.device == "cuda")
     assert dataclasses.replace(settled, device=None, dtype=None, compile="auto") == config
-
-
-def test_a_training_is_compiled_only_where_that_is_asked_for():
-    assert compose_config(TrainConfig, "train", []).compile is False
 
 
 def test_missing_encoders_are_named_all_at_once():

@@ -60,8 +60,7 @@ class MachineConfig:
 
     device: str | None = same_option(PipelineConfig, "device")
     dtype: str | None = same_option(PipelineConfig, "dtype")
-    # not on by itself: compiled gradients were wrong on the one GPU that they were tried on (LOG)
-    compile: bool | str = same_option(PipelineConfig, "compile", default=False)
+    compile: bool | str = same_option(PipelineConfig, "compile")
 
     settled = settle_machine
 

@@ -70,7 +70,10 @@ def rotate_pairs(x, cos, sin, sign=1):
     # an accelerator rounds what it writes, and so does a graph; a CPU would write it twice
     plain = x.device.type == "cpu" or torch.compiler.is_compiling()
     rounded = None if plain else torch.empty_like(x, memory_format=torch.contiguous_format)
-    return torch.addcmul(x * cos, swapped, sin, value=sign, out=rounded).to(x.dtype)
+    turned = torch.addcmul(x * cos, swapped, sin, value=sign, out=rounded)
+    # `.to` of the same dtype is an alias: as a Function's output, compiled by torch 2.11, it has
+    # no gradient
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)
 
 
 class Rotate(torch.autograd.Function):
@@ -94,6 +97,23 @@ def rotate(q, k, cos, sin):
     return rotate_pairs(q, cos, sin), rotate_pairs(k, cos, sin)
 
 
+class ContiguousGradient(torch.autograd.Function):
+    """x as it is; its gradient is contiguous, as x is.
+
+    Torch keeps a plan of cuDNN's attention backward for shapes, and strides of q, k and v, but not
+    of the gradient (ATen/native/cudnn/MHA.cpp): at other strides than the first it reads wrong
+    memory. Measured with torch 2.11, cuDNN 9.19.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.contiguous()
+
+
 def attend(q, k, v, rope, backend="auto"):
     """Attention of normed q, k and v (B, L, N, D) after rotation by tables (L, D): (B, L, N·D).
 
@@ -104,7 +124,10 @@ def attend(q, k, v, rope, backend="auto"):
     heads = [x.transpose(1, 2) for x in (*rotate(q, k, cos, sin), v)]
     with sdpa_kernel(chosen) if chosen is not None else nullcontext():
         out = F.scaled_dot_product_attention(*heads)
-    return out.transpose(1, 2).flatten(2)
+    out = out.transpose(1, 2).flatten(2)
+    if out.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        out = ContiguousGradient.apply(out)
+    return out
 
 
 def modulated_norm(x, shift, factor):
@@ -195,8 +218,8 @@ class FanOut(torch.autograd.Function):
         rows, dx, found = x.flatten(0, -2), None, []
         for i, (gradient, weight) in enumerate(zip(gradients, weights)):
             gradient = gradient.reshape(len(rows), -1)
-            if ctx.needs_input_grad[0]:  # not in place: see LOG, a GPU's gradients
-                dx = gradient @ weight if dx is None else torch.addmm(dx, gradient, weight)
+            if ctx.needs_input_grad[0]:  # in place: a sum elsewhere would be copied there first
+                dx = gradient @ weight if dx is None else dx.addmm_(gradient, weight)
             trains_weight, trains_bias = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
             found.append(gradient.t() @ rows if trains_weight else None)
             found.append(gradient.sum(0) if trains_bias else None)
@@ -211,23 +234,6 @@ def fan_out(x, linears, last=(-1,)):
     return tuple(linear(x).view(*x.shape[:-1], *last) for linear in linears)
 
 
-class ContiguousGradient(torch.autograd.Function):
-    """q and k as they are; their gradients are laid out as they are too.
-
-    CUDA's fused RMSNorm hands its backward whatever strides the gradient has (torch's
-    derivatives.yaml, 2.13): those of a part of the joint tokens, or of attention's layout. Whether
-    its kernel minds them is not known; a gradient on a GPU differed, see LOG.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k):
-        return q.view_as(q), k.view_as(k)
-
-    @staticmethod
-    def backward(ctx, dq, dk):
-        return dq.contiguous(), dk.contiguous()
-
-
 class QKV(nn.Module):
     """One stream's queries, keys and values, the first two normed per head: (B, L, N, D) each."""
 
@@ -239,10 +245,7 @@ class QKV(nn.Module):
 
     def forward(self, x):
         q, k, v = fan_out(x, (self.q, self.k, self.v), (-1, self.q_norm.weight.shape[0]))
-        q, k = self.q_norm(q), self.k_norm(k)
-        if q.is_cuda and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            q, k = ContiguousGradient.apply(q, k)
-        return q, k, v
+        return self.q_norm(q), self.k_norm(k), v
 
 
 class Stream(nn.Module):
