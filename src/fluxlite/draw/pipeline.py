@@ -58,7 +58,7 @@ from fluxlite.nets.latents import (
     position_ids,
     unpack_latents,
 )
-from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts, quantize_model
+from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
 from fluxlite.nets.schedule import (
     SCHNELL_SCHEDULER,
     SampleConfig,
@@ -385,12 +385,10 @@ class Pipeline:
         it without what it does not need any more.
         """
         kind = self.config.model.quantize
-        whole = self.keeps_parts and kind == "none"
-        own = dict(dtype=self.dtype, device=self.device if whole else "cpu")
+        small = kind != "none" and self.config.offload != "all"  # it is quantised where it lies
+        place = self.device if self.keeps_parts or small else "cpu"
+        own = dict(dtype=self.dtype, device=place, quantize=kind)
         net = load(source, attention=self.config.model.attention, **own)
-        if kind != "none":
-            quantize_model(net, kind, self.device)
-        net = net.to(self.device) if self.keeps_parts else net
         if self.config.float8 and self.keeps_parts:
             parallel.quantize_linears(net, self.device)
         return parallel.compile_blocks(net) if self.config.compile else net

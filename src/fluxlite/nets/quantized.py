@@ -113,29 +113,36 @@ def quantized_class(kind):
     return type(f"Quantized{kind.__name__}", (kind, QuantizedLinear), {})
 
 
-def quantize_linear(linear, kind, device=None):
-    """Make a linear a quantised one, in place; its weight is quantised on `device` if that is
-    given, and lies where it lay. On meta there is nothing to round.
+def quantize_linear(linear, kind, weight=None, dtype=None):
+    """Make a linear a quantised one, in place, of its own weight or another, which is given in
+    `dtype` then. On meta there is nothing to round.
     """
-    weight = linear._parameters.pop("weight").detach()
-    codes, scales = quantize_rows(weight.to(device or weight.device), kind)
+    own = linear._parameters.pop("weight").detach()
+    weight = own if weight is None else weight
     linear.__class__ = quantized_class(type(linear))
-    linear.weight_dtype, linear.quantized_kind = weight.dtype, kind
-    for name, values in (("codes", codes), ("scales", scales)):
-        values = nn.Parameter(values.to(weight.device), requires_grad=False)
-        linear.register_parameter(name, values)
+    linear.weight_dtype, linear.quantized_kind = dtype or weight.dtype, kind
+    for name, values in zip(("codes", "scales"), quantize_rows(weight, kind)):
+        linear.register_parameter(name, nn.Parameter(values, requires_grad=False))
     pairs = level_pairs(weight.device) if kind == "nf4" else None
     linear.register_buffer("pairs", pairs, persistent=False)
 
 
-def quantize_model(model, kind, device=None):
-    """Quantise the linears of a model's blocks and modulation, one by one; returns the model.
+def quantized_linears(model):
+    """{name: linear} of a model that are quantised: those of blocks and modulation.
 
     Embedders, ends, norms and biases stay as they are, and so do adapters beside a linear.
     """
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and name.startswith(QUANTIZED_PARTS):
-            quantize_linear(linear, kind, device)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.startswith(QUANTIZED_PARTS)
+    }
+
+
+def quantize_model(model, kind):
+    """Quantise the linears of a model, one by one; returns the model."""
+    for linear in quantized_linears(model).values():
+        quantize_linear(linear, kind)
     return model
 
 

@@ -66,14 +66,14 @@ def flux_weights(config, device, values_of=initial_weight):
         return random_weights(meta_flux(config), config.seed, device, values_of)
     source = open_base(config, config.model.save_converted)
     check_shape(source, config.model.shape(), "model.checkpoint", config.model.checkpoint)
-    return checked_weights(source, "model.checkpoint")
+    return checked_weights(source, "model.checkpoint", exact=config.model.quantize != "none")
 
 
-def checked_weights(source, setting):
+def checked_weights(source, setting, exact=False):
     """`weights_of` a source; raises `ValueError`, naming the setting and the tensor, where one is
     not finite.
     """
-    for name, values in sources.weights_of(source):
+    for name, values in sources.weights_of(source, exact):
         check_values(f"{setting}={source.where}: {name}", values)
         yield name, values
 
