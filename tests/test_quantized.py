@@ -2,9 +2,6 @@
 
 import copy
 import itertools
-import multiprocessing
-import os
-import socket
 from functools import partial
 from unittest import mock
 
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from meshes import CONTROL, batches_of, configure, random_weights
+from on_ranks import on_ranks
 from reference import made_up_inputs, randomise, relative_error
 from torch import nn
 
@@ -161,28 +159,6 @@ def test_compiled_and_checkpointed_blocks_compute_the_same(kind, checkpointing, 
 
 
 # --- ranks ----------------------------------------------------------------------------------------
-
-
-def on_ranks(count, body, tmp_path):
-    """What `body()` returns on each of so many forked ranks."""
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-
-    def run(rank):
-        told = dict(RANK=rank, WORLD_SIZE=count, MASTER_ADDR="localhost", MASTER_PORT=port)
-        os.environ.update({key: str(value) for key, value in told.items()})
-        torch.set_num_threads(1)
-        torch.save(body(), tmp_path / f"{rank}.pt")
-        parallel.stop_ranks()
-
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * count
-    return [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]
 
 
 def outputs_of(model, dtype):

@@ -30,6 +30,7 @@ from fluxlite.nets.schedule import SampleConfig
 from fluxlite.parallel import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
+from fluxlite.train.small_adamw import columns_of_block
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
 from fluxlite.weights.run_folder import CheckpointConfig
@@ -154,7 +155,8 @@ class TrainConfig(MachineConfig):
         check_batch(self.data, self.parallel)
         tokens = num_image_tokens(*self.latent_shape()[1:])
         self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
-        refuse_first([*machine_conflicts(machine), *parts_conflicts(self)])
+        conflicts = *machine_conflicts(machine), *optim_conflicts(machine), *parts_conflicts(self)
+        refuse_first(conflicts)
         self.parallel.check_float8(machine, (self.model.max_sequence_length, tokens))
         choose_task(self).check_settings(self)
 
@@ -199,6 +201,32 @@ def machine_conflicts(config):
         mesh.cpu_offload and config.optim.kind == "muon",
         "parallel.cpu_offload=true does not work with optim.kind=muon, which gathers matrices on "
         "the GPU",
+    )
+
+
+def optim_conflicts(config):
+    """The same of the optimizer."""
+    optim, key = config.optim, f"optim.weights={config.optim.weights}"
+    small, width = optim.weights != "float32", config.model.hidden_size
+    yield (
+        small and config.dtype != "bfloat16",
+        f"{key} needs dtype=bfloat16, not {config.dtype}: products would be of rounded weights",
+    )
+    yield (
+        small and optim.kind == "muon",
+        f"{key} does not work with optim.kind=muon, which rounds to the nearest: choose adamw or "
+        "adamw8bit",
+    )
+    yield (
+        small and optim.ema_decay,
+        f"{key} does not work with optim.ema_decay, whose float32 average takes more than is "
+        "saved: leave one of them out",
+    )
+    block = columns_of_block((width, width))
+    yield (
+        optim.kind == "adamw8bit" and block and width // config.parallel.tp % block,
+        f"optim.kind=adamw8bit has blocks of {block} columns, which parallel.tp="
+        f"{config.parallel.tp} splits at model.hidden_size={width}: choose a smaller parallel.tp",
     )
 
 

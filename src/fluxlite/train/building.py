@@ -33,12 +33,13 @@ def wrap_flux(config, mesh, *, frozen=False):
 
 
 def wrap_model(model, config, mesh):
-    """A model on meta, parallelized unless `mesh` is None; what is frozen of it lies in the compute
-    dtype, and where all of it is, as model.quantize says.
+    """A model on meta, parallelized unless `mesh` is None; what is trained of it lies as
+    optim.weights says, what is frozen in the compute dtype, a model that is all frozen as
+    model.quantize says.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype, trained = getattr(torch, config.dtype), getattr(torch, config.optim.weights)
     for p in model.parameters():
-        p.data = p.data if p.requires_grad else p.data.to(dtype)
+        p.data = p.data.to(trained if p.requires_grad else dtype)
     if not any(p.requires_grad for p in model.parameters()) and config.model.quantize != "none":
         quantize_model(model, config.model.quantize)
     if mesh is None:

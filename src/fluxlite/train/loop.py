@@ -250,6 +250,8 @@ def start_monitor(run, validation, start):
     """
     config, main = run.config, parallel.rank() == 0
     rounded = {"parallel.float8": config.parallel.float8, "model.quantize": config.model.quantize}
+    if config.optim.weights != "float32":
+        rounded["optim.weights"] = config.optim.weights
     settings = asdict(config) | parallel.lossy_settings(rounded)
     if main:
         with atomic_weights(Path(config.output) / "config.json", overwrite=True) as part:
