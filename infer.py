@@ -2,16 +2,18 @@
 rest.
 """
 
-import json
 import logging
-import re
 import sys
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from fluxlite.cli.programs import run_program, stopping_at_once
+
+ENCODED_JOBS = 64  # whose prompts are encoded before they are drawn: of FLUX.1 4 MB each
 
 USAGE = """
 Draw pictures with a FLUX pipeline.
@@ -26,7 +28,14 @@ Draw pictures with a FLUX pipeline.
   python infer.py prompt="a fox" lora=style.safetensors lora=fox.safetensors lora.scale=0.8 \\
       lora.scale=0.5  two, each with its strength
 
+  python infer.py prompt="an owl" image=photo.jpg strength=0.7  from a picture
+  python infer.py prompt="an owl" image=photo.jpg mask=hole.png paste=true  into a hole
+  python infer.py prompt="in snow" reference=owl.png model.checkpoint=FLUX.1-Kontext-dev
+  python infer.py prompt="an owl" control_image=owl.jpg canny=true model.checkpoint=FLUX.1-Canny-dev
+
   python infer.py prompt="an owl" prompt_number=1 picture_number=3  one of many, again
+  python infer.py from=outputs/an-owl.png  the same picture bit for bit
+  python infer.py jobs=pictures.jsonl output=pictures  {"prompt": "an owl", "seed": 3} a line
 
 Prompts and paths are taken as the shell gives them: no quoting for Hydra is needed.
 """
@@ -46,53 +55,123 @@ def prompts_of(config):
     return prompts
 
 
-def save_picture(picture, folder, name, settings=None):
-    """Write a PNG under a name that is free, whole or not at all, with its settings as JSON in the
-    text chunk `fluxlite`.
-
-    Programs that save to one folder at once take turns, so that none takes another's name.
-    """
-    from PIL.PngImagePlugin import PngInfo
-
-    from fluxlite.cli.atomic import locked
-    from fluxlite.weights.tensor_files import atomic_weights
-
-    info = PngInfo()
-    if settings:
-        info.add_itxt("fluxlite", json.dumps(settings, ensure_ascii=False))
-    stem = file_stem(name)
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / f".{stem}.lock"):
-        path = free_path(folder, stem)
-        with atomic_weights(path) as part:
-            picture.save(part, "PNG", pnginfo=info)
-    print(path, flush=True)
-
-
-def file_stem(name):
-    """A name without letters that could escape a folder, short enough for any disk."""
-    short = re.sub(r"[^\w]+", "-", name).strip("-")[:60]
-    return short.encode()[:120].decode(errors="ignore") or "picture"
-
-
-def free_path(folder, stem):
-    """A path in `folder` that does not exist yet."""
-    number, path = 1, folder / f"{stem}.png"
-    while path.exists():
-        number, path = number + 1, folder / f"{stem}-{number + 1}.png"
-    return path
-
-
-def save_drawn(config, prompts, number, picture):
+def save_drawn(config, prompts, number, picture, path=None):
     """Save a picture of `generate` with all that draws it again."""
+    from fluxlite.draw.saving import save_picture
+    from fluxlite.settings import picture_settings
+
     j, i = divmod(number, config.images_per_prompt)
     own = {
         "prompt": prompts[j],
         "prompt_number": config.prompt_number + j,
         "picture_number": config.picture_number + i,
     }
-    settings = asdict(config) | picture.info["sampling"] | own
-    save_picture(picture, Path(config.output), prompts[j], settings)
+    sampling = picture.info["sampling"]
+    placed = {name: sampling[name] for name in ("batch", "place")}
+    alone = replace(config, images_per_prompt=1, **own | placed | {"prompt": [prompts[j]]})
+    settings = asdict(config) | sampling | own | {"again": picture_settings(alone)}
+    save_picture(picture, Path(config.output), prompts[j], settings, path)
+
+
+def draw_pictures(config, pipeline, stages, on_picture):
+    """Draw what an `InferConfig` names, one batch after the other; gives pictures and prompts."""
+    from fluxlite.cli.profiling import StepProfile, parse_steps
+    from fluxlite.draw.pipeline import generate, show_steps
+    from fluxlite.draw.preview import previewing
+    from fluxlite.settings import MAX_STEPS
+
+    prompts, recorded = prompts_of(config), parse_steps(config.profile, MAX_STEPS)
+    profile = StepProfile(recorded, config.output, config.device)
+    show, file = show_steps(desc="drawing", unit="step"), Path(config.output) / "preview.live.png"
+    with closing(profile), previewing(pipeline, config.preview_every, file, config.preview) as look:
+        pictures = generate(
+            prompts,
+            checkpoint=pipeline,
+            config=config,
+            controls=config.controls(),
+            **config.pictures(),
+            **config.sampling(),
+            stage=stages,
+            on_step=profile.watching(lambda *step: (show(*step), look(*step))),
+            on_picture=partial(on_picture, prompts),
+        )
+    return pictures, prompts
+
+
+def draw_prompts(config, stages):
+    """Draw an `InferConfig`'s prompts, and show several pictures together."""
+    from fluxlite.draw.contact_sheet import contact_sheet
+    from fluxlite.draw.pipeline import open_pipeline
+    from fluxlite.draw.saving import save_picture
+
+    save = partial(save_drawn, config)
+    pictures, prompts = draw_pictures(config, open_pipeline(config), stages, save)
+    if len(pictures) > 1:
+        texts = [prompts[n // config.images_per_prompt] for n in range(len(pictures))]
+        sheet = contact_sheet(pictures, captions=texts)
+        save_picture(sheet, Path(config.output), "contact-sheet")
+
+
+def draw_jobs(base, stages):
+    """Draw the pictures of a file of jobs that are not in the output yet; all are checked before
+    the first is drawn.
+    """
+    from fluxlite.draw.saving import job_place, name_jobs, read_jobs
+    from fluxlite.settings import job_settings, picture_settings
+
+    places = [(job_place(base.jobs, n), job) for n, job in read_jobs(base.jobs)]
+    jobs = [(where, job_settings(base, job, where)) for where, job in places]
+    names = name_jobs([picture_settings(config) for _, config in jobs])
+    paths = [Path(config.output) / name for (_, config), name in zip(jobs, names)]
+    left = [(*job, path) for job, path in zip(jobs, paths) if not path.exists()]
+    logging.info("%d of %d jobs are drawn already", len(jobs) - len(left), len(jobs))
+    for pipeline, group in groupby([*open_jobs(left)], key=itemgetter(0)):
+        draw_group(pipeline, [*group], stages)
+
+
+def open_jobs(jobs):
+    """(pipeline, what it encodes, place, config, path) of checked jobs (place, config, path).
+
+    Jobs share a pipeline where they name the same.
+    """
+    from fluxlite.cli.options import naming_place
+    from fluxlite.draw.pipeline import PipelineConfig, open_pipeline, plan_drawing
+
+    opened = {}
+    for where, config, path in jobs:
+        key = repr([getattr(config, f.name) for f in fields(PipelineConfig)])
+        with naming_place(where):
+            if key not in opened:
+                opened[key] = open_pipeline(config)
+            drawn = dict(controls=config.controls(), given=config.pictures(), **config.sampling())
+            plan = plan_drawing(opened[key], config, prompts_of(config), **drawn)
+        texts = [(text, plan.sample.max_sequence_length) for text in plan.texts()]
+        yield opened[key], texts, where, config, path
+
+
+def draw_group(pipeline, jobs, stages):
+    """Draw jobs of one pipeline, whose prompts are encoded some at a time before they are drawn."""
+    from fluxlite.cli.options import naming_place
+
+    for first in range(0, len(jobs), ENCODED_JOBS):
+        together = jobs[first : first + ENCODED_JOBS]
+        with stages("text encoders"):
+            pipeline.remember_texts([text for job in together for text in job[1]])
+        for _, _, where, config, path in together:
+            with naming_place(where):
+                draw_pictures(config, pipeline, stages, partial(save_drawn, config, path=path))
+    pipeline.drop_parts()
+
+
+def again_settings(config, arguments):
+    """The settings of the picture that `from=` names, changed by what the command line gives."""
+    from fluxlite.cli.command_line import full_keys
+    from fluxlite.draw.saving import read_again
+    from fluxlite.settings import InferConfig, job_settings
+
+    given = {argument.partition("=")[0] for argument in full_keys(InferConfig, arguments)}
+    job = {key: value for key, value in read_again(config.again).items() if key not in given}
+    return job_settings(config, job, f"from={config.again}")
 
 
 def usage():
@@ -104,31 +183,16 @@ def usage():
 
 def body(arguments):
     with stopping_at_once():
-        from fluxlite.cli.profiling import StepProfile, parse_steps
         from fluxlite.cli.stage_times import StageTimes
-        from fluxlite.draw.contact_sheet import contact_sheet
-        from fluxlite.draw.pipeline import generate, open_pipeline, show_steps
-        from fluxlite.settings import MAX_STEPS, load_settings
+        from fluxlite.settings import load_settings
 
     config = load_settings("infer", arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    prompts, stages = prompts_of(config), StageTimes(config.device)
-    recorded = parse_steps(config.profile, MAX_STEPS)
-    profile = StepProfile(recorded, config.output, config.device)
-    with closing(profile):
-        pictures = generate(
-            prompts,
-            checkpoint=open_pipeline(config),
-            config=config,
-            controls=config.controls(),
-            stage=stages,
-            on_step=profile.watching(show_steps(desc="drawing", unit="step")),
-            on_picture=partial(save_drawn, config, prompts),
-        )
-    if len(pictures) > 1:
-        texts = [prompts[n // config.images_per_prompt] for n in range(len(pictures))]
-        sheet = contact_sheet(pictures, captions=texts)
-        save_picture(sheet, Path(config.output), "contact-sheet")
+    stages = StageTimes(config.device)
+    if config.jobs:
+        draw_jobs(config, stages)
+    else:
+        draw_prompts(again_settings(config, arguments) if config.again else config, stages)
     print(stages.table(), file=sys.stderr)
 
 

@@ -40,7 +40,7 @@ def body(arguments):
     finally:
         parallel.stop_ranks()
     if parallel.rank() == 0:
-        left = "checkpoints/last", "images", "losses.png", "metrics.jsonl", "config.json"
+        left = "checkpoints/last", "images", "losses.png", "metrics.jsonl", "config.json", "preview"
         print(f"{folder}: {', '.join(name for name in left if (folder / name).exists())}")
 
 

@@ -34,6 +34,7 @@ from side_by_side import (
 )
 
 from fluxlite import parallel
+from fluxlite.cli.devices import float8_conflicts
 from fluxlite.nets.autoencoder import Autoencoder
 from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.nets.flux import Flux
@@ -341,7 +342,7 @@ def train_rows(scale, clock):
 def float8_rows(scale, clock):
     """A step of our sampler and of our training in float8 beside bfloat16, compiled. Lossy."""
     hidden = scale.shape.hidden_size
-    conflicts = parallel.float8_conflicts("float8", scale.device, "bfloat16", hidden)
+    conflicts = float8_conflicts("float8", scale.device, "bfloat16", hidden)
     reason = next((text for holds, text in conflicts if holds), None)
     if reason:
         yield skipped_row("float8", reason)

@@ -7,6 +7,7 @@ Writes {name of the case: {"loss": of the first step, "gradients", "weights" and
 ten}}, all whole, float32.
 """
 
+import copy
 import os
 import sys
 import time
@@ -20,13 +21,14 @@ import torch.distributed as dist
 from reference import last_of_each, randomise
 
 from fluxlite import parallel
+from fluxlite.cli import devices
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.processes import leave_process
 from fluxlite.data.mock import MockSamples
-from fluxlite.parallel import compilation, float8, plan
+from fluxlite.parallel import compilation, plan
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, optim, setup, training_step
-from fluxlite.train.tasks import controlnet
+from fluxlite.train.tasks import controlnet, lora
 
 MODEL = [
     "data=mock",
@@ -82,6 +84,16 @@ CONTROL = [
 ]
 # in part out of any gradient's reach
 DOUBLES = [*CONTROL, "controlnet.num_single_blocks=0", "optim.weight_decay=0.5"]
+# beside a modulation that is spread, and of all linears, the modulation's too
+LORA = [*PLAIN, "lora=default", "lora.rank=3", "lora.alpha=2", "lora.dropout=0.25"]
+DORA = [
+    *PLAIN,
+    "lora=default",
+    "lora.targets=['*','*.proj_out:5']",
+    "lora.rank=2",
+    "lora.dora=true",
+]
+SHORT_LORA = {"one, LoRA", "one, DoRA", "dp2, LoRA", "tp2, sequence parallel, DoRA"}
 # text and image tokens, for float8
 SIXTEEN = ["model.max_sequence_length=16", "data.height=64", "data.width=64"]
 NAMED = "compiled:", "inductor:", "more:", "float8:"
@@ -122,7 +134,13 @@ def cases(ranks):
             found[f"{name}, controlnet"] = mesh, 1, CONTROL
         if name in ("one", "dp2", "tp2", "dp2 x tp2"):
             found[f"{name}, double blocks alone"] = mesh, 1, DOUBLES
+        for kind, options in (("LoRA", LORA), ("DoRA", DORA)):
+            case = f"{name}, {kind}"
+            found[case if case in SHORT_LORA else f"more: {case}"] = mesh, 1, options
     if ranks == 2:
+        found["more: cp2, accumulation 2, DoRA"] = ["cp=2"], 2, DORA
+        checkpointed = ["tp=2", "activation_checkpointing=full"]
+        found["more: tp2, accumulation 2, checkpointed, LoRA"] = checkpointed, 2, LORA
         for name in ("dp2", "tp2, sequence parallel", "cp2"):
             for kind in ("full", "2", "selective"):
                 options = [*MESHES[2][name], f"activation_checkpointing={kind}"]
@@ -173,6 +191,8 @@ def compiled_cases(ranks):
             found[f"compiled: {name}, {kind}"] = case
             if (name, kind) in IN_SHORT:
                 found[f"{name}, compiled, {kind}"] = found[f"inductor: {name}, {kind}"] = case
+        for kind, options in (("LoRA", LORA), ("DoRA", DORA)):
+            found[f"compiled: {name}, {kind}, none"] = mesh, 1, [*options, "compile=true"]
         if name in ("one", "dp2"):
             found[f"compiled: {name}, controlnet"] = mesh, 1, [*CONTROL, "compile=true"]
     return found
@@ -192,8 +212,12 @@ def configure(mesh, accumulation, rest):
 
 def random_weights(model, seed, device, _values_of=None):
     """Non-trivial values for every parameter, the same for every mesh."""
-    whole = randomise(type(model)(model.config), seed)
+    whole = randomise(copy.deepcopy(model).to_empty(device="cpu"), seed)
     return ((name, p.detach()) for name, p in whole.named_parameters())
+
+
+def random_adapters(config, net, _device):
+    return random_weights(net, config.seed, "cpu")
 
 
 def whole(tensors):
@@ -222,6 +246,7 @@ def train(config, steps=10):
     with (
         mock.patch.object(building, "random_weights", random_weights),
         mock.patch.object(controlnet, "random_weights", random_weights),
+        mock.patch.object(lora, "unchanging_weights", random_adapters),
     ):
         state_of = partial(setup.state_per_rank, config)
         run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device, state_of))
@@ -302,7 +327,7 @@ def main():
     only where they are named.
     """
     torch.set_num_threads(1)
-    float8.has_float8 = lambda device: True  # a CPU emulates it
+    devices.has_float8 = lambda device: True  # a CPU emulates it
     ranks, figures, names = parallel.world_size(), {}, tuple(sys.argv[2:])
     on_gpu = torch.cuda.is_available()  # without one nothing can be pinned
     policy = partial(plan.CPUOffloadPolicy, pin_memory=on_gpu)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_convert import in_layout
 from test_trainer import MOCK
 
-from fluxlite.cli.programs import one_line
+from fluxlite.cli.messages import one_line
 from fluxlite.draw import offload
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux, rope_table

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import pytest
 
 from fluxlite.cli.descriptions import parse_json, read_json, read_text
+from fluxlite.cli.messages import one_line
 from fluxlite.cli.options import check_options, option, typed_description, typed_options
-from fluxlite.cli.programs import one_line
 
 
 @dataclass

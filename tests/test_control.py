@@ -408,12 +408,12 @@ def test_the_command_line_names_nets_once_each_and_the_rest_once_or_each():
     [
         (["controlnet.checkpoint=a"], "control_image= 0 times"),
         (
-            ["control_image=a.png", "model.checkpoint=x"],
-            "controlnet.checkpoint= is given 0 times and control_image= 1 times",
+            ["control_image=a.png", "control_image=b.png", "model.checkpoint=x"],
+            "controlnet.checkpoint= is given 0 times and control_image= 2 times",
         ),
         (
-            ["controlnet.checkpoint=a", "control_image=a.png", "control_image=b.png"],
-            "control_image= 2 times",
+            ["controlnet.checkpoint=a", *(f"control_image={x}.png" for x in "abc")],
+            "control_image= 3 times",
         ),
         (
             ["controlnet.scale=1"],

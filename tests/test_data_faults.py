@@ -26,8 +26,8 @@ from test_data import tars as tars
 
 from fluxlite.cli import atomic
 from fluxlite.cli.atomic import atomic_file, atomic_folder, locked
+from fluxlite.cli.messages import one_line
 from fluxlite.cli.options import check_sources
-from fluxlite.cli.programs import one_line
 from fluxlite.data import cache as cache_module
 from fluxlite.data import fill50k, images, urls
 from fluxlite.data.braces import count_names, expand_braces
@@ -445,7 +445,7 @@ def test_the_same_tar_twice_and_validation_inside_training_are_said(tars, caplog
     open_dataset(config_for(f"{tars}/0.tar::{tars}/again"), "train", 0)
     assert "0.tar twice" in caplog.text
     open_dataset(config_for(tars, val_path=f"{tars}/1.tar"), "val", 0)
-    assert "1 of 1 tars of data.val_path are trained on too" in caplog.text
+    assert "1 of 1 places of data.val_path are trained on too" in caplog.text
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ from torch import nn
 
 import fluxlite
 from fluxlite import parallel
+from fluxlite.cli import devices
 from fluxlite.cli.command_line import load_config
 from fluxlite.draw import pipeline
 from fluxlite.nets import flux
@@ -22,7 +23,6 @@ from fluxlite.nets.configs import ControlNetConfig, FluxConfig
 from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.parallel import float8
 from fluxlite.preflight.prediction import on_fake_ranks
 from fluxlite.settings import InferConfig
 
@@ -36,7 +36,7 @@ ROUNDING = 2**-4  # half of the last of e4m3's three bits
 @pytest.fixture
 def able(monkeypatch):
     """As if the device could: the products are emulated."""
-    monkeypatch.setattr(float8, "has_float8", lambda device: True)
+    monkeypatch.setattr(devices, "has_float8", lambda device: True)
 
 
 def converted(kind, net=None):
@@ -286,7 +286,7 @@ def test_without_a_gpu_that_can_float8_is_refused():
 
 
 def test_without_torchao_float8_names_the_extra(able, monkeypatch):
-    monkeypatch.setattr(float8.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     assert "pip install 'fluxlite[float8]'" in refusal()
 
 
@@ -316,7 +316,7 @@ def test_drawing_in_float8_is_refused_where_it_cannot_be(able, monkeypatch):
     assert "offload=all" in refused(offload="all", dtype="bfloat16")
     assert "dtype=bfloat16, not float32" in refused(dtype="float32")
     assert "leave lora.merge=false out" in refused(dtype="bfloat16", lora_merge=False)
-    monkeypatch.setattr(float8, "has_float8", lambda device: False)
+    monkeypatch.setattr(devices, "has_float8", lambda device: False)
     assert "float8=true needs a GPU of compute capability 8.9" in refused(dtype="bfloat16")
 
 

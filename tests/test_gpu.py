@@ -18,12 +18,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxlite
 from fluxlite import parallel
+from fluxlite.cli import devices
 from fluxlite.draw.offload import stream_blocks
 from fluxlite.nets.autoencoder import Autoencoder
 from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.nets.flux import ContiguousGradient, Flux, attend, rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.parallel import float8
 from fluxlite.parallel.weights import local_tensor
 from fluxlite.train import loop, setup, training_step
 from fluxlite.weights import conversion
@@ -314,7 +314,7 @@ def test_a_host_copy_of_streamed_blocks_is_page_locked():
 @pytest.mark.parametrize("kind", ["rowwise", "tensorwise"])
 def test_float8_products_of_the_device_are_the_emulated_ones(device, kind):
     pytest.importorskip("torchao")
-    if device == "cuda" and not float8.has_float8(device):
+    if device == "cuda" and not devices.has_float8(device):
         pytest.skip("this GPU has no float8")
     found = []
     for place in ("cpu", device):
@@ -336,7 +336,7 @@ def test_float8_products_of_the_device_are_the_emulated_ones(device, kind):
 @needs_gpu
 def test_weights_rounded_for_drawing_take_half_the_memory():
     pytest.importorskip("torchao")
-    if not float8.has_float8("cuda"):
+    if not devices.has_float8("cuda"):
         pytest.skip("this GPU has no float8")
     model = randomise(Flux(SHAPE)).to("cuda", torch.bfloat16).requires_grad_(False)
     inputs, ids = inputs_of(SHAPE, "cuda", torch.bfloat16)

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from fluxlite import parallel
-from fluxlite.parallel import compilation, float8
+from fluxlite.cli import devices
+from fluxlite.parallel import compilation
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,7 +78,7 @@ def test_float8_is_skipped_with_its_reason_and_measured_where_it_can_be(monkeypa
     assert "needs a GPU of compute capability 8.9" in row["note"]
     quant_api = pytest.importorskip("torchao.quantization.quant_api")
     monkeypatch.setattr(quant_api, "_check_hardware_support", lambda granularity: None)
-    monkeypatch.setattr(float8, "has_float8", lambda device: True)
+    monkeypatch.setattr(devices, "has_float8", lambda device: True)
     rows = rows_of("float8")
     assert len(rows) == 5 and sum("lossy" in row["what"] for row in rows) == 3
     assert float(rows[1]["note"].split("differs by ")[1]) > 1e-3

@@ -18,8 +18,9 @@ from PIL import Image
 import fluxlite
 from fluxlite.cli import shipped_help
 from fluxlite.cli.command_line import load_config
+from fluxlite.cli.messages import LONGEST, one_line
 from fluxlite.cli.options import RANGES, option_fields
-from fluxlite.cli.programs import LONGEST, Terminated, one_line
+from fluxlite.cli.programs import Terminated
 from fluxlite.cli.stage_times import StageTimes
 from fluxlite.draw import pipeline
 from fluxlite.draw.contact_sheet import wrap_caption
@@ -147,8 +148,8 @@ def test_a_stopped_infer_leaves_every_finished_picture(tmp_path, monkeypatch):
 
 def test_programs_that_save_to_one_folder_take_no_name_twice(tmp_path):
     save = (
-        "import runpy, pathlib, sys; from PIL import Image\n"
-        "save = runpy.run_path('infer.py')['save_picture']\n"
+        "import pathlib, sys; from PIL import Image\n"
+        "from fluxlite.draw.saving import save_picture as save\n"
         "picture = Image.new('RGB', (8, 8))\n"
         "for _ in range(40): save(picture, pathlib.Path(sys.argv[1]), 'a fox')"
     )

@@ -249,12 +249,11 @@ def test_a_controlnet_beside_a_quantised_base_learns_as_beside_its_dequantised_o
 def rounded_weights(kind, model, *given):
     """Random weights, those of blocks and modulation on the format's grid."""
     for name, values in random_weights(model, *given):
-        if name.endswith(".weight") and name.startswith(quantized.QUANTIZED_PARTS):
-            if values.ndim == 2:
-                codes, scales = quantized.quantize_rows(values, kind)
-                pairs = quantized.level_pairs() if kind == "nf4" else None
-                values = quantized.dequantize_rows(codes, scales, pairs, torch.float32)
-        yield name, values
+        matrix = name.endswith(".weight") and values.ndim == 2
+        yield (
+            name,
+            quantized.computed_weight(name, values, kind if matrix else "none", values.dtype),
+        )
 
 
 @pytest.mark.parametrize(

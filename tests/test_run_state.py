@@ -846,7 +846,7 @@ from test_trainer import MOCK, configure
 from fluxlite import parallel
 from fluxlite.cli.processes import leave_process
 from fluxlite.train import resume, run_state, setup
-from fluxlite.cli.programs import one_line
+from fluxlite.cli.messages import one_line
 config = configure(*MOCK, f"output={sys.argv[1]}")
 device, mesh = parallel.start_ranks(config.parallel, "cpu")
 run = setup.set_up(config, device, mesh)

@@ -6,6 +6,7 @@ import weakref
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -16,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fluxlite
-from fluxlite.draw import offload, sampling
+from fluxlite.draw import offload, sampling, solvers
 from fluxlite.draw import pipeline as draw_pipeline
 from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import DrawConfig, picture_seed, settle_options
-from fluxlite.nets import schedule
+from fluxlite.nets import flow, schedule
 from fluxlite.nets.autoencoder import Autoencoder
 from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
@@ -173,7 +174,7 @@ def test_denoise_takes_any_velocity():
     for steps in (1, 7):
         times = torch.linspace(1, 0, steps + 1)
         assert torch.allclose(
-            sampling.sample_euler(lambda x, i: noise - target, noise, times), target, atol=1e-5
+            solvers.sample_euler(lambda x, i: noise - target, noise, times), target, atol=1e-5
         )
 
 
@@ -300,6 +301,7 @@ def test_drawing_may_begin_between_two_times(pipeline, undisturbed):
         (dict(controls=Control(5, "x.png")), "controlnet.checkpoint=5 must be a path"),
         (dict(latents=np.zeros((1, 16, 8, 8), np.int64)), "latents= are torch.int64"),
         (dict(latents=5), "latents=5 must be a tensor"),
+        (dict(solver="ddim"), "solver='ddim': choose one of euler, heun, dpmpp_2m, or pass a fun"),
         (dict(latents=[torch.zeros(1), torch.zeros(2)]), "latents=.* must be a tensor"),
         (dict(times="abc"), "times='abc' must be numbers"),
         (dict(start_time="x"), "start_time='x' must be a number"),
@@ -387,7 +389,7 @@ def test_a_solver_is_a_function_of_any_velocity(pipeline, undisturbed):
     exact = noise - 0.5  # the integral of t from 0 to 1
     linear = sample_heun(lambda x, i: times[i], noise, times)
     assert torch.allclose(linear, exact, atol=1e-6)
-    euler = sampling.sample_euler(lambda x, i: times[i], noise, times)
+    euler = solvers.sample_euler(lambda x, i: times[i], noise, times)
     assert not torch.allclose(euler, exact, atol=0.1)
     seen = []
 
@@ -395,8 +397,50 @@ def test_a_solver_is_a_function_of_any_velocity(pipeline, undisturbed):
         seen.append(step)
         return x / 2
 
-    halved = sampling.sample_euler(lambda x, i: torch.zeros(()), noise, times, halve)
+    halved = solvers.sample_euler(lambda x, i: torch.zeros(()), noise, times, halve)
     assert seen == [0, 1, 2] and torch.allclose(halved, noise / 8)
+
+
+TIMES = flow.schedule(7, 2.0)
+
+
+@pytest.mark.parametrize("times", [TIMES, TIMES[2:]])
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
+def test_solvers_match_diffusers_schedulers(name, times):
+    """Along a velocity that bends: the published methods, from noise or from later on."""
+    if name == "heun":
+        theirs = diffusers.FlowMatchHeunDiscreteScheduler()
+        theirs.set_timesteps(len(times) - 1)
+        inner = times[1:-1].repeat_interleave(2)
+        theirs.sigmas = torch.cat([times[:1], inner, times[-1:]])
+    else:
+        options = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+        theirs = diffusers.DPMSolverMultistepScheduler(**options)
+        theirs.sigmas, theirs.num_inference_steps = times, len(times) - 1
+    theirs.timesteps = 1000 * theirs.sigmas[:-1]
+    theirs.set_begin_index(0)
+
+    def bend(x, t):
+        return torch.sin(3 * x + t) + x * t
+
+    x = start = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    for t, sigma in zip(theirs.timesteps, theirs.sigmas):
+        x = theirs.step(bend(x, sigma), t, x).prev_sample
+    ours, euler = (
+        solvers.SOLVERS[of](lambda x, i: bend(x, times[i]), start, times) for of in (name, "euler")
+    )
+    assert torch.allclose(ours, x, atol=2e-6) and not torch.allclose(ours, euler, atol=1e-2)
+
+
+def test_a_solver_has_a_name_which_metadata_say(pipeline):
+    options = dict(checkpoint=pipeline, steps=3, max_sequence_length=16)
+    found = {}
+    for solver in ("euler", "heun", solvers.sample_heun, "dpmpp_2m"):
+        [found[solver]] = fluxlite.generate(PROMPT, solver=solver, **options)
+    named = [picture.info["sampling"]["solver"] for picture in found.values()]
+    assert named == ["euler", "heun", "heun", "dpmpp_2m"]
+    euler, heun, same, dpm = (pixels([picture]) for picture in found.values())
+    assert (heun == same).all() and min(np.abs(euler - heun).max(), np.abs(dpm - heun).max()) > 3
 
 
 def test_pictures_are_drawn_by_the_solver_that_is_given(pipeline):
@@ -655,14 +699,13 @@ def test_on_an_accelerator_the_modulation_is_never_there(monkeypatch, fit):
     if not fit:  # too many prompts: they are conditioned batch by batch, still in host memory
         monkeypatch.setattr(sampling, "conditions_fit", lambda *_: False)
     opened = fluxlite.load_pipeline(offload="text", device="cpu", dtype=torch.float32)
-    texts = draw_pipeline.encode_texts(opened.encoders, [PROMPT], 16, 1)
+    texts = opened.encode_text(PROMPT, 16)
     opened.device, config = torch.device("meta"), DrawConfig(height=64, width=64, steps=3)
-    sample = draw_pipeline.settle_sample(opened, config)
-    times = draw_pipeline.settle_times(opened, config, sample, None, None)
+    plan = draw_pipeline.plan_drawing(opened, config, PROMPT)
     _ = opened.transformer  # built on meta, in fact
     monkeypatch.setattr(opened, "release", lambda part: None)
     with DeviceMemory() as memory:
-        draw_pipeline.prepare_drawing(opened, texts, sample, times, [], sampling.sample_euler, 1)
+        draw_pipeline.prepare_drawing(plan, texts)
     model = opened.transformer
     of_steps = {n: p for n, p in model.named_parameters() if n.split(".")[0] not in CONDITIONING}
     kept = {n: p for n, p in model.named_parameters() if n not in of_steps}

@@ -11,7 +11,16 @@ from pathlib import Path
 
 from fluxlite.cli.command_line import load_config
 from fluxlite.cli.devices import settle_machine
-from fluxlite.cli.options import check_options, option, refuse_first, same_option
+from fluxlite.cli.options import (
+    change_options,
+    check_options,
+    naming_place,
+    option,
+    option_fields,
+    refuse_first,
+    same_option,
+    set_options,
+)
 from fluxlite.cli.profiling import parse_steps
 from fluxlite.data.config import DataConfig
 from fluxlite.draw.control import Control
@@ -22,17 +31,20 @@ from fluxlite.draw.pipeline import (
     PipelineConfig,
     check_negative,
 )
+from fluxlite.draw.preview import PREVIEWS
+from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
 from fluxlite.nets.quantized import quantize_conflicts
-from fluxlite.nets.schedule import SampleConfig
+from fluxlite.nets.schedule import SampleConfig, check_times
 from fluxlite.parallel import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
 from fluxlite.train.small_adamw import columns_of_block
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
+from fluxlite.train.tasks.lora import LoraTrainConfig
 from fluxlite.weights.run_folder import CheckpointConfig
 from fluxlite.weights.sources import TINY
 
@@ -96,6 +108,7 @@ class TrainConfig(MachineConfig):
     optim: OptimConfig = option(OptimConfig, "the optimizer")
     parallel: ParallelConfig = option(ParallelConfig, "the mesh", resume=True)
     controlnet: ControlNetTrainConfig = option(ControlNetTrainConfig, "the ControlNet")
+    lora: LoraTrainConfig = option(LoraTrainConfig, "the LoRA")
     checkpoint: CheckpointConfig = option(CheckpointConfig, "what is saved", resume=True)
     metrics: MetricsConfig = option(MetricsConfig, "what is logged", resume=True)
     sample: SampleGridConfig = option(SampleGridConfig, "what is drawn", resume=True)
@@ -114,6 +127,11 @@ class TrainConfig(MachineConfig):
         resume=True,
     )
     seed: int = same_option(DrawConfig, "seed", help="seed of every random draw")
+    preview: bool = option(
+        False,
+        "write the first batches as they would be trained on into output/preview, and stop",
+        resume=True,
+    )
     profile: str | None = option(
         None,
         "steps to record with torch's profiler into output, as 10-12: a Chrome trace, on a GPU a "
@@ -134,10 +152,11 @@ class TrainConfig(MachineConfig):
         resume=True,
     )
 
-    def latent_shape(self):
-        """(C, h, w) of one picture's latents."""
+    def latent_shape(self, height=None, width=None):
+        """(C, h, w) of the latents of a picture, of data.height x data.width if left out."""
         channels, cell = self.model.in_channels // PATCH**2, self.model.downsampling
-        return channels, self.data.height // cell, self.data.width // cell
+        height, width = height or self.data.height, width or self.data.width
+        return channels, height // cell, width // cell
 
     def validate(self):
         check_options(self)
@@ -153,11 +172,13 @@ class TrainConfig(MachineConfig):
                 nearest_folder(folder, f"data.{name}=")
         check_size(self.data.height, self.data.width, self.model.downsampling, "data.")
         check_batch(self.data, self.parallel)
-        tokens = num_image_tokens(*self.latent_shape()[1:])
-        self.parallel.check_model(self.model.shape(), self.model.max_sequence_length, tokens)
         conflicts = *machine_conflicts(machine), *optim_conflicts(machine), *parts_conflicts(self)
-        refuse_first(conflicts)
-        self.parallel.check_float8(machine, (self.model.max_sequence_length, tokens))
+        refuse_first([*conflicts, *shape_conflicts(self)])
+        text = self.model.max_sequence_length
+        for shape in [(self.data.height, self.data.width), *sum(self.data.shapes(), [])]:
+            tokens = num_image_tokens(*self.latent_shape(*shape)[1:])
+            self.parallel.check_model(self.model.shape(), text, tokens)
+            self.parallel.check_float8(machine, (text, tokens))
         choose_task(self).check_settings(self)
 
 
@@ -194,6 +215,12 @@ def machine_conflicts(config):
         "each alone",
     )
     yield (
+        mesh.swap_blocks and not freezes_base(config),
+        f"parallel.swap_blocks={mesh.swap_blocks} is for a transformer that stays as it is, beside "
+        "a LoRA or a ControlNet: weights that are trained stay on the GPU (optim.weights=bfloat16 "
+        "optim.kind=adamw8bit take a quarter)",
+    )
+    yield (
         mesh.cpu_offload and not config.device.startswith("cuda"),
         "parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it out",
     )
@@ -204,6 +231,11 @@ def machine_conflicts(config):
     )
 
 
+def freezes_base(config):
+    """Whether the transformer itself stays as it is."""
+    return config.lora.train or config.controlnet.train
+
+
 def optim_conflicts(config):
     """The same of the optimizer."""
     optim, key = config.optim, f"optim.weights={config.optim.weights}"
@@ -211,6 +243,10 @@ def optim_conflicts(config):
     yield (
         small and config.dtype != "bfloat16",
         f"{key} needs dtype=bfloat16, not {config.dtype}: products would be of rounded weights",
+    )
+    yield (
+        small and config.lora.train,
+        f"{key} is for training a whole model: a LoRA's adapters, which are small, stay float32",
     )
     yield (
         small and optim.kind == "muon",
@@ -230,6 +266,17 @@ def optim_conflicts(config):
     )
 
 
+def shape_conflicts(config):
+    """The same of the shapes that pictures are trained in."""
+    data, cells = config.data, config.model.downsampling * PATCH
+    wrong = [side for side in data.resolutions if side % cells and not data.buckets]
+    yield (wrong, f"data.resolutions={data.resolutions} must be multiples of {cells}, not {wrong}")
+    yield (
+        data.buckets and data.bucket_step % cells,
+        f"data.bucket_step={data.bucket_step} must be a multiple of {cells}",
+    )
+
+
 def parts_conflicts(config):
     """The same of the model's parts and the data."""
     model, data = config.model, config.data
@@ -239,6 +286,11 @@ def parts_conflicts(config):
         missing and (data.kind != "mock" or len(parts) < 3),
         f"data={data.kind} needs {missing}: name a folder or a hub id for each",
     )
+    yield (
+        config.preview and missing,
+        f"preview=true shows pictures and captions: it needs {missing} and other data than "
+        "made-up latents",
+    )
     unused = data.control or config.controlnet != ControlNetTrainConfig()
     yield (
         unused and not config.controlnet.train,
@@ -246,11 +298,15 @@ def parts_conflicts(config):
         "or leave them out",
     )
     yield (
-        model.quantize != "none" and not config.controlnet.train,
-        f"model.quantize={model.quantize} is for a transformer that stays as it is, beside a "
-        "ControlNet: set controlnet=default too, or leave it out",
+        model.quantize != "none" and not freezes_base(config),
+        f"model.quantize={model.quantize} is for a transformer that stays as it is, beside a LoRA "
+        "or a ControlNet: set lora=default or controlnet=default too, or leave it out",
     )
     yield from quantize_conflicts(model.quantize, model.hidden_size, config.parallel.tp)
+    yield (
+        config.lora != LoraTrainConfig() and not config.lora.train,
+        "lora.* are for training a LoRA: set lora=default too, or leave them out",
+    )
     yield (
         model.save_converted and not model.checkpoint,
         "model.save_converted= keeps model.checkpoint= in our layout: name that too, or neither",
@@ -303,10 +359,31 @@ class ControlConfig(dataclasses.make_dataclass("RepeatedControl", repeated_field
 
 @dataclass
 class PromptConfig:
-    """What `infer.py` draws."""
+    """What `infer.py` draws, and from what."""
 
     prompt: list[str] = option([], "what to draw; give it several times for several", verbatim=True)
     prompt_file: str | None = option(None, "a text file with a prompt a line", path=True)
+    jobs: str | None = option(
+        None,
+        'a JSONL file, a line a picture with any of these keys: {"prompt": "a fox", "seed": 1}; '
+        "those that are in output already are not drawn again",
+        path=True,
+    )
+    again: str | None = option(
+        None,
+        "a picture that infer.py has drawn: it is drawn again, bit for bit, or with other keys",
+        path=True,
+        short="from",
+    )
+    image: str | None = option(
+        None, "a picture to begin from (strength), or to fill (mask)", path=True
+    )
+    mask: str | None = option(
+        None, "a picture as large as image=, whose white is drawn anew", path=True
+    )
+    reference: list[str] = option(
+        [], "of a FLUX.1-Kontext: the picture that the prompt changes; or several", path=True
+    )
 
 
 @dataclass
@@ -315,10 +392,30 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
 
     control_image: list[str] = option(
         [],
-        "the picture that a ControlNet follows, resized and cropped; once for each net",
+        "the picture that a ControlNet follows, resized and cropped; once for each net, and of a "
+        "FLUX.1-Canny or FLUX.1-Depth first its own",
         path=True,
     )
     controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
+    solver: str = option(
+        "euler", "how steps are taken; heun asks the model twice in each", choices=tuple(SOLVERS)
+    )
+    times: list[float] = option(
+        [],
+        "own times, falling from 1, noise, to 0, a picture, in place of steps and shift: "
+        "times=[1,0.7,0.3,0]",
+        at_least=0,
+        at_most=1,
+    )
+    preview_every: int = option(
+        0,
+        "steps between pictures of what is being drawn, output/preview.live.png; 0 for none",
+        at_least=0,
+        at_most=10_000,
+    )
+    preview: str = option(
+        "colours", "how they are made: colours, blurred but fast, or the decoder", choices=PREVIEWS
+    )
     profile: str | None = option(
         None,
         "steps of the first batch to record with torch's profiler into output, as 2-3",
@@ -335,22 +432,50 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         nets = self.controlnet
         if self.control_image and not nets.checkpoint and self.model.checkpoint == TINY:
             nets = dataclasses.replace(nets, checkpoint=[TINY])
-        return nets.controls(self.control_image)
+        return nets.controls(self.control_image[self._owns_control() :])
+
+    def _owns_control(self):
+        """Whether the first picture to follow is the transformer's own: there is a net for each of
+        the others.
+        """
+        tiny = not self.controlnet.checkpoint and self.model.checkpoint == TINY
+        return not tiny and len(self.control_image) == len(self.controlnet.checkpoint) + 1
+
+    def pictures(self):
+        """What is drawn beside the prompts, by argument of `generate`."""
+        own = self.control_image[: self._owns_control()]
+        given = {"image": self.image, "mask": self.mask, "reference": self.reference}
+        return given | {"control_image": own}
+
+    def _ways(self):
+        """{key: what it is given} of what says what is drawn."""
+        ways = {"prompt": self.prompt, "prompt_file": self.prompt_file, "jobs": self.jobs}
+        return ways | {"from": self.again}
+
+    def sampling(self):
+        """How steps are taken, by argument of `generate`."""
+        return {"solver": self.solver, "times": self.times or None}
 
     def validate(self):
         check_options(self)
         check_machine(settle_machine(self))
         parse_steps(self.profile, MAX_STEPS)
-        if not self.prompt and not self.prompt_file:
+        ways = [f"{key}=" for key, way in self._ways().items() if way]
+        if "jobs=" in ways and len(ways) > 1:
+            raise ValueError(f"{' and '.join(ways)}: name one of them")
+        for key, path in (("prompt_file", self.prompt_file), ("jobs", self.jobs)):
+            if path and not Path(path).is_file():
+                raise ValueError(f"{key}={path} is not a file")
+        if not ways:
             raise ValueError(
                 'prompt= is missing: name what to draw, as in prompt="red circle with blue '
                 'background"'
             )
         if not all(text.strip() for text in self.prompt):
             raise ValueError("prompt= is empty: name what to draw, or leave it out")
-        if self.prompt_file and not Path(self.prompt_file).is_file():
-            raise ValueError(f"prompt_file={self.prompt_file} is not a file")
         check_negative(self.negative_prompt, self.true_cfg or 1.0)
+        if self.times:
+            check_times(self.times)
         self.controls()
         self.lora.loras()
         if self.lora != LoraConfig() and not self.lora.file:
@@ -360,6 +485,50 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
                 "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "
                 "run"
             )
+
+
+# Of `infer.py`: what is no part of a picture, so that no job has it and no picture's name.
+SESSION_KEYS = (
+    "prompt_file",
+    "jobs",
+    "again",
+    "from",
+    "output",
+    "profile",
+    "preview_every",
+    "preview",
+)
+SESSION_KEYS += ("device", "offload", "resident_blocks")
+SESSION_KEYS += ("model.save_converted", "controlnet.save_converted")
+
+
+def picture_settings(config):
+    """{key: value} of what makes the pictures of an `InferConfig`, paths whole: a job's line."""
+    fields, found = option_fields(InferConfig), {}
+    for key, value in set_options(config).items():
+        if key in SESSION_KEYS:
+            continue
+        if fields[key].metadata.get("path"):
+            paths = value if isinstance(value, list) else [value]
+            whole = [os.path.abspath(path) if os.path.exists(path) else path for path in paths]
+            value = whole if isinstance(value, list) else whole[0]
+        found[key] = value
+    return found
+
+
+def job_settings(base, job, where):
+    """The checked `InferConfig` of a job's values, else of `base`; raises `ValueError`, naming
+    `where`.
+    """
+    with naming_place(where):
+        for key in SESSION_KEYS:
+            if key in job:
+                raise ValueError(f"{key} belongs to the command line: leave it out")
+        config = change_options(dataclasses.replace(base, jobs=None, again=None), job)
+        config.validate()
+        if len(config.prompt) != 1 or config.images_per_prompt != 1:
+            raise ValueError("name one prompt, and images_per_prompt=1: a line is a picture")
+        return config.settled()
 
 
 PROGRAMS = {"train": TrainConfig, "infer": InferConfig}

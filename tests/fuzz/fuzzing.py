@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from fluxlite.cli.programs import one_line
+from fluxlite.cli.messages import one_line
 
 SHORT, LONG = 40, 2000
 BOTH = [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.slow)]

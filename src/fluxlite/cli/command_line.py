@@ -56,7 +56,7 @@ def load_config(cls, name, argv, others=()):
 
 def compose_config(cls, name, argv, others=()):
     """The same as it is given: its types and bounds are checked, and no more."""
-    argv = _full_keys(cls, argv)
+    argv = full_keys(cls, argv)
     overrides, kept = _split_arguments(cls, name, argv, others)
     values = _composed(name, overrides)
     check_sources(cls, values, "a YAML file of configs")
@@ -75,7 +75,7 @@ def compose_config(cls, name, argv, others=()):
     return config
 
 
-def _full_keys(cls, argv):
+def full_keys(cls, argv):
     """Arguments whose `short` keys are written out: `lora=` is `lora.file=`."""
     fields = option_fields(cls).items()
     full = {f.metadata["short"]: key for key, f in fields if "short" in f.metadata}

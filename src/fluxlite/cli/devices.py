@@ -9,7 +9,10 @@ from functools import cache
 
 import torch
 
-from fluxlite.cli.programs import warn_for_all
+from fluxlite.cli.messages import warn_for_all
+
+FLOAT8_KINDS = "none", "rowwise", "tensorwise"
+FLOAT8_MULTIPLE = 16  # of widths, and in training of tokens
 
 CPU_BF16 = "avx512_bf16", "amx_bf16", "bf16", "arm_bf16"  # as torch names what computes in it
 
@@ -86,6 +89,28 @@ def default_dtype(device):
 def has_float8(device):
     """Whether the device multiplies in float8 in hardware."""
     return device.startswith("cuda") and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def float8_conflicts(key, device, dtype, hidden_size):
+    """(whether it is so, text) of each way in which a machine or a model has no float8.
+
+    `key` is the setting that asks for it.
+    """
+    yield (
+        importlib.util.find_spec("torchao") is None,
+        f"{key} needs torchao: pip install 'fluxlite[float8]', or leave it out",
+    )
+    yield (
+        not has_float8(device),
+        f"{key} needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), and "
+        f"device={device} is none: leave it out",
+    )
+    yield dtype != "bfloat16", f"{key} needs dtype=bfloat16, not {dtype}"
+    yield (
+        hidden_size % FLOAT8_MULTIPLE,
+        f"{key} needs widths that are multiples of {FLOAT8_MULTIPLE}, and model.hidden_size="
+        f"{hidden_size} is none: leave it out",
+    )
 
 
 def settle_machine(config):

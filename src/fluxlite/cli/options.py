@@ -10,6 +10,7 @@ typed_options(OptimConfig, {"lr": 1e-3}, "optim.")    # checked, or a ValueError
 The same checks serve a command line and a description read from a disk.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -69,6 +70,54 @@ def option_value(config, key):
     return functools.reduce(getattr, key.split("."), config)
 
 
+@contextlib.contextmanager
+def naming_place(where):
+    """Have a `ValueError` of the block begin with where its cause lies."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def set_options(config):
+    """{dotted key: value} of what a configuration has that is not the default."""
+    found = {}
+    for key, f in option_fields(type(config)).items():
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        value = option_value(config, key)
+        if value != default:
+            found[key] = value
+    return found
+
+
+def change_options(config, values):
+    """A configuration like `config` with other values, by dotted or `short` key or nested; where
+    several belong one may stand alone.
+
+    Raises `ValueError` that names the key.
+    """
+    fields, changed = option_fields(type(config)), dataclasses.asdict(config)
+    full = {f.metadata["short"]: key for key, f in fields.items() if "short" in f.metadata}
+    for key, value in flat_values(values):
+        key = full.get(key, key)
+        if key not in fields:
+            raise ValueError(f"{key} is not a key{nearest_key(key, fields)}")
+        several = typing.get_origin(fields[key].type) is list and not isinstance(value, list)
+        *path, last = key.split(".")
+        at = functools.reduce(dict.__getitem__, path, changed)
+        at[last] = [value] if several else value
+    return typed_options(type(config), changed)
+
+
+def flat_values(values, prefix=""):
+    """(dotted key, value) of nested dictionaries."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flat_values(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def resumable_keys(cls, prefix="", everything=False):
     """The dotted keys that a resumed run may change: fields marked `resume`, and all below such a
     one.
@@ -94,12 +143,11 @@ def same_option(cls, name, **changes):
 
 def nearest_key(key, known, otherwise=""):
     """`: did you mean …?` for a key that is unknown; `otherwise` where none is like it."""
+    tail, tails = key.split(".")[-1], [k.split(".")[-1] for k in known]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    tails = difflib.get_close_matches(
-        key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.8
-    )
-    if not close and tails:
-        close = [k for k in known if k.split(".")[-1] == tails[0]]
+    like = [tail] if tail in tails else difflib.get_close_matches(tail, tails, n=1, cutoff=0.8)
+    if like and (not close or ("." not in key and tail in tails)):
+        close = [k for k, of in zip(known, tails) if of == like[0]]
     return f": did you mean {close[0]}?" if close else otherwise
 
 

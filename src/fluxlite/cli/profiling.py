@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fluxlite.cli.programs import warn_for_all
+from fluxlite.cli.messages import warn_for_all
 
 log = logging.getLogger("fluxlite")
 

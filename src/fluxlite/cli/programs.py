@@ -3,7 +3,6 @@
 Imports nothing heavy, so that an interruption is caught from a program's first moment on.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from fluxlite.cli.messages import is_first_rank, on_rank, one_line
 from fluxlite.cli.processes import STOP_SIGNALS, die_with_parent, leave_process
 
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
@@ -97,7 +97,6 @@ def _leave_with(code, line, *_):
     os._exit(code)
 
 
-LONGEST = 1500  # characters of an error
 FIRST_SPEAKS = 5  # seconds: the first rank to end has the others killed; it should be rank 0
 
 
@@ -136,43 +135,6 @@ def _end(code, line):
     leave_process(code)
 
 
-def is_first_rank():
-    """Whether this process speaks where all ranks would say the same."""
-    return int(os.environ.get("RANK", 0)) == 0
-
-
-def warn_for_all(text, *values):
-    """Log a warning that all ranks come to: rank 0 says it for all."""
-    logger = logging.getLogger("fluxlite")
-    logger.log(logging.WARNING if is_first_rank() else logging.DEBUG, text, *values)
-
-
 def _said_once(line):
     """A line that rank 0 says for all."""
     return line if is_first_rank() else None
-
-
-def on_rank():
-    """What an error adds to say which rank it comes from; nothing where there is one."""
-    return (
-        f" on rank {os.environ.get('RANK', 0)}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    )
-
-
-def one_line(error):
-    """What to tell of an error that a user, a disk or the memory can cause; None for a bug."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"out of memory ({text[:160] or 'of this machine'}): {REMEDIES}"
-    if isinstance(error, OSError) and error.strerror:
-        places = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        text = f"{' → '.join(places) or 'a file'}: {error.strerror}"
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
-    return text if isinstance(error, (ValueError, OSError)) else None
-
-
-REMEDIES = (
-    "try smaller pictures, data.micro_batch or batch, dtype=bfloat16, offload=all when drawing, "
-    "parallel.activation_checkpointing=full or more GPUs when training"
-)

@@ -17,6 +17,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,12 +26,14 @@ from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.options import expand_home, option, typed_description
 from fluxlite.data.images import BadSample
 from fluxlite.data.loading import load_batches
+from fluxlite.data.order import RecentValues
 from fluxlite.data.rows import RowFile, write_rows
-from fluxlite.data.shards import RecentValues, first_good_sample
+from fluxlite.data.shards import first_good_sample
 
 POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
 # tensors of a row for each good sample
-OF_PICTURES = (*POSTERIORS["images"], *POSTERIORS["controls"], "modes")
+PLAIN = ("modes", "masks")  # which are kept as they are
+OF_PICTURES = (*POSTERIORS["images"], *POSTERIORS["controls"], *PLAIN)
 OF_TEXTS = ("txt", "pooled")
 # samples of a file: 4 GB of FLUX.1-dev's texts, all in memory until the file is written
 FILE_ROWS = 1000
@@ -47,7 +50,8 @@ MADE_BY = {
     ),
     "data": (
         *("data.path", "data.val_path", "data.caption_field"),
-        *("data.control", "data.control_mode"),
+        *("data.template", "data.control", "data.control_mode", "data.mask"),
+        *("data.resolutions", "data.buckets", "data.bucket_step"),
     ),
     "size": ("data.height", "data.width"),
 }
@@ -146,19 +150,15 @@ def _check_bad(dataset, files):
 
 
 def cache_pieces(dataset):
-    """The files of a cache: (name, numbers of the samples in it)."""
-    starts, found = dataset.order.starts.tolist(), []
-    for shard, (first, end) in enumerate(zip(starts, starts[1:])):
-        found += [
-            (piece_name(shard, i - first), range(i, min(i + FILE_ROWS, end)))
-            for i in range(first, end, FILE_ROWS)
-        ]
+    """The files of a cache: (name, numbers of the samples in it, all of one shard and shape)."""
+    found = []
+    for number, (first, shard) in enumerate(zip(dataset.starts.tolist(), dataset.shards)):
+        runs = []
+        for rows in shard.alike():
+            runs += [rows[i : i + FILE_ROWS] for i in range(0, len(rows), FILE_ROWS)]
+        for i, rows in enumerate(runs):
+            found.append((f"{number:06d}-{i:04d}.safetensors", first + rows))
     return found
-
-
-def piece_name(shard, row):
-    """The file that holds a row of a shard."""
-    return f"{shard:06d}-{row // FILE_ROWS:04d}.safetensors"
 
 
 # --- what it was made from ------------------------------------------------------------------------
@@ -243,14 +243,15 @@ class _Contents:
 
 
 def file_digest(shard):
-    """A digest of all bytes of a shard's tar; `ValueError` where it is not as it was indexed."""
+    """A digest of all bytes of a shard's files; `ValueError` where one is not as it was indexed."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(shard.path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-        identity = shard.identity_of(file)
-    if identity != (shard.size, shard.modified):
-        raise ValueError(f"{shard.path} was changed while it is read: start again")
+    for path, *known in shard.files:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+            identity = shard.identity_of(file)
+        if identity != tuple(known):
+            raise ValueError(f"{path} was changed while it is read: start again")
     return digest.hexdigest()
 
 
@@ -278,8 +279,8 @@ def _encoded_piece(dataset, numbers, encode_images, encode_texts, bar):
     """One file's tensors, and what it says of its rows.
 
     Tensors: mean, logvar (n', C, h, w), txt (m, L, D), pooled (m, P); where samples have a control
-    and a mode also control_mean, control_logvar (n', C, h, w) and modes (n',). Of the rows:
-    image_row, text_row (n,), bad {row: why}.
+    and a mode also control_mean, control_logvar (n', C, h, w) and modes (n',), where they have a
+    mask masks (n', 1, H, W). Of the rows: image_row, text_row (n,), bad {row: why}.
     """
     config, parts, texts, image_rows, text_rows, bad = dataset.config, {}, {}, [], [], {}
     options = dict(workers=config.workers, batch_size=config.micro_batch, collate_fn=list)
@@ -306,9 +307,9 @@ def _encoded_piece(dataset, numbers, encode_images, encode_texts, bar):
 
 
 def _encoded_pictures(samples, encode_images):
-    """{name: rows} of the pictures of some samples, encoded, and of their modes."""
+    """{name: rows} of the pictures of some samples, encoded, and of their modes and masks."""
     found = {}
-    for name in (*POSTERIORS, "modes") if samples else ():
+    for name in (*POSTERIORS, *PLAIN) if samples else ():
         if name not in samples[0]:
             continue
         values = torch.stack([sample[name] for sample in samples])
@@ -330,7 +331,8 @@ class CachedSamples:
 
     def __init__(self, dataset, folder):
         self.dataset, self.config, self.folder = dataset, dataset.config, Path(folder)
-        names = [EMPTY, *(name for name, _ in cache_pieces(dataset))]
+        self.pieces = cache_pieces(dataset)
+        names = [EMPTY, *(name for name, _ in self.pieces)]
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             raise ValueError(
@@ -340,6 +342,9 @@ class CachedSamples:
         empty = RowFile(self.folder / EMPTY)
         self.empty = {name: empty.row(name, 0) for name in OF_TEXTS}
         self.files = RecentValues(256)
+        self.rows = np.empty((dataset.starts[-1], 2), np.int32)  # of each sample its piece and row
+        for piece, (_, numbers) in enumerate(self.pieces):
+            self.rows[numbers, 0], self.rows[numbers, 1] = piece, np.arange(len(numbers))
 
     def __len__(self):
         return len(self.dataset)
@@ -356,11 +361,11 @@ class CachedSamples:
         number, sample, bad = first_good_sample(self.dataset, index, self._read)
         if self.dataset.drops_caption(index):
             sample |= self.empty
-        return sample | {"indices": index, "keys": self.dataset.key(number), "bad": bad}
+        return sample | self.dataset.named(number, index) | {"bad": bad}
 
     def _read(self, number):
-        shard, row = self.dataset.place(number)
-        name, row = piece_name(shard, row), row % FILE_ROWS
+        piece, row = self.rows[number].tolist()
+        name, _ = self.pieces[piece]
         file = self.files.get(name, lambda: RowFile(self.folder / name))
         if str(row) in file.about["bad"]:
             raise BadSample(file.about["bad"][str(row)])

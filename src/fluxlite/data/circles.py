@@ -6,10 +6,11 @@ average. Needs scikit-image and scipy.
 """
 
 import numpy as np
-from scipy.ndimage import binary_erosion, label
+from scipy.ndimage import binary_erosion, binary_fill_holes, label
 from skimage.color import deltaE_ciede2000, rgb2lab
 
 from fluxlite.data.fill50k import RADIUS, rgb
+from fluxlite.data.rings import HOLE, RING_RADIUS
 
 MAX_COLOUR_ERROR = 12.0  # ΔE
 # at 64x64 the generator's discs reach 0.95 or more; a square 0.85 at 20 pixels a side (0.88 at 14)
@@ -17,6 +18,8 @@ MIN_IOU = 0.85
 # of the picture: a smaller piece (12 pixels of 64x64) does not count as a second figure, though it
 # lowers the IoU
 SPECK = 0.003
+MIN_HOLE_IOU = 0.75  # of a hole, which at 64x64 has some 13 pixels of radius
+HOLE_TOLERANCE = 0.15  # of the outer radius: the hole's radius, and how far its centre is off
 
 
 def colour_difference(a, b):
@@ -106,12 +109,12 @@ def surrounds_picture(mask):
     return bool(np.concatenate([mask[0], mask[-1], mask[:, 0], mask[:, -1]]).mean() > 0.5)
 
 
-def has_circle_size(mask):
+def has_circle_size(mask, radii=RADIUS):
     """Whether the area of `mask` is that of a circle which the generator draws, give or take a
     pixel of radius for its soft rim.
     """
     radius = np.sqrt(mask.sum() / np.pi)
-    return bool(RADIUS[0] * mask.shape[0] - 1 <= radius <= RADIUS[1] * mask.shape[0] + 1)
+    return bool(radii[0] * mask.shape[0] - 1 <= radius <= radii[1] * mask.shape[0] + 1)
 
 
 def measure_circle(picture, circle, background):
@@ -142,3 +145,46 @@ def measure_circle(picture, circle, background):
         "centre": centre,
         "radius": radius,
     }
+
+
+def measure_ring(picture, ring, background):
+    """Measure a PIL picture against the two colours of a ring's caption; a dictionary.
+
+    `shape`: the figure is one circle of the generator's size with one round hole in its middle, of
+    `HOLE` its radius; `ring`: also, what is around it and its hole are of the background's colour;
+    `right`: and it is of its own. `figure_error`, `background_error`, `hole_error`: ΔE.
+    """
+    picture = np.asarray(picture.convert("RGB"))
+    mask = figure_mask(picture, ring, background)
+    whole = binary_fill_holes(mask)
+    hole = whole & ~mask
+    regions = {
+        "figure": (mask, ring),
+        "background": (~whole, background),
+        "hole": (hole, background),
+    }
+    errors = {}
+    for name, (region, colour) in regions.items():
+        errors[f"{name}_error"] = float(
+            colour_difference(inner_colour(picture, region), rgb(colour))
+        )
+    shape = len(connected_pieces(mask)) == 1 and has_ring_shape(whole, hole)
+    around = surrounds_picture(~whole) and errors["background_error"] <= MAX_COLOUR_ERROR
+    is_ring = bool(shape and around and errors["hole_error"] <= MAX_COLOUR_ERROR)
+    right = is_ring and errors["figure_error"] <= MAX_COLOUR_ERROR
+    return {"shape": shape, "ring": is_ring, "right": right, **errors}
+
+
+def has_ring_shape(whole, hole):
+    """Whether the mask `whole` is a circle of a ring's size, and `hole` one within it, as the
+    generator draws them.
+    """
+    outer, inner = fit_circle(whole), fit_circle(hole)
+    if not (outer and inner) or len(connected_pieces(hole)) > 1:
+        return False
+    (centre, radius, iou), (middle, hole_radius, hole_iou) = outer, inner
+    off = max(abs(hole_radius - HOLE * radius), np.hypot(*np.subtract(centre, middle)))
+    round_both = iou >= MIN_IOU and hole_iou >= MIN_HOLE_IOU
+    return bool(
+        round_both and off <= HOLE_TOLERANCE * radius and has_circle_size(whole, RING_RADIUS)
+    )

@@ -1,6 +1,7 @@
 """The settings of data: where samples come from, what is made of them, how they are batched."""
 
 import importlib.util
+import math
 import re
 from dataclasses import dataclass
 
@@ -9,8 +10,20 @@ from fluxlite.data.parts import IMAGES
 from fluxlite.nets.configs import MODES, mode_number
 from fluxlite.nets.latents import MAX_SIDE
 
-DATA_KINDS = ("mock", "fill50k", "webdataset")
+DATA_KINDS = ("mock", "fill50k", "webdataset", "folder")
+READ_KINDS = {"data.kind": DATA_KINDS[1:]}  # whose samples lie in files
 CROPS = ("center", "random")
+PICTURE_ENDING = rf"([a-z0-9_-]+\.)*({'|'.join(IMAGES)})"
+MAX_ASPECT = 3  # of a bucket, its longer side over its shorter one
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the samples of one place of `data.path` are used."""
+
+    repeats: float = 1.0
+    loss_weight: float = 1.0
+    template: str = "{}"
 
 
 @dataclass
@@ -26,11 +39,35 @@ class DataConfig:
     path: str | None = option(
         None,
         "tars: a folder, a glob, a brace pattern, a URL, or from the command line alone "
-        "pipe:COMMAND, a shell command that prints a tar; several with :: between them; fill50k: "
-        "the "
-        "folder where they are or will be",
+        "pipe:COMMAND, a shell command that prints a tar; data=folder: a folder of pictures; "
+        "several with :: between them; fill50k: the folder where they are or will be",
         verbatim=True,
         only_given="pipe:",
+    )
+    repeats: list[float] = option(
+        [],
+        "how often an epoch has each sample, once for each place of data.path, or once for all; "
+        "0.5: every second one, in turn (default 1)",
+        verbatim=True,
+        only_with=READ_KINDS,
+        above=0,
+        at_most=10_000,
+    )
+    loss_weight: list[float] = option(
+        [],
+        "what the loss of a sample counts, for each place or for all; of a prior, say, 0.5 "
+        "(default 1)",
+        verbatim=True,
+        only_with=READ_KINDS,
+        above=0,
+        at_most=1000,
+    )
+    template: list[str] = option(
+        [],
+        "what captions are put into, for each place or for all: 'sks dog, {}'; without {} it is "
+        "the caption of every picture, and none is read",
+        verbatim=True,
+        only_with=READ_KINDS,
     )
     count: int = option(
         50_000,
@@ -58,6 +95,25 @@ class DataConfig:
         at_least=16,
         at_most=MAX_SIDE,
     )
+    resolutions: list[int] = option(
+        [],
+        "sides of squares, as [512,768,1024]: each sample is trained at each; [] is data.height x "
+        "data.width alone, which validation and grids always have",
+        only_with=READ_KINDS,
+        at_least=16,
+        at_most=MAX_SIDE,
+    )
+    buckets: bool = option(
+        False,
+        "train each picture in the shape nearest to its own, of no more pixels; each step has one",
+        only_with=READ_KINDS,
+    )
+    bucket_step: int = option(
+        64,
+        "the shapes' sides are multiples of this, and it of model.downsampling x 2",
+        at_least=16,
+        at_most=MAX_SIDE,
+    )
     crop: str = option("center", "which part stays of a picture of another shape", choices=CROPS)
     flip: bool = option(False, "mirror every other picture, drawn for each sample")
     caption_field: str = option(
@@ -69,6 +125,12 @@ class DataConfig:
     control: str | None = option(
         None,
         "a ControlNet's picture: an ending, as png, of a file beside the target; canny: its edges",
+    )
+    mask: str | None = option(
+        None,
+        "a picture whose white is trained on, black is not: an ending, as mask.png, of a file "
+        "beside the target; alpha: the target's own",
+        only_with=READ_KINDS,
     )
     control_mode: str | None = option(
         None,
@@ -128,11 +190,31 @@ class DataConfig:
         """The ending of the control's file; None where there is no such file."""
         return None if self.control == "canny" else self.control
 
+    def places(self):
+        """The places of `data.path`."""
+        return self.path.split("::") if self.path else [self.kind]
+
+    def source(self, number):
+        """The `Source` that the samples of a place of `data.path` have."""
+        values = {name: getattr(self, name) for name in Source.__dataclass_fields__}
+        given = {name: of[number % len(of)] for name, of in values.items() if of}
+        return Source(**given)
+
+    def shapes(self):
+        """[[(height, width) that a picture can be trained in], for each resolution]."""
+        sides = [(side, side) for side in self.resolutions] or [(self.height, self.width)]
+        if not self.buckets:
+            return [[side] for side in sides]
+        return [bucket_shapes(height * width, self.bucket_step) for height, width in sides]
+
     def validate(self):
         """Raise `ValueError` for values that make no sense, here or together."""
         check_options(self, "data.")
         self._check_places()
+        self._check_sources()
+        self._check_shapes()
         self._check_control()
+        self._check_mask()
         if self.cache and (self.crop == "random" or self.flip):
             raise ValueError(
                 "data.cache encodes each picture once: set data.crop=center and data.flip=false, "
@@ -147,12 +229,48 @@ class DataConfig:
                 "data=webdataset, or leave it out"
             )
 
+    def _check_sources(self):
+        """Raise `ValueError` where settings of places are not as many, or make no sense."""
+        count = len(self.places())
+        for name in Source.__dataclass_fields__:
+            values = getattr(self, name)
+            if len(values) not in (0, 1, count):
+                raise ValueError(
+                    f"data.{name}= is given {len(values)} times, and data.path= names {count} "
+                    "places: give it once for each, or once for all"
+                )
+        for text in self.template:
+            if not text.strip() or re.search("[{}]", text.replace("{}", "")):
+                raise ValueError(
+                    f"data.template={text}: write a caption, with {{}} where a picture's own goes"
+                )
+
+    def _check_shapes(self):
+        """Raise `ValueError` where resolutions and buckets give no shapes."""
+        if len(set(self.resolutions)) < len(self.resolutions):
+            raise ValueError(f"data.resolutions={self.resolutions} names one twice: once is enough")
+        if self.buckets and not all(self.shapes()):
+            raise ValueError(
+                f"data.bucket_step={self.bucket_step} is wider than a picture: lower it"
+            )
+
+    def _check_mask(self):
+        """Raise `ValueError` where nothing can be read as the mask."""
+        if self.mask not in (None, "alpha") and not re.fullmatch(PICTURE_ENDING, self.mask):
+            raise ValueError(
+                f"data.mask={self.mask}: choose an ending such as mask.png, alpha, or null"
+            )
+        if self.mask and self.mask == self.control:
+            raise ValueError(f"data.mask={self.mask} is data.control= too: name another ending")
+
     def _check_places(self):
         """Raise `ValueError` where `kind` and the places of tars do not belong together."""
         for name, what in (("path", "tars"), ("val_path", "tars"), ("caption_field", "a field")):
             value = getattr(self, name)
             if value is not None and not value.strip():
                 raise ValueError(f"data.{name}= is empty: name {what}, or leave it out")
+        if self.kind == "folder" and not self.path:
+            raise ValueError("data=folder needs data.path=: a folder of pictures and captions")
         if self.kind == "webdataset" and not self.path:
             raise ValueError(
                 "data=webdataset needs data.path=: a folder of tars, a glob, a brace pattern or a "
@@ -166,8 +284,8 @@ class DataConfig:
 
     def _check_control(self):
         """Raise `ValueError` where nothing can be read as the control, or as its kind."""
-        picture = rf"([a-z0-9_-]+\.)*({'|'.join(IMAGES)})"
-        if self.control_ending is not None and not re.fullmatch(picture, self.control_ending):
+        ending = self.control_ending
+        if ending is not None and not re.fullmatch(PICTURE_ENDING, ending):
             raise ValueError(
                 f"data.control={self.control}: choose {', '.join(IMAGES)}, an ending such as "
                 "depth.png, canny, or null"
@@ -186,3 +304,13 @@ class DataConfig:
             raise ValueError(
                 f"data.control_mode={mode}: choose json, one of {', '.join(MODES)}, or a number"
             )
+
+
+def bucket_shapes(area, step):
+    """Shapes (height, width) of sides that `step` divides: to each side the longest other one of at
+    most `area` pixels together, and none longer than that of `MAX_ASPECT`.
+    """
+    longest = math.isqrt(area * MAX_ASPECT)
+    pairs = [(area // side // step * step, side) for side in range(step, longest + 1, step)]
+    kept = [(a, b) for a, b in pairs if 0 < a <= longest]
+    return sorted({*kept, *((b, a) for a, b in kept)})

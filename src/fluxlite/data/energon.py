@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fluxlite.cli.descriptions import inside_folder, read_json, read_yaml
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import typed_description
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.parts import JSON, TEXT
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -18,13 +18,41 @@ class BadSample(ValueError):
 
 def decode_picture(data):
     """Encoded bytes as an RGB PIL image, as `to_rgb` makes it. Raises `BadSample`."""
+    return to_rgb(open_picture(io.BytesIO(data)))
+
+
+def open_picture(stream):
+    """A PIL image whose header is read, of any of `FORMATS`. Raises `BadSample`."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
         raise BadSample("no picture of a known format") from None
     except Exception as error:  # PIL's readers raise whatever a damaged file makes them meet
         raise BadSample(f"unreadable picture ({_reason(error)})") from None
-    return to_rgb(image)
+
+
+def upright_size(stream):
+    """Width and height of an encoded picture as `to_rgb` turns it; its pixels are not read."""
+    image = open_picture(stream)
+    try:
+        # PngImageFile's own would decode the picture first
+        turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception as error:
+        raise BadSample(f"unreadable picture ({_reason(error)})") from None
+    return image.size[::-1] if turned else image.size
+
+
+def decode_alpha(data):
+    """How opaque the pixels of an encoded picture are, a PIL image of one channel; None where it
+    says nothing of that. Raises `BadSample`.
+    """
+    try:
+        image = ImageOps.exif_transpose(open_picture(io.BytesIO(data)))
+        return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    except BadSample:
+        raise
+    except Exception as error:
+        raise BadSample(f"unreadable picture ({_reason(error)})") from None
 
 
 def to_rgb(image):
@@ -69,22 +97,29 @@ class Frame:
     width: int
     mirrored: bool
 
-    def of(self, image):
-        """The frame's RGB image, of the picture or of another that shows the same in another size.
+    def of(self, image, resample=Image.Resampling.LANCZOS):
+        """The frame's image, of the picture or of another that shows the same in another size.
 
         One of other proportions, but for a side's rounding, raises `BadSample`. Whole pixels of the
         right size stay as they are.
         """
+        check_proportions(image.size, self.size)
         scales = image.width / self.size[0], image.height / self.size[1]
-        if abs(image.width * self.size[1] - image.height * self.size[0]) > max(self.size):
-            theirs = "{}x{} pixels beside {}x{}".format(*image.size, *self.size)
-            raise BadSample(f"a picture of other proportions than the target's ({theirs})")
         box = tuple(
             min(edge * scale, side)
             for edge, scale, side in zip(self.box, scales * 2, image.size * 2)
         )
-        image = image.resize((self.width, self.height), Image.Resampling.LANCZOS, box=box)
+        image = image.resize((self.width, self.height), resample, box=box)
         return ImageOps.mirror(image) if self.mirrored else image
+
+
+def check_proportions(size, target):
+    """Raise `BadSample` unless (width, height) are in the proportion of `target`'s, but for a
+    side's rounding.
+    """
+    if abs(size[0] * target[1] - size[1] * target[0]) > max(target):
+        theirs = "{}x{} pixels beside {}x{}".format(*size, *target)
+        raise BadSample(f"a picture of other proportions than the target's ({theirs})")
 
 
 def choose_frame(size, height, width, *, crop="center", flip=False, generator=None):
@@ -106,8 +141,11 @@ def choose_frame(size, height, width, *, crop="center", flip=False, generator=No
 
 
 def picture_levels(image):
-    """An RGB image as (3, H, W) uint8: as it travels, in a quarter of the bytes of its pixels."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """An RGB image as (3, H, W) uint8, one of a single channel as (1, H, W): as it travels, in a
+    quarter of the bytes of its pixels.
+    """
+    levels = torch.from_numpy(np.array(image))
+    return levels.view(*levels.shape[:2], -1).permute(2, 0, 1).contiguous()
 
 
 def pixels_of(levels):

@@ -1,4 +1,6 @@
-"""Which data set a configuration names: made up, generated, or tars found and indexed."""
+"""Which data set a configuration names: made up, generated, or tars or folders found and
+indexed.
+"""
 
 import logging
 import os
@@ -7,14 +9,17 @@ from pathlib import Path
 
 from fluxlite.cli.atomic import naming_setting
 from fluxlite.cli.descriptions import read_json
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import expand_home, typed_description
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.data import fill50k
+from fluxlite.data.buckets import log_samples, shape_shards
+from fluxlite.data.folders import index_folder
+from fluxlite.data.indexed import cut_shards, open_shards
 from fluxlite.data.mock import MockPictures
 from fluxlite.data.parts import config_parts
 from fluxlite.data.places import expand_places
 from fluxlite.data.shards import Samples
-from fluxlite.data.tars import cut_shards, index_tar, open_shards
+from fluxlite.data.tars import index_tar
 
 log = logging.getLogger("fluxlite")
 
@@ -99,65 +104,83 @@ def find_shards(config, split, places):
         return _opened(config, "val_path", found)
     if config.kind == "fill50k":
         folder, parts = fill50k_folder(config, split), config_parts(config)
-        found = [(str(path), parts) for path in sorted(folder.glob("*.tar"))]
+        found = [(str(path), parts, 0) for path in sorted(folder.glob("*.tar"))]
         return _opened(config, "path", found, where=folder)
     held_out = [] if config.val_path else expanded("path", "val")
     if split == "val" and held_out:
         return _opened(config, "path", held_out)
-    shards = _opened(config, "path", expanded("path", "train"))
-    return shards if config.val_path or held_out else _split_off(config, split, shards)
+    found = expanded("path", "train")
+    shards, numbers = _opened(config, "path", found), [number for *_, number in found]
+    return shards if config.val_path or held_out else _split_off(config, split, shards, numbers)
 
 
 def _expanded(config, places, name, split):
-    """[(path, `SampleParts`)] of the tars that `data.path` or `data.val_path` names for a split.
+    """[(path, `SampleParts`, number of the place)] of the tars or folders that `data.path` or
+    `data.val_path` names for a split.
 
     They are kept in `places`, by (name, split), and taken from there the next time.
     """
     if (name, split) not in places:
-        options = dict(setting=f"data.{name}", download=config.download, check=index_tar)
-        where, parts = getattr(config, name), config_parts(config)
-        places[name, split] = expand_places(where, split, parts=parts, **options)
+        where, setting = getattr(config, name), f"data.{name}"
+        parts_of = partial(config_parts, config)
+        if config.kind == "folder":
+            named = [expand_home(path, setting) for path in where.split("::")]
+            found = [(path, parts_of(i), i) for i, path in enumerate(named) if split == "train"]
+        else:
+            options = dict(setting=setting, download=config.download, check=index_tar)
+            found = expand_places(where, split, parts_of=parts_of, **options)
+        places[name, split] = found
     return places[name, split]
 
 
 def _opened(config, name, found, where=None):
-    """The shards of tars that the setting `name` gave, indexed."""
+    """The shards of tars or folders that the setting `name` gave, indexed."""
     setting = f"data.{name}={where or getattr(config, name)}"
-    return open_shards(found, setting=setting, max_bad_fraction=config.max_bad_fraction)
+    if not found:
+        raise ValueError(
+            f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL"
+        )
+    index = index_folder if config.kind == "folder" else index_tar
+    places = [(path, parts, config.source(number)) for path, parts, number in found]
+    return open_shards(places, index, setting=setting, max_bad_fraction=config.max_bad_fraction)
 
 
-def _split_off(config, split, shards):
-    """The part of "train" or "val" where validation's samples are the last of the training set."""
-    total = sum(len(shard.keys) for shard in shards)
+def _split_off(config, split, shards, numbers):
+    """The part of "train" or "val" where validation's samples are the last of the first place of
+    `data.path`; `numbers` say of which place each shard is.
+    """
+    own = [shard for shard, number in zip(shards, numbers) if number == numbers[0]]
+    total = sum(len(shard.keys) for shard in own)
     start = total - config.val_count
     if start < 1:
         raise ValueError(
-            f"data.path={config.path} holds {total} samples: set data.val_count below that, or "
-            "data.val_path="
+            f"data.path={config.places()[0]} holds {total} samples: set data.val_count below that, "
+            "or data.val_path="
         )
     if split == "val":
-        return cut_shards(shards, start, total)
+        return cut_shards(own, start, total)
     log.info("the last %d of %d samples are kept for validation", config.val_count, total)
-    return cut_shards(shards, 0, start)
+    return cut_shards(own, 0, start) + shards[len(own) :]
 
 
 def _warn_of_overlap(config, found, places):
     """Say so where a tar is of the training set and of the validation set."""
     trained = {os.path.realpath(path) for path in training_paths(config, places)}
-    shared = [path for path, _ in found if os.path.realpath(path) in trained]
+    own = [(path, os.path.realpath(path)) for path, *_ in found]
+    shared = [path for path, real in own if trained & {real, *map(str, Path(real).parents)}]
     if shared:
         warn_for_all(
-            "%d of %d tars of data.val_path are trained on too, %s first: validation will look "
+            "%d of %d places of data.val_path are trained on too, %s first: validation will look "
             "better than it is",
             *(len(shared), len(found), shared[0]),
         )
 
 
 def training_paths(config, places):
-    """The training set's tars."""
+    """The training set's tars or folders."""
     if config.kind == "fill50k":
         return [str(path) for path in fill50k_folder(config, "train").glob("*.tar")]
-    return [path for path, _ in _expanded(config, places, "path", "train")]
+    return [path for path, *_ in _expanded(config, places, "path", "train")]
 
 
 def open_dataset(config, split, seed, places=None):
@@ -171,7 +194,9 @@ def open_dataset(config, split, seed, places=None):
         return MockPictures(config, split=split, seed=seed)
     shards = find_shards(config, split, places)
     if split == "train":
-        return Samples(config, shards, seed=seed, training=True)
+        samples = Samples(config, shape_shards(config, shards), seed=seed, training=True)
+        log_samples(samples)
+        return samples
     total = sum(len(shard.keys) for shard in shards)
     if total < config.val_count:
         raise ValueError(

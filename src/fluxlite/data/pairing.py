@@ -2,7 +2,7 @@
 
 import itertools
 
-from fluxlite.data.parts import CONTROL, IMAGE, IMAGES
+from fluxlite.data.parts import CONTROL, IMAGE, IMAGES, MASK
 from fluxlite.nets.configs import MODES
 
 SAME_KIND = {"jpg", "jpeg", "webp"}  # of these a sample has one
@@ -14,6 +14,7 @@ OTHER_PICTURES = {
     "condition",
     "conditioning",
     "reference",
+    "ref",
     "segmentation",
 }
 
@@ -63,9 +64,9 @@ def _lacking(columns, found, parts):
     several = sorted(SAME_KIND & set(found) & set(images))
     if columns[IMAGE] is None:
         return f"no picture ({', '.join(images)})"
-    if len(several) > 1 and parts.images == IMAGES:
+    if len(several) > 1 and parts.images[: len(IMAGES)] == IMAGES:
         return f"several pictures ({', '.join(several)}): which one is meant is unknown"
-    if not any(ending in found for ending in captions):
+    if parts.captions and not any(ending in found for ending in captions):
         return f"no caption ({', '.join(captions)})"
     if parts.control and columns[CONTROL] is None:
         return f"no control ({parts.control})"
@@ -105,7 +106,7 @@ def _of_one_run(columns, found, parts):
         return columns
     caption = next(columns[option[0]] for option in parts.captions if columns[option[0]])
     runs = {found[columns[IMAGE]][1], found[caption][1]}
-    control = columns[CONTROL] and found[columns[CONTROL]][1]
-    if len(runs) > 1 or len(images & captions) > 1 or control in (images | captions) - runs:
+    beside = {found[columns[i]][1] for i in (CONTROL, MASK) if columns[i]}
+    if len(runs) > 1 or len(images & captions) > 1 or beside & (images | captions) - runs:
         return None
-    return [e if e and found[e][1] in {*runs, control} else None for e in columns]
+    return [e if e and found[e][1] in runs | beside else None for e in columns]

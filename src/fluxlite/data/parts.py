@@ -1,13 +1,15 @@
-"""Which of a sample's files are its picture, caption and control: the one table of endings.
+"""Which of a sample's files are its picture, caption, control and mask: the one table of endings.
 
-A sample is the files of one key, and a key ends at the first dot of a file's name, as WebDataset
-and Energon have it: `a/frame.depth.png` is the `depth.png` of `a/frame`.
+A sample is the files of one key. In tars a key ends at the first dot of a file's name, as
+WebDataset and Energon have it: `a/frame.depth.png` is the `depth.png` of `a/frame`. In folders it
+ends at the last (`folders.split_file`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 IMAGES = ("jpg", "jpeg", "webp", "png")  # in this order: beside a jpg, a png is the control
-IMAGE, TEXT, JSON, CONTROL = range(4)  # columns of a shard's `spans`
+IN_FOLDERS = (*IMAGES, "bmp", "tif", "tiff", "gif")  # there other endings are common too
+IMAGE, TEXT, JSON, CONTROL, MASK = range(5)  # columns of a shard's `spans`
 MAX_KEY = 1024  # bytes; keys lie in a matrix as wide as the longest
 
 
@@ -21,11 +23,14 @@ class SampleParts:
     # the first that a sample has; the json's keys follow
     captions: tuple = ((JSON, "caption"), (TEXT,))
     control: str | None = None
+    mask: str | None = field(default=None, repr=False)
+    # whether the pictures' sizes are read, from their headers
+    measured: bool = field(default=False, repr=False)
 
     def endings(self):
-        """The endings of each column: IMAGE, TEXT, JSON, CONTROL."""
-        images = tuple(ending for ending in self.images if ending != self.control)
-        others = self.text, self.json, self.control
+        """The endings of each column: IMAGE, TEXT, JSON, CONTROL, MASK."""
+        images = tuple(e for e in self.images if e not in (self.control, self.mask))
+        others = self.text, self.json, self.control, self.mask
         return [images, *((ending,) if ending else () for ending in others)]
 
     def captioned(self):
@@ -43,10 +48,17 @@ class SampleParts:
         return ", ".join(names)
 
 
-def config_parts(config):
-    """The `SampleParts` of a sample as `data.caption_field` and `data.control` have them."""
+def config_parts(config, source=0):
+    """The `SampleParts` of a sample of one of the places of `data.path`."""
+    folder = config.kind == "folder"
+    fields = dict.fromkeys((config.caption_field, "text") if folder else (config.caption_field,))
+    captions = (*((JSON, name) for name in fields), (TEXT,))
     return SampleParts(
-        captions=((JSON, config.caption_field), (TEXT,)), control=config.control_ending
+        images=IN_FOLDERS if folder else IMAGES,
+        captions=captions if "{}" in config.source(source).template else (),
+        control=config.control_ending,
+        mask=None if config.mask == "alpha" else config.mask,
+        measured=folder or config.buckets,
     )
 
 

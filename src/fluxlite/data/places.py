@@ -4,33 +4,36 @@ import glob
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from fluxlite.cli.descriptions import check_regular
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import expand_home
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
 from fluxlite.data.parts import IMAGES
 from fluxlite.data.urls import REMOTE, fetch_tar
 
 
-def expand_places(where, split, *, setting, download, parts, check):
-    """The tars that `where` names for a split, in order: [(local path, its `SampleParts`)].
+def expand_places(where, split, *, setting, download, parts_of, check):
+    """The tars that `where` names for a split, in order: [(local path, its `SampleParts`, the
+    number of the place that named it)].
 
     `where` is a folder, a file, a glob, a brace pattern or a URL, or several with `::` between
     them. A folder with an Energon `.nv-meta/split.yaml` gives the tars of that split; any other
-    place belongs to "train". `check` raises `ValueError` for a fetched
-    file that is no whole tar. Raises `ValueError`, naming `setting`.
+    place belongs to "train". `parts_of(number)` are what an unnamed ending is at a place. `check`
+    raises `ValueError` for a fetched file that is no whole tar. Raises `ValueError`, naming
+    `setting`.
     """
-    found = []
-    for pattern in where.split("::"):
+    found, numbers = [], []
+    for number, pattern in enumerate(where.split("::")):
         for name in _names_of(pattern, setting):
             if re.match("file:", name) or REMOTE.match(name):
                 found += [(name, None)] if split == "train" else []
             else:
                 found += _local_tars(expand_home(name, setting), split, setting)
+        numbers += [number] * (len(found) - len(numbers))
     download, unanswered = Path(expand_home(download, "data.download")), set()
     with ThreadPoolExecutor(8) as pool:
         options = dict(setting=setting, unanswered=unanswered, check=check)
@@ -38,8 +41,9 @@ def expand_places(where, split, *, setting, download, parts, check):
         paths = list(pool.map(fetch, [name for name, _ in found]))
     _warn_of_repeats(paths, setting)
     folders = [root or os.path.dirname(path) for path, (_, root) in zip(paths, found)]
-    parts_of = {folder: energon_parts(folder, parts) for folder in set(folders)}
-    return [(path, parts_of[folder]) for path, folder in zip(paths, folders)]
+    described = cache(lambda folder, number: energon_parts(folder, parts_of(number)))
+    places = zip(paths, folders, numbers)
+    return [(path, described(folder, number), number) for path, folder, number in places]
 
 
 def _warn_of_repeats(paths, setting):
@@ -83,7 +87,7 @@ def _no_tar_in(folder):
     """What a folder without a tar holds, and what to do."""
     inside = (entry for pattern in ("*", "*/*") for entry in Path(folder).glob(pattern))
     if any(entry.suffix[1:].lower() in IMAGES for entry in inside):
-        return "pictures and no .tar: docs/from-kohya.md has the command that makes a tar of them"
+        return "pictures and no .tar: set data=folder"
     return "no .tar: name the folder of the tars itself, a glob or a URL"
 
 

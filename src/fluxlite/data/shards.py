@@ -1,4 +1,5 @@
-"""Samples of tars, read by position, in an order that is a pure function of (seed, epoch).
+"""Samples of tars and folders, read by position, in an order that is a pure function of (seed,
+epoch).
 
 The sample of a global index is the same on any mesh and with any workers, and a resumed run reads
 nothing that was consumed.
@@ -9,40 +10,28 @@ import os
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fluxlite import rng
 from fluxlite.cli.descriptions import foreign_json
 from fluxlite.cli.options import shortened
+from fluxlite.data.config import Source
 from fluxlite.data.images import (
     BadSample,
     canny_edges,
     choose_frame,
+    decode_alpha,
     decode_picture,
     picture_levels,
 )
-from fluxlite.data.parts import CONTROL, IMAGE, JSON, TEXT, config_parts, printable_name
+from fluxlite.data.order import RecentValues, order_samples
+from fluxlite.data.parts import CONTROL, IMAGE, JSON, MASK, TEXT, config_parts, printable_name
 from fluxlite.data.urls import fetched_description
 from fluxlite.nets.configs import MODES, mode_number
 
 MAX_IN_A_ROW = 100  # bad samples, before a wrong setting is a likelier reason than bad luck
-MAX_PART_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24}  # of a file
-
-
-class RecentValues:
-    """The last `limit` values that were made, by key; in another process it starts empty."""
-
-    def __init__(self, limit):
-        self.limit, self.values = limit, {}
-
-    def get(self, key, make):
-        if key not in self.values:
-            while len(self.values) >= self.limit:
-                del self.values[next(iter(self.values))]
-            self.values[key] = make()
-        return self.values[key]
-
-    def __reduce__(self):
-        return RecentValues, (self.limit,)
+# of a file
+MAX_PART_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, MASK: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24}
 
 
 def stated_mode(data):
@@ -52,54 +41,6 @@ def stated_mode(data):
     except ValueError:  # then there is no caption either, which is reported
         return None
     return fields.get("mode") if isinstance(fields, dict) else None
-
-
-# --- in which order -------------------------------------------------------------------------------
-
-
-class SampleOrder:
-    """Which sample a global index is.
-
-    Each epoch permutes the shards, then the samples within windows of `window` shards. Samples are
-    numbered through the shards, whose sizes are `counts`. Only the windows in use are permuted.
-    """
-
-    def __init__(self, counts, *, seed, shuffle, window):
-        self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.seed, self.shuffle, self.window = seed, shuffle, window
-        self.permuted = RecentValues(6)
-
-    def __len__(self):
-        return int(self.starts[-1])
-
-    def following(self, index):
-        """The numbers of an epoch's samples, from a global index on, the first after the last."""
-        epoch, position = divmod(int(index), len(self))
-        return (self._number(epoch, (position + i) % len(self)) for i in range(len(self)))
-
-    def _number(self, epoch, position):
-        if not self.shuffle:
-            return position
-        shards, ends = self.permuted.get(epoch, lambda: self._permuted_shards(epoch))
-        i = int(np.searchsorted(ends, position, side="right"))
-        numbers = self.permuted.get((epoch, i), lambda: self._permuted_window(epoch, i, shards))
-        return int(numbers[position - (ends[i - 1] if i else 0)])
-
-    def _rng(self, epoch, stream):
-        return np.random.default_rng(rng.generator(self.seed, epoch, stream).initial_seed())
-
-    def _permuted_shards(self, epoch):
-        """The epoch's shards in their order, and the position at which each window of them ends."""
-        shards = self._rng(epoch, "shards").permutation(len(self.starts) - 1)
-        sizes = np.add.reduceat(
-            np.diff(self.starts)[shards], np.arange(0, len(shards), self.window)
-        )
-        return shards, np.cumsum(sizes)
-
-    def _permuted_window(self, epoch, i, shards):
-        shards = shards[i * self.window : (i + 1) * self.window]
-        numbers = np.concatenate([np.arange(self.starts[s], self.starts[s + 1]) for s in shards])
-        return self._rng(epoch, f"window {i}").permutation(numbers)
 
 
 # --- samples --------------------------------------------------------------------------------------
@@ -123,19 +64,17 @@ def first_good_sample(samples, index, load):
 
 
 class Samples:
-    """The data set of tars: pictures and captions, read by position.
+    """The data set of tars or folders: pictures and captions, read by position.
 
-    Controls are in the same frame as their images. A bad sample's place is taken by the epoch's
-    next good one. In training the crop, the flip and the dropping of the caption are keyed by
-    (seed, index); otherwise the crop is the centre's and captions stay.
+    Controls and masks are in the same frame as their images. A bad sample's place is taken by the
+    epoch's next good one of its shape. In training the crop, the flip and the dropping of the
+    caption are keyed by (seed, index); otherwise the crop is the centre's and captions stay.
     """
 
     def __init__(self, config, shards, *, seed, training):
         self.config, self.shards, self.seed, self.training = config, shards, seed, training
-        counts = [len(shard.keys) for shard in shards]
-        self.order = SampleOrder(
-            counts, seed=seed, shuffle=training and config.shuffle, window=config.shuffle_window
-        )
+        self.starts = np.cumsum([0, *(len(shard.keys) for shard in shards)])
+        self.order = order_samples(config, shards, seed=seed, shuffle=training and config.shuffle)
         self.files = RecentValues(256)
 
     def __len__(self):
@@ -147,24 +86,37 @@ class Samples:
         )
         if self.drops_caption(index):
             sample["captions"] = ""
-        return sample | {"indices": index, "keys": self.key(number), "bad": bad}
+        return sample | self.named(number, index) | {"bad": bad}
+
+    def named(self, number, index):
+        """What sample `number` is called at a global index, and what its loss counts."""
+        about = {"indices": index, "keys": self.key(number)}
+        if not (self.training and self.config.loss_weight):
+            return about
+        shard, _ = self.place(number)
+        return about | {"weights": torch.tensor(self.shards[shard].source.loss_weight)}
 
     def file_names(self):
-        """The names of the tars."""
+        """The names of the tars or folders."""
         return [shard.name for shard in self.shards]
 
     def layout_digest(self):
         """Sixteen hexadecimal digits for tars' names and sizes, and for what is read of them."""
         config = self.config
         control = f"/{config.control}/{config.control_mode}" if config.control else ""
-        digest = hashlib.blake2b(f"{config.caption_field}{control}".encode(), digest_size=8)
+        mask = f"/mask {config.mask}" if config.mask else ""
+        digest = hashlib.blake2b(f"{config.caption_field}{control}{mask}".encode(), digest_size=8)
+        columns = MASK + 1 if config.mask else CONTROL + bool(config.control_ending)
         for shard in self.shards:
-            spans = shard.spans if config.control_ending else shard.spans[:, :CONTROL]
             digest.update(f"{shard.name}/{shard.size}/{len(shard.keys)}/".encode())
             digest.update(b"/".join(shard.keys.tolist()))
-            digest.update(spans.tobytes())
+            digest.update(shard.spans[:, :columns].tobytes())
             if shard.parts != config_parts(config):
                 digest.update(repr(shard.parts).encode())
+            if shard.source.template != Source.template:
+                digest.update(shard.source.template.encode())
+            if shard.shapes is not None:
+                digest.update(shard.shapes.tobytes())
         return digest.hexdigest()
 
     def digest(self):
@@ -182,8 +134,8 @@ class Samples:
 
     def place(self, number):
         """The shard of a sample, by its position among the shards, and the row in it."""
-        shard = int(np.searchsorted(self.order.starts, number, side="right")) - 1
-        return shard, number - int(self.order.starts[shard])
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return shard, int(number - self.starts[shard])
 
     def key(self, number):
         """The name of a sample's tar and its own, as a log can show it."""
@@ -193,9 +145,11 @@ class Samples:
     def read(self, number, index):
         """Sample `number` as a global index has it; raises `BadSample`."""
         caption, image = self._caption(number), decode_picture(self._bytes(number, IMAGE))
-        framed = self._frame(image.size, index)
+        framed = self._frame(image.size, number, index)
         target = framed.of(image)
         sample = {"images": picture_levels(target), "captions": caption}
+        if self.config.mask:
+            sample["masks"] = picture_levels(self._mask(number, framed))
         if self.config.control:
             of_file = self.config.control_ending
             sample["controls"] = picture_levels(
@@ -210,14 +164,33 @@ class Samples:
         drawn = rng.uniform(seed=self.seed, indices=[index], stream="dropout")
         return self.training and bool(drawn < self.config.caption_dropout)
 
-    def _frame(self, size, index):
+    def shape(self, number):
+        """Height and width that sample `number` is framed to."""
+        shard, row = self.place(number)
+        shapes = self.shards[shard].shapes
+        return (self.config.height, self.config.width) if shapes is None else shapes[row].tolist()
+
+    def _frame(self, size, number, index):
         """The part of a picture of `size` that a global index shows."""
-        config = self.config
+        config, shape = self.config, self.shape(number)
         if not self.training or (config.crop == "center" and not config.flip):
-            return choose_frame(size, config.height, config.width)
+            return choose_frame(size, *shape)
         generator = rng.generator(self.seed, index, "crop")
         drawn = dict(crop=config.crop, flip=config.flip, generator=generator)
-        return choose_frame(size, config.height, config.width, **drawn)
+        return choose_frame(size, *shape, **drawn)
+
+    def _mask(self, number, framed):
+        """A sample's mask, an image of one channel; white where it has none."""
+        of_file = self.config.mask != "alpha"
+        data = self._bytes(number, MASK if of_file else IMAGE)
+        try:
+            mask = data and (decode_picture(data).convert("L") if of_file else decode_alpha(data))
+            mask = framed.of(mask or Image.new("L", framed.size, "white"), Image.Resampling.BOX)
+        except BadSample as error:
+            raise BadSample(f"its mask ({self.config.mask}): {error}") from None
+        if not mask.getbbox():
+            raise BadSample(f"its mask ({self.config.mask}) is black: nothing of it would count")
+        return mask
 
     def _control(self, number, framed):
         try:
@@ -243,33 +216,38 @@ class Samples:
     def _bytes(self, number, column):
         """The bytes of a sample's picture, txt, json or control; None where it has none."""
         shard, row = self.place(number)
-        offset, size = self.shards[shard].spans[row, column].tolist()
+        shard = self.shards[shard]
+        offset, size = shard.spans[row, column].tolist()
         if size < 0:
             return None
         if size > MAX_PART_BYTES[column]:
             raise BadSample(f"a file of {size} bytes")
-        data = os.pread(self._opened(self.shards[shard]).fileno(), size, offset)
+        data = os.pread(self._opened(shard, shard.places[row, column]).fileno(), size, offset)
         if len(data) != size:
-            raise BadSample("its tar has become shorter")
+            raise BadSample("its file has become shorter")
         return data
 
-    def _opened(self, shard):
-        """The tar as a file, the one that was indexed: in another one the pairs would be wrong."""
-        file, identity = self.files.get(shard.path, shard.open_unchanged)
+    def _opened(self, shard, number):
+        """A file of a shard, the one that was indexed: in another one the pairs would be wrong."""
+        path = shard.files[number][0]
+        file, identity = self.files.get(path, lambda: shard.open_unchanged(number))
         if shard.identity_of(file) != identity:
-            del self.files.values[shard.path]
-            return self._opened(shard)
+            del self.files.values[path]
+            return self._opened(shard, number)
         return file
 
     def _caption(self, number):
-        """What the first of `SampleParts.captions` that the sample has says."""
-        shard, _ = self.place(number)
+        """What the first of `SampleParts.captions` that the sample has says, in its template."""
+        shard = self.shards[self.place(number)[0]]
+        parts, template = shard.parts, shard.source.template
+        if not parts.captions:
+            return template
         columns = {TEXT: self._bytes(number, TEXT), JSON: self._bytes(number, JSON)}
-        for column, *keys in self.shards[shard].parts.captions:
+        for column, *keys in parts.captions:
             text = _decoded_text(columns[column], keys)
             if text is not None:
-                return _checked_caption(text)
-        raise BadSample(f"no caption: {self.shards[shard].parts.wanted()}")
+                return template.replace("{}", _checked_caption(text))
+        raise BadSample(f"no caption: {parts.wanted()}")
 
 
 def _decoded_text(data, keys):

@@ -1,72 +1,20 @@
-"""Tars of samples, indexed: their headers are read once, then each file is one read away.
-
-n samples of a tar.
-"""
+"""Tars of samples, indexed: their headers are read once."""
 
 import os
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-
-import numpy as np
 
 from fluxlite.cli.descriptions import check_regular
 from fluxlite.cli.file_kinds import ARCHIVE, KIND_BYTES, TAR, file_kind
-from fluxlite.cli.programs import warn_for_all
-from fluxlite.data.pairing import choose_parts, split_name
-from fluxlite.data.parts import MAX_KEY, SampleParts, printable_name
+from fluxlite.data.indexed import index_samples
+from fluxlite.data.pairing import split_name
+from fluxlite.data.parts import SampleParts
 
 MAX_TAR_HEADER = 1 << 20  # bytes of a long name or of attributes
 TAR_DAMAGE = (  # what reading nonsense as a tar can raise
     *(tarfile.TarError, ValueError, IndexError, KeyError),
     *(EOFError, OverflowError, RecursionError),
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """The usable samples of one tar, and where each one's picture, txt, json and control lie.
-
-    A size of -1 is none.
-    """
-
-    path: str
-    size: int
-    modified: int  # mtime in nanoseconds
-    parts: SampleParts
-    keys: np.ndarray  # (n,) bytes
-    spans: np.ndarray  # (n, 4, 2) offset and size, by column
-    skipped: tuple  # "key: reason" of samples without a picture, a caption or a control
-
-    @property
-    def name(self):
-        """The tar's name without its ending, as a log or a JSON file can show it."""
-        return printable_name(Path(self.path).stem)
-
-    @staticmethod
-    def identity_of(file):
-        """Size and time of change of an open file."""
-        about = os.fstat(file.fileno())
-        return about.st_size, about.st_mtime_ns
-
-    def open_unchanged(self):
-        """The tar, unbuffered, and its `identity_of`.
-
-        Raises `ValueError` where it is not the one that was indexed. One that was touched or
-        written anew will do where its files lie where they lay.
-        """
-        check_regular(self.path)
-        file = open(self.path, "rb", buffering=0)
-        identity = self.identity_of(file)
-        if identity != (self.size, self.modified):
-            now = index_tar(self.path, self.parts)
-            rows = {key: i for i, key in enumerate(now.keys.tolist())}
-            same = [rows.get(key, -1) for key in self.keys.tolist()]
-            if -1 in same or not np.array_equal(now.spans[same], self.spans):
-                raise ValueError(f"{self.path} was changed while it is read: start again")
-        return file, identity
 
 
 def index_tar(path, parts=SampleParts()):  # noqa: B008 (frozen)
@@ -80,24 +28,12 @@ def index_tar(path, parts=SampleParts()):  # noqa: B008 (frozen)
 
 @cache  # validation is often cut from the training set, and opened more than once
 def _indexed(path, size, modified, parts):
-    keys, spans, skipped = [], [], []
-    for key, files in _files_by_key(path).items():
-        encoded = key.encode(errors="surrogateescape")
-        if len(encoded) > MAX_KEY:
-            skipped.append(f"{printable_name(key[:80])}…: a name of {len(encoded)} bytes")
-            continue
-        places, lost = choose_parts(files, parts)
-        skipped += [f"{printable_name(encoded)}: {reason}" for reason in lost]
-        if places:
-            keys.append(encoded)
-            spans.append([place or (0, -1) for place in places])
-    keys = np.array(keys, f"S{max(map(len, keys), default=1)}")
-    spans = np.array(spans, np.int64).reshape(-1, 4, 2)
-    return Shard(path, size, modified, parts, keys, spans, tuple(skipped))
+    files = ((path, size, modified),)
+    return index_samples(path, files, parts, index_tar, _files_by_key(path))
 
 
 def _files_by_key(path):
-    """{key: [(ending, (offset, size), run)]} of a tar; a run is a stretch of files of one key."""
+    """{key: [(ending, (0, offset, size), run)]} of a tar; a run: a stretch of files of one key."""
     found, before, run = {}, None, 0
     for name, place in _members(path):
         split = split_name(name)
@@ -105,7 +41,7 @@ def _files_by_key(path):
             continue
         run += split[0] != before
         before = split[0]
-        found.setdefault(before, []).append((split[1], place, run))
+        found.setdefault(before, []).append((split[1], (0, *place), run))
     return found
 
 
@@ -171,41 +107,3 @@ def _place_of(member, places):
 
 def _plain_name(name):
     return name.removeprefix("./")
-
-
-def open_shards(places, *, setting, max_bad_fraction):
-    """Index tars, [(path, its `SampleParts`)], in parallel, as `index_tar` does.
-
-    Raises `ValueError`, naming `setting`, where nothing or too little in them is usable.
-    """
-    if not places:
-        raise ValueError(
-            f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL"
-        )
-    try:
-        with ThreadPoolExecutor(16) as pool:
-            shards = list(pool.map(lambda place: index_tar(*place), places))
-    except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from None
-    skipped = []
-    for shard in shards:
-        skipped += [f"{shard.name}/{entry}" for entry in shard.skipped]
-    usable = sum(len(shard.keys) for shard in shards)
-    if not usable or len(skipped) > max_bad_fraction * (usable + len(skipped)):
-        shown = "; ".join(skipped[:3]) or "they are empty"
-        limit = f"data.max_bad_fraction={max_bad_fraction}"
-        counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(places)} tars"
-        raise ValueError(f"{setting}: {counts} cannot be used, more than {limit}: {shown}")
-    for entry in skipped:
-        warn_for_all("skipped %s", entry)
-    return shards
-
-
-def cut_shards(shards, start, stop):
-    """Samples `start` to `stop` of shards, numbered through, as shards."""
-    kept, first = [], 0
-    for shard in shards:
-        rows = slice(max(0, start - first), max(0, stop - first))
-        first += len(shard.keys)
-        kept.append(replace(shard, keys=shard.keys[rows], spans=shard.spans[rows]))
-    return [shard for shard in kept if len(shard.keys)]

@@ -17,8 +17,8 @@ from urllib.request import Request, url2pathname, urlopen
 
 from fluxlite.cli.atomic import aside_of, atomic_file, locked, naming_errors, naming_setting
 from fluxlite.cli.descriptions import read_json
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import typed_description
-from fluxlite.cli.programs import warn_for_all
 
 STALLED = 30  # seconds without a byte, after which a server is given up
 SLOW_COMMAND = 600  # the same for commands, which may prepare something first

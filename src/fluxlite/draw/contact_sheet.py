@@ -1,6 +1,7 @@
 """Pictures in a grid, with captions: what `infer.py`, `prove.py` and a run's grids show."""
 
 import math
+from operator import attrgetter
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -42,7 +43,7 @@ def contact_sheet(images, *, columns=None, captions=None):
             f"{len(captions)} captions for {len(images)} pictures: give one for each, '' for none"
         )
     images = enlarge_alike(images)
-    width, height = (max(sides) for sides in zip(*[image.size for image in images]))
+    width, height = map(max, zip(*map(attrgetter("size"), images)))
     columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
     font = ImageFont.load_default(size=max(12, width // 24))
     wrapped, below = [()] * len(images), 0

@@ -10,16 +10,18 @@ B pictures, L tokens, H hidden width.
 """
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from fluxlite import rng
-from fluxlite.cli.options import check_kind, check_options, expand_home, option
+from fluxlite.cli.options import check_kind, check_options, option
 from fluxlite.data import images
 from fluxlite.data.transfers import send_tensor
+from fluxlite.draw import canvas
 from fluxlite.draw.sampling import prepare_conditions
 from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.configs import MODES, mode_number
@@ -87,10 +89,6 @@ class Control:
         return own | {name: getattr(self, name) for name in ("scale", "start", "end", "mode")}
 
 
-def is_picture(image):
-    return isinstance(image, Image.Image)
-
-
 # --- before anything is loaded --------------------------------------------------------------------
 
 
@@ -112,7 +110,8 @@ def open_control(control, pipeline, height, width, num_prompts=1):
     if not is_loaded(control):
         where = f"controlnet.checkpoint={control.checkpoint}"
         net = writing.open_converted(net, control.save_converted, part="controlnet")
-    net.config.check_fits(pipeline.model_config, where)
+    base = pipeline.model_config  # a net sees latents alone, whatever else its base sees
+    net.config.check_fits(replace(base, in_channels=base.out_channels), where)
     net.config.check_hint(pipeline.sources["autoencoder"].config.downsampling, where)
     mode = union_mode(control.mode, net.config.num_modes, where)
     return replace(control, checkpoint=net, image=pixels, mode=mode)
@@ -153,62 +152,77 @@ def read_picture(image, height, width):
 
     Raises `ValueError`.
     """
-    given, name = image, "the control image" if is_picture(image) else f"control_image={image}"
-    try:
-        decoded = (
-            images.to_rgb(given) if is_picture(given) else images.decode_picture(_read_file(given))
-        )
-        return images.resize_crop(decoded, height, width)
-    except images.BadSample as error:
-        remedy = ": pass it as RGB" * is_picture(given)
-        raise ValueError(f"{name} cannot be read ({error}){remedy}") from None
-
-
-def _read_file(path):
-    file = Path(expand_home(str(path), "control_image"))
-    if not file.is_file():
-        raise ValueError(f"control_image={path} is not a file")
-    return file.read_bytes()
+    return images.resize_crop(canvas.read_rgb(image, "control_image"), height, width)
 
 
 # --- at each step ---------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def prepare_hint(opened, number, autoencoder, device) -> Callable:
+def prepare_hint(opened, number, autoencoder, device, posteriors=None) -> Callable:
     """A function from prompts' numbers and pictures' seeds to the hint of net `number`, for
     `ControlNet.embed_hint`.
 
     Latents are a sample of the posterior, as diffusers' pipeline takes it, drawn for each picture
-    from its seed alone.
+    from its seed alone or taken of `posteriors`.
     """
     pixels = send_tensor(opened.image, device)
     if opened.checkpoint.config.hint == "pixel":
-        return lambda prompts, seeds: _rows_for(prompts, pixels)
-    posterior = autoencoder.posterior(pixels)
+        return lambda prompts, seeds: rows_for(prompts, pixels)
+    posteriors = posteriors or Posteriors()
+    draw = posteriors.draw_of(f"controlnet_{number}", seed=number, stream="control")
+    return sample_latents_of(autoencoder, pixels, draw)
 
-    def sample_hint(prompts, seeds):
-        mean, logvar = (_rows_for(prompts, values) for values in posterior)
-        noise = rng.normal(mean.shape[1:], seed=number, indices=seeds, stream="control")
-        noise = send_tensor(noise, device)
+
+@dataclass
+class Posteriors:
+    """Normal draws for encoding pictures that a caller gives in place of ours: {name: draws
+    (pictures or 1, C, h, w)}, and the seeds of the pictures.
+    """
+
+    given: dict = field(default_factory=dict)
+    seeds: list = field(default_factory=list)
+
+    def draw_of(self, name, **key) -> Callable:
+        """A function (shape, indices=seeds) → draws (B, *shape): those given by name, or of
+        `rng.normal` with such keys.
+        """
+        if name not in self.given:
+            return partial(rng.normal, **key)
+        draws = self.given[name].expand(len(self.seeds), -1, -1, -1)
+        row = {seed: n for n, seed in enumerate(self.seeds)}
+        return lambda shape, indices: draws[[row[one] for one in indices]]
+
+
+def sample_latents_of(autoencoder, pixels, draw) -> Callable:
+    """A function from prompts' numbers and pictures' seeds to packed latents (B, L, C) of pixels
+    (P, 3, H, W), P as many as prompts or 1: samples of their posterior by
+    `draw(shape, indices=seeds)`.
+    """
+    alone = (autoencoder.posterior(one[None]) for one in pixels)  # the same bits in any company
+    posterior = [torch.cat(part) for part in zip(*alone)]
+
+    def sample(prompts, seeds):
+        mean, logvar = (rows_for(prompts, values) for values in posterior)
+        noise = send_tensor(draw(mean.shape[1:], indices=seeds), mean.device)
         return pack_latents(autoencoder.scale(sample_posterior(mean, logvar, noise)))
 
-    return sample_hint
+    return sample
 
 
-def _rows_for(prompts, values):
+def rows_for(prompts, values):
     """The rows of some prompts; of one row, which serves all, itself."""
     if len(values) == 1:
         return values
     return values[send_tensor(torch.as_tensor(prompts), values.device)]
 
 
-def prepare_controls(pipeline, controls, texts, times, guidance) -> Callable:
+def prepare_controls(pipeline, controls, texts, times, guidance, posteriors=None) -> Callable:
     """A function from prompts' numbers and pictures' seeds to `residuals` of `sample_latents`: the
     sum of what all nets add that are active at a step.
     """
     nets = [
-        prepare_control(pipeline, control, number, texts, times, guidance)
+        prepare_control(pipeline, control, number, texts, times, guidance, posteriors)
         for number, control in enumerate(controls)
     ]
 
@@ -225,7 +239,7 @@ def prepare_controls(pipeline, controls, texts, times, guidance) -> Callable:
     return attach
 
 
-def prepare_control(pipeline, control, number, texts, times, guidance) -> Callable:
+def prepare_control(pipeline, control, number, texts, times, guidance, posteriors) -> Callable:
     """`prepare_controls` of one net, its `number` the stream of its draws: loaded, conditioned."""
     loaded, net, base = is_loaded(control), control.checkpoint, pipeline.model_config
     if loaded:
@@ -236,7 +250,7 @@ def prepare_control(pipeline, control, number, texts, times, guidance) -> Callab
     conditions = prepare_conditions(net, texts, times, guidance, control.mode, keep=keep)
     if not loaded:
         pipeline.place_net(net)
-    hint = prepare_hint(control, number, pipeline.autoencoder, pipeline.device)
+    hint = prepare_hint(control, number, pipeline.autoencoder, pipeline.device, posteriors)
 
     def attach(prompts, seeds):
         known, embedded = conditions(prompts), net.embed_hint(hint(prompts, seeds))

@@ -13,6 +13,8 @@ import torch
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
+from fluxlite.parallel.host_memory import host_buffer
+
 OFFLOAD = ("none", "text", "all")
 # What a step holds at once at most, in tensors (B, L, H) of the compute dtype, and decoding in
 # tensors (widest channels, H, W): counted, and then some.
@@ -76,15 +78,16 @@ def _bytes(module):
     return sum(p.nbytes for p in module.parameters())
 
 
-def bytes_beside(config, autoencoder, sample, batch, itemsize, residuals=0):
+def bytes_beside(config, autoencoder, sample, batch, itemsize, residuals=0, references=0):
     """Bytes that a drawing takes at most beside the weights: of a step of `batch` pictures, or of
     one that is decoded.
 
     config and autoencoder are those of the nets, `sample` a `SampleConfig`, `residuals` as many
-    tensors as ControlNets give at a step.
+    tensors as ControlNets give at a step, `references` as many tokens of reference pictures.
     """
     pixels = sample.height * sample.width
     tokens = sample.max_sequence_length + pixels // (2 * autoencoder.downsampling) ** 2
+    tokens += references
     step = (STEP_TENSORS + residuals) * batch * tokens * config.hidden_size
     decoded = DECODED_TENSORS * pixels * max(autoencoder.block_out_channels[:2])
     return itemsize * max(step, decoded)
@@ -134,7 +137,7 @@ class Feed:
         become views of it. Whatever else it has is moved to the device.
         """
         size = sum(aligned_size(p) for p in self._streamed(block))
-        home = torch.empty(size, dtype=torch.uint8, pin_memory=self.cuda)
+        home = host_buffer(size, torch.uint8, pinned=self.cuda)
         self._point(block, home, fill=True)
         for p in block.parameters():
             p.data = p.data.to(self.device) if self.training and p.requires_grad else p.data

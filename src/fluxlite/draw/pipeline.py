@@ -8,6 +8,7 @@
 B pictures, L tokens, C channels, h and w in latent cells.
 """
 
+import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fluxlite import parallel
-from fluxlite.cli.devices import settle_machine
+from fluxlite.cli.devices import float8_conflicts, settle_machine
 from fluxlite.cli.options import (
     check_kind,
     nearest_key,
@@ -33,7 +34,8 @@ from fluxlite.cli.options import (
     typed_options,
 )
 from fluxlite.data.transfers import send_tensor
-from fluxlite.draw.control import Control, open_control, prepare_controls
+from fluxlite.draw import canvas, kinds
+from fluxlite.draw.control import Control, Posteriors, open_control, prepare_controls
 from fluxlite.draw.offload import (
     OFFLOAD,
     bytes_beside,
@@ -46,10 +48,10 @@ from fluxlite.draw.sampling import (
     decode_pictures,
     initial_noise,
     prepare_conditions,
-    sample_euler,
     sample_latents,
 )
-from fluxlite.nets.configs import FluxConfig, check_channels
+from fluxlite.draw.solvers import SOLVERS
+from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import ATTENTION, rope_table
 from fluxlite.nets.latents import (
     PATCH,
@@ -65,9 +67,10 @@ from fluxlite.nets.schedule import (
     check_times,
     cut_times,
     is_schnell,
+    strength_times,
     times_for,
 )
-from fluxlite.weights import lora_merging, run_folder, sources, writing
+from fluxlite.weights import lora_files, lora_merging, run_folder, sources, writing
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES, TINY
 from fluxlite.weights.text_encoders import load_text_encoders
@@ -85,6 +88,8 @@ DIFFUSERS_NAMES = {  # a name of diffusers' pipelines: ours
     "generator": "seed",
     "sigmas": "times",
     "output_type": "decode",
+    "mask_image": "mask",
+    "padding_mask_crop": "crop",
     "callback_on_step_end": "on_step",
     "torch_dtype": "dtype",
 }
@@ -193,6 +198,32 @@ class DrawConfig(OwnSampleConfig):
         "are blended: less memory, not exact; 0: whole",
         at_least=0,
         at_most=100_000,
+    )
+    strength: float | None = option(
+        None,
+        "how much of image= is drawn anew: the part of the steps that are taken; null: 0.6, or 1 "
+        "of FLUX.1-Fill and with reference=",
+        at_least=0.001,
+        at_most=1,
+    )
+    paste: bool = option(
+        False, "put what is drawn under mask= back into image=, whose other pixels stay as they are"
+    )
+    crop: int = option(
+        -1,
+        "draw, and paste, only the part of image= around the mask and so many pixels; -1: all",
+        at_least=-1,
+        at_most=100_000,
+    )
+    canny: bool = option(
+        False, "have a FLUX.1-Canny follow the edges of control_image=, which is a photograph then"
+    )
+    place: int = option(
+        -1,
+        "draw each picture as number so and so of `batch` copies, whose bits are those that it had "
+        "there among others; a picture's metadata say it; -1: together with others",
+        at_least=-1,
+        at_most=10_000,
     )
 
 
@@ -331,6 +362,7 @@ class Pipeline:
     device: torch.device
     dtype: torch.dtype
     loras: list = field(default_factory=list)  # `OpenLora`s: `use_loras`
+    known_texts: dict = field(default_factory=dict)  # `remember_texts`
 
     @cached_property
     def encoders(self):
@@ -360,10 +392,41 @@ class Pipeline:
     def keeps_parts(self):
         return self.config.offload == "none"
 
+    @property
+    def cell(self):
+        """Pixels of a latent cell along a side."""
+        return self.sources["autoencoder"].config.downsampling
+
+    @property
+    def kind(self):
+        """What the transformer sees beside noise: a key in `kinds.KINDS`; raises `ValueError`."""
+        return kinds.kind_of(self.model_config, self.cell, self.where)
+
+    @property
+    def where(self):
+        return f"model.checkpoint={self.config.model.checkpoint}"
+
     def release(self, part):
         """Drop a part, to be loaded again where it is used again, unless all are kept."""
         if not self.keeps_parts:
             vars(self).pop(part, None)
+
+    def drop_parts(self):
+        """Free all parts and texts; they are loaded again where they are used again."""
+        self.known_texts = {}
+        for part in ("encoders", "transformer", "autoencoder"):
+            vars(self).pop(part, None)
+
+    def remember_texts(self, texts):
+        """Encode (prompt, T5 tokens) pairs for drawings to come, and forget others."""
+        self.known_texts = {text: self.encode_text(*text) for text in texts}
+        self.release("encoders")
+
+    @torch.inference_mode()
+    def encode_text(self, prompt, length):
+        """(txt (1, L, D), pooled (1, W)) of a prompt, alone: the same bits in any company."""
+        known = self.known_texts.get((prompt, length))
+        return self.encoders.encode([prompt], length) if known is None else known
 
     def use_loras(self, *loras):
         """Draw with these LoRAs from now on, and no others: paths or `Lora`s; with none, with the
@@ -452,18 +515,39 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     Parts that are not named are looked for beside it. They are checked to fit together, as far as
     that can be seen. Raises `ValueError` that names the missing key.
     """
-    config = settle_machine(config)
+    config, own = settle_base(settle_machine(config))
     device, dtype = torch.device(config.device), sources.named_dtype(config.dtype)
     found = find_sources(config.model)
     check_float8(config, dtype, found["transformer"])
-    width, kind = found["transformer"].config.hidden_size, config.model.quantize
-    refuse_first(quantize_conflicts(kind, width))
-    settings = default_settings(found["transformer"])
+    width, how = found["transformer"].config.hidden_size, config.model.quantize
+    refuse_first(quantize_conflicts(how, width))
+    cell = found["autoencoder"].config.downsampling
+    kind = kinds.kind_of(found["transformer"].config, cell, "model.checkpoint")
+    settings = kinds.KINDS[kind].settings | default_settings(found["transformer"]) | own
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
     pipeline = Pipeline(config, found, settings, device, dtype)
     pipeline.use_loras(*config.lora.loras())
     return pipeline
+
+
+def settle_base(config):
+    """A `PipelineConfig` whose checkpoint, where it is the run of a LoRA, is that run's base with
+    the LoRA, and the run's {field of SampleConfig: value}; raises `ValueError`.
+    """
+    model, path = config.model, Path(config.model.checkpoint).expanduser()
+    if not lora_files.run_lora(path):
+        return config, {}
+    folder = run_folder.last_checkpoint(path)
+    meta = run_folder.read_meta(folder)
+    saved = run_folder.saved_parts(folder, meta)
+    averaged = f"model.ema=false: of model.checkpoint={path} the LoRA is there averaged alone"
+    random = f"model.checkpoint={path} is the LoRA of a random base"
+    refuse_first([(not saved.checkpoint, random), (meta.ema and not model.ema, averaged)])
+    parts = {name: getattr(model, name) or where for name, where in vars(saved).items()}
+    model = replace(model, **parts | {"checkpoint": saved.checkpoint})
+    lora = replace(config.lora, file=[Lora(path), *config.lora.loras()], scale=[])
+    return replace(config, model=model, lora=lora), run_folder.run_settings(folder, meta)
 
 
 def check_float8(config, dtype, transformer):
@@ -476,7 +560,7 @@ def check_float8(config, dtype, transformer):
     apart = "float8=true rounds weights that LoRAs are merged into: leave lora.merge=false out"
     twice = "float8=true rounds weights that model.quantize= rounds: leave one of them out"
     name, hidden = str(dtype).removeprefix("torch."), transformer.config.hidden_size
-    conflicts = parallel.float8_conflicts("float8=true", config.device, name, hidden)
+    conflicts = float8_conflicts("float8=true", config.device, name, hidden)
     own = [
         (config.offload == "all", f"{streamed}: leave one of them out"),
         (not config.lora.merge, apart),  # of LoRAs given later too, by `use_loras`
@@ -491,7 +575,6 @@ def find_sources(model):
     expected = expected_shape(model)
     options = dict(ema=model.ema, given=expected)
     transformer = sources.open_part(checkpoint, "transformer", **options)
-    check_channels(transformer.config, f"model.checkpoint={checkpoint}")
     check_expected(transformer.config, expected, checkpoint)
     named = {part: getattr(model, part) for part in BESIDE_FOLDERS}
     parts = find_parts(checkpoint) | {part: where for part, where in named.items() if where}
@@ -503,6 +586,7 @@ def find_sources(model):
         )
     vae = sources.open_part(parts["autoencoder"], "autoencoder")
     check_widths(transformer.config, vae)
+    kinds.kind_of(transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}")
     if model.save_converted:
         transformer = writing.open_converted(checkpoint, model.save_converted, **options)
     return parts | {"transformer": transformer, "autoencoder": vae}
@@ -576,12 +660,17 @@ def generate(
     prompt: str | Sequence[str],
     *,
     checkpoint: str | Path | Pipeline = TINY,
+    image=None,
+    mask=None,
+    control_image=None,
+    reference=None,
     controls: Control | Sequence[Control] = (),
     times: Sequence[float] | torch.Tensor | None = None,
     start_time: float | None = None,
     latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
+    posteriors: dict | None = None,
     decode: bool = True,
-    solver: Callable = sample_euler,
+    solver: str | Callable = "euler",
     on_step: Callable | None = None,
     on_picture: Callable | None = None,
     stage: Callable[[str], AbstractContextManager] = nullcontext,
@@ -598,54 +687,118 @@ def generate(
     freed as `offload` says: text, the default, frees the text encoders before the transformer is
     loaded and the modulation's weights once all steps are modulated.
 
+    Pictures are paths or PIL images, one or one a prompt: `image` to begin from (`strength`),
+    `mask`, whose white part of it is drawn anew, `control_image` that a FLUX.1-Canny or -Depth
+    follows. All prompts have the same `reference`, one or several. Without height and width the
+    pictures have the proportions of the first of these.
+
     `times` fall from 1, noise, to 0, a picture, in place of steps and shift. Drawing begins at
     `start_time`, of which `latents` (pictures, C, h, w) are the state; they may also stand for the
-    noise at 1. Without `decode` the latents (C, h, w) at the last time come in place of pictures.
-    `solver` is a function as `sample_euler`.
+    noise at 1, and do with `image`. `posteriors` are normal draws, by name, for
+    encoding pictures (`control.Posteriors`). Without `decode` the latents (C, h, w) at the last
+    time come in place of pictures. `solver` is a name of `solvers.SOLVERS`, or a
+    function as those.
 
     `on_step(numbers, step, times, latents)` is called with the latents (B, C, h, w) of a batch's
     pictures at times[step], from step 0 on; `on_picture(number, picture)` with each picture as soon
     as its batch is drawn. Numbers count from 0. `stage(name)` is a context around each part of the
     work. Each picture's `info["sampling"]` are the settings it was drawn with. Raises `ValueError`.
     """
-    prompts = one_or_several(prompt, str, "prompt", "a text or a list of texts")
-    controls = one_or_several(controls, Control, "controls", "a Control or a list of them")
     check_kind(start_time, (Real, type(None)), "start_time", "a number")
-    refuse_first([(not prompts, "prompt=[] is empty: name what to draw")])
     pipeline, config = settle_options(checkpoint, config, options)
-    sample = settle_sample(pipeline, config)
-    times = settle_times(pipeline, config, sample, times, start_time)
-    size = sample.height, sample.width
-    opened = [open_control(control, pipeline, *size, len(prompts)) for control in controls]
-    pictures = list_pictures(len(prompts), config)
-    start = start_latents(latents, times, pictures, pipeline.latent_shape(*size))
+    given = dict(image=image, mask=mask, control_image=control_image, reference=reference)
+    times = dict(times=times, start_time=start_time)
+    plan = plan_drawing(
+        pipeline, config, prompt, controls, given, latents, posteriors, solver, **times
+    )
     with stage("text encoders"):
-        against = [config.negative_prompt] if sample.true_cfg > 1 else []
-        length, batch = sample.max_sequence_length, config.batch
-        texts = encode_texts(pipeline.encoders, [*prompts, *against], length, batch)
+        length = plan.sample.max_sequence_length
+        encoded = [pipeline.encode_text(text, length) for text in plan.texts()]
+        texts = [torch.cat(column) for column in zip(*encoded)]
         pipeline.release("encoders")
     with stage("transformer and modulation"):
-        most = min(batch, len(pictures))
-        draw = prepare_drawing(pipeline, texts, sample, times, opened, solver, most)
-    about = describe_drawing(sample, times, controls, pipeline.loras, config.tile)
-    rounded = {"float8": pipeline.config.float8, "model.quantize": pipeline.config.model.quantize}
-    about |= parallel.lossy_settings(rounded)
-    drawn = []
-    for first in range(0, len(pictures), batch):
-        rows = range(first, min(first + batch, len(pictures)))
+        draw = prepare_drawing(plan, texts)
+    about, drawn = describe_drawing(plan), []
+    for numbers, kept in list_batches(len(plan.pictures), config):
         with stage("denoising"):
-            callback = watch_steps(on_step, rows, times, pipeline.latent_shape(*size))
-            tokens = draw([pictures[i] for i in rows], start(rows), callback)
-        if rows.stop == len(pictures):
+            tokens = draw(numbers, watch_steps(on_step, numbers, kept, plan))
+        if numbers[-1] == len(plan.pictures) - 1:
             del draw
             pipeline.release("transformer")
         with stage("autoencoder"):
-            for number, row in zip(rows, tokens):
-                picture = finish_picture(pipeline, row[None], size, about, decode)
+            for place in kept:
+                own = about | {"batch": len(numbers), "place": place}
+                picture = finish_picture(plan, numbers[place], tokens[place][None], own, decode)
                 if on_picture:
-                    on_picture(number, picture)
+                    on_picture(numbers[place], picture)
                 drawn.append(picture)
     return drawn
+
+
+@dataclass
+class Plan:
+    """All of a drawing that is settled before anything is loaded.
+
+    `controls` are as they were given, `opened` by `open_control`; `pictures` are (index of its
+    prompt, seed of its draws) each; `noise(numbers)` is their `start_latents`.
+    """
+
+    pipeline: Pipeline
+    config: DrawConfig
+    prompts: list
+    inputs: kinds.Inputs
+    sample: SampleConfig
+    scene: kinds.Scene
+    times: torch.Tensor
+    controls: list
+    opened: list
+    pictures: list
+    noise: Callable
+    posteriors: Posteriors
+    solver: Callable
+
+    @property
+    def size(self):
+        """Height and width of what is drawn, in pixels."""
+        return self.sample.height, self.sample.width
+
+    @property
+    def shape(self):
+        """(C, h, w) of its latents."""
+        return self.pipeline.latent_shape(*self.size)
+
+    def texts(self):
+        """What is encoded: the prompts and, for classifier-free guidance, the negative one."""
+        return [*self.prompts, *[self.config.negative_prompt] * (self.sample.true_cfg > 1)]
+
+
+def plan_drawing(
+    pipeline,
+    config,
+    prompt,
+    controls=(),
+    given=(),
+    latents=None,
+    posteriors=None,
+    solver="euler",
+    **times_given,
+) -> Plan:
+    """The `Plan` of what `generate` takes, its pictures by name in `given`; raises `ValueError`."""
+    prompts = one_or_several(prompt, str, "prompt", "a text or a list of texts")
+    controls = one_or_several(controls, Control, "controls", "a Control or a list of them")
+    refuse_first([(not prompts, "prompt=[] is empty: name what to draw")])
+    inputs = kinds.open_inputs(len(prompts), **dict(given))
+    kinds.check_inputs(pipeline.kind, inputs, config, pipeline.where)
+    sample = settle_sample(pipeline, config, inputs.size)
+    scene = settle_scene(pipeline, config, inputs, sample)
+    times = settle_times(pipeline, config, sample, inputs=inputs, **times_given)
+    size = sample.height, sample.width
+    opened = [open_control(control, pipeline, *size, len(prompts)) for control in controls]
+    pictures, shape = list_pictures(len(prompts), config), pipeline.latent_shape(*size)
+    noise = start_latents(latents, times, pictures, shape, from_noise=bool(inputs.image))
+    draws = kinds.check_posteriors(posteriors, pictures, controls, shape)
+    found = sample, scene, times, controls, opened, pictures, noise, draws, find_solver(solver)
+    return Plan(pipeline, config, prompts, inputs, *found)
 
 
 def one_or_several(value, kind, key, meaning):
@@ -655,6 +808,22 @@ def one_or_several(value, kind, key, meaning):
     for one in found:
         check_kind(one, kind, key, meaning)
     return found
+
+
+def find_solver(solver):
+    """A function from a name of `SOLVERS` or from itself; raises `ValueError`."""
+    if callable(solver):
+        return solver
+    if solver not in SOLVERS:
+        names = ", ".join(SOLVERS)
+        raise ValueError(f"solver={shortened(solver)}: choose one of {names}, or pass a function")
+    return SOLVERS[solver]
+
+
+def solver_name(solver):
+    """What metadata call a solver."""
+    known = {function: name for name, function in SOLVERS.items()}
+    return known.get(solver, getattr(solver, "__name__", "own"))
 
 
 def settle_options(checkpoint, config, options):
@@ -678,16 +847,20 @@ def settle_options(checkpoint, config, options):
     return checkpoint, config
 
 
-def settle_sample(pipeline, config):
-    """The checked `SampleConfig` of a `DrawConfig`: what that leaves open is the checkpoint's
-    own.
+def settle_sample(pipeline, config, picture=None):
+    """The checked `SampleConfig` of a `DrawConfig`: what that leaves open is the checkpoint's own,
+    but a size that of a given `picture` (width, height), in as many pixels.
     """
     named = {name: getattr(config, name) for name in SAMPLE_FIELDS}
     given = {name: value for name, value in named.items() if value is not None}
     sample = typed_options(SampleConfig, pipeline.settings | given)
+    if picture and not {"height", "width"} & given.keys():
+        area, multiple = sample.height * sample.width, PATCH * pipeline.cell
+        height, width = canvas.fitting_size(picture, area, multiple)
+        sample = replace(sample, height=height, width=width)
     check_negative(config.negative_prompt, sample.true_cfg)
-    check_tile(config.tile, pipeline.sources["autoencoder"].config.downsampling)
-    sample.validate(pipeline.sources["autoencoder"].config.downsampling)
+    check_tile(config.tile, pipeline.cell)
+    sample.validate(pipeline.cell)
     if "guidance" in given and not pipeline.model_config.guidance_embed:
         raise ValueError(
             "guidance: this model (as schnell) has no guidance input; leave the setting out"
@@ -695,7 +868,17 @@ def settle_sample(pipeline, config):
     return sample
 
 
-def settle_times(pipeline, config, sample, times, start_time):
+def settle_scene(pipeline, config, inputs, sample):
+    """The `kinds.Scene` of given pictures for a `SampleConfig`; raises `ValueError`."""
+    own = typed_options(SampleConfig, pipeline.settings)
+    size, area = (sample.height, sample.width), own.height * own.width
+    scene = kinds.frame_inputs(inputs, config, size, area, PATCH * pipeline.cell)
+    if config.canny and not importlib.util.find_spec("cv2"):
+        raise ValueError("canny=true needs OpenCV: pip install opencv-python-headless")
+    return scene
+
+
+def settle_times(pipeline, config, sample, times=None, start_time=None, inputs=None):
     """The times (steps + 1,) of a drawing; raises `ValueError`."""
     if times is None:
         _, height, width = pipeline.latent_shape(sample.height, sample.width)
@@ -705,7 +888,13 @@ def settle_times(pipeline, config, sample, times, start_time):
         raise ValueError("times= takes the place of steps= and shift=: leave those out")
     else:
         times = check_times(times)
-    return times if start_time is None else cut_times(times, start_time)
+    if start_time is not None:
+        refuse_first([(config.strength, "start_time= takes the place of strength=: name one")])
+        return cut_times(times, start_time)
+    if not inputs or not inputs.image:
+        return times
+    strength = config.strength or kinds.default_strength(pipeline.kind, inputs)
+    return strength_times(times, strength)
 
 
 def list_pictures(num_prompts, config):
@@ -723,14 +912,27 @@ def picture_seed(seed, prompt_number, picture_number):
     return f"{seed}.{prompt_number}.{picture_number}"
 
 
-def start_latents(latents, times, pictures, shape) -> Callable:
-    """A function from some pictures' numbers to their packed latents (B, L, C) at times[0].
+def list_batches(count, config):
+    """(numbers of the pictures that are drawn together, places in it of those that are kept)."""
+    batch = config.batch
+    if config.place < 0:
+        starts = range(0, count, batch)
+        found = [range(first, min(first + batch, count)) for first in starts]
+        return [(numbers, range(len(numbers))) for numbers in found]
+    if config.place >= batch:
+        raise ValueError(f"place={config.place} must be below batch={batch}")
+    return [([number] * batch, [config.place]) for number in range(count)]
+
+
+def start_latents(latents, times, pictures, shape, from_noise=False) -> Callable:
+    """A function from some pictures' numbers to their packed latents (B, L, C) at times[0] or,
+    `from_noise`, at 1.
 
     They are noise or, where they are given, those of `latents` (pictures, C, h, w). Raises
     `ValueError`.
     """
     if latents is None:
-        if times[0] < 1:
+        if times[0] < 1 and not from_noise:
             raise ValueError(
                 f"drawing begins at time {float(times[0]):g}, not at the noise of 1: give latents= "
                 "at that time"
@@ -742,7 +944,7 @@ def start_latents(latents, times, pictures, shape) -> Callable:
             f"latents= of shape {(*stacked.shape,)}: {len(pictures)} pictures of this size take "
             f"{(len(pictures), *shape)}"
         )
-    return lambda rows: pack_latents(stacked[rows.start : rows.stop].float())
+    return lambda rows: pack_latents(stacked[list(rows)].float())
 
 
 def stack_latents(latents):
@@ -759,75 +961,89 @@ def stack_latents(latents):
     return stacked
 
 
-@torch.inference_mode()
-def encode_texts(encoders, prompts, length, batch):
-    """(txt, pooled) of all prompts, a batch at a time."""
-    parts = [encoders.encode(prompts[i : i + batch], length) for i in range(0, len(prompts), batch)]
-    return [torch.cat(column) for column in zip(*parts)]
+def prepare_drawing(plan, texts) -> Callable:
+    """A function (pictures' numbers, callback) → packed latents (B, L, C); see `sample_latents`.
 
-
-def prepare_drawing(pipeline, texts, sample, times, controls, solver, batch) -> Callable:
-    """A function (pictures, start, callback) → packed latents (B, L, C), B up to `batch`; see
-    `sample_latents`.
-
-    Transformer and nets of the `open_control`s are loaded, all steps' modulation computed, and then
-    they are moved to the device; of encoded prompts `texts` the negative one is the last.
+    Pictures are encoded, transformer and nets of the `open_control`s loaded, all steps' modulation
+    computed, and then they are moved to the device; of encoded prompts `texts` the negative one is
+    the last.
     """
+    pipeline, sample, times = plan.pipeline, plan.sample, plan.times
+    guided = plan.scene, plan.pictures, times, plan.noise, plan.posteriors
+    guides = kinds.prepare_guides(pipeline, *guided)
     pipeline.release("transformer")  # a drawing that was stopped leaves one without modulation
     model, given = pipeline.transformer, (texts, times, sample.guidance)
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
-    attach = prepare_controls(pipeline, controls, *given)
-    parts = pipeline.model_config, pipeline.sources["autoencoder"].config
-    nets = [control.checkpoint.config for control in controls]
-    residuals = sum(net.num_double_blocks + net.num_single_blocks for net in nets)
-    beside = bytes_beside(*parts, sample, batch, pipeline.dtype.itemsize, residuals)
-    pipeline.place_net(model, beside)
-    _, *cells = pipeline.latent_shape(sample.height, sample.width)
-    positions = send_tensor(position_ids(*cells, texts[0].shape[1]), pipeline.device)
-    rope = rope_table(positions, model.config)
+    attach = prepare_controls(pipeline, plan.opened, *given, plan.posteriors)
+    references = [pipeline.latent_shape(*one.shape[2:])[1:] for one in plan.scene.references]
+    pipeline.place_net(model, bytes_planned(plan, references))
+    positions = position_ids(*plan.shape[1:], texts[0].shape[1], references)
+    rope = rope_table(send_tensor(positions, pipeline.device), model.config)
 
     @torch.inference_mode()
-    def draw(pictures, start, callback):
-        prompts, seeds = map(list, zip(*pictures))
-        options = dict(residuals=attach(prompts, seeds), callback=callback, solver=solver)
+    def draw(numbers, callback):
+        prompts, seeds = map(list, zip(*[plan.pictures[n] for n in numbers]))
+        guide = guides(numbers)
+        options = dict(residuals=attach(prompts, seeds), see=guide.see, solver=plan.solver)
         if sample.true_cfg > 1:
             last = len(texts[0]) - 1
             negative = conditions([last]).rows([0] * len(prompts))
             options |= {"negative": negative, "true_cfg": sample.true_cfg}
-        start = send_tensor(start, pipeline.device)
-        return sample_latents(model, conditions(prompts), start, rope, times, **options)
+        options["callback"] = lambda step, x: callback(step, guide.blend(step, x))
+        return sample_latents(model, conditions(prompts), guide.start, rope, times, **options)
 
     return draw
 
 
-def watch_steps(on_step, rows, times, shape) -> Callable:
-    """A solver's callback that tells `on_step`, if any, of the pictures of some numbers."""
+def bytes_planned(plan, references):
+    """`bytes_beside` of a `Plan`, with references of (height, width) in latent cells."""
+    pipeline, most = plan.pipeline, min(plan.config.batch, len(plan.pictures))
+    batch = plan.config.batch if plan.config.place >= 0 else most
+    parts = pipeline.model_config, pipeline.sources["autoencoder"].config
+    nets = [control.checkpoint.config for control in plan.opened]
+    residuals = sum(net.num_double_blocks + net.num_single_blocks for net in nets)
+    tokens = sum(num_image_tokens(*cells) for cells in references)
+    return bytes_beside(*parts, plan.sample, batch, pipeline.dtype.itemsize, residuals, tokens)
+
+
+def watch_steps(on_step, numbers, kept, plan) -> Callable:
+    """A solver's callback that tells `on_step`, if any, of the pictures of some numbers, those at
+    the places that are kept.
+    """
 
     def callback(step, x):
         if on_step:
-            on_step(rows, step, times, unpack_latents(x, *shape[1:]))
+            rows = x if len(kept) == len(x) else x[kept]
+            latents = unpack_latents(rows, *plan.shape[1:])
+            on_step([numbers[i] for i in kept], step, plan.times, latents)
         return x
 
     return callback
 
 
-def describe_drawing(sample, times, controls, loras=(), tile=0):
+def describe_drawing(plan):
     """What a picture's `info["sampling"]` says of it."""
-    about = asdict(replace(sample, steps=len(times) - 1)) | {"times": times.tolist()}
-    about |= {"tile": tile} if tile else {}
-    own = {"controls": controls, "loras": [lora.lora for lora in loras]}
-    return about | {key: [one.describe() for one in of] for key, of in own.items() if of}
+    times, pipeline = plan.times, plan.pipeline
+    about = asdict(replace(plan.sample, steps=len(times) - 1)) | {"times": times.tolist()}
+    about |= {"tile": plan.config.tile} if plan.config.tile else {}
+    own = {"controls": plan.controls, "loras": [lora.lora for lora in pipeline.loras]}
+    about |= {key: [one.describe() for one in of] for key, of in own.items() if of}
+    own = pipeline.config
+    lossy = parallel.lossy_settings({"float8": own.float8, "model.quantize": own.model.quantize})
+    return about | {"solver": solver_name(plan.solver)} | plan.inputs.named | lossy
 
 
-def finish_picture(pipeline, tokens, size, about, decode):
-    """A PIL picture of `size` of packed latents (1, L, C) or, without `decode`, latents (C, h, w)
-    on the CPU.
+def finish_picture(plan, number, tokens, about, decode):
+    """A PIL picture of packed latents (1, L, C), pasted where it is to be, or, without `decode`,
+    latents (C, h, w) on the CPU.
     """
     if not decode:
-        return unpack_latents(tokens, *pipeline.latent_shape(*size)[1:])[0].cpu().clone()
-    tile = about.get("tile", 0)
-    [picture] = decode_pictures(pipeline.autoencoder, tokens, *size, tile)
-    picture.info["sampling"] = dict(about)
+        return unpack_latents(tokens, *plan.shape[1:])[0].cpu().clone()
+    vae, config = plan.pipeline.autoencoder, plan.config
+    [picture] = decode_pictures(vae, tokens, *plan.size, config.tile)
+    if config.paste or config.crop >= 0:
+        picture = plan.scene.paste(plan.pictures[number][0], picture)
+    picture.info["sampling"] = about
     return picture
 
 

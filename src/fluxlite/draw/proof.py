@@ -18,8 +18,10 @@ from fluxlite.data.circles import (
     colour_difference,
     figure_mask,
     measure_circle,
+    measure_ring,
 )
 from fluxlite.data.fill50k import circle_caption, colour_pairs, draw_sample, rgb
+from fluxlite.data.rings import ring_caption
 from fluxlite.draw.pipeline import DrawConfig, PartsConfig
 from fluxlite.nets.schedule import SampleConfig
 
@@ -144,6 +146,21 @@ def prove(draw, *, num, num_swaps=None, seed, control_size=None):
     if controls:
         report |= prove_position(pictures, chosen, controls)
     return report, pictures, [{"prompt": p, **result} for p, result in zip(prompts, own)]
+
+
+def prove_rings(draw, *, num, seed):
+    """How many of the pictures that `draw(prompts)` gives of rings of held-out pairs of colours are
+    rings, the pictures, and one measurement for each.
+
+    The pairs are those of `prove` with the same seed: call it once with a LoRA and once without.
+    """
+    chosen = choose_pairs(num, seed)
+    prompts = [ring_caption(*pair) for pair in chosen]
+    pictures = draw(prompts)
+    results = [measure_ring(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
+    shares = {key: sum(r[key] for r in results) / num for key in ("ring", "shape", "right")}
+    report = {"num": num, **shares}
+    return report, pictures, [{"prompt": p, **result} for p, result in zip(prompts, results)]
 
 
 def draw_swapped(draw, chosen, images):

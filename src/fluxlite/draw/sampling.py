@@ -1,4 +1,4 @@
-"""From noise to latents to pictures: solvers, and the velocity that they ask for.
+"""From noise to latents to pictures: the velocity that `solvers` ask for, and what is around it.
 
 What depends on the step alone is computed for all steps before the first (`condition_net`); then
 its weights are not needed any more.
@@ -11,27 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
 from fluxlite import parallel, rng
 from fluxlite.data.transfers import begin_read, send_tensor
-from fluxlite.nets import flow
+from fluxlite.draw.solvers import sample_euler
 from fluxlite.nets.latents import pack_latents, unpack_latents
 from fluxlite.nets.schedule import times_for
-
-
-def sample_euler(velocity, x, times, callback=lambda step, x: x):
-    """Follow `velocity` from times[0] to the last in Euler steps: x (B, L, C) float32.
-
-    `velocity(x, i)` is that at times[i], of all times but the last. `callback(i, x)` sees the x at
-    times[i], from the first to the last, and gives the x to go on with. Any solver has this
-    signature. The times lie on the host, where to look at them is to wait for nothing.
-    """
-    x = callback(0, x)
-    for i in range(len(times) - 1):
-        x = callback(i + 1, flow.euler_step(x, velocity(x, i), times[i], times[i + 1]))
-    return x
 
 
 def initial_noise(shape, seeds):
@@ -58,6 +46,12 @@ class Conditions:
         """The conditions of some of the prompts, by number, repeated as they are."""
         places = send_tensor(torch.as_tensor(numbers), self.txt.device)
         return Conditions(self.txt[places], self.modulation[:, :, places])
+
+
+def join_conditions(parts):
+    """The `Conditions` of several prompts from those of each."""
+    txt = torch.cat([part.txt for part in parts])
+    return Conditions(txt, torch.cat([part.modulation for part in parts], dim=2))
 
 
 def guidance_rows(model_config, guidance, count, device):
@@ -101,11 +95,15 @@ def prepare_conditions(net, texts, times, guidance, mode=None, *, keep) -> Calla
     They are computed at once, where they fit; unless `keep`, the net then loses the weights that
     it needs no more. Else they are computed when they are asked for.
     """
+
+    def condition(numbers):
+        """Each prompt alone: the same bits in any company."""
+        rows = ([part[n : n + 1] for part in texts] for n in numbers)
+        return join_conditions([condition_net(net, *row, times, guidance, mode) for row in rows])
+
     if not conditions_fit(net, len(texts[0]), len(times) - 1):
-        return lambda numbers: condition_net(
-            net, *(part[numbers] for part in texts), times, guidance, mode
-        )
-    conditions = condition_net(net, *texts, times, guidance, mode)
+        return condition
+    conditions = condition(range(len(texts[0])))
     if not keep:
         net.drop_conditioning()
     return conditions.rows
@@ -125,25 +123,34 @@ def sample_latents(
     true_cfg=1.0,
     negative=None,
     residuals=None,
+    see=lambda x: x,
     callback=lambda step, x: x,
     solver=sample_euler,
 ):
     """Denoised packed latents (B, L, C) float32 from packed `noise` (B, L, C), a picture for each
-    row of `conditions`; `rope` is the `rope_table` of their text and image tokens.
+    row of `conditions`; `rope` is the `rope_table` of their text and image tokens, references last.
 
     `negative` are the conditions of the negative prompts, for true_cfg > 1;
     `residuals(x, i, rope)` those of ControlNets at step i, or None. As in diffusers, those for the
-    prompt serve the negative prompt too. `solver` and `callback` are as in `sample_euler`. Raises
-    `ValueError` where latents are not finite.
+    prompt serve the negative prompt too. `see(x)` is x as the model sees it, with channels beside
+    it and tokens behind it (`kinds.Guide`). `solver` and `callback` are as in `sample_euler`.
+    Raises `ValueError` where latents are not finite.
     """
     finite = []  # looked at in the end: in the loop the device is not waited for
+    tokens = conditions.txt.shape[1] + noise.shape[1]
+    own_rope = tuple(table[:tokens] for table in rope)
+
+    def velocity_for(of, seen, i, added):
+        velocity = model.velocity(seen, of.txt, rope, of.modulation[i], added)
+        return velocity[:, : noise.shape[1]]
 
     def velocity(x, i):
-        added = residuals(x, i, rope) if residuals else None
-        positive = model.velocity(x, conditions.txt, rope, conditions.modulation[i], added)
+        seen, added = see(x), residuals(x, i, own_rope) if residuals else None
+        added = pad_residuals(added, seen.shape[1] - x.shape[1])
+        positive = velocity_for(conditions, seen, i, added)
         if negative is None:
             return positive
-        away = model.velocity(x, negative.txt, rope, negative.modulation[i], added).float()
+        away = velocity_for(negative, seen, i, added).float()
         return away + true_cfg * (positive.float() - away)
 
     def watch_step(step, x):
@@ -154,6 +161,13 @@ def sample_latents(
     if finite:
         check_latents_finite(model, conditions, begin_read(torch.stack(finite))())
     return latents
+
+
+def pad_residuals(residuals, tokens):
+    """A ControlNet's residuals, or None, with zeros for so many tokens that it does not see."""
+    if not residuals or not tokens:
+        return residuals
+    return [[F.pad(one, (0, 0, 0, tokens)) for one in of_kind] for of_kind in residuals]
 
 
 def check_latents_finite(model, conditions, finite):

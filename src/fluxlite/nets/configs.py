@@ -199,13 +199,14 @@ class AutoencoderConfig:
 
 
 def check_channels(config, where):
-    """Raise `ValueError`, naming `where`, for a model that takes more than noise."""
+    """Raise `ValueError`, naming `where`, for a model that cannot be trained, as it sees more than
+    noise.
+    """
     if config.in_channels != config.out_channels:
         name = CHANNEL_NAMES.get(config.in_channels, "a model that sees more than noise")
         raise ValueError(
             f"{where} takes {config.in_channels} channels and gives {config.out_channels}, "
-            f"as {name}: it can be converted, but drawing with it and training it are not "
-            "supported yet"
+            f"as {name}: training it is not supported yet"
         )
 
 

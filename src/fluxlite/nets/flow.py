@@ -108,14 +108,19 @@ def sample_guidance(config, *, seed, indices):
 
 
 def add_noise(x0, noise, t):
-    """Clean tokens (B, L, C) at times t (B,): (1 − t)·x0 + t·noise."""
-    t = t.view(-1, *[1] * (x0.ndim - 1))
+    """Clean tokens (B, L, C) at times t, (B,) or one number: (1 − t)·x0 + t·noise."""
+    t = t.view(-1, *[1] * (x0.ndim - 1)) if t.ndim else t
     return (1 - t) * x0 + t * noise
 
 
-def velocity_loss(velocity, x0, noise):
-    """Mean squared error against noise − x0, one number a sample: (B,)."""
-    return (velocity.float() - (noise - x0)).square().flatten(1).mean(dim=1)
+def velocity_loss(velocity, x0, noise, weights=None):
+    """Mean squared error against noise − x0, one number a sample: (B,).
+
+    With `weights` (B, L, C) each value's error is multiplied by its own. The mean is over all
+    values still: a value counts alike, whatever a mask leaves of its sample.
+    """
+    errors = (velocity.float() - (noise - x0)).square()
+    return (errors if weights is None else errors * weights).flatten(1).mean(dim=1)
 
 
 def schedule(steps, factor, *, terminal=None):

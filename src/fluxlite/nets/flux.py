@@ -332,6 +332,7 @@ class Trunk(nn.Module):
     """What Flux and its ControlNets are alike in: embedders, modulation, blocks."""
 
     joins_tokens = False  # whether ranks that share tokens join those of its output
+    is_whole = False  # whether each data-parallel rank has all of it
     conditioning = (
         "modulation",
         "time_in",

@@ -27,15 +27,22 @@ def unpack_latents(tokens, height, width):
     )
 
 
-def position_ids(height, width, num_text_tokens):
-    """Positions (L_txt + L_img, 3): zeros for text, (0, row, column) for image tokens; latent
-    `height` and `width` in cells.
+def position_ids(height, width, num_text_tokens, references=()):
+    """Positions (L, 3): zeros for text, (0, row, column) for image tokens; latent `height` and
+    `width` in cells.
+
+    `references` are the (height, width) of pictures whose tokens follow: (1, row, column) as of
+    FLUX.1-Kontext's one, and 2, 3, … on the first axis for more, which it was not trained with.
     """
-    rows, columns = torch.meshgrid(
-        torch.arange(height // PATCH), torch.arange(width // PATCH), indexing="ij"
-    )
-    image = torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
-    return torch.cat([torch.zeros(num_text_tokens, 3, dtype=image.dtype), image])
+    sizes = [(height, width), *references]
+    grids = [grid_ids(number, *size) for number, size in enumerate(sizes)]
+    return torch.cat([torch.zeros(num_text_tokens, 3, dtype=grids[0].dtype), *grids])
+
+
+def grid_ids(number, height, width):
+    """(number, row, column) of the tokens of one picture, latent sides in cells."""
+    axes = torch.tensor([number]), torch.arange(height // PATCH), torch.arange(width // PATCH)
+    return torch.cartesian_prod(*axes)
 
 
 def num_image_tokens(height, width):

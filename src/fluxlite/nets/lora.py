@@ -4,7 +4,8 @@
 difference ΔW (out, in). Each can be written out (`dense`), cut (`rows`, `columns`) and applied to
 inputs without being written out. `AdapterTerm` is such a form as a module, with its strength and,
 of DoRA, how the sum is rescaled. `AdaptedLinear` is a linear with terms beside its weight, which is
-untouched.
+untouched. `Adapters` are those that are trained, a model by themselves: `parallel.adapters` puts
+them beside the linears of a wrapped one.
 
 Definitions: LoRA arXiv 2106.09685; LoHa and LoKr LyCORIS, arXiv 2309.14859; DoRA arXiv 2402.09353.
 """
@@ -244,3 +245,83 @@ def remove_adapters(model):
                 plain.weight, plain.bias = linear.weight, linear.bias
                 setattr(parent, leaf, plain)
     return model
+
+
+# --- trained --------------------------------------------------------------------------------------
+
+
+class LowRankAdapter(nn.Module):
+    """A low-rank difference that is trained: up (out, r) and down (r, in).
+
+    `names` are its linears. They are two where their sum is one linear for diffusers, the single
+    block's last: then each has a down of its own, and both one up. `widths` are their inputs'.
+    A DoRA has a `magnitude` (out,) too, the norms of the rows of W + scale · up · down. All are
+    float32; products are in the type of what enters.
+    """
+
+    DOWNS = "down", "down_mlp"  # of the first linear, of the second
+
+    def __init__(self, names, widths, out, rank, scale=1.0, dora=False):
+        super().__init__()
+        self.names, self.rank, self.scale = names, rank, scale
+        self.down_names = self.DOWNS[: len(names)]
+        self.linears = ()  # a tuple: they are another model's
+        self.keep = None  # (B, r): 0 for ranks that a sample is trained without
+        for name, width in zip(self.down_names, widths):
+            self.register_parameter(name, nn.Parameter(torch.empty(rank, width)))
+        self.up = nn.Parameter(torch.empty(out, rank))
+        self.magnitude = nn.Parameter(torch.empty(out)) if dora else None
+
+    def downs(self):
+        return [getattr(self, name) for name in self.down_names]
+
+    def product(self, x, down, up):
+        """scale · up · down · x for x (B, …, in), of these parts of the factors."""
+        inner = F.linear(x, down.to(x.dtype))
+        if self.keep is not None:
+            inner = inner * self.keep.to(x.dtype).view(len(x), *[1] * (x.ndim - 2), -1)
+        return self.scale * F.linear(inner, up.to(x.dtype))
+
+    def row_squares(self, weights, downs, up):
+        """The squared norms (out,) of the rows of W + scale · up · down, of these parts of them."""
+        sums = (
+            torch.addmm(weight.float(), up, down, alpha=self.scale).square().sum(1)
+            for weight, down in zip(weights, downs)
+        )
+        return sum(sums)
+
+
+class Adapters(nn.Module):
+    """`LowRankAdapter`s {name: adapter} beside a transformer of a `FluxConfig`, a model by itself.
+
+    Names have dots, as those of modules: so parameters are named `transformer_blocks.0.….up`.
+    """
+
+    is_whole = True
+
+    def __init__(self, config, adapters):
+        super().__init__()
+        self.config, self.each = config, adapters
+        for name, adapter in adapters.items():
+            place, (*path, leaf) = self, name.split(".")
+            for part in path:
+                if part not in place._modules:
+                    place.add_module(part, nn.Module())
+                place = place.get_submodule(part)
+            place.add_module(leaf, adapter)
+
+    def keep_ranks(self, masks):
+        """Train each sample without the ranks where masks (B, adapters, ranks) are 0; None: all."""
+        for number, adapter in enumerate(self.each.values()):
+            adapter.keep = None if masks is None else masks[:, number, : adapter.rank]
+
+    def forward_flops(self, num_text_tokens, num_image_tokens):
+        """Floating-point operations of one sample's forward, without DoRA's norms."""
+        tokens = {"img": num_image_tokens, "txt": num_text_tokens, "out": num_image_tokens}
+        tokens["single_blocks"] = num_text_tokens + num_image_tokens
+        total = 0
+        for adapter in self.each.values():
+            parts = adapter.names[0].removeprefix("double_blocks.").split(".")
+            of = parts[1] if parts[0].isdecimal() else parts[0].removesuffix("_in")
+            total += 2 * tokens.get(of, 1) * sum(p.numel() for p in adapter.parameters())
+        return total

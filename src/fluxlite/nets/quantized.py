@@ -59,6 +59,14 @@ def dequantize_rows(codes, scales, pairs, dtype):
     return (codes.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1).to(dtype)
 
 
+def computed_weight(name, values, kind, dtype):
+    """The weight that a linear of a model that is quantised so computes with, of its values."""
+    if kind == "none" or not name.startswith(QUANTIZED_PARTS):
+        return values.to(dtype)
+    pairs = level_pairs(values.device) if kind == "nf4" else None
+    return dequantize_rows(*quantize_rows(values, kind), pairs, dtype)
+
+
 def level_pairs(device=None):
     """The two levels of each byte of nf4 codes: (256, 2)."""
     levels = torch.tensor(NF4_LEVELS, device=device)

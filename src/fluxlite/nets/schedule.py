@@ -203,3 +203,11 @@ def cut_times(times, start_time):
             f"start_time={start_time} must be above {times[-1]:g}, the last time, and at most 1"
         )
     return torch.cat([start, left])
+
+
+def strength_times(times, strength):
+    """The last of times, of which a drawing from a picture takes so large a part: as many steps as
+    diffusers takes.
+    """
+    steps = len(times) - 1
+    return times[int(max(steps - min(steps * strength, steps), 0)) :]

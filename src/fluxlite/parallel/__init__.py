@@ -5,6 +5,7 @@ A run's ranks form a mesh of dp_replicate x dp_shard x cp x tp. The rooms:
 * `compilation`: its blocks, compiled and recomputed in the backward.
 * `tensor_parallel`, `tokens`, `modulation`: what ranks share inside a model.
 * `mesh`, `ranks`, `exchange`: the process group, this process in it, what ranks send each other.
+* `adapters`: LoRA's, beside the linears of a wrapped model.
 * `float8`: linears that multiply in float8.
 * `weights`, `dealing`: which part of a weight a rank has, and whole ones dealt out over ranks.
 * `config`: the settings.
@@ -16,11 +17,11 @@ they find for shared weights is summed.
 
 # ruff: noqa: F401 (what other wings call)
 
+from fluxlite.parallel.adapters import attach_adapters, average_gradients, shard_adapters
 from fluxlite.parallel.compilation import checkpoint_activations, compile_blocks
 from fluxlite.parallel.config import ParallelConfig
 from fluxlite.parallel.float8 import (
     block_linears,
-    float8_conflicts,
     lossy_settings,
     plain_values,
     quantize_linears,
@@ -41,4 +42,4 @@ from fluxlite.parallel.ranks import (
     watching_ranks,
     world_size,
 )
-from fluxlite.parallel.weights import fill_weights, local_part
+from fluxlite.parallel.weights import fill_weights, local_part, whole_tensor

@@ -5,17 +5,13 @@ float32. Embedders, modulation and ends stay as they are. In training (`train_in
 keep their name and type, and are rounded in each product; for drawing (`quantize_linears`) once.
 """
 
-import importlib.util
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from fluxlite.cli.devices import has_float8
-from fluxlite.cli.programs import warn_for_all
+from fluxlite.cli.messages import warn_for_all
 
-FLOAT8_KINDS = "none", "rowwise", "tensorwise"
-FLOAT8_MULTIPLE = 16  # of widths, and in training of tokens
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
 
 
@@ -26,28 +22,6 @@ def block_linears(model):
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.startswith(("double_blocks.", "single_blocks."))
     }
-
-
-def float8_conflicts(key, device, dtype, hidden_size):
-    """(whether it is so, text) of each way in which a machine or a model has no float8.
-
-    `key` is the setting that asks for it.
-    """
-    yield (
-        importlib.util.find_spec("torchao") is None,
-        f"{key} needs torchao: pip install 'fluxlite[float8]', or leave it out",
-    )
-    yield (
-        not has_float8(device),
-        f"{key} needs a GPU of compute capability 8.9 or more (Ada, Hopper, Blackwell), and "
-        f"device={device} is none: leave it out",
-    )
-    yield dtype != "bfloat16", f"{key} needs dtype=bfloat16, not {dtype}"
-    yield (
-        hidden_size % FLOAT8_MULTIPLE,
-        f"{key} needs widths that are multiples of {FLOAT8_MULTIPLE}, and model.hidden_size="
-        f"{hidden_size} is none: leave it out",
-    )
 
 
 def train_in_float8(model, kind):

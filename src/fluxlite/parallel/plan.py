@@ -44,7 +44,7 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
     if alone:
         compute_in(model, dtype, spread)
     if not (compile and checkpointing == "selective"):  # which is in the graphs already
-        checkpoint_activations(model, checkpointing)
+        checkpoint_activations(model, checkpointing, config.activation_offload)
     if config.sequence_parallel:
         model.modulation.register_forward_hook(
             lambda _module, _args, out: SumGradient.apply(out, mesh.tp)

@@ -11,6 +11,11 @@ def local_tensor(tensor):
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def whole_tensor(tensor):
+    """All of a tensor, which may be a DTensor, in host memory. Collective."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+
+
 def local_part(tensor, coordinate=None):
     """The slices of the whole that this rank's part of a DTensor is, or that of the rank at a
     `coordinate` of its mesh; of others, all of it.

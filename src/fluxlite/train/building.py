@@ -8,6 +8,7 @@ from dataclasses import asdict
 import torch
 
 from fluxlite import parallel, rng
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.configs import check_channels
 from fluxlite.nets.flux import Flux, initial_weight
 from fluxlite.nets.quantized import quantize_model
@@ -68,6 +69,21 @@ def flux_weights(config, device, values_of=initial_weight):
     source = open_base(config, config.model.save_converted)
     check_shape(source, config.model.shape(), "model.checkpoint", config.model.checkpoint)
     return checked_weights(source, "model.checkpoint", exact=config.model.quantize != "none")
+
+
+def random_base_value(name, *options):
+    """`initial_weight` with a random output layer: behind a zero one nothing can learn."""
+    return initial_weight("img_in.weight" if name == "out.weight" else name, *options)
+
+
+def frozen_weights(config, device):
+    """`flux_weights` of the transformer that a task freezes."""
+    if not config.model.checkpoint:
+        warn_for_all(
+            "model.checkpoint is null: the frozen transformer is random, its output layer too; "
+            "only what is trained beside it learns"
+        )
+    return flux_weights(config, device, random_base_value)
 
 
 def checked_weights(source, setting, exact=False):

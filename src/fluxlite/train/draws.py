@@ -32,16 +32,24 @@ def keys_of(config, sample):
     return dict(seed=config.seed, indices=[sample["indices"]])
 
 
+def shape_of(config, sample):
+    """(C, h, w) of a sample's latents; a batch's have it too."""
+    if "mean" in sample:
+        return sample["mean"].shape[-3:]
+    return config.latent_shape(*sample["images"].shape[-2:])
+
+
 def draw_posterior(config, sample):
     """The noise (C, h, w) that a sample's latents are drawn from their posterior with."""
-    noise = rng.normal(config.latent_shape(), stream="posterior", **keys_of(config, sample))
+    shape = shape_of(config, sample)
+    noise = rng.normal(shape, stream="posterior", **keys_of(config, sample))
     return {"posterior_noise": noise[0]}
 
 
 def draw_step(config, sample):
     """Noise (L, C), t and guidance that a sample is trained with."""
     keys = keys_of(config, sample)
-    noise = pack_latents(rng.normal(config.latent_shape(), stream="noise", **keys))
+    noise = pack_latents(rng.normal(shape_of(config, sample), stream="noise", **keys))
     t = flow.sample_t(config.flow, noise.shape[1], **keys)
     guidance = flow.sample_guidance(config.flow, **keys)
     return {"noise": noise[0], "t": t[0], "guidance": guidance[0]}

@@ -25,6 +25,7 @@ from fluxlite.train import run_state
 from fluxlite.train.grids import draw_grid, encode_grid
 from fluxlite.train.metrics import Metrics, Throughput
 from fluxlite.train.plots import plot_losses
+from fluxlite.train.preview import write_preview
 from fluxlite.train.resume import describe_data, describe_run, find_resume, warn_of_changed_data
 from fluxlite.train.setup import open_data, set_up, state_per_rank
 from fluxlite.train.training_step import train_step
@@ -53,6 +54,8 @@ def train(config):
     state_of = partial(state_per_rank, config)
     device, mesh = parallel.start_ranks(config.parallel, config.device, state_of)
     with run_state.locked_run(config.output):
+        if config.preview:
+            return write_preview(config)
         last = find_resume(config)
         run, monitor, batches, start = start_run(config, device, mesh, last)
         with held_signals() as caught, closing(monitor.metrics), closing(batches):
@@ -278,8 +281,10 @@ def start_monitor(run, validation, start):
 
 def step_flops(run):
     """Floating-point operations of a sample's training step: three forwards, or of what is frozen
-    two.
+    two. None where samples differ.
     """
+    if run.config.data.shapes() != [[(run.config.data.height, run.config.data.width)]]:
+        return None  # they differ from step to step
     tokens = run.config.model.max_sequence_length, num_image_tokens(*run.latent_shape[1:])
     trained, *frozen = (model.forward_flops(*tokens) for model in run.models)
     return 3 * trained + 2 * sum(frozen)
@@ -317,4 +322,5 @@ def validate_and_draw(run, monitor, step):
 def save_checkpoint(run, step):
     """Write a checkpoint of step `step`."""
     about = dict(step=step, meta=describe_run(run), keep=run.config.checkpoint.keep)
-    run_state.save_training(run.config.output, **about, **trained_state(run))
+    write = partial(run.task.write_files, run)
+    run_state.save_training(run.config.output, **about, **trained_state(run), write=write)

@@ -5,8 +5,8 @@ import logging
 from dataclasses import asdict
 
 from fluxlite import __version__, parallel
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import resumable_keys
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.train import run_state
 from fluxlite.train.building import changed_keys, list_changes
 from fluxlite.weights import run_folder

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from fluxlite import parallel
 from fluxlite.cli.atomic import naming_errors, sync_folder
 from fluxlite.cli.descriptions import read_json
-from fluxlite.cli.programs import one_line
+from fluxlite.cli.messages import one_line
 from fluxlite.parallel.weights import local_tensor
 from fluxlite.weights.run_folder import (
     SOON_CHECKED,
@@ -46,6 +46,7 @@ from fluxlite.weights.run_tensors import (
     RunReader,
     RunWriter,
     TensorPlanner,
+    file_checksum,
     plain_errors,
 )
 from fluxlite.weights.tensor_files import all_finite
@@ -284,8 +285,10 @@ def check_all_finite(state, what):
         raise ValueError(f"{what} is not finite ({bad[0]})")
 
 
-def save_training(run, *, step, model, optimizers, ema, meta, keep):
+def save_training(run, *, step, model, optimizers, ema, meta, keep, write=lambda folder: None):
     """Write a checkpoint aside, rename it, point `last` at it, drop all but `keep`; collective.
+
+    `write` adds files of its own to the folder; it is collective too.
 
     Raises `ValueError`, on every rank, where the state is not finite or the disk refuses; a
     checkpoint before it is then whole, and nothing of this one is left.
@@ -299,9 +302,11 @@ def save_training(run, *, step, model, optimizers, ema, meta, keep):
         parallel.first_rank_does(lambda: clear_leftovers(root))
         with plain_errors():
             dcp.save(state, storage_writer=writer, planner=TensorPlanner())
+        write(root / f".{name}")
         files = {}
         for records in parallel.gather_values(writer.fs.records):
             files |= records
+        files |= parallel.first_rank_does(lambda: describe_others(root / f".{name}", files))
         about = meta | {"step": step, "files": files}
         parallel.first_rank_does(lambda: publish_checkpoint(root, name, about))
     except (ValueError, OSError, MemoryError) as error:
@@ -319,6 +324,12 @@ def save_training(run, *, step, model, optimizers, ema, meta, keep):
             "resume=auto goes on from it"
         ) from None
     parallel.first_rank_does(lambda: drop_older(root, step, keep))
+
+
+def describe_others(folder, known):
+    """{name: bytes and checksum} of a folder's files that are not `known`."""
+    others = [file for file in folder.iterdir() if file.name not in known]
+    return {f.name: {"bytes": f.stat().st_size, "crc32": file_checksum(f)} for f in others}
 
 
 def saved_words(run):

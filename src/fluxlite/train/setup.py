@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from fluxlite import parallel
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import option_value
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.cache import MADE_BY, CachedSamples, build_cache
 from fluxlite.data.images import pixels_of
 from fluxlite.data.loading import make_loader
@@ -21,7 +21,7 @@ from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.train import optim
 from fluxlite.train.building import check_base
-from fluxlite.train.draws import DrawnSamples, draw_posterior, draw_step
+from fluxlite.train.draws import DrawnSamples, draw_posterior, draw_step, shape_of
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.task import Task
 from fluxlite.weights import sources
@@ -49,7 +49,7 @@ class Run:
     optimizers: list
     ema: optim.EMA | None
     parts: FrozenParts
-    rope: tuple
+    rope: tuple  # of the configuration's shape
     data: DataRecord = field(default_factory=DataRecord)  # what it is trained on
 
     def __post_init__(self):
@@ -57,6 +57,7 @@ class Run:
         self.model, self.flux = self.models[0], self.models[-1]  # which may be the same
         self.dtype = getattr(torch, self.config.dtype)  # what is computed in
         self.latent_shape = self.config.latent_shape()  # (C, h, w) of one picture
+        self.ropes = {self.latent_shape[1:]: self.rope}
         self.gradient_groups = optim.group_by_share(self.model)
 
     @property
@@ -69,6 +70,13 @@ class Run:
         """A data set with what its samples are encoded with, and with more `draws`."""
         encoding = draw_posterior, self.task.draw_inputs
         return DrawnSamples(dataset, *(partial(draw, self.config) for draw in (*encoding, *draws)))
+
+    def rope_of(self, batch):
+        """The rope table of a batch's shape, made once for each."""
+        cells = tuple(shape_of(self.config, batch)[1:])
+        if cells not in self.ropes:
+            self.ropes[cells] = make_rope(self.config, cells, self.device)
+        return self.ropes[cells]
 
     def loader(self, dataset, *, draws=(draw_step,), **options):
         """This rank's batches of a data set, with their draws: those of its place in data
@@ -94,8 +102,10 @@ def state_per_rank(config, ranks):
     """
     total, widest = 0, parallel.world_size() if config.parallel.shard_modulation else ranks
     for wrap, _ in choose_task(config).models:
-        for name, size in optim.state_bytes(wrap(config, None), config.optim).items():
-            total += size / (widest if name.startswith("modulation.") else ranks)
+        model = wrap(config, None)
+        for name, size in optim.state_bytes(model, config.optim).items():
+            share = widest if name.startswith("modulation.") else ranks
+            total += size / (1 if model.is_whole else share)
     return total
 
 
@@ -110,12 +120,16 @@ def assemble_run(config, device, mesh, task, models, parts):
     """The `Run` of a task's wrapped models."""
     optimizers = optim.make_optimizers(models[0], config.optim, mesh)
     ema = optim.EMA(models[0], config.optim.ema_decay) if config.optim.ema_decay else None
-    _, *cells = config.latent_shape()
-    positions = position_ids(*cells, config.model.max_sequence_length)
-    rope = rope_table(send_tensor(positions, device), config.model.shape())
+    rope = make_rope(config, config.latent_shape()[1:], device)
     flux = models[-1].config
     flux.scheduler = sources.scheduler_beside(config.model.checkpoint, flux)  # for pictures
     return Run(config, device, mesh, task, models, optimizers, ema, parts, rope)
+
+
+def make_rope(config, cells, device):
+    """The rope table of latents of (height, width) `cells`."""
+    positions = position_ids(*cells, config.model.max_sequence_length)
+    return rope_table(send_tensor(positions, device), config.model.shape())
 
 
 def load_parts(config, device, mesh):

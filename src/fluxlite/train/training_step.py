@@ -4,6 +4,7 @@ B samples of a micro-batch, L tokens, C channels of a token.
 """
 
 import torch
+import torch.nn.functional as F
 
 from fluxlite import parallel, rng
 from fluxlite.data.images import pixels_of
@@ -14,16 +15,18 @@ from fluxlite.nets.latents import pack_latents
 from fluxlite.train import optim
 
 
-def flow_loss(run, x0, txt, pooled, *, noise, t, guidance, **inputs):
+def flow_loss(run, x0, txt, pooled, *, noise, t, guidance, rope=None, weights=None, **inputs):
     """The velocity loss of each sample (B,) at times t (B,), all on the run's device; `inputs` are
     the task's.
+
+    `rope` is that of another shape than the configuration's, `weights` (B, L, C) are the values'.
     """
     noisy = flow.add_noise(x0, noise, t).to(run.dtype)
     conditions = dict(t=t, pooled=pooled.to(run.dtype), **inputs)
     if run.flux.config.guidance_embed:
         conditions["guidance"] = guidance
-    velocity = run.velocity(noisy, txt.to(run.dtype), run.rope, **conditions)
-    return flow.velocity_loss(velocity, x0, noise)
+    velocity = run.velocity(noisy, txt.to(run.dtype), rope or run.rope, **conditions)
+    return flow.velocity_loss(velocity, x0, noise, weights)
 
 
 def train_step(run, batches, step):
@@ -38,9 +41,12 @@ def train_step(run, batches, step):
         x0, txt, pooled, inputs = encode_batch(run, batch)
         inputs = run.task.drop_inputs(run, inputs, batch)
         drawn = {name: batch[name] for name in ("noise", "t", "guidance")}
-        loss = flow_loss(run, x0, txt, pooled, **drawn, **inputs).mean() / len(batches)
+        shaped = dict(rope=run.rope_of(batch), weights=value_weights(run, batch))
+        losses = flow_loss(run, x0, txt, pooled, **drawn, **shaped, **inputs)
+        loss = losses.mean() / len(batches)
         loss.backward()
         total += loss.detach()
+    parallel.average_gradients(run.model, run.mesh.fsdp)
     return total, optimizer_step(run, step, total)
 
 
@@ -77,6 +83,18 @@ def optimizer_step(run, step, loss=0.0):
     if run.ema:
         run.ema.update(step, skipped)
     return norm
+
+
+def value_weights(run, batch):
+    """What each latent value of a batch counts in the loss, (B, L, C): the share of its cell that
+    the mask leaves, times its sample's weight. None where all count 1.
+    """
+    weights = batch["weights"].view(-1, 1, 1) if "weights" in batch else None
+    if "masks" not in batch:
+        return weights
+    cells = F.avg_pool2d(batch["masks"].float() / 255, run.config.model.downsampling)
+    masks = pack_latents(cells.expand(-1, run.latent_shape[0], -1, -1))
+    return masks if weights is None else masks * weights
 
 
 # --- from samples to latents ----------------------------------------------------------------------

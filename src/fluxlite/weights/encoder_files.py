@@ -253,7 +253,7 @@ def weight_files(folder):
 
 
 def check_description(folder, kind):
-    """Raise `ValueError` where config.json promises other than the weights have.
+    """What config.json says; raises `ValueError` where it promises other than the weights have.
 
     transformers would make room for it first, however much it is.
     """
@@ -277,6 +277,7 @@ def check_description(folder, kind):
             raise ValueError(
                 f"{file} says {name}={said}, and the weights have {value}: fetch both again"
             )
+    return described
 
 
 def load_model(cls, folder, kind, dtype):

@@ -80,7 +80,7 @@ def make_adapters(part, name, values, module, peft):
 
 def make_form(name, of):
     """The form of a module's factors, None without any; raises `ValueError` where some lack."""
-    kinds = [kind for kind, roles in FACTORS.items() if any(role in of for role in roles)]
+    kinds = [kind for kind, roles in FACTORS.items() if not of.keys().isdisjoint(roles)]
     if len(kinds) > 1:
         raise ValueError(f"{name} has factors of several kinds: the file is damaged")
     if not kinds:
@@ -173,6 +173,11 @@ def shaped_magnitude(name, magnitude, form):
 # --- PEFT's settings ------------------------------------------------------------------------------
 
 
+def values_below(values, prefix):
+    """{name: value} of those that begin with a prefix, without it."""
+    return {name[len(prefix) :]: v for name, v in values.items() if name.startswith(prefix)}
+
+
 def peft_settings(metadata, path):
     """{part: settings} of peft's LoraConfigs, in the header or in adapter_config.json beside it."""
     prefixes = {"transformer": "transformer.", "clip": "text_encoder.", "t5": "text_encoder_2."}
@@ -184,10 +189,7 @@ def peft_settings(metadata, path):
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"its {METADATA_KEY} is no object with named values")
-    found = {
-        part: {k[len(prefix) :]: v for k, v in values.items() if k.startswith(prefix)}
-        for part, prefix in prefixes.items()
-    }
+    found = {part: values_below(values, prefix) for part, prefix in prefixes.items()}
     return found if any(found.values()) else {"transformer": values}
 
 

@@ -11,13 +11,14 @@ import math
 import os
 import re
 from collections import Counter
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 
 from fluxlite.cli.options import check_kind, check_options, expand_home, expand_path, option
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank, float_form
-from fluxlite.weights import hub, lora_keys
+from fluxlite.weights import hub, lora_keys, run_folder
 from fluxlite.weights.dtypes import DTYPES
 from fluxlite.weights.layouts import recognise_layout
 from fluxlite.weights.lora_adapters import PEFT_NAME, form_rank, make_adapters, peft_settings
@@ -26,6 +27,7 @@ from fluxlite.weights.tensor_files import Tensors, check_values
 
 log = logging.getLogger("fluxlite")
 
+LORA_RUN_NAME = "lora.safetensors"  # in a checkpoint of a run that trains one
 LORA_NAMES = ("pytorch_lora_weights.safetensors", PEFT_NAME)
 ADAPTER_KEYS = r"(?i)lora|\.hada_|\.lokr_|\.dora_scale|\.diff(_b)?$|\.set_weight$"
 LORA_SPLITS = ("readers", "training")
@@ -69,7 +71,7 @@ class LoraFile:
     metadata: dict = field(default_factory=dict)
 
     def all_adapters(self):
-        return [adapter for part in self.adapters.values() for adapter in part]
+        return list(chain.from_iterable(self.adapters.values()))
 
 
 # --- where it is ----------------------------------------------------------------------------------
@@ -82,6 +84,7 @@ def locate_lora(where, setting="lora="):
     path = Path(expand_home(str(where), setting.rstrip("= ")))
     if not path.exists():
         path = _fetch_lora(str(where), setting)
+    path = run_lora(path) or path
     if not os.access(path, os.R_OK):
         raise ValueError(f"{setting}{where} cannot be read: no permission")
     if not path.is_dir():
@@ -97,9 +100,23 @@ def locate_lora(where, setting="lora="):
     )
 
 
+def run_lora(path):
+    """The LoRA in the last checkpoint of a run that trained one, checked; None for other paths."""
+    folder = run_folder.last_checkpoint(path)
+    meta = folder and run_folder.read_meta(folder)
+    if not meta or meta.what != "lora":
+        return None
+    name = LORA_RUN_NAME
+    run_folder.check_files(folder, replace(meta, files={name: meta.files[name]}))
+    return folder / name
+
+
 def is_lora(where):
-    """Whether a path, looked at without the hub, is a file with keys as a LoRA's, or a folder."""
+    """Whether a path, looked at without the hub, is a file with keys as a LoRA's, a folder, or a
+    run that trained one.
+    """
     path = Path(str(where)).expanduser()
+    path = run_lora(path) or path
     if path.is_dir():
         path = next((path / name for name in LORA_NAMES if (path / name).is_file()), path)
     if not path.is_file():
@@ -195,8 +212,7 @@ def group_keys(tensors, config):
         dialects[dialect_of(meaning)] += 1
     if unknown:
         raise ValueError(unknown_text(unknown, tensors.keys(), config))
-    roles = [role for of_module in found.values() for role, _ in of_module]
-    if all(role == "whole" for role in roles):
+    if all(role == "whole" for role, _ in chain.from_iterable(found.values())):
         raise ValueError(model_text(tensors.keys()) or "it holds whole weights, and no adapter")
     return found, tuple(name for name, _ in dialects.most_common())
 

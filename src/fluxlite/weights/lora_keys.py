@@ -56,7 +56,7 @@ SUFFIXES = {
     ".lora_magnitude_vector.default": "magnitude",
     ".lora_magnitude_vector.default.weight": "magnitude",
     **{f".hada_{name}": f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
-    **{f".lokr_{w}{part}": f"lokr_{w}{part}" for w in ("w1", "w2") for part in ("", "_a", "_b")},
+    **{f".lokr_{name}": f"lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
     ".diff": "diff",
     ".diff_b": "bias diff",
     ".w_norm": "diff",

@@ -11,6 +11,7 @@ import json
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
@@ -120,8 +121,7 @@ def widened_config(config, loras):
     """The shape of a transformer with its LoRAs: BFL's control LoRAs widen its input."""
     widths = [
         adapter.form.shape[1]
-        for lora in loras
-        for adapter in lora.adapters("transformer")
+        for adapter in chain.from_iterable(lora.adapters("transformer") for lora in loras)
         if WIDENED in adapter.rule.ours
     ]
     wide = max([config.in_channels, *widths])
@@ -276,7 +276,10 @@ def merged_source(source, loras, dtype=None, only=lambda name: True):
 def rules_of_theirs(source):
     """{name in a source's layout: the rule that has it}."""
     rules = conversion.model_rules(source.layout, source.config)
-    return {name: rule for rule in rules for name in rule.theirs}
+    found = {}
+    for rule in rules:
+        found |= dict.fromkeys(rule.theirs, rule)
+    return found
 
 
 def our_reader(source):

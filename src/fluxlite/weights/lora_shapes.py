@@ -88,10 +88,9 @@ def linear_shapes(tensors, config):
         for side, axis in SIDES.get(meaning.role, {}).items():
             if meaning.leaf == "weight":
                 sides.setdefault(side, []).append(shape[axis])
-    return [
-        (rule.ours[0], len(rule.ours), {side: math.prod(of) for side, of in sides.items()})
-        for rule, sides in found.values()
-    ]
+    for _, sides in found.values():
+        sides |= {side: math.prod(of) for side, of in sides.items()}
+    return [(rule.ours[0], len(rule.ours), sides) for rule, sides in found.values()]
 
 
 def hidden_width(linear):

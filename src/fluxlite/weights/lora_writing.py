@@ -13,6 +13,7 @@ import logging
 from collections import Counter, namedtuple
 from dataclasses import replace
 from functools import reduce
+from itertools import chain
 
 import torch
 
@@ -88,20 +89,27 @@ def regroup_adapters(adapters, layout, config):
 JointTensor = namedtuple("JointTensor", "rule layout indices config")
 
 
+def adapters_of(parts):
+    return [adapter for adapter, _ in chain.from_iterable(parts)]
+
+
+def of_form(part, kind):
+    return [(adapter, number) for adapter, number in part if type(adapter.form) is kind]
+
+
 def regroup_rule(joint, parts):
     """The adapters of one tensor of a layout, from [(adapter, number in its rule)] of each of our
     tensors that it holds.
     """
     found, joins = [], {LowRank: join_low_rank, DenseForm: join_dense}
-    adapters = list({id(adapter): adapter for part in parts for adapter, _ in part}.values())
+    adapters = list({id(adapter): adapter for adapter in adapters_of(parts)}.values())
     for kind in dict.fromkeys(type(adapter.form) for adapter in adapters):
         of_kind = [adapter for adapter in adapters if type(adapter.form) is kind]
         whole = [adapter for adapter in of_kind if lies_in(adapter.rule, joint.rule)]
         if whole == of_kind and (len(whole) == 1 or kind not in joins):
             found += [moved_adapter(adapter, joint) for adapter in whole]
         elif kind in joins:
-            own = [[(a, n) for a, n in part if type(a.form) is kind] for part in parts]
-            found.append(joins[kind](joint, own))
+            found.append(joins[kind](joint, [of_form(part, kind) for part in parts]))
         else:
             raise ValueError(
                 f"{of_kind[0].name} is a {kind.__name__} product, and no module of the "
@@ -149,7 +157,7 @@ def join_low_rank(joint, parts):
     scales = {scale for *_, scale in pieces}
     common = scales.pop() if len(scales) == 1 else None
     places = place_factors([shared for _, shared, *_ in pieces])
-    types = [factor.dtype for _, *both, _ in pieces for factor in both]
+    types = [wider_dtype(shared.dtype, own.dtype) for _, shared, own, _ in pieces]
     dtype = torch.float32 if common is None else reduce(wider_dtype, types)
     total = torch.zeros(sum(map(len, indices)), max(p.stop for p in places), dtype=dtype)
     factor = torch.empty(total.shape[1], pieces[0][1].shape[1], dtype=dtype)
@@ -196,7 +204,7 @@ def join_magnitudes(joint, parts):
     they cannot be joined: norms are those of whole rows or columns.
     """
     rule, _, indices, config = joint
-    adapters = [a for part in parts for a, _ in part]
+    adapters = adapters_of(parts)
     if all(a.magnitude is None for a in adapters):
         return None
     name = next(a.name for a in adapters if a.magnitude is not None)
@@ -219,7 +227,7 @@ def join_magnitudes(joint, parts):
 def join_dense(joint, parts):
     """One whole difference, or replaced tensor, of those of each of our tensors in a rule."""
     rule, layout, indices, config = joint
-    adapters = [a for part in parts for a, _ in part]
+    adapters = adapters_of(parts)
     replaced = {a.replaces for a in adapters}
     if len(replaced) > 1 or (True in replaced and not all(parts)):
         raise ValueError(f"{adapters[0].name} is replaced in part: bake it with --src BASE --lora")

@@ -72,7 +72,7 @@ class CheckpointMeta:
     ema: list[str] = option(MISSING, "names of the parameters that have a moving average")
     layout: str = option("fluxlite", "of the weights", choices=("fluxlite",))
     version: str = option("", "of the program that wrote it")
-    what: str = option("transformer", "what was trained", choices=tuple(NET_CONFIGS))
+    what: str = option("transformer", "what was trained", choices=(*NET_CONFIGS, "lora"))
     data: DataRecord = option(DataRecord, "what it was trained on")
     files: dict = option(dict, "{name: FileRecord}; empty where none was taken")
     checksum: str = option("", "CRC-32 of meta.json with zeros in its place")

@@ -426,11 +426,16 @@ def check_file_size(path, num_bytes):
         raise ValueError(f"{path} has {path.stat().st_size} bytes, not {num_bytes}: it is damaged")
 
 
-def check_file_bytes(path, checksum):
-    """Raise `ValueError` unless a file's bytes have this CRC-32."""
+def file_checksum(path):
+    """The CRC-32 of a file's bytes, eight hexadecimal digits."""
     crc32 = 0
     with open(path, "rb", buffering=0) as file:
         while data := file.read(READ_BYTES):
             crc32 = zlib.crc32(data, crc32)
-    if f"{crc32:08x}" != checksum:
+    return f"{crc32:08x}"
+
+
+def check_file_bytes(path, checksum):
+    """Raise `ValueError` unless a file's bytes have this CRC-32."""
+    if file_checksum(path) != checksum:
         raise ValueError(f"{path} is damaged: its checksum is another")

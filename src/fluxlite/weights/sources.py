@@ -181,6 +181,12 @@ def _open_run(path, ema):
     """
     folder = last_checkpoint(path)
     meta, tensors = run_folder.open_checkpoint(folder)
+    if meta.what == "lora":
+        base = run_folder.saved_parts(folder, meta).checkpoint
+        raise ValueError(
+            f"it is the run of a LoRA: name that as lora= (in training lora.checkpoint=), and as "
+            f"this its base{f', {base}' if base else ''}"
+        )
     averaged = set(meta.ema if ema else ())
     config = _run_config(folder, meta, tensors)
 

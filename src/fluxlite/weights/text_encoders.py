@@ -10,7 +10,7 @@ Shapes: B prompts, L tokens, D width of T5, P width of CLIP.
 
 import hashlib
 import logging
-from functools import cached_property
+from functools import cached_property, partial
 from operator import itemgetter
 
 import torch
@@ -20,6 +20,7 @@ from fluxlite.weights.encoder_files import (
     CLIP,
     READ_SUFFIXES,
     T5,
+    check_description,
     check_tokens,
     load_model,
     load_tokenizer,
@@ -112,6 +113,32 @@ def load_text_encoders(t5, clip, *, device, dtype, t5_device=None):
     check_tokens(clip_tokenizer, clip.config, clip_tokenizer_folder, CLIP)
     folders = (t5_folder, t5_tokenizer_folder, clip_folder, clip_tokenizer_folder)
     return TextEncoders(t5, t5_tokenizer, clip, clip_tokenizer, folders)
+
+
+def load_tokenizers(t5, clip, max_sequence_length):
+    """{"t5", "clip": a function of a text} → its tokens, how many of them the encoder reads, and
+    the text that it then reads.
+
+    Raises `ValueError` as `load_text_encoders` does; no weights are loaded.
+    """
+    _, t5_folder = locate_encoder(t5, T5)
+    clip_model, clip_folder = locate_encoder(clip, CLIP)
+    positions = check_description(clip_model, CLIP).max_position_embeddings
+    with quiet_transformers():
+        from transformers import CLIPTokenizer, T5TokenizerFast
+
+        of_t5 = load_tokenizer(T5TokenizerFast, t5_folder, T5)
+        of_clip = load_tokenizer(CLIPTokenizer, clip_folder, CLIP)
+    clip_length = min(of_clip.model_max_length, positions)
+    read_by = {"t5": (of_t5, max_sequence_length), "clip": (of_clip, clip_length)}
+    return {name: partial(read_text, *how) for name, how in read_by.items()}
+
+
+def read_text(tokenizer, length, text):
+    """A text's tokens, how many of them are read, and what these say."""
+    count = len(tokenizer(text, verbose=False).input_ids)
+    ids = tokenizer(text, max_length=length, truncation=True).input_ids
+    return count, length, tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def check_encodable(prompt):

@@ -4,6 +4,7 @@ from operator import itemgetter
 
 from fluxlite.train.building import flux_weights, wrap_flux
 from fluxlite.train.tasks.controlnet import CONTROLNET
+from fluxlite.train.tasks.lora import LORA
 from fluxlite.train.tasks.task import Task
 
 # from random weights or a checkpoint's
@@ -12,4 +13,6 @@ FULL = Task(name="transformer", models=((wrap_flux, flux_weights),), velocity_of
 
 def choose_task(config):
     """The `Task` that a `TrainConfig` asks for."""
-    return CONTROLNET if config.controlnet.train else FULL
+    if config.controlnet.train and config.lora.train:
+        raise ValueError("controlnet=default and lora=default: train one at a time")
+    return CONTROLNET if config.controlnet.train else LORA if config.lora.train else FULL

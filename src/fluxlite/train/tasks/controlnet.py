@@ -10,8 +10,8 @@ from functools import partial
 import torch
 
 from fluxlite import rng
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import option, refuse_first, same_option
-from fluxlite.cli.programs import warn_for_all
 from fluxlite.data.images import pixels_of
 from fluxlite.nets.configs import ControlNetConfig, mode_number
 from fluxlite.nets.controlnet import (
@@ -23,18 +23,19 @@ from fluxlite.nets.controlnet import (
     unused_parameters,
     weights_from_base,
 )
-from fluxlite.nets.flux import initial_weight
 from fluxlite.train import optim
 from fluxlite.train.building import (
     check_shape,
     checked_weights,
     device_generator,
     flux_weights,
+    frozen_weights,
+    random_base_value,
     random_weights,
     wrap_flux,
     wrap_model,
 )
-from fluxlite.train.draws import keys_of
+from fluxlite.train.draws import keys_of, shape_of
 from fluxlite.train.meter import ControlMeter
 from fluxlite.train.tasks.task import Task
 from fluxlite.train.training_step import encode_pictures
@@ -210,21 +211,6 @@ def controlnet_weights(config, device):
     return random_weights(net, config.seed, device, partial(initial_control_weight, net.config))
 
 
-def random_base_value(name, *options):
-    """`initial_weight` with a random output layer: behind a zero one nothing can learn."""
-    return initial_weight("img_in.weight" if name == "out.weight" else name, *options)
-
-
-def base_weights(config, device):
-    """`flux_weights` of the frozen transformer."""
-    if not config.model.checkpoint:
-        warn_for_all(
-            "model.checkpoint is null: the frozen transformer is random, its output layer too; "
-            "only the ControlNet learns"
-        )
-    return flux_weights(config, device, random_base_value)
-
-
 # --- a step ---------------------------------------------------------------------------------------
 
 
@@ -249,7 +235,7 @@ def draw_control(config, sample):
             f"controlnet.num_modes={control.num_modes}, but a sample's json has the mode "
             f"{int(sample['modes'])}"
         )
-    noise = rng.normal(config.latent_shape(), stream="control", **keys)
+    noise = rng.normal(shape_of(config, sample), stream="control", **keys)
     dropped = rng.uniform(stream="control dropout", **keys) < control.dropout
     return {"control_noise": noise[0], "control_dropped": dropped[0]}
 
@@ -287,7 +273,7 @@ CONTROLNET = Task(
     name="controlnet",
     models=(
         (wrap_controlnet, controlnet_weights),
-        (partial(wrap_flux, frozen=True), base_weights),
+        (partial(wrap_flux, frozen=True), frozen_weights),
     ),
     velocity_of=lambda models: partial(controlled_velocity, *models),
     check_settings=check_control,

@@ -1,0 +1,61 @@
+"""Buckets: which shape each picture is trained in. A step's samples are of one (`GroupedOrder`)."""
+
+import logging
+import os
+import re
+from dataclasses import replace
+
+import numpy as np
+
+from fluxlite.cli.messages import warn_for_all
+from fluxlite.data.order import GroupedOrder
+from fluxlite.data.parts import MASK
+
+log = logging.getLogger("fluxlite")
+
+
+def shape_shards(config, shards):
+    """The shards once for each resolution, with the shape of each sample where these differ."""
+    resolutions = config.shapes()
+    if resolutions == [[(config.height, config.width)]]:
+        return shards
+    found = []
+    for shapes in resolutions:
+        found += [replace(shard, shapes=nearest_shapes(shard, shapes)) for shard in shards]
+    return found
+
+
+def nearest_shapes(shard, shapes):
+    """The shape (height, width) of the nearest proportions for each picture: (n, 2)."""
+    shapes = np.array(shapes, np.int32)
+    if len(shapes) == 1:
+        return np.broadcast_to(shapes[0], (len(shard.keys), 2))
+    wanted = np.log(shard.sizes[:, 1] / shard.sizes[:, 0])
+    given = np.log(shapes[:, 0] / shapes[:, 1])
+    return shapes[np.abs(wanted[:, None] - given).argmin(axis=1)]
+
+
+def log_samples(samples):
+    """Log what an epoch has: of which place, in which shapes, and with which masks."""
+    config, order = samples.config, samples.order
+    if len(config.places()) > 1 or config.repeats:
+        for shard in samples.shards:
+            log.info("%s: %d samples, %s", shard.path, len(shard.keys), vars(shard.source))
+    if isinstance(order, GroupedOrder):
+        for numbers, of_shape in order.groups:
+            shape = samples.shape(numbers[0])
+            log.info("bucket %d x %d: %d samples an epoch", *shape, len(of_shape))
+    if config.mask and config.mask != "alpha":
+        lacking = sum(int((shard.spans[:, MASK, 1] < 0).sum()) for shard in samples.shards)
+        log.info("%d of %d samples have no mask and count whole", lacking, samples.starts[-1])
+    warn_of_named_repeats(samples)
+
+
+def warn_of_named_repeats(samples):
+    """Say so where a folder is named as kohya's are, `10_dog`, and its repeats are not given."""
+    names = {shard.path for shard in samples.shards if os.path.isdir(shard.path)}
+    names |= {entry.path for name in names for entry in os.scandir(name) if entry.is_dir()}
+    named = sorted(name for name in names if re.match(r"\d+_", os.path.basename(name)))
+    if named and not samples.config.repeats:
+        text = "%s: its name's repeats are not read: name it in data.path= and give data.repeats="
+        warn_for_all(text, named[0])

@@ -1,0 +1,136 @@
+"""Folders of pictures with captions beside them, indexed as tars are.
+
+A caption is a `.txt` or `.caption` of the picture's name, or a line of a `metadata.jsonl` in the
+picture's folder, as Hugging Face's imagefolder has it: `{"file_name": "a.jpg", "text": "a fox"}`.
+"""
+
+import os
+from functools import cache
+
+from fluxlite.cli.descriptions import MAX_BYTES, check_regular, foreign_json
+from fluxlite.cli.messages import warn_for_all
+from fluxlite.data.indexed import index_samples
+from fluxlite.data.parts import CONTROL, IMAGE, MASK, SampleParts, printable_name
+
+LINES = "metadata.jsonl"
+CAPTION = "caption"  # an ending that stands for txt, where there is none
+BESIDE = ("mask", "ref", "control")  # of `a.mask.png`, which is no sample of its own
+
+
+def split_file(name, parts=SampleParts()):  # noqa: B008 (frozen)
+    """A file's name as its key and ending; None for hidden files and those without an ending.
+
+    A key ends at the last dot, or at the last but one where a word of `BESIDE` follows, or the word
+    of `data.control` or `data.mask`: `a/v1.5.mask.png` is the `mask.png` of `a/v1.5`.
+    """
+    folder, _, base = name.rpartition("/")
+    stem, _, ending = base.rpartition(".")
+    if not stem or folder.startswith(".") or "/." in f"/{name}":
+        return None
+    front, _, word = stem.rpartition(".")
+    asked = [e.rpartition(".")[0] for e in (parts.control, parts.mask) if e]
+    if front and word and word.lower() in (*BESIDE, *asked):
+        stem, ending = front, f"{word}.{ending}"
+    return (f"{folder}/{stem}" if folder else stem), ending.lower()
+
+
+def index_folder(path, parts):
+    """The `Shard` of a folder and all below it, in the order of the files' names.
+
+    Raises `ValueError` where there is none, and for a `metadata.jsonl` that cannot be followed.
+    """
+    if not os.path.isdir(path):
+        wrong = "is a file" if os.path.exists(path) else "does not exist"
+        raise ValueError(f"{path} {wrong}: name a folder of pictures and captions")
+    files = []
+    for name in sorted(_names_below(path), key=os.fsencode):
+        about = os.stat(os.path.join(path, name))
+        files.append((os.path.join(path, name), about.st_size, about.st_mtime_ns))
+    return _indexed(path, tuple(files), parts)
+
+
+def _names_below(path):
+    """The names of all files in a folder and below it, links followed; none of hidden folders."""
+    seen = set()
+    for folder, below, files in os.walk(path, followlinks=True, onerror=_raise_error):
+        again = os.path.realpath(folder) in seen
+        seen.add(os.path.realpath(folder))
+        below[:] = [name for name in below if not again and not name.startswith(".")]
+        yield from (os.path.relpath(os.path.join(folder, n), path) for n in files if not again)
+
+
+def _raise_error(error):
+    raise error
+
+
+@cache  # validation is often cut from the training set, and opened more than once
+def _indexed(path, files, parts):
+    found = _files_by_key(path, files, parts)
+    pictures = set().union(*(parts.endings()[column] for column in (IMAGE, CONTROL, MASK)))
+    endings = {key: {ending for ending, *_ in of} for key, of in found.items()}
+    samples = {key: of for key, of in found.items() if endings[key] & pictures}
+    lone = [k for k in found if k not in samples and endings[k] & {parts.text, parts.json}]
+    if lone:
+        shown = len(lone), path, printable_name(lone[0])
+        warn_for_all("%d captions have no picture: that of %s/%s first", *shown)
+    shard = index_samples(path, files, parts, index_folder, samples)
+    _warn_of_unread(shard)
+    return shard
+
+
+def _files_by_key(path, files, parts):
+    """{key: [(ending, (file, offset, size), run)]}: a file whole, or a line of `LINES`."""
+    found = {}
+    for number, (file, size, _) in enumerate(files):
+        name = os.path.relpath(file, path)
+        described = os.path.basename(name) == LINES
+        whole = (split_file(name, parts), (number, 0, size))
+        for split, place in _described(path, file, number, parts) if described else [whole]:
+            if split:
+                found.setdefault(split[0], []).append((split[1], place, 0))
+    return {key: _one_text(of_key, parts) for key, of_key in found.items()}
+
+
+def _one_text(of_key, parts):
+    """A key's files with `CAPTION` as its text, where it has no other."""
+    has_text = any(ending == parts.text for ending, *_ in of_key)
+    kept = [part for part in of_key if part[0] != CAPTION or not has_text]
+    return [(parts.text if ending == CAPTION else ending, *rest) for ending, *rest in kept]
+
+
+def _described(path, file, number, parts):
+    """[((key, "json"), its line's place)] of the pictures that a `LINES` describes."""
+    check_regular(file)
+    if os.path.getsize(file) > MAX_BYTES:
+        raise ValueError(f"{file} has more than {MAX_BYTES} bytes: use tars for so many pictures")
+    found, offset = [], 0
+    with open(file, "rb") as lines:
+        for i, line in enumerate(lines, 1):
+            if line.strip():
+                picture = os.path.join(os.path.dirname(file), _named(line, f"{file} line {i}"))
+                split = split_file(os.path.relpath(picture, path), parts)
+                found.append((split and (split[0], parts.json), (number, offset, len(line))))
+            offset += len(line)
+    return found
+
+
+def _named(line, where):
+    """The picture's name in a line of `LINES`."""
+    try:
+        row = foreign_json(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
+        raise ValueError(f'{where} must be an object with a "file_name"')
+    return row["file_name"]
+
+
+def _warn_of_unread(shard):
+    """Say so where files of a folder are part of no sample."""
+    read = set(shard.places[shard.spans[..., 1] >= 0].tolist())
+    names = [path for path, _, _ in shard.files]
+    unread = [n for i, n in enumerate(names) if i not in read and os.path.basename(n)[0] != "."]
+    if unread:
+        first = printable_name(unread[0])
+        remedy = "data.control= and data.mask= say what else is"
+        warn_for_all("%d files are not read, %s first: %s", len(unread), first, remedy)

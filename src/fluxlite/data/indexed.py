@@ -1,0 +1,193 @@
+"""Samples of a tar or a folder, indexed: each part of one is then one read away.
+
+n samples of a `Shard`.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL.ContainerIO import ContainerIO
+
+from fluxlite.cli.descriptions import check_regular
+from fluxlite.cli.messages import warn_for_all
+from fluxlite.data.config import Source
+from fluxlite.data.images import BadSample, check_proportions, upright_size
+from fluxlite.data.pairing import choose_parts
+from fluxlite.data.parts import CONTROL, IMAGE, MASK, MAX_KEY, SampleParts, printable_name
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The usable samples of one tar or folder, and where the parts of each lie, by column: its
+    picture, txt, json, control and mask.
+
+    A size of -1 is none.
+    """
+
+    path: str
+    files: tuple  # (path, size, time of change in ns) of each file that was read: of a tar, one
+    parts: SampleParts
+    index: Callable  # (path, parts) → the `Shard` that it is now
+    keys: np.ndarray  # (n,) bytes
+    places: np.ndarray  # (n, 5) which of the files
+    spans: np.ndarray  # (n, 5, 2) offset and size in it
+    sizes: np.ndarray | None  # (n, 2) width and height of the pictures, where they are measured
+    skipped: tuple  # "key: reason" of samples that cannot be used
+    source: Source = Source()
+    shapes: np.ndarray | None = None  # (n, 2) height and width to train in, where they differ
+
+    @property
+    def name(self):
+        """Its name without an ending, as a log or a JSON file can show it."""
+        return printable_name(Path(self.path).stem)
+
+    @property
+    def size(self):
+        """Bytes of its files."""
+        return sum(size for _, size, _ in self.files)
+
+    @property
+    def modified(self):
+        """Its time of change; of a folder a number for the times of all its files."""
+        if len(self.files) == 1:
+            return self.files[0][2]
+        digest = hashlib.blake2b(repr(self.files).encode(errors="replace"), digest_size=7)
+        return int.from_bytes(digest.digest(), "little")
+
+    def rows(self, chosen):
+        """The shard of some of its samples: a slice, or a boolean array."""
+        names = "keys", "places", "spans", "sizes", "shapes"
+        arrays = {name: getattr(self, name) for name in names}
+        return replace(self, **{n: a[chosen] for n, a in arrays.items() if a is not None})
+
+    def alike(self):
+        """The rows of its samples, an array for each shape."""
+        if self.shapes is None:
+            return [np.arange(len(self.keys))]
+        kinds = np.unique(self.shapes, axis=0)
+        return [np.flatnonzero((self.shapes == kind).all(axis=1)) for kind in kinds]
+
+    @staticmethod
+    def identity_of(file):
+        """Size and time of change of an open file."""
+        about = os.fstat(file.fileno())
+        return about.st_size, about.st_mtime_ns
+
+    def open_unchanged(self, number):
+        """One of its files, unbuffered, and its `identity_of`.
+
+        Raises `ValueError` where it is not the one that was indexed. One that was touched or
+        written anew will do where its parts lie where they lay.
+        """
+        path, *known = self.files[number]
+        check_regular(path)
+        file = open(path, "rb", buffering=0)
+        identity = self.identity_of(file)
+        if identity != tuple(known):
+            now = self.index(self.path, self.parts)
+            rows = {key: i for i, key in enumerate(now.keys.tolist())}
+            same = [rows.get(key, -1) for key in self.keys.tolist()]
+            if -1 in same or not np.array_equal(now.spans[same], self.spans):
+                raise ValueError(f"{path} was changed while it is read: start again")
+        return file, identity
+
+
+def index_samples(path, files, parts, index, found):
+    """The `Shard` of samples {key: [(ending, (file, offset, size), run)]}."""
+    keys, rows, skipped = [], [], []
+    for key, of_key in found.items():
+        encoded = key.encode(errors="surrogateescape")
+        if len(encoded) > MAX_KEY:
+            skipped.append(f"{printable_name(key[:80])}…: a name of {len(encoded)} bytes")
+            continue
+        chosen, lost = choose_parts(of_key, parts)
+        skipped += [f"{printable_name(encoded)}: {reason}" for reason in lost]
+        if chosen:
+            keys.append(encoded)
+            rows.append([place or (0, 0, -1) for place in chosen])
+    return _measured(_shard_of(path, files, parts, index, keys, rows, tuple(skipped)))
+
+
+def _shard_of(path, files, parts, index, keys, rows, skipped):
+    rows = np.array(rows, np.int64).reshape(-1, MASK + 1, 3)
+    places, spans = rows[..., 0].astype(np.int32), np.ascontiguousarray(rows[..., 1:])
+    if len(files) == 1:
+        places = np.broadcast_to(np.int32(0), places.shape)  # which takes no memory
+    keys = np.array(keys, f"S{max(map(len, keys), default=1)}")
+    return Shard(path, files, parts, index, keys, places, spans, None, skipped)
+
+
+def _measured(shard):
+    """A shard with its pictures' sizes, where its parts ask for them, and without what cannot be
+    used.
+    """
+    if not shard.parts.measured:
+        return shard
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(partial(_size_of_sample, shard), range(len(shard.keys))))
+    good = np.array([isinstance(size, tuple) for size in found], bool)
+    sizes = np.array([size for size in found if isinstance(size, tuple)], np.int32)
+    bad = [(key, why) for key, why in zip(shard.keys.tolist(), found) if isinstance(why, str)]
+    skipped = (*shard.skipped, *(f"{printable_name(key)}: {why}" for key, why in bad))
+    return replace(shard.rows(good), sizes=sizes.reshape(-1, 2), skipped=skipped)
+
+
+def _size_of_sample(shard, row):
+    """Width and height of a sample's picture, or why it, its control or its mask is none."""
+    sizes = []
+    for column, what in ((IMAGE, ""), (CONTROL, "its control: "), (MASK, "its mask: ")):
+        try:
+            if shard.spans[row, column, 1] >= 0:
+                sizes.append(_size_of_part(shard, row, column))
+                check_proportions(sizes[-1], sizes[0])
+        except (BadSample, OSError) as error:
+            return f"{what}{error}"
+    return sizes[0]
+
+
+def _size_of_part(shard, row, column):
+    offset, size = shard.spans[row, column].tolist()
+    with open(shard.files[shard.places[row, column]][0], "rb") as file:
+        return upright_size(ContainerIO(file, offset, size))
+
+
+def open_shards(found, index, *, setting, max_bad_fraction):
+    """Index tars or folders, [(path, its `SampleParts`, its `Source`)], in parallel, each with
+    `index`.
+
+    Raises `ValueError`, naming `setting`, where nothing or too little in them is usable.
+    """
+    try:
+        with ThreadPoolExecutor(16) as pool:
+            indexed = list(pool.map(lambda place: index(*place[:2]), found))
+    except ValueError as error:
+        raise ValueError(f"{setting}: {error}") from None
+    shards = [replace(shard, source=source) for shard, (_, _, source) in zip(indexed, found)]
+    skipped = []
+    for shard in shards:
+        skipped += [f"{shard.name}/{entry}" for entry in shard.skipped]
+    usable = sum(len(shard.keys) for shard in shards)
+    if not usable or len(skipped) > max_bad_fraction * (usable + len(skipped)):
+        shown = "; ".join(skipped[:3]) or "they are empty"
+        limit = f"data.max_bad_fraction={max_bad_fraction}"
+        what = "folders" if os.path.isdir(shards[0].path) else "tars"
+        counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(found)} {what}"
+        raise ValueError(f"{setting}: {counts} cannot be used, more than {limit}: {shown}")
+    for entry in skipped:
+        warn_for_all("skipped %s", entry)
+    return shards
+
+
+def cut_shards(shards, start, stop):
+    """Samples `start` to `stop` of shards, numbered through, as shards."""
+    kept, first = [], 0
+    for shard in shards:
+        kept.append(shard.rows(slice(max(0, start - first), max(0, stop - first))))
+        first += len(shard.keys)
+    return [shard for shard in kept if len(shard.keys)]

@@ -1,0 +1,321 @@
+"""What a drawing sees beside its prompts: a picture to begin from, a hole to fill, a picture to
+follow, references.
+
+Each kind of drawing is a few tensors for the one loop of `sampling`: latents to start from,
+channels beside them, tokens behind them, what is put back after each step. `Guide` holds them.
+
+B pictures, P prompts, L tokens, C channels of a token, h and w in latent cells.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+
+from fluxlite.cli.options import check_kind, refuse_first
+from fluxlite.data import images
+from fluxlite.data.transfers import send_tensor
+from fluxlite.draw import canvas
+from fluxlite.draw.control import Posteriors, rows_for, sample_latents_of
+from fluxlite.nets import flow
+from fluxlite.nets.latents import PATCH, pack_latents
+
+POSTERIORS = "image", "masked_image", "control_image"  # what is drawn of pictures, each its stream
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a transformer is for, told by its channels: pictures that it needs, and others that it
+    may be given; what suits it of `SampleConfig`.
+    """
+
+    name: str
+    needs: tuple
+    takes: tuple
+    settings: dict
+
+
+KINDS = {  # guidance as their publisher's examples have it; FLUX.1-Canny's is 30
+    "plain": Kind("which sees noise alone", (), ("image", "mask", "reference"), {}),
+    "control": Kind(
+        *("a FLUX.1-Canny or FLUX.1-Depth", ("control_image",), ("image", "mask")),
+        {"guidance": 10.0},
+    ),
+    "fill": Kind("a FLUX.1-Fill", ("image", "mask"), (), {"guidance": 30.0, "steps": 50}),
+}
+
+
+def kind_of(config, cell, where):
+    """The key in `KINDS` of a `FluxConfig`, with an autoencoder of `cell` pixels a latent cell.
+
+    Raises `ValueError`, naming `where`.
+    """
+    out = config.out_channels
+    channels = {"plain": out, "control": 2 * out, "fill": 2 * out + (PATCH * cell) ** 2}
+    for name, count in channels.items():
+        if config.in_channels == count:
+            return name
+    raise ValueError(
+        f"{where} takes {config.in_channels} channels and gives {out}, as a model that sees more "
+        "than noise, and is none of FLUX.1, FLUX.1-Fill, FLUX.1-Canny and FLUX.1-Depth: it can be "
+        "converted, but not drawn with"
+    )
+
+
+# --- before anything is loaded --------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """Pictures beside the prompts, in RGB. One of a kind serves all prompts, else there is one for
+    each; references serve all prompts together.
+    """
+
+    image: list = field(default_factory=list)
+    mask: list = field(default_factory=list)
+    control_image: list = field(default_factory=list)
+    reference: list = field(default_factory=list)
+    named: dict = field(default_factory=dict)  # what a picture's metadata say of them
+
+    @property
+    def size(self):
+        """(width, height) of the picture whose proportions a drawing has, or None."""
+        first = [*self.image[:1], *self.reference[:1], *self.control_image[:1]]
+        return first[0].size if first else None
+
+
+def open_inputs(num_prompts, **given) -> Inputs:
+    """The `Inputs` of arguments by name: a path, a PIL image, a list of them, or None; raises
+    `ValueError`.
+    """
+    found = Inputs()
+    for name, value in given.items():
+        pictures = list_pictures(value, name)
+        if name != "reference" and len(pictures) not in (0, 1, num_prompts):
+            raise ValueError(
+                f"{name}= is given {len(pictures)} pictures for {num_prompts} prompts: give one "
+                "for all, or one for each"
+            )
+        setattr(found, name, [canvas.read_rgb(picture, name) for picture in pictures])
+        if pictures:
+            paths = [None if canvas.is_picture(one) else str(one) for one in pictures]
+            found.named[name] = paths[0] if len(paths) == 1 else paths
+    return found
+
+
+def list_pictures(value, name):
+    """A list of the pictures that an argument gives; raises `ValueError`, naming it."""
+    single = isinstance(value, (str, Path)) or not isinstance(value, Iterable)
+    found = [value] if single else [*value]
+    found = [] if found == [None] else found
+    for one in found:
+        check_kind(one, (str, Path, Image.Image), name, "a path or a PIL image")
+    return found
+
+
+def check_inputs(kind, inputs, config, where):
+    """Raise `ValueError`, naming `where`, where pictures are not those that a model of a kind
+    takes, or a setting of `DrawConfig` needs one that is missing.
+    """
+    about, given = KINDS[kind], [name for name in vars(inputs) if name != "named"]
+    given = [name for name in given if getattr(inputs, name)]
+    named = " and ".join(f"{name}=" for name in about.needs)
+    missing = [name for name in about.needs if name not in given]
+    others = [name for name in given if name not in (*about.needs, *about.takes)]
+    remedy = "name controlnet.checkpoint= to follow it" if kind == "plain" else "leave it out"
+    refuse_first(
+        [
+            (missing, f"{where} is {about.name}: it needs {named}"),
+            (others, f"{', '.join(others)}= is not for {where}, {about.name}: {remedy}"),
+            ("mask" in given and "image" not in given, "mask= needs image=, whose part it marks"),
+            *unused_settings(config, given),
+        ]
+    )
+
+
+def unused_settings(config, given):
+    """(whether it is so, text) of each setting that is of a picture which is not given."""
+    settings = {
+        "strength": (config.strength is not None, "image"),
+        "paste": (config.paste, "mask"),
+        "crop": (config.crop >= 0, "mask"),
+        "canny": (config.canny, "control_image"),
+    }
+    for name, (is_set, needed) in settings.items():
+        yield is_set and needed not in given, f"{name}= is read with {needed}=: name that too"
+
+
+def default_strength(kind, inputs):
+    """How much of a picture is drawn anew unless it is said: all of it where the model itself sees
+    what it is to keep.
+    """
+    return 1.0 if kind == "fill" or inputs.reference else 0.6
+
+
+@dataclass
+class Scene:
+    """`Inputs` as pixels in [-1, 1] for pictures of height x width: each (P or 1, 3, height,
+    width), `holes` (P or 1, 1, height, width) of 0 and 1, references (1, 3, h, w) of their own
+    sizes.
+    """
+
+    canvases: list
+    image: torch.Tensor | None = None
+    holes: torch.Tensor | None = None
+    control_image: torch.Tensor | None = None
+    references: list = field(default_factory=list)
+
+    def encoded(self, kind):
+        """{name of `POSTERIORS`: pixels} of what a kind of model sees as latents."""
+        found = {"image": self.image, "control_image": self.control_image}
+        if kind == "fill":
+            found["masked_image"] = self.image * (1 - self.holes)
+        return {name: pixels for name, pixels in found.items() if pixels is not None}
+
+    def paste(self, prompt, drawn):
+        """The whole picture that one of a prompt was drawn on, with that in its place."""
+        return self.canvases[prompt % len(self.canvases)].paste(drawn)
+
+
+def frame_inputs(inputs, config, size, area, multiple) -> Scene:
+    """The `Scene` of pictures of `size` (height, width); references are sized for drawings of
+    `area` pixels. Raises `ValueError`.
+    """
+    scene, images_given, masks = Scene([]), inputs.image, inputs.mask
+    for i in range(max(len(images_given), len(masks))):
+        mask = masks[i % len(masks)] if masks else None
+        opened = canvas.open_canvas(images_given[i % len(images_given)], mask, *size, config.crop)
+        scene.canvases.append(opened)
+    if scene.canvases:
+        scene.image = torch.stack([one.pixels() for one in scene.canvases])
+    if masks:
+        scene.holes = torch.stack([one.holes() for one in scene.canvases])
+    if inputs.control_image:
+        framed = [frame_control(one, size, config.canny) for one in inputs.control_image]
+        scene.control_image = torch.stack(framed)
+    for one in inputs.reference:
+        own = canvas.reference_size(one.size, area, multiple)
+        scene.references.append(canvas.resized_pixels(one, *own)[None])
+    return scene
+
+
+def frame_control(picture, size, canny):
+    """A picture to follow as pixels (3, height, width), framed as in training; or its edges."""
+    frame = images.choose_frame(picture.size, *size).of(picture)
+    return images.picture_pixels(images.canny_edges(frame) if canny else frame)
+
+
+# --- at each step ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Guide:
+    """What guides the drawing of B pictures beside their prompts.
+
+    start (B, L, C) latents; channels (B, L, C') beside them; reference (B or 1, L', C) tokens
+    behind them; `blend(step, x)` is what the latents x after a step become.
+    """
+
+    start: torch.Tensor
+    channels: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+    blend: Callable = lambda step, x: x
+
+    def see(self, x):
+        """Latents x (B, L, C) as the transformer sees them: (B, L + L', C + C')."""
+        if self.channels is not None:
+            x = torch.cat([x, self.channels], dim=-1)
+        if self.reference is not None:
+            x = torch.cat([x, self.reference.expand(len(x), -1, -1)], dim=1)
+        return x
+
+
+@torch.inference_mode()
+def prepare_guides(pipeline, scene, pictures, times, noise, posteriors) -> Callable:
+    """A function from pictures' numbers to their `Guide`.
+
+    `pictures` are (prompt, seed), `noise(numbers)` is packed noise, or latents at times[0] where
+    there is no picture to begin from.
+    """
+    kind, device, cell = pipeline.kind, pipeline.device, pipeline.cell
+    latents = {}
+    for name, pixels in scene.encoded(kind).items():
+        draw = posteriors.draw_of(name, seed=0, stream=name)
+        pixels = send_tensor(pixels, device)
+        latents[name] = sample_latents_of(pipeline.autoencoder, pixels, draw)
+    reference = encode_references(pipeline, scene.references)
+    holes = None if scene.holes is None else send_tensor(scene.holes, device)
+
+    def guide(numbers):
+        prompts, seeds = map(list, zip(*[pictures[n] for n in numbers]))
+        of = {name: sample(prompts, seeds) for name, sample in latents.items()}
+        hole = None if holes is None else rows_for(prompts, holes)
+        start, channels = send_tensor(noise(numbers), device), beside_latents(kind, of, hole, cell)
+        found = Guide(start, channels, reference)
+        if "image" in of:
+            found.start = flow.add_noise(of["image"], start, times[0])
+        if hole is not None and kind != "fill":
+            kept = of["image"], start, latent_mask(hole, cell, start.shape[-1]), times
+            found.blend = partial(keep_outside, *kept)
+        return found
+
+    return guide
+
+
+def encode_references(pipeline, references):
+    """Tokens (1, L', C) of pictures, one behind the other: the modes of their posteriors; or
+    None.
+    """
+    device = pipeline.device
+    encoded = [pipeline.autoencoder.encode(send_tensor(one, device)) for one in references]
+    return torch.cat([pack_latents(one) for one in encoded], dim=1) if encoded else None
+
+
+def beside_latents(kind, latents, hole, cell):
+    """The channels (B, L, C') that a kind of model sees beside the noisy ones, or None.
+
+    Fill's are the picture with a grey hole, and the mask, of which a latent cell has each pixel
+    as a channel.
+    """
+    if kind == "control":
+        return latents["control_image"]
+    if kind == "fill":
+        cells = rearrange(hole, "b 1 (h y) (w x) -> b (y x) h w", y=cell, x=cell)
+        known = latents["masked_image"]
+        return torch.cat([known, pack_latents(cells).expand(len(known), -1, -1)], dim=-1)
+
+
+def latent_mask(hole, cell, channels):
+    """A mask of pixels (B, 1, H, W) for tokens of so many channels: of each latent cell its first
+    pixel, as diffusers takes it.
+    """
+    cells = hole[..., ::cell, ::cell]
+    return pack_latents(cells.expand(-1, channels // PATCH**2, -1, -1))
+
+
+def keep_outside(latents, noise, mask, times, step, x):
+    """The latents x after a step with the picture's own, as noisy, where the mask is 0."""
+    if step == 0:
+        return x
+    return (1 - mask) * flow.add_noise(latents, noise, times[step]) + mask * x
+
+
+def check_posteriors(given, pictures, controls, shape):
+    """The `Posteriors` that `generate` is given, for pictures (prompt, seed) and `controls`.
+
+    Raises `ValueError`.
+    """
+    given = given or {}
+    check_kind(given, dict, "posteriors", "normal draws by name")
+    known = [*POSTERIORS, *(f"controlnet_{number}" for number in range(len(controls)))]
+    allowed = [(len(pictures), *shape), (1, *shape)]
+    for name, draws in given.items():
+        if name not in known or tuple(getattr(draws, "shape", ())) not in allowed:
+            raise ValueError(
+                f"posteriors={name}: give {', '.join(known)} as tensors of {allowed[0]}"
+            )
+    return Posteriors({n: draws.float() for n, draws in given.items()}, [s for _, s in pictures])
