@@ -151,6 +151,9 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
     of `train.py arguments` on nodes of `per_node` ranks, each of `memory` bytes.
     """
     with fake_ranks(ranks, per_node):
+        compose_config(
+            TrainConfig, "train", arguments
+        )  # which checks what makes no difference here
         config = compose_config(TrainConfig, "train", on_fake_ranks(arguments))
         name_parts(config)
         config.validate()
