@@ -59,6 +59,16 @@ def test_prompts_and_paths_arrive_verbatim(text):
     assert train(f"data.path={text}", f"data.cache={text}").data.path == path
 
 
+def test_null_is_no_file_of_a_list():
+    assert infer("prompt=a", "lora=null").lora.file == []
+    assert infer("prompt=null").prompt == ["null"]
+
+
+def test_true_where_a_word_is_to_be_chosen_is_told_the_words():
+    with pytest.raises(ValueError, match="parallel.float8=true: choose one of none, rowwise"):
+        train("parallel.float8=true")
+
+
 PATHS = {
     train: [key for key, f in option_fields(TrainConfig).items() if f.metadata.get("path")],
     infer: [key for key, f in option_fields(InferConfig).items() if f.metadata.get("path")],

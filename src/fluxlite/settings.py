@@ -32,6 +32,7 @@ from fluxlite.draw.pipeline import (
     check_negative,
 )
 from fluxlite.draw.preview import PREVIEWS
+from fluxlite.draw.redux import Redux
 from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
@@ -308,6 +309,46 @@ class ControlConfig(dataclasses.make_dataclass("RepeatedControl", repeated_field
 
 
 @dataclass
+class ReduxConfig:
+    """The pictures whose likeness `infer.py` draws."""
+
+    image: list[str] = option(
+        [],
+        "a picture whose likeness is drawn (FLUX.1-Redux); several add up: give it once for each",
+        path=True,
+        short="redux",
+    )
+    checkpoint: str | None = same_option(Redux, "checkpoint", default=None)
+    scale: list[float] = same_option(
+        Redux,
+        "scale",
+        default=[],
+        help="strength of its tokens, and of the prompt's, by default 1; once for each, or for all",
+        verbatim=True,
+    )
+    pooled_scale: list[float] = same_option(
+        Redux,
+        "pooled_scale",
+        default=[],
+        help="strength of the prompt's pooled vector, the same way",
+        verbatim=True,
+    )
+
+    def pictures(self):
+        """A `Redux` for each picture; raises `ValueError` where there are not as many scales."""
+        count, scales = len(self.image), {}
+        if self != ReduxConfig() and not (self.image and self.checkpoint):
+            raise ValueError("redux= and redux.checkpoint= belong together: name both")
+        for name in ("scale", "pooled_scale"):
+            given = getattr(self, name)
+            if len(given) not in (0, 1, count):
+                raise ValueError(f"redux.{name}= is given {len(given)} times, and redux= {count}")
+            scales[name] = [*given, *given[:1] * count] or [1.0] * count
+        pairs = zip(self.image, scales["scale"], scales["pooled_scale"])
+        return [Redux(self.checkpoint, *pair) for pair in pairs]
+
+
+@dataclass
 class PromptConfig:
     """What `infer.py` draws, and from what."""
 
@@ -347,6 +388,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         path=True,
     )
     controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
+    redux: ReduxConfig = option(ReduxConfig, "pictures whose likeness is drawn")
     solver: str = option(
         "euler", "how steps are taken; heun asks the model twice in each", choices=tuple(SOLVERS)
     )
@@ -395,7 +437,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         """What is drawn beside the prompts, by argument of `generate`."""
         own = self.control_image[: self._owns_control()]
         given = {"image": self.image, "mask": self.mask, "reference": self.reference}
-        return given | {"control_image": own}
+        return given | {"control_image": own, "redux": self.redux.pictures()}
 
     def _ways(self):
         """{key: what it is given} of what says what is drawn."""
@@ -427,6 +469,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         if self.times:
             check_times(self.times)
         self.controls()
+        self.redux.pictures()
         self.lora.loras()
         if self.lora != LoraConfig() and not self.lora.file:
             raise ValueError("lora.* are for drawing with LoRAs: name lora= too, or leave them out")

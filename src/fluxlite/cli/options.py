@@ -202,6 +202,8 @@ def typed_description(where, cls, values, *, foreign=False):
 
 def checked_value(value, hint, metadata, key):
     """`typed_value`, its home folder expanded where it is a path, within its bounds."""
+    if type(value) is bool and hint is str and "choices" in metadata:
+        value = str(value).lower()  # YAML's true, where a word is to be chosen
     value = typed_value(value, hint, key)
     if metadata.get("path"):
         several = isinstance(value, list)

@@ -24,7 +24,11 @@ from fluxlite.draw.control import Posteriors, rows_for, sample_latents_of
 from fluxlite.nets import flow
 from fluxlite.nets.latents import PATCH, pack_latents
 
-POSTERIORS = "image", "masked_image", "control_image"  # what is drawn of pictures, each its stream
+PICTURE_DRAWS = (
+    "image",
+    "masked_image",
+    "control_image",
+)  # what is drawn of pictures, each its stream
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ KINDS = {  # guidance as their publisher's examples have it; FLUX.1-Canny's is 3
 }
 
 
-def kind_of(config, cell, where):
+def drawing_kind(config, cell, where):
     """The key in `KINDS` of a `FluxConfig`, with an autoencoder of `cell` pixels a latent cell.
 
     Raises `ValueError`, naming `where`.
@@ -94,7 +98,7 @@ def open_inputs(num_prompts, **given) -> Inputs:
     """
     found = Inputs()
     for name, value in given.items():
-        pictures = list_pictures(value, name)
+        pictures = given_pictures(value, name)
         if name != "reference" and len(pictures) not in (0, 1, num_prompts):
             raise ValueError(
                 f"{name}= is given {len(pictures)} pictures for {num_prompts} prompts: give one "
@@ -107,7 +111,7 @@ def open_inputs(num_prompts, **given) -> Inputs:
     return found
 
 
-def list_pictures(value, name):
+def given_pictures(value, name):
     """A list of the pictures that an argument gives; raises `ValueError`, naming it."""
     single = isinstance(value, (str, Path)) or not isinstance(value, Iterable)
     found = [value] if single else [*value]
@@ -170,7 +174,7 @@ class Scene:
     references: list = field(default_factory=list)
 
     def encoded(self, kind):
-        """{name of `POSTERIORS`: pixels} of what a kind of model sees as latents."""
+        """{name of `PICTURE_DRAWS`: pixels} of what a kind of model sees as latents."""
         found = {"image": self.image, "control_image": self.control_image}
         if kind == "fill":
             found["masked_image"] = self.image * (1 - self.holes)
@@ -194,6 +198,11 @@ def frame_inputs(inputs, config, size, area, multiple) -> Scene:
         scene.image = torch.stack([one.pixels() for one in scene.canvases])
     if masks:
         scene.holes = torch.stack([one.holes() for one in scene.canvases])
+        if not scene.holes.flatten(1).any(1).all():
+            raise ValueError(
+                "mask= marks nothing of the part of image= that is drawn: mark more, set crop= to "
+                "draw around the mask, or leave height= and width= out"
+            )
     if inputs.control_image:
         framed = [frame_control(one, size, config.canny) for one in inputs.control_image]
         scene.control_image = torch.stack(framed)
@@ -311,7 +320,7 @@ def check_posteriors(given, pictures, controls, shape):
     """
     given = given or {}
     check_kind(given, dict, "posteriors", "normal draws by name")
-    known = [*POSTERIORS, *(f"controlnet_{number}" for number in range(len(controls)))]
+    known = [*PICTURE_DRAWS, *(f"controlnet_{number}" for number in range(len(controls)))]
     allowed = [(len(pictures), *shape), (1, *shape)]
     for name, draws in given.items():
         if name not in known or tuple(getattr(draws, "shape", ())) not in allowed:

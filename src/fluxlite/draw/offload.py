@@ -66,18 +66,21 @@ def _bytes(module):
     return sum(p.nbytes for p in module.parameters())
 
 
-def bytes_beside(config, autoencoder, sample, batch, itemsize, residuals=0, references=0):
+def bytes_beside(config, autoencoder, sample, batch, itemsize, residuals=0, references=0, tile=0):
     """Bytes that a drawing takes at most beside the weights: of a step of `batch` pictures, or of
     one that is decoded.
 
     config and autoencoder are those of the nets, `sample` a `SampleConfig`, `residuals` as many
-    tensors as ControlNets give at a step, `references` as many tokens of reference pictures.
+    tensors as ControlNets give at a step, `references` as many tokens of reference pictures, `tile`
+    the side of what is decoded at once, 0 for all.
     """
     pixels = sample.height * sample.width
     tokens = sample.max_sequence_length + pixels // (2 * autoencoder.downsampling) ** 2
     tokens += references
     step = (STEP_TENSORS + residuals) * batch * tokens * config.hidden_size
-    decoded = DECODED_TENSORS * pixels * max(autoencoder.block_out_channels[:2])
+    decoded = (
+        DECODED_TENSORS * (min(pixels, tile**2) or pixels) * max(autoencoder.block_out_channels[:2])
+    )
     return itemsize * max(step, decoded)
 
 

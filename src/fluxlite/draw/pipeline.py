@@ -44,6 +44,7 @@ from fluxlite.draw.offload import (
     place_steps,
     stream_blocks,
 )
+from fluxlite.draw.redux import Redux, add_pictures, open_redux
 from fluxlite.draw.sampling import (
     decode_pictures,
     initial_noise,
@@ -393,7 +394,7 @@ class Pipeline:
     @property
     def kind(self):
         """What the transformer sees beside noise: a key in `kinds.KINDS`; raises `ValueError`."""
-        return kinds.kind_of(self.model_config, self.cell, self.where)
+        return kinds.drawing_kind(self.model_config, self.cell, self.where)
 
     @property
     def where(self):
@@ -510,7 +511,7 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     found = find_sources(config.model)
     check_float8(config, dtype, found["transformer"])
     cell = found["autoencoder"].config.downsampling
-    kind = kinds.kind_of(found["transformer"].config, cell, "model.checkpoint")
+    kind = kinds.drawing_kind(found["transformer"].config, cell, "model.checkpoint")
     settings = kinds.KINDS[kind].settings | default_settings(found["transformer"]) | own
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
@@ -572,7 +573,9 @@ def find_sources(model):
         )
     vae = sources.open_part(parts["autoencoder"], "autoencoder")
     check_widths(transformer.config, vae)
-    kinds.kind_of(transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}")
+    kinds.drawing_kind(
+        transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}"
+    )
     if model.save_converted:
         transformer = writing.open_converted(checkpoint, model.save_converted, **options)
     return parts | {"transformer": transformer, "autoencoder": vae}
@@ -650,6 +653,7 @@ def generate(
     mask=None,
     control_image=None,
     reference=None,
+    redux: Redux | Sequence[Redux] = (),
     controls: Control | Sequence[Control] = (),
     times: Sequence[float] | torch.Tensor | None = None,
     start_time: float | None = None,
@@ -676,7 +680,7 @@ def generate(
     Pictures are paths or PIL images, one or one a prompt: `image` to begin from (`strength`),
     `mask`, whose white part of it is drawn anew, `control_image` that a FLUX.1-Canny or -Depth
     follows. All prompts have the same `reference`, one or several. Without height and width the
-    pictures have the proportions of the first of these.
+    pictures have the proportions of the first of these. `redux` are `Redux`es, which add up.
 
     `times` fall from 1, noise, to 0, a picture, in place of steps and shift. Drawing begins at
     `start_time`, of which `latents` (pictures, C, h, w) are the state; they may also stand for the
@@ -693,6 +697,7 @@ def generate(
     check_kind(start_time, (Real, type(None)), "start_time", "a number")
     pipeline, config = settle_options(checkpoint, config, options)
     given = dict(image=image, mask=mask, control_image=control_image, reference=reference)
+    given |= {"redux": redux}
     times = dict(times=times, start_time=start_time)
     plan = plan_drawing(
         pipeline, config, prompt, controls, given, latents, posteriors, solver, **times
@@ -701,11 +706,13 @@ def generate(
         length = plan.sample.max_sequence_length
         encoded = [pipeline.encode_text(text, length) for text in plan.texts()]
         texts = [torch.cat(column) for column in zip(*encoded)]
+        if plan.redux:
+            texts = add_pictures(plan.redux, texts, pipeline.device, pipeline.dtype)
         pipeline.release("encoders")
     with stage("transformer and modulation"):
         draw = prepare_drawing(plan, texts)
     about, drawn = describe_drawing(plan), []
-    for numbers, kept in list_batches(len(plan.pictures), config):
+    for numbers, kept in plan.batches:
         with stage("denoising"):
             tokens = draw(numbers, watch_steps(on_step, numbers, kept, plan))
         if numbers[-1] == len(plan.pictures) - 1:
@@ -741,7 +748,9 @@ class Plan:
     pictures: list
     noise: Callable
     posteriors: Posteriors
+    batches: list  # of `list_batches`
     solver: Callable
+    redux: list
 
     @property
     def size(self):
@@ -773,18 +782,24 @@ def plan_drawing(
     prompts = one_or_several(prompt, str, "prompt", "a text or a list of texts")
     controls = one_or_several(controls, Control, "controls", "a Control or a list of them")
     refuse_first([(not prompts, "prompt=[] is empty: name what to draw")])
-    inputs = kinds.open_inputs(len(prompts), **dict(given))
+    given = dict(given)
+    redux = one_or_several(given.pop("redux", ()), Redux, "redux", "a Redux or a list of them")
+    inputs = kinds.open_inputs(len(prompts), **given)
     kinds.check_inputs(pipeline.kind, inputs, config, pipeline.where)
     sample = settle_sample(pipeline, config, inputs.size)
     scene = settle_scene(pipeline, config, inputs, sample)
     times = settle_times(pipeline, config, sample, inputs=inputs, **times_given)
-    size = sample.height, sample.width
+    size, width = (sample.height, sample.width), pipeline.model_config.text_width
+    likened = [open_redux(one, width) for one in redux]
+    alone = "redux= does not work with true_cfg=, whose negative prompt has no pictures"
+    refuse_first([(redux and sample.true_cfg > 1, f"{alone}: leave one of them out")])
     opened = [open_control(control, pipeline, *size, len(prompts)) for control in controls]
     pictures, shape = list_pictures(len(prompts), config), pipeline.latent_shape(*size)
     noise = start_latents(latents, times, pictures, shape, from_noise=bool(inputs.image))
     draws = kinds.check_posteriors(posteriors, pictures, controls, shape)
-    found = sample, scene, times, controls, opened, pictures, noise, draws, find_solver(solver)
-    return Plan(pipeline, config, prompts, inputs, *found)
+    batches = list_batches(len(pictures), config)
+    found = sample, scene, times, controls, opened, pictures, noise, draws, batches
+    return Plan(pipeline, config, prompts, inputs, *found, find_solver(solver), likened)
 
 
 def one_or_several(value, kind, key, meaning):
@@ -962,7 +977,8 @@ def prepare_drawing(plan, texts) -> Callable:
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, plan.opened, *given, plan.posteriors)
     references = [pipeline.latent_shape(*one.shape[2:])[1:] for one in plan.scene.references]
-    pipeline.place_net(model, bytes_planned(plan, references))
+    further = texts[0].shape[1] - sample.max_sequence_length  # of redux
+    pipeline.place_net(model, bytes_planned(plan, references, further))
     positions = position_ids(*plan.shape[1:], texts[0].shape[1], references)
     rope = rope_table(send_tensor(positions, pipeline.device), model.config)
 
@@ -981,15 +997,18 @@ def prepare_drawing(plan, texts) -> Callable:
     return draw
 
 
-def bytes_planned(plan, references):
-    """`bytes_beside` of a `Plan`, with references of (height, width) in latent cells."""
+def bytes_planned(plan, references, further=0):
+    """`bytes_beside` of a `Plan`, with references of (height, width) in latent cells, and so many
+    further tokens of text.
+    """
     pipeline, most = plan.pipeline, min(plan.config.batch, len(plan.pictures))
     batch = plan.config.batch if plan.config.place >= 0 else most
     parts = pipeline.model_config, pipeline.sources["autoencoder"].config
     nets = [control.checkpoint.config for control in plan.opened]
     residuals = sum(net.num_double_blocks + net.num_single_blocks for net in nets)
-    tokens = sum(num_image_tokens(*cells) for cells in references)
-    return bytes_beside(*parts, plan.sample, batch, pipeline.dtype.itemsize, residuals, tokens)
+    tokens = further + sum(num_image_tokens(*cells) for cells in references)
+    beside = residuals, tokens, plan.config.tile
+    return bytes_beside(*parts, plan.sample, batch, pipeline.dtype.itemsize, *beside)
 
 
 def watch_steps(on_step, numbers, kept, plan) -> Callable:
@@ -1013,6 +1032,7 @@ def describe_drawing(plan):
     about = asdict(replace(plan.sample, steps=len(times) - 1)) | {"times": times.tolist()}
     about |= {"tile": plan.config.tile} if plan.config.tile else {}
     own = {"controls": plan.controls, "loras": [lora.lora for lora in pipeline.loras]}
+    own |= {"redux": [one.redux for one in plan.redux]}
     about |= {key: [one.describe() for one in of] for key, of in own.items() if of}
     lossy = parallel.lossy_settings("float8", pipeline.config.float8)
     return about | {"solver": solver_name(plan.solver)} | plan.inputs.named | lossy

@@ -5,6 +5,7 @@ The model is wrapped, filled, trained and updated by the trainer's own functions
 computed and nothing is sent.
 """
 
+import math
 import os
 import weakref
 from collections import Counter
@@ -150,6 +151,9 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
     of `train.py arguments` on nodes of `per_node` ranks, each of `memory` bytes.
     """
     with fake_ranks(ranks, per_node):
+        compose_config(
+            TrainConfig, "train", arguments
+        )  # which checks what makes no difference here
         config = compose_config(TrainConfig, "train", on_fake_ranks(arguments))
         name_parts(config)
         config.validate()
@@ -213,22 +217,27 @@ def name_parts(config):
     """
     for part in BESIDE_FOLDERS:
         setattr(config.model, part, getattr(config.model, part) or TINY)
-    if config.data.kind == "webdataset":
+    if config.data.kind in ("webdataset", "folder"):
         config.data.path = config.data.path or "tars"
 
 
 def made_up_batch(run):
-    """A micro-batch with all that any task may ask of one, as a cache would hold it."""
-    data, model, latents = run.config.data, run.config.model, run.latent_shape
+    """A micro-batch with all that any task may ask of one, as a cache would hold it, in the largest
+    shape of the data's.
+    """
+    data, model = run.config.data, run.config.model
+    height, width = max(sum(data.shapes(), []), key=math.prod)
+    latents = run.config.latent_shape(height, width)
     size = data.micro_batch
     names = *sum(POSTERIORS.values(), ()), "posterior_noise"
     tokens = num_image_tokens(*latents[1:]), model.in_channels
-    drawn = run.task.draw_inputs(run.config, {"indices": 0, "modes": 0})
+    sample = {"indices": 0, "modes": 0, "mean": torch.empty(latents)}
+    drawn = run.task.draw_inputs(run.config, sample)
     made = {name: value.expand(size, *value.shape) for name, value in drawn.items()}
     made |= {name: torch.randn(size, *latents) for name in names}
     return made | {
         "indices": range(size),
-        "controls": torch.zeros(size, 3, data.height, data.width, dtype=torch.uint8),
+        "controls": torch.zeros(size, 3, height, width, dtype=torch.uint8),
         "modes": torch.zeros(size, dtype=torch.long),
         "txt": torch.randn(size, model.max_sequence_length, model.text_width),
         "pooled": torch.randn(size, model.pooled_width),

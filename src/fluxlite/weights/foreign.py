@@ -32,7 +32,11 @@ TELLTALE_KEYS = (
         "an IP-Adapter",
         "it is not supported yet: name a transformer or a ControlNet",
     ),
-    (r"^redux_(up|down)\.", "FLUX.1 Redux", "it is not supported yet: name a transformer"),
+    (
+        r"^redux_(up|down)\.",
+        "FLUX.1 Redux",
+        "name its folder as redux.checkpoint=, the picture as redux=, and here a transformer",
+    ),
     (r"distilled_guidance_layer\.", "Chroma", f"it is not supported: {OTHER_MODEL}"),
     (r"(single|double)_stream_modulation", "FLUX.2", f"it is not supported: {OTHER_MODEL}"),
     (r"\.img_mod\.1\.|^txt_norm\.", "Qwen-Image", OTHER_MODEL),
