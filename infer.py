@@ -124,8 +124,9 @@ def draw_jobs(base, stages):
     names = name_jobs([picture_settings(config) for _, config in jobs])
     paths = [Path(config.output) / name for (_, config), name in zip(jobs, names)]
     left = [(*job, path) for job, path in zip(jobs, paths) if not path.exists()]
+    opened = [*open_jobs(left)]
     logging.info("%d of %d jobs are drawn already", len(jobs) - len(left), len(jobs))
-    for pipeline, group in groupby([*open_jobs(left)], key=itemgetter(0)):
+    for pipeline, group in groupby(opened, key=itemgetter(0)):
         draw_group(pipeline, [*group], stages)
 
 

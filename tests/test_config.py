@@ -59,6 +59,16 @@ def test_prompts_and_paths_arrive_verbatim(text):
     assert train(f"data.path={text}", f"data.cache={text}").data.path == path
 
 
+def test_null_is_no_file_of_a_list():
+    assert infer("prompt=a", "lora=null").lora.file == []
+    assert infer("prompt=null").prompt == ["null"]
+
+
+def test_true_where_a_word_is_to_be_chosen_is_told_the_words():
+    with pytest.raises(ValueError, match="parallel.float8=true: choose one of none, rowwise"):
+        train("parallel.float8=true")
+
+
 PATHS = {
     train: [key for key, f in option_fields(TrainConfig).items() if f.metadata.get("path")],
     infer: [key for key, f in option_fields(InferConfig).items() if f.metadata.get("path")],
@@ -155,7 +165,7 @@ def test_prompts_may_be_given_several_times():
         (["flow.density=normal"], "logit_normal"),
         (["flow.guidance=uniform[7,1]"], "flow.guidance"),
         (["parallel.tp=2"], "parallel.tp"),
-        (["optim.kind=sgd"], "adamw, muon"),
+        (["optim.kind=sgd"], "adamw, adamw8bit, muon"),
         (["optim.beta1=2"], "optim.beta1"),
         (["model.save_converted=a.safetensors"], "model.checkpoint="),
         (["optim.lr=nan"], "optim.lr"),

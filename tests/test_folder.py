@@ -2,16 +2,22 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections import Counter
+from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference import last_of_each
 from test_data import batches, picture, write_tar
-from test_trainer import SMALL, configure, train
+from test_trainer import ROOT, SMALL, configure, train
 
+from fluxlite import parallel
 from fluxlite.data.buckets import nearest_shapes
 from fluxlite.data.cache import CachedSamples, build_cache
 from fluxlite.data.config import DataConfig, bucket_shapes
@@ -21,7 +27,7 @@ from fluxlite.data.order import GroupedOrder, SampleOrder
 from fluxlite.data.shards import Samples
 from fluxlite.nets.latents import pack_latents
 from fluxlite.settings import TrainConfig
-from fluxlite.train import training_step
+from fluxlite.train import setup, training_step
 from fluxlite.train.draws import draw_step
 
 # pictures of three proportions: width and height
@@ -488,26 +494,61 @@ def test_a_changed_picture_mask_or_bucket_makes_a_cache_stale(tmp_path):
 RUN = [*SMALL, "model.max_sequence_length=16", "sample.every=0", "validate_every=0"]
 
 
-def losses_of(folder):
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
+def losses_of(*arguments, steps=4):
+    """The losses of the first steps of a run."""
+    config = configure(*RUN, *arguments)
+    state_of = partial(setup.state_per_rank, config)
+    try:
+        run = setup.set_up(config, *parallel.start_ranks(config.parallel, "cpu", state_of))
+        training, _ = setup.open_data(config, run)
+        how = dict(global_batch=config.data.global_batch, start_index=0)
+        with closing(run.loader(training, workers=config.data.workers, **how)) as batches:
+            return [
+                training_step.train_step(run, [next(batches)], step)[0].item()
+                for step in range(steps)
+            ]
+    finally:
+        parallel.stop_ranks()
 
 
-def small_run(tmp_path, name, data, *more):
-    return train(*RUN, *data, f"output={tmp_path / name}", "steps=4", *more)
-
-
-def test_a_folder_resumed_in_an_epoch_and_a_tar_of_it_give_the_same_losses(tmp_path):
+def test_a_folder_and_a_cached_tar_of_it_give_the_same_losses(tmp_path):
     files = write_folder(tmp_path / "photos", range(8), sizes=SIZES)
+    files["a/00.mask.png"] = grey_levels(np.eye(32) * 255)
+    write_files(tmp_path / "photos", files)
     write_tar(tmp_path / "photos.tar", dict(sorted(files.items())))
     shape = ["data.height=48", "data.width=48", "data.buckets=true", "data.bucket_step=16"]
-    options = [*shape, "data.global_batch=2", "optim.schedule=constant"]
-    tar = ["data=webdataset", f"data.path={tmp_path}/photos.tar", *options]
+    options = [*shape, "data.mask=mask.png", "data.loss_weight=0.5", "data.global_batch=2"]
+    tar = [f"data.path={tmp_path}/photos.tar", f"data.cache={tmp_path}/cache", *options]
+    cached = losses_of("data=webdataset", *tar, "dtype=float32")
     folder = ["data=folder", f"data.path={tmp_path}/photos", *options]
-    whole = losses_of(small_run(tmp_path, "a", tar))
-    small_run(tmp_path, "b", folder, "steps=1")
-    resumed = losses_of(small_run(tmp_path, "b", folder, "resume=auto", "data.workers=1"))
-    assert len(whole) == 4 and resumed == whole
+    read = losses_of(*folder, "dtype=float32", "data.workers=1")
+    assert len(read) == 4 and read == pytest.approx(cached, rel=1e-6)
+    doubled = losses_of(*folder, "dtype=float32", "data.loss_weight=1", steps=1)
+    assert doubled == pytest.approx([2 * read[0]])
+
+
+@pytest.mark.slow
+def test_buckets_masks_and_weights_train_on_two_ranks_as_on_one_and_resume_in_an_epoch(tmp_path):
+    masked_folder(tmp_path / "own", 6)
+    write_folder(tmp_path / "prior", range(10, 16), sizes=SIZES)
+    data = ["data=folder", f"data.path={tmp_path}/own::{tmp_path}/prior", "data.mask=mask.png"]
+    places = ["data.loss_weight=1", "data.loss_weight=0.5", "data.repeats=2", "data.repeats=1"]
+    data += ["data.resolutions=[32,48]", "data.buckets=true", "data.bucket_step=16", "steps=8"]
+    data += ["data.global_batch=2", "dtype=float32", "optim.schedule=constant"]
+
+    def losses(name, *more, ranks):
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "train.py"]
+        given = last_of_each([*RUN, *data, f"output={tmp_path / name}", *more])
+        command = [sys.executable, *launcher, *given, *places]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+    one = losses("one", ranks=1)
+    losses("two", "steps=3", "data.micro_batch=1", ranks=2)
+    two = losses("two", "data.micro_batch=1", "resume=auto", "data.workers=1", ranks=2)
+    assert len(one) == 8 and two == pytest.approx(one, rel=1e-4)
 
 
 def test_preview_writes_what_is_trained_on_and_stops(tmp_path, caplog):
@@ -517,7 +558,7 @@ def test_preview_writes_what_is_trained_on_and_stops(tmp_path, caplog):
     options = ["data=folder", f"data.path={folder}", "data.mask=mask.png", "preview=true"]
     options += ["data.caption_dropout=0.4", "data.template=sks {}", "data.global_batch=2"]
     caplog.set_level(logging.INFO)
-    run = small_run(tmp_path, "run", options, "data.val_count=1")
+    run = train(*RUN, *options, "data.val_count=1", f"output={tmp_path}/run")
     names = sorted(path.name for path in (run / "preview").iterdir())
     assert names == [*(f"batch-{i}.png" for i in range(4)), "samples.jsonl"]
     assert not (run / "checkpoints").exists() and not (run / "metrics.jsonl").exists()

@@ -519,6 +519,12 @@ def test_preflight_predicts_for_a_mesh_of_ranks_that_are_not_there(options, size
     assert any(dimension == "tp" for _, dimension in found["sent"]) == bool(options)
 
 
+@pytest.mark.parametrize("argument", ["compile=xyz", "parallel.float8=fast"])
+def test_preflight_checks_what_makes_no_difference_to_it(argument):
+    with pytest.raises(ValueError, match=argument):
+        prediction.predict_step(["model=flux_tiny", "data=mock", argument], 1)
+
+
 def test_preflight_counts_a_controlnet_and_its_frozen_transformer():
     shape = [
         "model=flux_dev",

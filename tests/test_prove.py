@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 import fluxlite
 from fluxlite.cli.command_line import flag_of
-from fluxlite.data import circles
+from fluxlite.data import circles, rings
 from fluxlite.data.fill50k import disc_coverage, distance_from, draw_sample, rgb
 from fluxlite.draw import proof
 from fluxlite.weights.sources import ASSETS
@@ -242,3 +242,70 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
     assert len(asked) == 2, "nothing is drawn for a proof that cannot be kept"
     runpy.run_path(str(PROVE))["body"]([*arguments, "--overwrite", "--seed", "1"])
     assert json.loads((tmp_path / "proof" / "proof.json").read_text())["seed"] == 1
+
+
+# --- rings ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smooth", [0, 1.5])
+def test_every_ring_of_the_generator_is_a_ring_and_no_circle_is(smooth):
+    for number, pair in enumerate(proof.choose_pairs(20, 1)):
+        found = []
+        for draw in rings.FIGURES.values():
+            array, _ = draw(number, size=64, seed=3, choices=[pair])
+            blurred = gaussian_filter(array.astype(float), (smooth, smooth, 0))
+            found.append(circles.measure_ring(Image.fromarray(np.uint8(blurred)), *pair))
+        assert [result["ring"] for result in found] == [True, False], pair
+
+
+@pytest.mark.parametrize(
+    "outer,hole,off,right",
+    [
+        (27, 13.5, 0, True),
+        (27, 10, 0, True),
+        (27, 13.5, 3, True),
+        (27, 8, 0, False),
+        (27, 19, 0, False),
+        (27, 13.5, 6, False),
+        (20, 10, 0, False),
+        (27, 0, 0, False),
+    ],
+)
+def test_a_ring_has_a_hole_of_half_its_radius_in_its_middle(outer, hole, off, right):
+    inside = draw_disc(64, centre=(32, 32), radius=outer)
+    coverage = inside - (hole and draw_disc(64, centre=(32 + off, 32), radius=hole))
+    found = circles.measure_ring(paint(coverage, "blue", "yellow"), "blue", "yellow")
+    assert found["shape"] == found["ring"] == found["right"] == right
+
+
+def test_a_rings_hole_and_what_is_around_it_are_of_the_background_and_it_of_its_colour():
+    outer, hole = (draw_disc(64, centre=(32, 32), radius=r) > 0.5 for r in (27, 13.5))
+
+    def measure(around, ring, inside):
+        picture = np.array(paint(outer, ring, around))
+        picture[hole] = rgb(inside)
+        return circles.measure_ring(Image.fromarray(picture), "blue", "yellow")
+
+    assert measure("yellow", "blue", "yellow")["right"]
+    violet = measure("yellow", "dark violet", "yellow")
+    assert violet["ring"] and not violet["right"]
+    for colours in (("yellow", "blue", "orange"), ("orange", "blue", "yellow")):
+        assert measure(*colours)["shape"] and not measure(*colours)["ring"]
+    assert not measure("blue", "yellow", "blue")["ring"]
+
+
+def test_rings_are_proven_with_pairs_that_no_training_sees(tmp_path):
+    def draw(prompts):
+        return [rings_picture(i, prompt) for i, prompt in enumerate(prompts)]
+
+    def rings_picture(number, prompt):
+        pair = prompt.removesuffix(" background").split(" ring with ")
+        return Image.fromarray(rings.draw_ring(number, size=64, seed=0, choices=[pair])[0])
+
+    report, pictures, results = proof.prove_rings(draw, num=12, seed=0)
+    assert report == {"num": 12, "ring": 1.0, "shape": 1.0, "right": 1.0} and len(pictures) == 12
+    rings.write_figures(rings.RingsConfig(str(tmp_path / "rings"), count=30))
+    captions = {path.read_text() for path in (tmp_path / "rings").glob("*.txt")}
+    assert len(captions) > 25 and not captions & {result["prompt"] for result in results}
+    with pytest.raises(ValueError, match="--dst .*rings exists"):
+        rings.write_figures(rings.RingsConfig(str(tmp_path / "rings")))

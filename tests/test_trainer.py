@@ -21,8 +21,9 @@ from fluxlite.cli.command_line import load_config
 from fluxlite.draw.pipeline import generate
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux
+from fluxlite.parallel import ParallelConfig
 from fluxlite.settings import TrainConfig
-from fluxlite.train import building, loop, optim
+from fluxlite.train import building, loop, optim, setup
 from fluxlite.train.tasks import FULL
 from fluxlite.weights import run_folder, sources, writing
 
@@ -331,6 +332,11 @@ def test_saving_is_atomic_and_keeps_the_last_k(tmp_path, monkeypatch):
         assert all(torch.equal(v, before[k]) for k, v in weights(folder).items()), victim
     train(*MOCK, "steps=5", f"output={tmp_path}/run", "resume=auto")
     assert run_folder.read_meta(folder / "checkpoints/last").step == 5
+
+
+def test_settings_of_no_effect_on_one_process_are_said(caplog):
+    setup.warn_of_idle(ParallelConfig(prefetch=2, cp=1))
+    assert "parallel.prefetch: of no effect on one process" in caplog.text
 
 
 def test_a_step_of_more_samples_than_there_are_is_said(tmp_path, caplog):

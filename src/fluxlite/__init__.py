@@ -10,6 +10,7 @@ PUBLIC = {
     "load_pipeline": "fluxlite.draw.pipeline",
     "load_transformer": "fluxlite.weights.sources",
     "Control": "fluxlite.draw.control",
+    "Redux": "fluxlite.draw.redux",
     "Lora": "fluxlite.weights.lora_files",
 }
 

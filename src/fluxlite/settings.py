@@ -32,14 +32,17 @@ from fluxlite.draw.pipeline import (
     check_negative,
 )
 from fluxlite.draw.preview import PREVIEWS
+from fluxlite.draw.redux import Redux
 from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
+from fluxlite.nets.quantized import quantize_conflicts
 from fluxlite.nets.schedule import SampleConfig, check_times
 from fluxlite.parallel import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
+from fluxlite.train.small_adamw import columns_of_block
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
 from fluxlite.train.tasks.lora import LoraTrainConfig
@@ -175,7 +178,8 @@ class TrainConfig(MachineConfig):
                 nearest_folder(folder, f"data.{name}=")
         check_size(self.data.height, self.data.width, self.model.downsampling, "data.")
         check_batch(self.data, self.parallel)
-        refuse_first([*machine_conflicts(machine), *parts_conflicts(self), *shape_conflicts(self)])
+        conflicts = *machine_conflicts(machine), *optim_conflicts(machine), *parts_conflicts(self)
+        refuse_first([*conflicts, *shape_conflicts(self)])
         text = self.model.max_sequence_length
         for shape in [(self.data.height, self.data.width), *sum(self.data.shapes(), [])]:
             tokens = num_image_tokens(*self.latent_shape(*shape)[1:])
@@ -217,6 +221,12 @@ def machine_conflicts(config):
         "each alone",
     )
     yield (
+        mesh.swap_blocks and not freezes_base(config),
+        f"parallel.swap_blocks={mesh.swap_blocks} is for a transformer that stays as it is, beside "
+        "a LoRA or a ControlNet: weights that are trained stay on the GPU (optim.weights=bfloat16 "
+        "optim.kind=adamw8bit take a quarter)",
+    )
+    yield (
         mesh.cpu_offload and not config.device.startswith("cuda"),
         "parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it out",
     )
@@ -224,6 +234,41 @@ def machine_conflicts(config):
         mesh.cpu_offload and config.optim.kind == "muon",
         "parallel.cpu_offload=true does not work with optim.kind=muon, which gathers matrices on "
         "the GPU",
+    )
+
+
+def freezes_base(config):
+    """Whether the transformer itself stays as it is."""
+    return config.lora.train or config.controlnet.train
+
+
+def optim_conflicts(config):
+    """The same of the optimizer."""
+    optim, key = config.optim, f"optim.weights={config.optim.weights}"
+    small, width = optim.weights != "float32", config.model.hidden_size
+    yield (
+        small and config.dtype != "bfloat16",
+        f"{key} needs dtype=bfloat16, not {config.dtype}: products would be of rounded weights",
+    )
+    yield (
+        small and config.lora.train,
+        f"{key} is for training a whole model: a LoRA's adapters, which are small, stay float32",
+    )
+    yield (
+        small and optim.kind == "muon",
+        f"{key} does not work with optim.kind=muon, which rounds to the nearest: choose adamw or "
+        "adamw8bit",
+    )
+    yield (
+        small and optim.ema_decay,
+        f"{key} does not work with optim.ema_decay, whose float32 average takes more than is "
+        "saved: leave one of them out",
+    )
+    block = columns_of_block((width, width))
+    yield (
+        optim.kind == "adamw8bit" and block and width // config.parallel.tp % block,
+        f"optim.kind=adamw8bit has blocks of {block} columns, which parallel.tp="
+        f"{config.parallel.tp} splits at model.hidden_size={width}: choose a smaller parallel.tp",
     )
 
 
@@ -258,6 +303,12 @@ def parts_conflicts(config):
         "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, "
         "or leave them out",
     )
+    yield (
+        model.quantize != "none" and not freezes_base(config),
+        f"model.quantize={model.quantize} is for a transformer that stays as it is, beside a LoRA "
+        "or a ControlNet: set lora=default or controlnet=default too, or leave it out",
+    )
+    yield from quantize_conflicts(model.quantize, model.hidden_size, config.parallel.tp)
     yield (
         config.lora != LoraTrainConfig() and not config.lora.train,
         "lora.* are for training a LoRA: set lora=default too, or leave them out",
@@ -313,6 +364,46 @@ class ControlConfig(dataclasses.make_dataclass("RepeatedControl", repeated_field
 
 
 @dataclass
+class ReduxConfig:
+    """The pictures whose likeness `infer.py` draws."""
+
+    image: list[str] = option(
+        [],
+        "a picture whose likeness is drawn (FLUX.1-Redux); several add up: give it once for each",
+        path=True,
+        short="redux",
+    )
+    checkpoint: str | None = same_option(Redux, "checkpoint", default=None)
+    scale: list[float] = same_option(
+        Redux,
+        "scale",
+        default=[],
+        help="strength of its tokens, and of the prompt's, by default 1; once for each, or for all",
+        verbatim=True,
+    )
+    pooled_scale: list[float] = same_option(
+        Redux,
+        "pooled_scale",
+        default=[],
+        help="strength of the prompt's pooled vector, the same way",
+        verbatim=True,
+    )
+
+    def pictures(self):
+        """A `Redux` for each picture; raises `ValueError` where there are not as many scales."""
+        count, scales = len(self.image), {}
+        if self != ReduxConfig() and not (self.image and self.checkpoint):
+            raise ValueError("redux= and redux.checkpoint= belong together: name both")
+        for name in ("scale", "pooled_scale"):
+            given = getattr(self, name)
+            if len(given) not in (0, 1, count):
+                raise ValueError(f"redux.{name}= is given {len(given)} times, and redux= {count}")
+            scales[name] = [*given, *given[:1] * count] or [1.0] * count
+        pairs = zip(self.image, scales["scale"], scales["pooled_scale"])
+        return [Redux(self.checkpoint, *pair) for pair in pairs]
+
+
+@dataclass
 class PromptConfig:
     """What `infer.py` draws, and from what."""
 
@@ -352,6 +443,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         path=True,
     )
     controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
+    redux: ReduxConfig = option(ReduxConfig, "pictures whose likeness is drawn")
     solver: str = option(
         "euler", "how steps are taken; heun asks the model twice in each", choices=tuple(SOLVERS)
     )
@@ -400,7 +492,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         """What is drawn beside the prompts, by argument of `generate`."""
         own = self.control_image[: self._owns_control()]
         given = {"image": self.image, "mask": self.mask, "reference": self.reference}
-        return given | {"control_image": own}
+        return given | {"control_image": own, "redux": self.redux.pictures()}
 
     def _ways(self):
         """{key: what it is given} of what says what is drawn."""
@@ -432,6 +524,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         if self.times:
             check_times(self.times)
         self.controls()
+        self.redux.pictures()
         self.lora.loras()
         if self.lora != LoraConfig() and not self.lora.file:
             raise ValueError("lora.* are for drawing with LoRAs: name lora= too, or leave them out")

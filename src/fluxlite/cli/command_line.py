@@ -67,7 +67,9 @@ def compose_config(cls, name, argv, others=()):
         for part in path:
             at = at.setdefault(part, {})
         if key in lists:
-            at[last] = [*(at.get(last) or []), _element(key, value, lists[key])]
+            nothing = value == "null" and lists[key].metadata.get("path")
+            more = [] if nothing else [_element(key, value, lists[key])]
+            at[last] = [*(at.get(last) or []), *more]
         else:
             at[last] = value
     config = typed_options(cls, values)

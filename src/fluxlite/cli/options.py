@@ -143,12 +143,11 @@ def same_option(cls, name, **changes):
 
 def nearest_key(key, known, otherwise=""):
     """`: did you mean …?` for a key that is unknown; `otherwise` where none is like it."""
+    tail, tails = key.split(".")[-1], [k.split(".")[-1] for k in known]
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    tails = difflib.get_close_matches(
-        key.split(".")[-1], [k.split(".")[-1] for k in known], n=1, cutoff=0.8
-    )
-    if not close and tails:
-        close = [k for k in known if k.split(".")[-1] == tails[0]]
+    like = [tail] if tail in tails else difflib.get_close_matches(tail, tails, n=1, cutoff=0.8)
+    if like and (not close or ("." not in key and tail in tails)):
+        close = [k for k, of in zip(known, tails) if of == like[0]]
     return f": did you mean {close[0]}?" if close else otherwise
 
 
@@ -203,6 +202,8 @@ def typed_description(where, cls, values, *, foreign=False):
 
 def checked_value(value, hint, metadata, key):
     """`typed_value`, its home folder expanded where it is a path, within its bounds."""
+    if type(value) is bool and hint is str and "choices" in metadata:
+        value = str(value).lower()  # YAML's true, where a word is to be chosen
     value = typed_value(value, hint, key)
     if metadata.get("path"):
         several = isinstance(value, list)

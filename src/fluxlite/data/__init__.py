@@ -5,7 +5,7 @@
     for batch in make_loader(dataset, global_batch=8, micro_batch=2, dp_rank=0, dp_size=2,
                              start_index=0, workers=2): …
 
-A data set is any object with these; tars, their cache and made-up data are:
+A data set is any object with these; tars and folders, their cache and made-up data are:
 
     dataset.config           its `DataConfig`
     len(dataset)             samples of an epoch
@@ -19,7 +19,10 @@ for what was passed over in its place; and pictures or what encoders make of the
     images (3, H, W) uint8                       mean, logvar (C, h, w) float32: the posterior
     captions: a string                           txt (L, D), pooled (P,): the text encoders' output
     controls (3, H, W), with `data.control`      control_mean, control_logvar (C, h, w)
-    modes: int64 scalar, with `data.control_mode`
+    masks (1, H, W) uint8, with `data.mask`      weights: float32 scalar, the loss's,
+    modes: int64 scalar, with `data.control_mode`    with `data.loss_weight`
 
 Shapes: H, W pixels; C, h, w channels and cells of latents; L tokens, D and P widths of T5 and CLIP.
+H and W may differ from step to step, and are the same for all samples of one: the global indices
+from a multiple of `data.global_batch` to the next.
 """

@@ -40,7 +40,8 @@ def log_samples(samples):
     config, order = samples.config, samples.order
     if len(config.places()) > 1 or config.repeats:
         for shard in samples.shards:
-            log.info("%s: %d samples, %s", shard.path, len(shard.keys), vars(shard.source))
+            how = ", ".join(f"{name}={value}" for name, value in vars(shard.options).items())
+            log.info("%s: %d samples, %s", shard.path, len(shard.keys), how)
     if isinstance(order, GroupedOrder):
         for numbers, of_shape in order.groups:
             shape = samples.shape(numbers[0])

@@ -158,16 +158,12 @@ def measure_ring(picture, ring, background):
     mask = figure_mask(picture, ring, background)
     whole = binary_fill_holes(mask)
     hole = whole & ~mask
-    regions = {
-        "figure": (mask, ring),
-        "background": (~whole, background),
-        "hole": (hole, background),
-    }
+    masks = {"figure": mask, "background": ~whole, "hole": hole}
+    wanted = {"figure": ring, "background": background, "hole": background}
     errors = {}
-    for name, (region, colour) in regions.items():
-        errors[f"{name}_error"] = float(
-            colour_difference(inner_colour(picture, region), rgb(colour))
-        )
+    for name, region in masks.items():
+        difference = colour_difference(inner_colour(picture, region), rgb(wanted[name]))
+        errors[f"{name}_error"] = float(difference)
     shape = len(connected_pieces(mask)) == 1 and has_ring_shape(whole, hole)
     around = surrounds_picture(~whole) and errors["background_error"] <= MAX_COLOUR_ERROR
     is_ring = bool(shape and around and errors["hole_error"] <= MAX_COLOUR_ERROR)
@@ -184,7 +180,6 @@ def has_ring_shape(whole, hole):
         return False
     (centre, radius, iou), (middle, hole_radius, hole_iou) = outer, inner
     off = max(abs(hole_radius - HOLE * radius), np.hypot(*np.subtract(centre, middle)))
-    round_both = iou >= MIN_IOU and hole_iou >= MIN_HOLE_IOU
-    return bool(
-        round_both and off <= HOLE_TOLERANCE * radius and has_circle_size(whole, RING_RADIUS)
-    )
+    if iou < MIN_IOU or hole_iou < MIN_HOLE_IOU or off > HOLE_TOLERANCE * radius:
+        return False
+    return has_circle_size(whole, RING_RADIUS)

@@ -18,7 +18,7 @@ MAX_ASPECT = 3  # of a bucket, its longer side over its shorter one
 
 
 @dataclass(frozen=True)
-class Source:
+class PlaceOptions:
     """How the samples of one place of `data.path` are used."""
 
     repeats: float = 1.0
@@ -194,11 +194,11 @@ class DataConfig:
         """The places of `data.path`."""
         return self.path.split("::") if self.path else [self.kind]
 
-    def source(self, number):
-        """The `Source` that the samples of a place of `data.path` have."""
-        values = {name: getattr(self, name) for name in Source.__dataclass_fields__}
+    def options_of(self, number):
+        """The `PlaceOptions` that the samples of a place of `data.path` have."""
+        values = {name: getattr(self, name) for name in PlaceOptions.__dataclass_fields__}
         given = {name: of[number % len(of)] for name, of in values.items() if of}
-        return Source(**given)
+        return PlaceOptions(**given)
 
     def shapes(self):
         """[[(height, width) that a picture can be trained in], for each resolution]."""
@@ -211,7 +211,7 @@ class DataConfig:
         """Raise `ValueError` for values that make no sense, here or together."""
         check_options(self, "data.")
         self._check_places()
-        self._check_sources()
+        self._check_options()
         self._check_shapes()
         self._check_control()
         self._check_mask()
@@ -229,10 +229,10 @@ class DataConfig:
                 "data=webdataset, or leave it out"
             )
 
-    def _check_sources(self):
+    def _check_options(self):
         """Raise `ValueError` where settings of places are not as many, or make no sense."""
         count = len(self.places())
-        for name in Source.__dataclass_fields__:
+        for name in PlaceOptions.__dataclass_fields__:
             values = getattr(self, name)
             if len(values) not in (0, 1, count):
                 raise ValueError(

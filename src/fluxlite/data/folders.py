@@ -46,7 +46,7 @@ def index_folder(path, parts):
     for name in sorted(_names_below(path), key=os.fsencode):
         about = os.stat(os.path.join(path, name))
         files.append((os.path.join(path, name), about.st_size, about.st_mtime_ns))
-    return _indexed(path, tuple(files), parts)
+    return _indexed_files(path, tuple(files), parts)
 
 
 def _names_below(path):
@@ -64,8 +64,8 @@ def _raise_error(error):
 
 
 @cache  # validation is often cut from the training set, and opened more than once
-def _indexed(path, files, parts):
-    found = _files_by_key(path, files, parts)
+def _indexed_files(path, files, parts):
+    found = _parts_by_key(path, files, parts)
     pictures = set().union(*(parts.endings()[column] for column in (IMAGE, CONTROL, MASK)))
     endings = {key: {ending for ending, *_ in of} for key, of in found.items()}
     samples = {key: of for key, of in found.items() if endings[key] & pictures}
@@ -78,14 +78,16 @@ def _indexed(path, files, parts):
     return shard
 
 
-def _files_by_key(path, files, parts):
+def _parts_by_key(path, files, parts):
     """{key: [(ending, (file, offset, size), run)]}: a file whole, or a line of `LINES`."""
     found = {}
     for number, (file, size, _) in enumerate(files):
         name = os.path.relpath(file, path)
-        described = os.path.basename(name) == LINES
-        whole = (split_file(name, parts), (number, 0, size))
-        for split, place in _described(path, file, number, parts) if described else [whole]:
+        if os.path.basename(name) == LINES:
+            entries = _described_pictures(path, file, number, parts)
+        else:
+            entries = [(split_file(name, parts), (number, 0, size))]
+        for split, place in entries:
             if split:
                 found.setdefault(split[0], []).append((split[1], place, 0))
     return {key: _one_text(of_key, parts) for key, of_key in found.items()}
@@ -98,7 +100,7 @@ def _one_text(of_key, parts):
     return [(parts.text if ending == CAPTION else ending, *rest) for ending, *rest in kept]
 
 
-def _described(path, file, number, parts):
+def _described_pictures(path, file, number, parts):
     """[((key, "json"), its line's place)] of the pictures that a `LINES` describes."""
     check_regular(file)
     if os.path.getsize(file) > MAX_BYTES:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from PIL.ContainerIO import ContainerIO
 
 from fluxlite.cli.descriptions import check_regular
 from fluxlite.cli.messages import warn_for_all
-from fluxlite.data.config import Source
+from fluxlite.data.config import PlaceOptions
 from fluxlite.data.images import BadSample, check_proportions, upright_size
 from fluxlite.data.pairing import choose_parts
 from fluxlite.data.parts import CONTROL, IMAGE, MASK, MAX_KEY, SampleParts, printable_name
@@ -39,7 +39,7 @@ class Shard:
     spans: np.ndarray  # (n, 5, 2) offset and size in it
     sizes: np.ndarray | None  # (n, 2) width and height of the pictures, where they are measured
     skipped: tuple  # "key: reason" of samples that cannot be used
-    source: Source = Source()
+    options: PlaceOptions = PlaceOptions()
     shapes: np.ndarray | None = None  # (n, 2) height and width to train in, where they differ
 
     @property
@@ -47,12 +47,12 @@ class Shard:
         """Its name without an ending, as a log or a JSON file can show it."""
         return printable_name(Path(self.path).stem)
 
-    @property
+    @cached_property
     def size(self):
         """Bytes of its files."""
         return sum(size for _, size, _ in self.files)
 
-    @property
+    @cached_property
     def modified(self):
         """Its time of change; of a folder a number for the times of all its files."""
         if len(self.files) == 1:
@@ -158,8 +158,7 @@ def _size_of_part(shard, row, column):
 
 
 def open_shards(found, index, *, setting, max_bad_fraction):
-    """Index tars or folders, [(path, its `SampleParts`, its `Source`)], in parallel, each with
-    `index`.
+    """Tars or folders, [(path, its `SampleParts`, its `PlaceOptions`)], indexed in parallel.
 
     Raises `ValueError`, naming `setting`, where nothing or too little in them is usable.
     """
@@ -168,7 +167,13 @@ def open_shards(found, index, *, setting, max_bad_fraction):
             indexed = list(pool.map(lambda place: index(*place[:2]), found))
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from None
-    shards = [replace(shard, source=source) for shard, (_, _, source) in zip(indexed, found)]
+    shards = [replace(shard, options=options) for shard, (_, _, options) in zip(indexed, found)]
+    check_usable(shards, setting, max_bad_fraction)
+    return shards
+
+
+def check_usable(shards, setting, max_bad_fraction):
+    """Log what of shards cannot be used; raises `ValueError` where that is too much of them."""
     skipped = []
     for shard in shards:
         skipped += [f"{shard.name}/{entry}" for entry in shard.skipped]
@@ -177,11 +182,10 @@ def open_shards(found, index, *, setting, max_bad_fraction):
         shown = "; ".join(skipped[:3]) or "they are empty"
         limit = f"data.max_bad_fraction={max_bad_fraction}"
         what = "folders" if os.path.isdir(shards[0].path) else "tars"
-        counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(found)} {what}"
+        counts = f"{len(skipped)} of {usable + len(skipped)} samples in {len(shards)} {what}"
         raise ValueError(f"{setting}: {counts} cannot be used, more than {limit}: {shown}")
     for entry in skipped:
         warn_for_all("skipped %s", entry)
-    return shards
 
 
 def cut_shards(shards, start, stop):

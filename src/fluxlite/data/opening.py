@@ -141,7 +141,7 @@ def _opened(config, name, found, where=None):
             f"{setting} names no .tar: give a folder of tars, a glob, a brace pattern or a URL"
         )
     index = index_folder if config.kind == "folder" else index_tar
-    places = [(path, parts, config.source(number)) for path, parts, number in found]
+    places = [(path, parts, config.options_of(number)) for path, parts, number in found]
     return open_shards(places, index, setting=setting, max_bad_fraction=config.max_bad_fraction)
 
 

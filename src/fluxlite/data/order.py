@@ -137,8 +137,8 @@ class GroupedOrder:
 
 
 def order_samples(config, shards, *, seed, shuffle):
-    """The order of the samples of shards, by their `Source`s and, where they differ, shapes."""
-    counts, repeats = [len(s.keys) for s in shards], [s.source.repeats for s in shards]
+    """The order of the samples of shards, by their repeats and, where they differ, their shapes."""
+    counts, repeats = [len(s.keys) for s in shards], [s.options.repeats for s in shards]
     how = dict(seed=seed, shuffle=shuffle)
     if shards[0].shapes is None:
         return SampleOrder(counts, window=config.shuffle_window, repeats=repeats, **how)

@@ -48,14 +48,14 @@ class SampleParts:
         return ", ".join(names)
 
 
-def config_parts(config, source=0):
+def config_parts(config, place=0):
     """The `SampleParts` of a sample of one of the places of `data.path`."""
     folder = config.kind == "folder"
     fields = dict.fromkeys((config.caption_field, "text") if folder else (config.caption_field,))
     captions = (*((JSON, name) for name in fields), (TEXT,))
     return SampleParts(
         images=IN_FOLDERS if folder else IMAGES,
-        captions=captions if "{}" in config.source(source).template else (),
+        captions=captions if "{}" in config.options_of(place).template else (),
         control=config.control_ending,
         mask=None if config.mask == "alpha" else config.mask,
         measured=folder or config.buckets,

@@ -15,7 +15,7 @@ from PIL import Image
 from fluxlite import rng
 from fluxlite.cli.descriptions import foreign_json
 from fluxlite.cli.options import shortened
-from fluxlite.data.config import Source
+from fluxlite.data.config import PlaceOptions
 from fluxlite.data.images import (
     BadSample,
     canny_edges,
@@ -94,7 +94,7 @@ class Samples:
         if not (self.training and self.config.loss_weight):
             return about
         shard, _ = self.place(number)
-        return about | {"weights": torch.tensor(self.shards[shard].source.loss_weight)}
+        return about | {"weights": torch.tensor(self.shards[shard].options.loss_weight)}
 
     def file_names(self):
         """The names of the tars or folders."""
@@ -113,8 +113,8 @@ class Samples:
             digest.update(shard.spans[:, :columns].tobytes())
             if shard.parts != config_parts(config):
                 digest.update(repr(shard.parts).encode())
-            if shard.source.template != Source.template:
-                digest.update(shard.source.template.encode())
+            if shard.options.template != PlaceOptions.template:
+                digest.update(shard.options.template.encode())
             if shard.shapes is not None:
                 digest.update(shard.shapes.tobytes())
         return digest.hexdigest()
@@ -239,7 +239,7 @@ class Samples:
     def _caption(self, number):
         """What the first of `SampleParts.captions` that the sample has says, in its template."""
         shard = self.shards[self.place(number)[0]]
-        parts, template = shard.parts, shard.source.template
+        parts, template = shard.parts, shard.options.template
         if not parts.captions:
             return template
         columns = {TEXT: self._bytes(number, TEXT), JSON: self._bytes(number, JSON)}

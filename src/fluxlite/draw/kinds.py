@@ -7,6 +7,7 @@ channels beside them, tokens behind them, what is put back after each step. `Gui
 B pictures, P prompts, L tokens, C channels of a token, h and w in latent cells.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.options import check_kind, refuse_first
 from fluxlite.data import images
 from fluxlite.data.transfers import send_tensor
@@ -24,7 +26,10 @@ from fluxlite.draw.control import Posteriors, rows_for, sample_latents_of
 from fluxlite.nets import flow
 from fluxlite.nets.latents import PATCH, pack_latents
 
-POSTERIORS = "image", "masked_image", "control_image"  # what is drawn of pictures, each its stream
+log = logging.getLogger("fluxlite")
+
+# What is drawn of pictures, each from its stream.
+PICTURE_DRAWS = ("image", "masked_image", "control_image")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ KINDS = {  # guidance as their publisher's examples have it; FLUX.1-Canny's is 3
 }
 
 
-def kind_of(config, cell, where):
+def drawing_kind(config, cell, where):
     """The key in `KINDS` of a `FluxConfig`, with an autoencoder of `cell` pixels a latent cell.
 
     Raises `ValueError`, naming `where`.
@@ -94,7 +99,7 @@ def open_inputs(num_prompts, **given) -> Inputs:
     """
     found = Inputs()
     for name, value in given.items():
-        pictures = list_pictures(value, name)
+        pictures = given_pictures(value, name)
         if name != "reference" and len(pictures) not in (0, 1, num_prompts):
             raise ValueError(
                 f"{name}= is given {len(pictures)} pictures for {num_prompts} prompts: give one "
@@ -107,7 +112,7 @@ def open_inputs(num_prompts, **given) -> Inputs:
     return found
 
 
-def list_pictures(value, name):
+def given_pictures(value, name):
     """A list of the pictures that an argument gives; raises `ValueError`, naming it."""
     single = isinstance(value, (str, Path)) or not isinstance(value, Iterable)
     found = [value] if single else [*value]
@@ -149,11 +154,20 @@ def unused_settings(config, given):
         yield is_set and needed not in given, f"{name}= is read with {needed}=: name that too"
 
 
-def default_strength(kind, inputs):
-    """How much of a picture is drawn anew unless it is said: all of it where the model itself sees
-    what it is to keep.
+def settle_strength(kind, inputs, config):
+    """How much of a picture is drawn anew, None without one: what a `DrawConfig` says, else all of
+    it where the model itself sees what it is to keep.
     """
-    return 1.0 if kind == "fill" or inputs.reference else 0.6
+    if inputs.image:
+        return config.strength or (1.0 if kind == "fill" or inputs.reference else 0.6)
+
+
+def warn_untrained(transformer):
+    """Say where the pipeline of a transformer, by its path, is known for another than Kontext."""
+    file = Path(transformer).parent / "model_index.json"
+    name = read_json(file).get("_class_name") if file.is_file() else None
+    if name and "Kontext" not in str(name):
+        log.warning("%s is a %s: trained without references, it may ignore reference=", file, name)
 
 
 @dataclass
@@ -170,7 +184,7 @@ class Scene:
     references: list = field(default_factory=list)
 
     def encoded(self, kind):
-        """{name of `POSTERIORS`: pixels} of what a kind of model sees as latents."""
+        """{name of `PICTURE_DRAWS`: pixels} of what a kind of model sees as latents."""
         found = {"image": self.image, "control_image": self.control_image}
         if kind == "fill":
             found["masked_image"] = self.image * (1 - self.holes)
@@ -194,6 +208,11 @@ def frame_inputs(inputs, config, size, area, multiple) -> Scene:
         scene.image = torch.stack([one.pixels() for one in scene.canvases])
     if masks:
         scene.holes = torch.stack([one.holes() for one in scene.canvases])
+        if not scene.holes.flatten(1).any(1).all():
+            raise ValueError(
+                "mask= marks nothing of the part of image= that is drawn: mark more, set crop= to "
+                "draw around the mask, or leave height= and width= out"
+            )
     if inputs.control_image:
         framed = [frame_control(one, size, config.canny) for one in inputs.control_image]
         scene.control_image = torch.stack(framed)
@@ -311,7 +330,7 @@ def check_posteriors(given, pictures, controls, shape):
     """
     given = given or {}
     check_kind(given, dict, "posteriors", "normal draws by name")
-    known = [*POSTERIORS, *(f"controlnet_{number}" for number in range(len(controls)))]
+    known = [*PICTURE_DRAWS, *(f"controlnet_{number}" for number in range(len(controls)))]
     allowed = [(len(pictures), *shape), (1, *shape)]
     for name, draws in given.items():
         if name not in known or tuple(getattr(draws, "shape", ())) not in allowed:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from fluxlite import __version__
@@ -78,7 +78,9 @@ def read_again(path):
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             text = getattr(image, "text", {}).get("fluxlite")
-    except (UnidentifiedImageError, SyntaxError, ValueError, EOFError):
+    except (OSError, SyntaxError, ValueError) as error:
+        if getattr(error, "strerror", None):  # of the disk
+            raise
         raise ValueError(f"from={path} is no whole PNG: {REDRAWN_REMEDY}") from None
     again = parse_json(text, f"from={path}").get("again") if text else None
     if not isinstance(again, dict):

@@ -5,6 +5,7 @@ The model is wrapped, filled, trained and updated by the trainer's own functions
 computed and nothing is sent.
 """
 
+import math
 import os
 import weakref
 from collections import Counter
@@ -23,10 +24,12 @@ from fluxlite.cli.command_line import compose_config
 from fluxlite.data.cache import POSTERIORS
 from fluxlite.draw.pipeline import BESIDE_FOLDERS
 from fluxlite.nets.latents import num_image_tokens
+from fluxlite.parallel.host_memory import ON_HOST
 from fluxlite.parallel.weights import local_tensor
 from fluxlite.settings import TrainConfig
 from fluxlite.train.setup import FrozenParts, assemble_run, state_per_rank
 from fluxlite.train.tasks import choose_task
+from fluxlite.train.tasks.task import place_blocks
 from fluxlite.train.training_step import optimizer_step, train_step
 from fluxlite.weights.sources import TINY
 
@@ -90,9 +93,10 @@ class Traffic(TorchDispatchMode):
         self.peak = 0
 
     def now(self):
-        """Bytes of all tensors alive."""
+        """Bytes of all tensors alive but those that wait in host memory."""
         storages = [reference() for reference in list(self.live.values())]
-        return sum(storage.nbytes() for storage in storages if storage is not None)
+        total = sum(storage.nbytes() for storage in storages if storage is not None)
+        return total - sum(tensor.untyped_storage().nbytes() for tensor in [*ON_HOST])
 
     def _count(self, func, args, out):
         name = NAMES.get(func.overloadpacket._qualified_op_name.split("::")[1])
@@ -150,6 +154,9 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
     of `train.py arguments` on nodes of `per_node` ranks, each of `memory` bytes.
     """
     with fake_ranks(ranks, per_node):
+        compose_config(
+            TrainConfig, "train", arguments
+        )  # which checks what makes no difference here
         config = compose_config(TrainConfig, "train", on_fake_ranks(arguments))
         name_parts(config)
         config.validate()
@@ -162,6 +169,7 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
         models = [wrap(config, mesh) for wrap, _ in task.models]
         with FakeTensorMode(allow_non_fake_inputs=True), Traffic(groups_of(mesh)) as meter:
             models = [model.to_empty(device=device) for model in models]
+            place_blocks(models, device, config.parallel.swap_blocks)
             run = assemble_run(config, device, mesh, task, models, FrozenParts())
             take_fake_steps(run, meter)
         sizes = config.parallel.sizes()  # of these ranks
@@ -213,22 +221,27 @@ def name_parts(config):
     """
     for part in BESIDE_FOLDERS:
         setattr(config.model, part, getattr(config.model, part) or TINY)
-    if config.data.kind == "webdataset":
+    if config.data.kind in ("webdataset", "folder"):
         config.data.path = config.data.path or "tars"
 
 
 def made_up_batch(run):
-    """A micro-batch with all that any task may ask of one, as a cache would hold it."""
-    data, model, latents = run.config.data, run.config.model, run.latent_shape
+    """A micro-batch with all that any task may ask of one, as a cache would hold it, in the largest
+    shape of the data's.
+    """
+    data, model = run.config.data, run.config.model
+    height, width = max(sum(data.shapes(), []), key=math.prod)
+    latents = run.config.latent_shape(height, width)
     size = data.micro_batch
     names = *sum(POSTERIORS.values(), ()), "posterior_noise"
     tokens = num_image_tokens(*latents[1:]), model.in_channels
-    drawn = run.task.draw_inputs(run.config, {"indices": 0, "modes": 0})
+    sample = {"indices": 0, "modes": 0, "mean": torch.empty(latents)}
+    drawn = run.task.draw_inputs(run.config, sample)
     made = {name: value.expand(size, *value.shape) for name, value in drawn.items()}
     made |= {name: torch.randn(size, *latents) for name in names}
     return made | {
         "indices": range(size),
-        "controls": torch.zeros(size, 3, data.height, data.width, dtype=torch.uint8),
+        "controls": torch.zeros(size, 3, height, width, dtype=torch.uint8),
         "modes": torch.zeros(size, dtype=torch.long),
         "txt": torch.randn(size, model.max_sequence_length, model.text_width),
         "pooled": torch.randn(size, model.pooled_width),

@@ -19,6 +19,7 @@ from fluxlite.data.transfers import send_tensor
 from fluxlite.draw.pipeline import check_widths
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
+from fluxlite.parallel import ParallelConfig
 from fluxlite.train import optim
 from fluxlite.train.building import check_base
 from fluxlite.train.draws import DrawnSamples, draw_posterior, draw_step, shape_of
@@ -91,6 +92,7 @@ class Run:
 def set_up(config, device, mesh):
     """Models, optimizers and encoders of a run on this rank's device of a `parallel.Mesh`."""
     warn_of_warmup(config)
+    warn_of_idle(config.parallel)
     check_base(config)
     parts, task = load_parts(config, device, mesh), choose_task(config)
     return assemble_run(config, device, mesh, task, task.build_models(config, device, mesh), parts)
@@ -114,6 +116,15 @@ def warn_of_warmup(config):
     if config.optim.warmup >= config.steps:
         lengths = config.optim.warmup, config.steps
         warn_for_all("optim.warmup=%d is not over when the run ends at steps=%d", *lengths)
+
+
+def warn_of_idle(settings):
+    """Say so where settings of a `ParallelConfig` change nothing, since there is one process."""
+    names = "prefetch", "reduce_dtype", "shard_encoders"
+    idle = [name for name in names if getattr(settings, name) != getattr(ParallelConfig, name)]
+    if idle and parallel.world_size() == 1:
+        named = ", ".join(f"parallel.{name}" for name in idle)
+        warn_for_all("%s: of no effect on one process", named)
 
 
 def assemble_run(config, device, mesh, task, models, parts):

@@ -40,9 +40,21 @@ class ClipDescription:
     max_position_embeddings: int = option(77, "tokens that it reads", at_least=2)
 
 
+@dataclass
+class SiglipDescription:
+    """What is read of a SigLIP image encoder's config.json; the defaults are transformers'."""
+
+    hidden_size: int = option(768, "width", at_least=1)
+    intermediate_size: int = option(3072, "width of the MLPs", at_least=1)
+    num_hidden_layers: int = option(12, "blocks", at_least=1)
+    num_attention_heads: int = option(12, "heads", at_least=1)
+    image_size: int = option(224, "pixels along a side", at_least=1, at_most=10_000)
+    patch_size: int = option(16, "pixels along a token's side", at_least=1)
+
+
 @dataclass(frozen=True)
 class EncoderKind:
-    """What tells the two encoders apart on disk."""
+    """What tells encoders apart on disk."""
 
     key: str  # the setting that names it
     encoder: str  # its folder in a pipeline
@@ -97,6 +109,21 @@ CLIP = EncoderKind(
             {0: "max_position_embeddings", 1: "hidden_size"},
         ),
         (("embeddings.token_embedding.weight",), {0: "vocab_size"}),
+        (("encoder.layers.0.mlp.fc1.weight",), {0: "intermediate_size"}),
+    ),
+)
+SIGLIP = EncoderKind(
+    key="redux.checkpoint",
+    encoder="image_encoder",
+    tokenizer="",
+    tokenizer_files=(),
+    model_types=("siglip_vision_model",),
+    other_weights=(),
+    description=SiglipDescription,
+    prefix="vision_model.",
+    blocks=("num_hidden_layers", "encoder.layers.{i}"),
+    shapes=(
+        (("embeddings.position_embedding.weight",), {1: "hidden_size"}),
         (("encoder.layers.0.mlp.fc1.weight",), {0: "intermediate_size"}),
     ),
 )

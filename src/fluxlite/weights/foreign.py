@@ -8,7 +8,7 @@ import re
 from fluxlite.cli import file_kinds
 
 OTHER_MODEL = "fluxlite knows FLUX.1's transformers, ControlNets and autoencoders"
-QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16 or fp8"
+QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16, fp8 or nf4"
 PART_REMEDY = "name a file or folder with the transformer alone"
 ENCODER_REMEDY = "the transformer is model.checkpoint=; name the encoder's folder as "
 
@@ -17,7 +17,7 @@ ENCODER_REMEDY = "the transformer is model.checkpoint=; name the encoder's folde
 TELLTALE_KEYS = (
     (
         r"\.(absmax|quant_map|SCB)$|quant_state\.bitsandbytes",
-        "quantised by bitsandbytes",
+        "quantised by bitsandbytes in another way than nf4",
         QUANTIZED_REMEDY,
     ),
     (r"\.(qweight|qzeros|wscales|smooth_factor|weight_packed)$", "quantised", QUANTIZED_REMEDY),
@@ -32,7 +32,11 @@ TELLTALE_KEYS = (
         "an IP-Adapter",
         "it is not supported yet: name a transformer or a ControlNet",
     ),
-    (r"^redux_(up|down)\.", "FLUX.1 Redux", "it is not supported yet: name a transformer"),
+    (
+        r"^redux_(up|down)\.",
+        "FLUX.1 Redux",
+        "name its folder as redux.checkpoint=, the picture as redux=, and here a transformer",
+    ),
     (r"distilled_guidance_layer\.", "Chroma", f"it is not supported: {OTHER_MODEL}"),
     (r"(single|double)_stream_modulation", "FLUX.2", f"it is not supported: {OTHER_MODEL}"),
     (r"\.img_mod\.1\.|^txt_norm\.", "Qwen-Image", OTHER_MODEL),

@@ -140,10 +140,10 @@ class DrawingSettings:
 
     steps: int = option(MISSING, "sampling steps", at_least=1, at_most=100_000)
     guidance: float = option(MISSING, "guidance embedding", at_least=0)
-    true_cfg: float = option(1.0, "classifier-free guidance", at_least=1)
     height: int = option(MISSING, "pixels", at_least=16, at_most=1 << 16)
     width: int = option(MISSING, "pixels", at_least=16, at_most=1 << 16)
     max_sequence_length: int = option(MISSING, "text tokens", at_least=1, at_most=1 << 16)
+    true_cfg: float = option(1.0, "classifier-free guidance", at_least=1)
 
 
 def run_settings(folder, meta):

@@ -131,10 +131,10 @@ def load_tokenizers(t5, clip, max_sequence_length):
         of_clip = load_tokenizer(CLIPTokenizer, clip_folder, CLIP)
     clip_length = min(of_clip.model_max_length, positions)
     read_by = {"t5": (of_t5, max_sequence_length), "clip": (of_clip, clip_length)}
-    return {name: partial(read_text, *how) for name, how in read_by.items()}
+    return {name: partial(read_tokens, *how) for name, how in read_by.items()}
 
 
-def read_text(tokenizer, length, text):
+def read_tokens(tokenizer, length, text):
     """A text's tokens, how many of them are read, and what these say."""
     count = len(tokenizer(text, verbose=False).input_ids)
     ids = tokenizer(text, max_length=length, truncation=True).input_ids
