@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
+from fluxlite.draw import sampling
 from fluxlite.draw.pipeline import generate
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux
@@ -183,6 +184,23 @@ def test_another_autoencoder_trains_and_draws_by_its_own_factor(factor, pictures
     options = dict(checkpoint=folder, device="cpu", height=32, width=64, steps=1, on_step=watch)
     [picture] = generate("red circle with blue background", **options)
     assert picture.size == (64, 32) and seen[-1] == (1, 4, 32 // factor, 64 // factor)
+
+
+def test_a_run_draws_with_its_grids_guidance_away_from_the_empty_caption(
+    pictures, tmp_path, monkeypatch
+):
+    seen, sample_sharded = [], sampling.sample_sharded
+
+    def watch(*given):
+        seen.append((given[-3].true_cfg, given[-1]))
+        return sample_sharded(*given)
+
+    monkeypatch.setattr(sampling, "sample_sharded", watch)
+    folder = train(*pictures, f"output={tmp_path}/run", "steps=1", "sample.true_cfg=3")
+    [(strength, (txt, pooled))] = seen
+    assert strength == 3 and torch.equal(txt[0], txt[1]) and torch.equal(pooled[0], pooled[1])
+    [picture] = generate("red circle with blue background", checkpoint=folder, device="cpu")
+    assert picture.info["sampling"]["true_cfg"] == 3
 
 
 def test_a_net_that_sees_pixels_is_refused_beside_another_factor(pictures):
