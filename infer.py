@@ -76,7 +76,7 @@ def save_drawn(config, prompts, number, picture, path=None):
 def draw_pictures(config, pipeline, stages, on_picture):
     """Draw what an `InferConfig` names, one batch after the other; gives pictures and prompts."""
     from fluxlite.cli.profiling import StepProfile, parse_steps
-    from fluxlite.draw.pipeline import generate, show_steps
+    from fluxlite.draw.generation import generate, show_steps
     from fluxlite.draw.preview import previewing
     from fluxlite.settings import MAX_STEPS
 
@@ -136,7 +136,8 @@ def open_jobs(jobs):
     Jobs share a pipeline where they name the same.
     """
     from fluxlite.cli.options import naming_place
-    from fluxlite.draw.pipeline import PipelineConfig, open_pipeline, plan_drawing
+    from fluxlite.draw.pipeline import PipelineConfig, open_pipeline
+    from fluxlite.draw.plan import plan_drawing
 
     opened = {}
     for where, config, path in jobs:
