@@ -234,7 +234,8 @@ def describe_drawing(plan):
     own = {"controls": plan.controls, "loras": [lora.lora for lora in pipeline.loras]}
     own |= {"redux": [one.redux for one in plan.redux]}
     about |= {key: [one.describe() for one in of] for key, of in own.items() if of}
-    lossy = parallel.lossy_settings("float8", pipeline.config.float8)
+    kept = pipeline.config
+    lossy = parallel.lossy_settings({"float8": kept.float8, "model.quantize": kept.model.quantize})
     return about | {"solver": solver_name(plan.solver)} | plan.inputs.named | lossy
 
 

@@ -33,6 +33,7 @@ from fluxlite.nets.flux import ATTENTION
 from fluxlite.nets.latents import (
     PATCH,
 )
+from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
 from fluxlite.nets.schedule import (
     SCHNELL_SCHEDULER,
     SampleConfig,
@@ -99,6 +100,12 @@ class PartsConfig:
     )
     ema: bool = option(True, "use the moving average of a run, where it has one")
     attention: str = option("auto", "attention kernel", choices=tuple(ATTENTION), resume=True)
+    quantize: str = option(
+        "none",
+        "lossy: how linears that are not trained lie in memory: int8 or float8, a scale a row, or "
+        "nf4, 4 bits and a scale for each 64; dequantised where they are used",
+        choices=QUANTIZED_KINDS,
+    )
 
 
 def unset_fields(cls, names, help, **about):
@@ -409,8 +416,11 @@ class Pipeline:
         """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves
         it without what it does not need any more.
         """
-        place = self.device if self.keeps_parts else "cpu"
-        net = load(source, attention=self.config.model.attention, dtype=self.dtype, device=place)
+        kind = self.config.model.quantize
+        small = kind != "none" and self.config.offload != "all"  # it is quantised where it lies
+        place = self.device if self.keeps_parts or small else "cpu"
+        own = dict(dtype=self.dtype, device=place, quantize=kind)
+        net = load(source, attention=self.config.model.attention, **own)
         if self.config.float8 and self.keeps_parts:
             parallel.quantize_linears(net, self.device)
         return parallel.compile_blocks(net) if self.config.compile else net
@@ -478,6 +488,8 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     device, dtype = torch.device(config.device), sources.named_dtype(config.dtype)
     found = find_sources(config.model)
     check_float8(config, dtype, found["transformer"])
+    width, how = found["transformer"].config.hidden_size, config.model.quantize
+    refuse_first(quantize_conflicts(how, width))
     cell = found["autoencoder"].config.downsampling
     kind = kinds.drawing_kind(found["transformer"].config, cell, "model.checkpoint")
     settings = kinds.KINDS[kind].settings | default_settings(found["transformer"]) | own
@@ -515,11 +527,13 @@ def check_float8(config, dtype, transformer):
         return
     streamed = "float8=true does not work with offload=all, which streams weights as they are"
     apart = "float8=true rounds weights that LoRAs are merged into: leave lora.merge=false out"
+    twice = "float8=true rounds weights that model.quantize= rounds: leave one of them out"
     name, hidden = str(dtype).removeprefix("torch."), transformer.config.hidden_size
     conflicts = float8_conflicts("float8=true", config.device, name, hidden)
     own = [
         (config.offload == "all", f"{streamed}: leave one of them out"),
         (not config.lora.merge, apart),  # of LoRAs given later too, by `use_loras`
+        (config.model.quantize != "none", twice),
     ]
     refuse_first([*own, *conflicts])
 

@@ -79,10 +79,9 @@ def conditions_fit(net, num_prompts, steps):
 
     At 28 steps FLUX.1-dev's are worth 110 prompts.
     """
-    weights = [linear.weight for linear in net.modulation.linears()]
     features = sum(net.config.modulation_chunks) * net.config.hidden_size
-    taken = num_prompts * steps * features * weights[0].dtype.itemsize
-    return taken <= sum(weight.nbytes for weight in weights)
+    taken = num_prompts * steps * features * net.txt_in.weight.dtype.itemsize
+    return taken <= sum(p.nbytes for p in net.modulation.parameters())
 
 
 def prepare_conditions(net, texts, times, guidance, mode=None, *, keep) -> Callable:
