@@ -65,6 +65,7 @@ def generate(
     mask=None,
     control_image=None,
     reference=None,
+    seeds: Sequence[int] | None = None,
     redux: Redux | Sequence[Redux] = (),
     controls: Control | Sequence[Control] = (),
     times: Sequence[float] | torch.Tensor | None = None,
@@ -82,8 +83,9 @@ def generate(
     """Draw pictures: a list of PIL images, those of the first prompt first.
 
     `prompt` is a text or a list of them; the picture i of prompt j depends on (seed, j, i) alone,
-    whatever the batch. `checkpoint` is a pipeline folder, a run, a transformer or a `Pipeline`;
-    `controls` are `Control`s, which add up. `options` are the fields of `DrawConfig` (height,
+    whatever the batch; `seeds` has one for each prompt, which is then drawn as if it were alone.
+    `checkpoint` is a pipeline folder, a run, a transformer or a `Pipeline`; `controls` are
+    `Control`s, which add up. `options` are the fields of `DrawConfig` (height,
     width, steps, guidance, true_cfg, shift, seed, …), or `config` has them, and without a
     `Pipeline` the arguments of `load_pipeline`. Each part is then loaded when its turn comes, and
     freed as `offload` says: text, the default, frees the text encoders before the transformer is
@@ -109,7 +111,7 @@ def generate(
     check_kind(start_time, (Real, type(None)), "start_time", "a number")
     pipeline, config = settle_options(checkpoint, config, options)
     given = dict(image=image, mask=mask, control_image=control_image, reference=reference)
-    given |= {"redux": redux}
+    given |= {"redux": redux, "seeds": seeds}
     times = dict(times=times, start_time=start_time)
     plan = plan_drawing(
         pipeline, config, prompt, controls, given, latents, posteriors, solver, **times

@@ -100,6 +100,7 @@ def plan_drawing(
     refuse_first([(not prompts, "prompt=[] is empty: name what to draw")])
     given = dict(given)
     redux = one_or_several(given.pop("redux", ()), Redux, "redux", "a Redux or a list of them")
+    seeds = settle_seeds(given.pop("seeds", None), config, len(prompts))
     inputs = kinds.open_inputs(len(prompts), **given)
     kinds.check_inputs(pipeline.kind, inputs, config, pipeline.where)
     if inputs.reference:
@@ -113,7 +114,7 @@ def plan_drawing(
     size, width = (sample.height, sample.width), pipeline.model_config.text_width
     likened = [open_redux(one, width) for one in redux]
     opened = [open_control(control, pipeline, *size, len(prompts)) for control in controls]
-    pictures, shape = list_pictures(len(prompts), config), pipeline.latent_shape(*size)
+    pictures, shape = list_pictures(seeds, config), pipeline.latent_shape(*size)
     noise = start_latents(latents, times, pictures, shape, from_noise=bool(inputs.image))
     draws = kinds.check_posteriors(posteriors, pictures, controls, shape)
     batches = list_batches(len(pictures), config)
@@ -184,13 +185,25 @@ def settle_times(pipeline, config, sample, times=None, start_time=None, strength
     return strength_times(times, strength) if strength else times
 
 
-def list_pictures(num_prompts, config):
-    """(index of its prompt, seed of its noise) of each picture."""
+def settle_seeds(seeds, config, num_prompts):
+    """(seed, number) of each prompt: of seeds that are given, each is that of one prompt alone.
+
+    Raises `ValueError`.
+    """
+    if seeds is None:
+        return [(config.seed, config.prompt_number + j) for j in range(num_prompts)]
+    found = one_or_several(seeds, int, "seeds", "a whole number for each prompt")
+    if len(found) != num_prompts:
+        raise ValueError(f"seeds= has {len(found)} for {num_prompts} prompts: give one for each")
+    return [(seed, config.prompt_number) for seed in found]
+
+
+def list_pictures(seeds, config):
+    """(index of its prompt, seed of its noise) of each picture, of prompts' (seed, number)."""
     found = []
-    for j in range(num_prompts):
+    for j, (seed, number) in enumerate(seeds):
         for i in range(config.images_per_prompt):
-            seed = picture_seed(config.seed, config.prompt_number + j, config.picture_number + i)
-            found.append((j, seed))
+            found.append((j, picture_seed(seed, number, config.picture_number + i)))
     return found
 
 
