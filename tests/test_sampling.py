@@ -699,7 +699,7 @@ def test_on_an_accelerator_the_modulation_is_never_there(monkeypatch, fit):
     if not fit:  # too many prompts: they are conditioned batch by batch, still in host memory
         monkeypatch.setattr(sampling, "conditions_fit", lambda *_: False)
     opened = fluxlite.load_pipeline(offload="text", device="cpu", dtype=torch.float32)
-    texts = opened.encode_text(PROMPT, 16)
+    texts = [opened.encode_text(PROMPT, 16)]
     opened.device, config = torch.device("meta"), DrawConfig(height=64, width=64, steps=3)
     plan = draw_pipeline.plan_drawing(opened, config, PROMPT)
     _ = opened.transformer  # built on meta, in fact

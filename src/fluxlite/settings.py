@@ -37,10 +37,12 @@ from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.configs import FluxConfig, check_channels
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
+from fluxlite.nets.quantized import quantize_conflicts
 from fluxlite.nets.schedule import SampleConfig, check_times
 from fluxlite.parallel import ParallelConfig
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
+from fluxlite.train.small_adamw import columns_of_block
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
 from fluxlite.train.tasks.lora import LoraTrainConfig
@@ -171,7 +173,8 @@ class TrainConfig(MachineConfig):
                 nearest_folder(folder, f"data.{name}=")
         check_size(self.data.height, self.data.width, self.model.downsampling, "data.")
         check_batch(self.data, self.parallel)
-        refuse_first([*machine_conflicts(machine), *parts_conflicts(self), *shape_conflicts(self)])
+        conflicts = *machine_conflicts(machine), *optim_conflicts(machine), *parts_conflicts(self)
+        refuse_first([*conflicts, *shape_conflicts(self)])
         text = self.model.max_sequence_length
         for shape in [(self.data.height, self.data.width), *sum(self.data.shapes(), [])]:
             tokens = num_image_tokens(*self.latent_shape(*shape)[1:])
@@ -213,6 +216,12 @@ def machine_conflicts(config):
         "each alone",
     )
     yield (
+        mesh.swap_blocks and not freezes_base(config),
+        f"parallel.swap_blocks={mesh.swap_blocks} is for a transformer that stays as it is, beside "
+        "a LoRA or a ControlNet: weights that are trained stay on the GPU (optim.weights=bfloat16 "
+        "optim.kind=adamw8bit take a quarter)",
+    )
+    yield (
         mesh.cpu_offload and not config.device.startswith("cuda"),
         "parallel.cpu_offload=true is for a GPU's memory, and device is the CPU: leave it out",
     )
@@ -220,6 +229,41 @@ def machine_conflicts(config):
         mesh.cpu_offload and config.optim.kind == "muon",
         "parallel.cpu_offload=true does not work with optim.kind=muon, which gathers matrices on "
         "the GPU",
+    )
+
+
+def freezes_base(config):
+    """Whether the transformer itself stays as it is."""
+    return config.lora.train or config.controlnet.train
+
+
+def optim_conflicts(config):
+    """The same of the optimizer."""
+    optim, key = config.optim, f"optim.weights={config.optim.weights}"
+    small, width = optim.weights != "float32", config.model.hidden_size
+    yield (
+        small and config.dtype != "bfloat16",
+        f"{key} needs dtype=bfloat16, not {config.dtype}: products would be of rounded weights",
+    )
+    yield (
+        small and config.lora.train,
+        f"{key} is for training a whole model: a LoRA's adapters, which are small, stay float32",
+    )
+    yield (
+        small and optim.kind == "muon",
+        f"{key} does not work with optim.kind=muon, which rounds to the nearest: choose adamw or "
+        "adamw8bit",
+    )
+    yield (
+        small and optim.ema_decay,
+        f"{key} does not work with optim.ema_decay, whose float32 average takes more than is "
+        "saved: leave one of them out",
+    )
+    block = columns_of_block((width, width))
+    yield (
+        optim.kind == "adamw8bit" and block and width // config.parallel.tp % block,
+        f"optim.kind=adamw8bit has blocks of {block} columns, which parallel.tp="
+        f"{config.parallel.tp} splits at model.hidden_size={width}: choose a smaller parallel.tp",
     )
 
 
@@ -254,6 +298,12 @@ def parts_conflicts(config):
         "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, "
         "or leave them out",
     )
+    yield (
+        model.quantize != "none" and not freezes_base(config),
+        f"model.quantize={model.quantize} is for a transformer that stays as it is, beside a LoRA "
+        "or a ControlNet: set lora=default or controlnet=default too, or leave it out",
+    )
+    yield from quantize_conflicts(model.quantize, model.hidden_size, config.parallel.tp)
     yield (
         config.lora != LoraTrainConfig() and not config.lora.train,
         "lora.* are for training a LoRA: set lora=default too, or leave them out",

@@ -7,13 +7,19 @@ among the others, so that a copy has their time too. On the CPU there is nothing
 are mapped from the disk, and the system drops pages that it needs for something else.
 """
 
+from functools import partial
+
 import torch
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_leaves
+
+from fluxlite.parallel.host_memory import host_buffer
 
 OFFLOAD = ("none", "text", "all")
 # What a step holds at once at most, in tensors (B, L, H) of the compute dtype, and decoding in
 # tensors (widest channels, H, W): counted, and then some.
 STEP_TENSORS, DECODED_TENSORS = 20, 4
-ALIGNED = 128  # values: weights in one piece begin where kernels can load 16 bytes at once
+ALIGNED = 512  # bytes: weights in one piece begin where kernels can load 16 bytes at once
 
 
 def place_steps(net, device):
@@ -25,22 +31,28 @@ def place_steps(net, device):
             child.to(device)
 
 
-def stream_blocks(net, device, resident=0):
+def stream_blocks(net, device, resident=0, *, training=False):
     """`place_steps`, but for all blocks except so many `resident` ones: each of them fetches its
     weights just before it runs. Returns the net.
+
+    In `training` the modulation is placed too, what is trained stays on the device, and a block
+    fetches its frozen weights once more for its backward, which computes its forward again.
     """
     device, blocks = torch.device(device), [*net.double_blocks, *net.single_blocks]
+    staying = () if training else net.conditioning
     for name, child in net.named_children():
-        if name not in (*net.conditioning, "double_blocks", "single_blocks"):
+        if name not in (*staying, "double_blocks", "single_blocks"):
             child.to(device)
     staying = resident_blocks(len(blocks), resident)
     for number in staying:
         blocks[number].to(device)
     streamed = [block for number, block in enumerate(blocks) if number not in staying]
-    feed = Feed(streamed, device) if streamed else None
+    feed = Feed(streamed, device, training) if streamed else None
     for number, block in enumerate(streamed):
         block.register_forward_pre_hook(lambda *_, number=number: feed.enter(number))
         block.register_forward_hook(lambda *_, number=number: feed.leave(number))
+        if training:
+            block.register_forward_hook(partial(feed.follow, number))
     return net
 
 
@@ -93,20 +105,22 @@ def free_memory(device):
 
 
 def aligned_size(tensor):
-    """The values from one tensor to the next in a flat piece of memory: a multiple of `ALIGNED`."""
-    return -(-tensor.numel() // ALIGNED) * ALIGNED
+    """The bytes from one tensor to the next in a flat piece of memory: a multiple of `ALIGNED`."""
+    return -(-tensor.nbytes // ALIGNED) * ALIGNED
 
 
 class Feed:
     """Two flat buffers on the device, each large enough for any block: that of the running one, and
-    that of the next. Blocks run in turn, again and again.
+    that of the next. Blocks run in turn, again and again; in `training` a backward runs them in the
+    opposite turn, and what is trained is not streamed.
     """
 
-    def __init__(self, blocks, device):
+    def __init__(self, blocks, device, training=False):
         self.blocks, self.device, self.cuda = blocks, device, device.type == "cuda"
+        self.training = training
         self.homes = [self._home(block) for block in blocks]
-        size, dtype = max(home.numel() for home in self.homes), self.homes[0].dtype
-        self.buffers = [torch.empty(size, dtype=dtype, device=device) for _ in range(2)]
+        size = max(home.numel() for home in self.homes)
+        self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         self.side = torch.cuda.Stream(device) if self.cuda else None
         if self.cuda:
             self.side.wait_stream(
@@ -119,22 +133,29 @@ class Feed:
             [None, None],
         )  # for each buffer: its copy, its block's last use
         self.holds, self.slot = [None, None], 0  # their blocks; the running one's buffer
+        self.running = None  # the block that has its weights
 
     def _home(self, block):
         """A block's weights in one flat piece of host memory, page-locked for a GPU; its parameters
-        become views of it.
+        become views of it. Whatever else it has is moved to the device.
         """
-        parameters = list(block.parameters())
-        size = sum(aligned_size(p) for p in parameters)
-        home = torch.empty(size, dtype=parameters[0].dtype, pin_memory=self.cuda)
+        size = sum(aligned_size(p) for p in self._streamed(block))
+        home = host_buffer(size, torch.uint8, pinned=self.cuda)
         self._point(block, home, fill=True)
+        for p in block.parameters():
+            p.data = p.data.to(self.device) if self.training and p.requires_grad else p.data
+        for module in block.modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, name, buffer.to(self.device))
         return home
 
-    @staticmethod
-    def _point(block, flat, fill=False):
+    def _streamed(self, block):
+        return [p for p in block.parameters() if not (self.training and p.requires_grad)]
+
+    def _point(self, block, flat, fill=False):
         start = 0
-        for p in block.parameters():
-            view = flat[start : start + p.numel()].view(p.shape)
+        for p in self._streamed(block):
+            view = flat[start : start + p.nbytes].view(p.dtype).view(p.shape)
             if fill:
                 view.copy_(p.data)
             p.data = view
@@ -157,17 +178,34 @@ class Feed:
             self.buffers[slot][: home.numel()].copy_(home, non_blocking=True)
             self.copied[slot] = self.side.record_event()
 
-    def enter(self, number):
+    def enter(self, number, backward=False):
         """Give a block its weights, and send for the next block's."""
+        if self.running is not None:
+            self.leave(self.running)
         self._fetch(number)
-        self.slot = self.holds.index(number)
+        self.slot, self.running = self.holds.index(number), number
         if self.cuda:
             torch.cuda.current_stream(self.device).wait_event(self.copied[self.slot])
         self._point(self.blocks[number], self.buffers[self.slot])
-        self._fetch((number + 1) % len(self.blocks))
+        self._fetch(self._next(number, backward))
+
+    def _next(self, number, backward):
+        """Whose turn it is after a block's: where a gradient is wanted, after the last its own."""
+        if backward:
+            return max(number - 1, 0)
+        last = number + 1 == len(self.blocks)
+        turns = self.training and torch.is_grad_enabled()
+        return number if last and turns else (number + 1) % len(self.blocks)
 
     def leave(self, number):
         """Take a block's weights off the device again."""
         if self.cuda:
             self.used[self.slot] = torch.cuda.current_stream(self.device).record_event()
         self._point(self.blocks[number], self.homes[number])
+        self.running = None
+
+    def follow(self, number, _block, _args, outputs):
+        """Give a block its weights again when the gradient of its outputs is there."""
+        found = [x for x in tree_leaves(outputs) if x.requires_grad]
+        if found:
+            register_multi_grad_hook(found, lambda _: self.enter(number, True), mode="any")

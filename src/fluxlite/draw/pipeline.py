@@ -61,6 +61,7 @@ from fluxlite.nets.latents import (
     position_ids,
     unpack_latents,
 )
+from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
 from fluxlite.nets.schedule import (
     SCHNELL_SCHEDULER,
     SampleConfig,
@@ -131,6 +132,12 @@ class PartsConfig:
     )
     ema: bool = option(True, "use the moving average of a run, where it has one")
     attention: str = option("auto", "attention kernel", choices=tuple(ATTENTION), resume=True)
+    quantize: str = option(
+        "none",
+        "lossy: how linears that are not trained lie in memory: int8 or float8, a scale a row, or "
+        "nf4, 4 bits and a scale for each 64; dequantised where they are used",
+        choices=QUANTIZED_KINDS,
+    )
 
 
 def unset_fields(cls, names, help, **about):
@@ -441,8 +448,11 @@ class Pipeline:
         """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves
         it without what it does not need any more.
         """
-        place = self.device if self.keeps_parts else "cpu"
-        net = load(source, attention=self.config.model.attention, dtype=self.dtype, device=place)
+        kind = self.config.model.quantize
+        small = kind != "none" and self.config.offload != "all"  # it is quantised where it lies
+        place = self.device if self.keeps_parts or small else "cpu"
+        own = dict(dtype=self.dtype, device=place, quantize=kind)
+        net = load(source, attention=self.config.model.attention, **own)
         if self.config.float8 and self.keeps_parts:
             parallel.quantize_linears(net, self.device)
         return parallel.compile_blocks(net) if self.config.compile else net
@@ -510,6 +520,8 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     device, dtype = torch.device(config.device), sources.named_dtype(config.dtype)
     found = find_sources(config.model)
     check_float8(config, dtype, found["transformer"])
+    width, how = found["transformer"].config.hidden_size, config.model.quantize
+    refuse_first(quantize_conflicts(how, width))
     cell = found["autoencoder"].config.downsampling
     kind = kinds.drawing_kind(found["transformer"].config, cell, "model.checkpoint")
     settings = kinds.KINDS[kind].settings | default_settings(found["transformer"]) | own
@@ -547,11 +559,13 @@ def check_float8(config, dtype, transformer):
         return
     streamed = "float8=true does not work with offload=all, which streams weights as they are"
     apart = "float8=true rounds weights that LoRAs are merged into: leave lora.merge=false out"
+    twice = "float8=true rounds weights that model.quantize= rounds: leave one of them out"
     name, hidden = str(dtype).removeprefix("torch."), transformer.config.hidden_size
     conflicts = float8_conflicts("float8=true", config.device, name, hidden)
     own = [
         (config.offload == "all", f"{streamed}: leave one of them out"),
         (not config.lora.merge, apart),  # of LoRAs given later too, by `use_loras`
+        (config.model.quantize != "none", twice),
     ]
     refuse_first([*own, *conflicts])
 
@@ -704,10 +718,10 @@ def generate(
     )
     with stage("text encoders"):
         length = plan.sample.max_sequence_length
-        encoded = [pipeline.encode_text(text, length) for text in plan.texts()]
-        texts = [torch.cat(column) for column in zip(*encoded)]
+        texts = [pipeline.encode_text(text, length) for text in plan.texts()]
         if plan.redux:
-            texts = add_pictures(plan.redux, texts, pipeline.device, pipeline.dtype)
+            add = add_pictures(plan.redux, pipeline.device, pipeline.dtype)
+            texts = [*map(add, texts[: len(plan.prompts)]), *texts[len(plan.prompts) :]]
         pipeline.release("encoders")
     with stage("transformer and modulation"):
         draw = prepare_drawing(plan, texts)
@@ -749,6 +763,7 @@ class Plan:
     noise: Callable
     posteriors: Posteriors
     batches: list  # of `list_batches`
+    strength: float | None  # that cut the times
     solver: Callable
     redux: list
 
@@ -786,19 +801,22 @@ def plan_drawing(
     redux = one_or_several(given.pop("redux", ()), Redux, "redux", "a Redux or a list of them")
     inputs = kinds.open_inputs(len(prompts), **given)
     kinds.check_inputs(pipeline.kind, inputs, config, pipeline.where)
+    if inputs.reference:
+        kinds.warn_untrained(pipeline.sources["transformer"].where)
     sample = settle_sample(pipeline, config, inputs.size)
     scene = settle_scene(pipeline, config, inputs, sample)
-    times = settle_times(pipeline, config, sample, inputs=inputs, **times_given)
+    strength = None
+    if times_given.get("start_time") is None:
+        strength = kinds.settle_strength(pipeline.kind, inputs, config)
+    times = settle_times(pipeline, config, sample, strength=strength, **times_given)
     size, width = (sample.height, sample.width), pipeline.model_config.text_width
     likened = [open_redux(one, width) for one in redux]
-    alone = "redux= does not work with true_cfg=, whose negative prompt has no pictures"
-    refuse_first([(redux and sample.true_cfg > 1, f"{alone}: leave one of them out")])
     opened = [open_control(control, pipeline, *size, len(prompts)) for control in controls]
     pictures, shape = list_pictures(len(prompts), config), pipeline.latent_shape(*size)
     noise = start_latents(latents, times, pictures, shape, from_noise=bool(inputs.image))
     draws = kinds.check_posteriors(posteriors, pictures, controls, shape)
     batches = list_batches(len(pictures), config)
-    found = sample, scene, times, controls, opened, pictures, noise, draws, batches
+    found = sample, scene, times, controls, opened, pictures, noise, draws, batches, strength
     return Plan(pipeline, config, prompts, inputs, *found, find_solver(solver), likened)
 
 
@@ -879,7 +897,7 @@ def settle_scene(pipeline, config, inputs, sample):
     return scene
 
 
-def settle_times(pipeline, config, sample, times=None, start_time=None, inputs=None):
+def settle_times(pipeline, config, sample, times=None, start_time=None, strength=None):
     """The times (steps + 1,) of a drawing; raises `ValueError`."""
     if times is None:
         _, height, width = pipeline.latent_shape(sample.height, sample.width)
@@ -892,10 +910,7 @@ def settle_times(pipeline, config, sample, times=None, start_time=None, inputs=N
     if start_time is not None:
         refuse_first([(config.strength, "start_time= takes the place of strength=: name one")])
         return cut_times(times, start_time)
-    if not inputs or not inputs.image:
-        return times
-    strength = config.strength or kinds.default_strength(pipeline.kind, inputs)
-    return strength_times(times, strength)
+    return strength_times(times, strength) if strength else times
 
 
 def list_pictures(num_prompts, config):
@@ -977,9 +992,10 @@ def prepare_drawing(plan, texts) -> Callable:
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, plan.opened, *given, plan.posteriors)
     references = [pipeline.latent_shape(*one.shape[2:])[1:] for one in plan.scene.references]
-    further = texts[0].shape[1] - sample.max_sequence_length  # of redux
+    length = texts[0][0].shape[1]
+    further = length - sample.max_sequence_length  # of redux
     pipeline.place_net(model, bytes_planned(plan, references, further))
-    positions = position_ids(*plan.shape[1:], texts[0].shape[1], references)
+    positions = position_ids(*plan.shape[1:], length, references)
     rope = rope_table(send_tensor(positions, pipeline.device), model.config)
 
     @torch.inference_mode()
@@ -988,8 +1004,7 @@ def prepare_drawing(plan, texts) -> Callable:
         guide = guides(numbers)
         options = dict(residuals=attach(prompts, seeds), see=guide.see, solver=plan.solver)
         if sample.true_cfg > 1:
-            last = len(texts[0]) - 1
-            negative = conditions([last]).rows([0] * len(prompts))
+            negative = conditions([len(texts) - 1] * len(prompts))
             options |= {"negative": negative, "true_cfg": sample.true_cfg}
         options["callback"] = lambda step, x: callback(step, guide.blend(step, x))
         return sample_latents(model, conditions(prompts), guide.start, rope, times, **options)
@@ -1031,10 +1046,12 @@ def describe_drawing(plan):
     times, pipeline = plan.times, plan.pipeline
     about = asdict(replace(plan.sample, steps=len(times) - 1)) | {"times": times.tolist()}
     about |= {"tile": plan.config.tile} if plan.config.tile else {}
+    about |= {"strength": plan.strength} if plan.strength else {}
     own = {"controls": plan.controls, "loras": [lora.lora for lora in pipeline.loras]}
     own |= {"redux": [one.redux for one in plan.redux]}
     about |= {key: [one.describe() for one in of] for key, of in own.items() if of}
-    lossy = parallel.lossy_settings("float8", pipeline.config.float8)
+    own = pipeline.config
+    lossy = parallel.lossy_settings({"float8": own.float8, "model.quantize": own.model.quantize})
     return about | {"solver": solver_name(plan.solver)} | plan.inputs.named | lossy
 
 

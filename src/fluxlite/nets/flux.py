@@ -165,7 +165,7 @@ class MLP(nn.Module):
         self.activation = activation
 
     def forward(self, x):
-        x = x.to(self.linear_in.weight.dtype)
+        x = x.to(self.linear_in.bias.dtype)  # a quantised weight is no tensor
         linear = self.linear_in
         if self.activation is gelu and can_fuse_gelu(linear, x):
             fused = torch.ops.mkldnn._linear_pointwise

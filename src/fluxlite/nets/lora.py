@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fluxlite.nets.quantized import QuantizedLinear, quantized_class
+
 
 def pick_indices(tensor, index, dim):
     """The rows (dim 0) or columns (dim 1) `index` of a tensor, a view where they are adjacent."""
@@ -222,7 +224,11 @@ def adapt_linears(model, terms):
         parent, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent)
         linear = getattr(parent, leaf)
-        setattr(parent, leaf, AdaptedLinear(linear, of_linear).to(linear.weight))
+        if isinstance(linear, QuantizedLinear):
+            linear.__class__ = quantized_class(AdaptedLinear)
+            linear.terms = nn.ModuleList(of_linear).to(linear.codes.device, linear.weight_dtype)
+        else:
+            setattr(parent, leaf, AdaptedLinear(linear, of_linear).to(linear.weight))
     return model
 
 
@@ -230,7 +236,10 @@ def remove_adapters(model):
     """Take all terms off a model again: its linears are what they were."""
     for parent in list(model.modules()):
         for leaf, linear in list(parent.named_children()):
-            if type(linear) is AdaptedLinear:
+            if isinstance(linear, QuantizedLinear) and isinstance(linear, AdaptedLinear):
+                linear.__class__ = QuantizedLinear
+                del linear.terms
+            elif type(linear) is AdaptedLinear:
                 plain = nn.Linear(0, 0, bias=False, device="meta")
                 plain.in_features, plain.out_features = linear.in_features, linear.out_features
                 plain.weight, plain.bias = linear.weight, linear.bias

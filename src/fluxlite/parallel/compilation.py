@@ -21,6 +21,7 @@ from torch.utils.checkpoint import (
 
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.parallel.config import checkpoint_interval
+from fluxlite.parallel.host_memory import keep_on_host
 
 log = logging.getLogger("fluxlite")
 
@@ -59,16 +60,19 @@ WHOLE = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)
 SELECTIVE = WHOLE | {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
 
 
-def checkpoint_activations(model, kind):
+def checkpoint_activations(model, kind, offload=False):
     """Make blocks recompute their forward in the backward.
 
-    That is all of them with "full", each k-th with "k", all in part with "selective".
+    That is all of them with "full", each k-th with "k", all in part with "selective". With
+    `offload` the inputs that they keep for it wait in host memory.
     """
     if kind == "none":
         return
     options = SELECTIVE if kind == "selective" else WHOLE
     for block in blocks_of(model)[:: checkpoint_interval(kind) or 1]:
         block.forward = partial(checkpoint, block.forward, **options)
+        if offload:
+            block.forward = partial(keep_on_host, block.forward)
 
 
 # --- compilation ---------------------------------------------------------------------------------

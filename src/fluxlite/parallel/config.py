@@ -76,6 +76,18 @@ class ParallelConfig:
         "selective (all but matrix products and fused attention)",
         verbatim=True,
     )
+    activation_offload: bool = option(
+        False,
+        "keep what checkpointed blocks recompute from in host memory until the backward; with "
+        "activation_checkpointing=full or a number",
+    )
+    swap_blocks: int = option(
+        0,
+        "blocks of a frozen transformer whose weights lie in host memory and pass through two "
+        "buffers on the GPU, forward and backward; on one rank, with activation_checkpointing=full",
+        at_least=0,
+        at_most=1000,
+    )
     float8: str = option(
         "none",
         "lossy: the blocks' linears multiply in float8 with a scale a row (rowwise) or a tensor "
@@ -102,12 +114,36 @@ class ParallelConfig:
             raise ValueError(
                 f"parallel.float8={self.float8} does not work with {other}: leave one of them out"
             )
+        refuse_first(self.host_conflicts())
         kind = self.activation_checkpointing
         if kind not in ("none", "full", "selective") and not checkpoint_interval(kind):
             raise ValueError(
                 f"parallel.activation_checkpointing={kind}: choose none, full, selective or a "
                 "number k of 1 or more, for each k-th block"
             )
+
+    def host_conflicts(self):
+        """(whether it is so, text) of each way in which what waits on the host cannot."""
+        kind, key = self.activation_checkpointing, f"parallel.swap_blocks={self.swap_blocks}"
+        yield (
+            self.activation_offload and kind in ("none", "selective"),
+            f"parallel.activation_offload=true keeps the inputs of checkpointed blocks, and "
+            f"parallel.activation_checkpointing={kind}: set it to full or to a number",
+        )
+        yield (
+            self.swap_blocks and kind != "full",
+            f"{key} needs parallel.activation_checkpointing=full: a block's backward computes its "
+            "forward again while its weights are there",
+        )
+        yield (
+            self.swap_blocks and world_size() > 1,
+            f"{key} is for one GPU: on several ranks set parallel.cpu_offload=true, by which each "
+            "keeps its part in host memory",
+        )
+        yield (
+            self.swap_blocks and self.cpu_offload,
+            f"{key} and parallel.cpu_offload=true both keep weights in host memory: leave one out",
+        )
 
     def sizes(self):
         """(dp_replicate, dp_shard, cp, tp), with -1 filled in: of dp_replicate, which
@@ -159,6 +195,8 @@ class ParallelConfig:
                 f"parallel.activation_checkpointing={self.activation_checkpointing}: there are "
                 f"{blocks} blocks"
             )
+        if self.swap_blocks > blocks:
+            raise ValueError(f"parallel.swap_blocks={self.swap_blocks}: there are {blocks} blocks")
         self.check_shares(num_text_tokens, num_image_tokens)
 
     def check_shares(self, num_text_tokens, num_image_tokens):

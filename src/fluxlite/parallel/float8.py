@@ -57,6 +57,9 @@ def plain_values(tensor):
     return tensor.dequantize() if hasattr(tensor, "qdata") else tensor
 
 
-def lossy_settings(key, value):
-    """What a run's config and a picture's metadata say of float8: {"lossy": [setting]} or {}."""
-    return {} if value in (False, "none") else {"lossy": [f"{key}={str(value).lower()}"]}
+def lossy_settings(settings):
+    """What a run's config and a picture's metadata say of {key: value} that round: {"lossy":
+    [setting, …]} or {}.
+    """
+    used = [f"{k}={str(v).lower()}" for k, v in settings.items() if v not in (False, "none")]
+    return {"lossy": used} if used else {}

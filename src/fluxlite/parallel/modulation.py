@@ -50,11 +50,6 @@ def stored_dtype(parameters, otherwise):
     return kinds.pop() if len(kinds) == 1 else otherwise
 
 
-def local_parameters(linear, dtype):
-    """This rank's part of a sharded linear's weight and bias."""
-    return [parameter.to_local().to(dtype) for parameter in linear.parameters()]
-
-
 def modulate_spread(modulation, mesh, counts, order, dtype, vec):
     """`Modulation.forward` where each rank has some features of each linear, `counts` of them in
     all.
@@ -68,9 +63,16 @@ def modulate_spread(modulation, mesh, counts, order, dtype, vec):
     """
     ranks, mine = mesh.size(), counts[mesh.get_local_rank()]
     stored = stored_dtype(modulation.parameters(), dtype)
-    linears = [local_parameters(linear, stored) for linear in modulation.linears()]
-    rows = ScaleGradient.apply(gather_rows(vec, mesh).to(linears[0][0]), ranks)
-    out = torch.cat([F.linear(rows, weight, bias) for weight, bias in linears], dim=-1)
+    linears = modulation.linears()
+    place = linears[0].bias.to_local().device
+    rows = ScaleGradient.apply(gather_rows(vec, mesh).to(place, stored), ranks)
+    out = torch.cat([multiply_rows(rows, linear) for linear in linears], dim=-1)
     out = ScaleGradient.apply(out, 1 / ranks).to(vec.device, dtype)
     out = rearrange(out, "(r b) f -> (r f) b", r=ranks)
     return exchange_parts(out, mesh, counts, [mine] * ranks).index_select(0, order).T
+
+
+def multiply_rows(rows, linear):
+    """What this rank's features of a spread linear make of rows (B, H)."""
+    weight, bias = (p.to_local().to(rows.dtype) for p in (linear.weight, linear.bias))
+    return F.linear(rows, weight, bias)

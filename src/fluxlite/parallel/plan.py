@@ -44,7 +44,7 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
     if alone:
         compute_in(model, dtype, spread)
     if not (compile and checkpointing == "selective"):  # which is in the graphs already
-        checkpoint_activations(model, checkpointing)
+        checkpoint_activations(model, checkpointing, config.activation_offload)
     if config.sequence_parallel:
         model.modulation.register_forward_hook(
             lambda _module, _args, out: SumGradient.apply(out, mesh.tp)
@@ -63,7 +63,9 @@ def shard_weights(model, mesh, config, dtype, spread):
     # nothing here writes to outputs in place
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     reduced = getattr(torch, config.reduce_dtype)
-    precision = dict(param_dtype=dtype, reduce_dtype=reduced, cast_forward_inputs=False)
+    # what is frozen lies in `dtype` already, but for scales, which stay float32
+    cast = dtype if any(p.requires_grad for p in model.parameters()) else None
+    precision = dict(param_dtype=cast, reduce_dtype=reduced, cast_forward_inputs=False)
     options = dict(
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(**precision),
@@ -139,11 +141,13 @@ def compute_in(model, dtype, spread):
 
 
 def _owners(part, elsewhere):
-    """(module, name) of each parameter of a part of a model, without those that are elsewhere."""
+    """(module, name) of each trained parameter of a part of a model, without those elsewhere; what
+    is frozen lies in the compute dtype already, but for scales of quantised weights.
+    """
     found = []
     for module in part.modules():
         own = module.named_parameters(recurse=False)
-        found += [(module, name) for name, p in own if p not in elsewhere]
+        found += [(module, name) for name, p in own if p.requires_grad and p not in elsewhere]
     return found
 
 

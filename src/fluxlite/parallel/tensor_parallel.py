@@ -4,8 +4,11 @@ Weights keep their names and full shapes, as DTensors. B batch, L tokens, N head
 """
 
 import fnmatch
+from copy import copy
+from functools import partial
 
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch import nn
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -14,6 +17,8 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+
+from fluxlite.nets.quantized import QuantizedLinear
 
 
 def tensor_plan(sequence):
@@ -65,12 +70,34 @@ def shard_heads(model, mesh, *, sequence):
     double, single, ends = tensor_plan(sequence)
     # some styles make parameters anew, all trainable
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
-    for block in model.double_blocks:
-        parallelize_module(block, mesh, double)
-    for block in model.single_blocks:
-        parallelize_module(block, mesh, single)
+    for blocks, plan in ((model.double_blocks, double), (model.single_blocks, single)):
+        for block in blocks:
+            parallelize_module(block, mesh, plan_quantized(block, plan))
     names = [name for name, _ in model.named_modules()]  # of the ends a model has some
     there = {name: style for name, style in ends.items() if fnmatch.filter(names, name)}
     parallelize_module(model, mesh, there)
     for name, p in model.named_parameters():
         p.requires_grad_(trained[name])
+
+
+def plan_quantized(block, plan):
+    """A block's plan, in which styles split the codes and scales of its quantised linears."""
+    found = dict(plan)
+    for name, linear in block.named_modules():
+        if isinstance(linear, QuantizedLinear):
+            found[name] = copy(plan[name])
+            columns = isinstance(plan[name], ColwiseParallel)
+            found[name]._partition_linear_fn = partial(split_codes, columns)
+    return found
+
+
+def split_codes(columns, _name, linear, mesh):
+    """Split a quantised linear as `ColwiseParallel` and `RowwiseParallel` split a weight: rows, or
+    columns with their blocks' scales.
+    """
+    if not isinstance(linear, QuantizedLinear):
+        return
+    for name, p in list(linear.named_parameters(recurse=False)):
+        within = Shard(1) if p.ndim > 1 and p.shape[1] > 1 else Replicate()
+        split = distribute_tensor(p, mesh, [Shard(0) if columns else within])
+        linear.register_parameter(name, nn.Parameter(split, requires_grad=p.requires_grad))

@@ -3,6 +3,8 @@
 import torch
 from torch.distributed.tensor import DTensor
 
+from fluxlite.nets.quantized import QuantizedLinear, level_pairs, quantize_rows
+
 
 def local_tensor(tensor):
     """This rank's part of a tensor, which may be a DTensor."""
@@ -38,13 +40,27 @@ def local_part(tensor, coordinate=None):
 def fill_weights(model, weights, device=None):
     """Give a parallelized model its weights, on `device` where it is on meta yet; returns it.
 
-    `weights` yields (name, whole values): no more than a few are whole in memory, on each rank.
+    `weights` yields (name, whole values): no more than a few are whole in memory, on each rank. Of
+    quantised linears each rank quantises its own rows.
     """
     if device is not None:
         model.to_empty(device=device)
     parameters = dict(model.named_parameters())
+    linears = {f"{name}.weight": module for name, module in model.named_modules()}
     for name, values in weights:
-        p = parameters[name]
-        local = p.to_local() if isinstance(p, DTensor) else p
-        local.copy_(values[local_part(p)])
+        if isinstance(linears.get(name), QuantizedLinear):
+            fill_quantized(linears[name], values)
+        else:
+            p = parameters[name]
+            local_tensor(p).copy_(values[local_part(p)])
     return model
+
+
+def fill_quantized(linear, values):
+    """Give a quantised linear this rank's codes and scales of its whole weight (out, in)."""
+    rows, _ = local_part(linear.codes)
+    made = quantize_rows(values[rows].to(linear.codes.device), linear.quantized_kind)
+    for p, found in zip((linear.codes, linear.scales), made):
+        local_tensor(p).copy_(found[:, local_part(p)[1]])
+    if linear.pairs is not None:  # which nothing has filled
+        local_tensor(linear.pairs).copy_(level_pairs())

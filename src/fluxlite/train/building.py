@@ -11,6 +11,7 @@ from fluxlite import parallel, rng
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.configs import check_channels
 from fluxlite.nets.flux import Flux, initial_weight
+from fluxlite.nets.quantized import quantize_model
 from fluxlite.train import optim
 from fluxlite.weights import sources, writing
 from fluxlite.weights.tensor_files import check_values
@@ -33,12 +34,15 @@ def wrap_flux(config, mesh, *, frozen=False):
 
 
 def wrap_model(model, config, mesh):
-    """A model on meta, parallelized unless `mesh` is None; what is frozen of it lies in the compute
-    dtype.
+    """A model on meta, parallelized unless `mesh` is None; what is trained of it lies as
+    optim.weights says, what is frozen in the compute dtype, a model that is all frozen as
+    model.quantize says.
     """
-    dtype = getattr(torch, config.dtype)
+    dtype, trained = getattr(torch, config.dtype), getattr(torch, config.optim.weights)
     for p in model.parameters():
-        p.data = p.data if p.requires_grad else p.data.to(dtype)
+        p.data = p.data.to(trained if p.requires_grad else dtype)
+    if not any(p.requires_grad for p in model.parameters()) and config.model.quantize != "none":
+        quantize_model(model, config.model.quantize)
     if mesh is None:
         return model
     return parallel.parallelize(model, mesh, config.parallel, dtype, compile=config.compile)
@@ -64,7 +68,7 @@ def flux_weights(config, device, values_of=initial_weight):
         return random_weights(meta_flux(config), config.seed, device, values_of)
     source = open_base(config, config.model.save_converted)
     check_shape(source, config.model.shape(), "model.checkpoint", config.model.checkpoint)
-    return checked_weights(source, "model.checkpoint")
+    return checked_weights(source, "model.checkpoint", exact=config.model.quantize != "none")
 
 
 def random_base_value(name, *options):
@@ -82,11 +86,11 @@ def frozen_weights(config, device):
     return flux_weights(config, device, random_base_value)
 
 
-def checked_weights(source, setting):
+def checked_weights(source, setting, exact=False):
     """`weights_of` a source; raises `ValueError`, naming the setting and the tensor, where one is
     not finite.
     """
-    for name, values in sources.weights_of(source):
+    for name, values in sources.weights_of(source, exact):
         check_values(f"{setting}={source.where}: {name}", values)
         yield name, values
 

@@ -252,7 +252,10 @@ def start_monitor(run, validation, start):
     are then freed.
     """
     config, main = run.config, parallel.rank() == 0
-    settings = asdict(config) | parallel.lossy_settings("parallel.float8", config.parallel.float8)
+    rounded = {"parallel.float8": config.parallel.float8, "model.quantize": config.model.quantize}
+    if config.optim.weights != "float32":
+        rounded["optim.weights"] = config.optim.weights
+    settings = asdict(config) | parallel.lossy_settings(rounded)
     if main:
         with atomic_weights(Path(config.output) / "config.json", overwrite=True) as part:
             part.write_text(json.dumps(settings, indent=2, allow_nan=False) + "\n")

@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor, Replicate
 from fluxlite.cli.options import option
 from fluxlite.parallel.dealing import collect_parts, deal_tensors
 from fluxlite.parallel.weights import local_tensor
+from fluxlite.train.small_adamw import SmallAdamW, columns_of_block
 
 SCHEDULES = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 SWAPPED_AT_ONCE = 8  # weights and averages, of which copies are held meanwhile
 
 
@@ -23,8 +24,15 @@ class OptimConfig:
 
     kind: str = option(
         "adamw",
-        "adamw, or muon: Muon for the blocks' matrices and AdamW for the rest",
+        "adamw; adamw8bit: its moments in 8 bits, a quarter of their memory, lossy; or muon: Muon "
+        "for the blocks' matrices and AdamW for the rest",
         choices=OPTIMIZERS,
+    )
+    weights: str = option(
+        "float32",
+        "how trained weights lie: float32, or bfloat16, rounded stochastically: half the memory of "
+        "weights and gradients, lossy",
+        choices=("float32", "bfloat16"),
     )
     lr: float = option(1e-4, "peak learning rate", at_least=0, at_most=10)
     beta1: float = option(0.9, "AdamW's decay of the gradient's mean", at_least=0, below=1)
@@ -89,20 +97,21 @@ def muon_names(model, config):
 
 
 def state_bytes(model, config):
-    """{parameter: bytes that it takes with its gradient, optimizer and average}, all float32; of a
-    frozen one its own.
+    """{parameter: bytes that it takes with its gradient, optimizer and average}; of a frozen one
+    its own.
     """
     in_muon, found = muon_names(model, config), {}
     for name, p in model.named_parameters():
-        moments = 1 if name in in_muon else 2
-        copies = 2 + moments + (config.ema_decay > 0)
-        found[name] = p.numel() * 4 * copies if p.requires_grad else p.nbytes
+        small = config.kind == "adamw8bit" and columns_of_block(p.shape)
+        moments = 2 + 8 / small if small else 4 if name in in_muon else 8
+        each = 2 * p.itemsize + moments + 4 * (config.ema_decay > 0)
+        found[name] = p.numel() * each if p.requires_grad else p.nbytes
     return found
 
 
 def make_optimizers(model, config, mesh=None):
-    """The optimizers of the trainable parameters, a list: AdamW alone, or Muon for the blocks'
-    matrices before it.
+    """The optimizers of the trainable parameters, a list: AdamW of a kind alone, or Muon for the
+    blocks' matrices before it.
 
     Weight decay is on matrices only. All follow one learning rate. A sharded model is so over a
     `parallel.Mesh`.
@@ -116,7 +125,12 @@ def make_optimizers(model, config, mesh=None):
             groups.setdefault(
                 key, {"params": [], "weight_decay": config.weight_decay * (p.ndim > 1)}
             )["params"].append(p)
-    options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    if config.kind == "adamw8bit" or config.weights == "bfloat16":
+        numbers = {p: number for number, p in enumerate(model.parameters())}
+        small = dict(bits=8 if config.kind == "adamw8bit" else 32, numbers=numbers)
+        return [SmallAdamW(list(groups.values()), **options, **small)]
+    options |= {"fused": True}
     optimizers = [torch.optim.AdamW(list(groups.values()), **options)] if groups else []
     if in_muon:
         matrices = [named[name] for name in named if name in in_muon]

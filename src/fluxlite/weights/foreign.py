@@ -8,7 +8,7 @@ import re
 from fluxlite.cli import file_kinds
 
 OTHER_MODEL = "fluxlite knows FLUX.1's transformers, ControlNets and autoencoders"
-QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16 or fp8"
+QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16, fp8 or nf4"
 PART_REMEDY = "name a file or folder with the transformer alone"
 ENCODER_REMEDY = "the transformer is model.checkpoint=; name the encoder's folder as "
 
@@ -17,7 +17,7 @@ ENCODER_REMEDY = "the transformer is model.checkpoint=; name the encoder's folde
 TELLTALE_KEYS = (
     (
         r"\.(absmax|quant_map|SCB)$|quant_state\.bitsandbytes",
-        "quantised by bitsandbytes",
+        "quantised by bitsandbytes in another way than nf4",
         QUANTIZED_REMEDY,
     ),
     (r"\.(qweight|qzeros|wscales|smooth_factor|weight_packed)$", "quantised", QUANTIZED_REMEDY),

@@ -258,10 +258,10 @@ def merged_source(source, loras, dtype=None, only=lambda name: True):
     if config.in_channels != source.config.in_channels:
         changed.add(WIDENED)
 
-    def read(name, start=0, stop=None):
+    def read(name, start=0, stop=None, exact=False):
         rule = rules[name]
         if not changed & set(rule.ours):
-            return source.read(name, start, stop)
+            return source.read(name, start, stop, exact)
         ours = [resolver.merged(n) if n in changed else base(n) for n in rule.ours]
         made = conversion.apply_transform(rule.transform, "backward", ours, config)
         return made[rule.theirs.index(name)][start:stop]
@@ -341,10 +341,10 @@ def linear_names(config):
 
 def keep_apart(model, loras, linears):
     """Put the LoRAs' terms beside the linears of a loaded transformer."""
-    weights = dict(model.named_parameters())
 
     def base(name):  # where the adapters are
-        return weights[name].detach().cpu()
+        place, _, leaf = name.rpartition(".")
+        return getattr(model.get_submodule(place), leaf).detach().cpu()
 
     resolver = LoraResolver(loras, "transformer", base, model.config)
     terms = {}

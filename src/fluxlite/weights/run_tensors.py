@@ -60,13 +60,15 @@ class PickledRecord:
 IN_DCP = "torch.distributed.checkpoint"
 IN_METADATA = """Metadata StorageMeta MetadataIndex TensorStorageMetadata BytesStorageMetadata
     ChunkStorageMetadata TensorProperties _MEM_FORMAT_ENCODING"""
+# of what a checkpoint holds: weights, and an optimizer's codes
+SAVED_DTYPES = {str(dtype): dtype for dtype in (*DTYPES.values(), torch.uint8)}
 KNOWN_NAMES = {  # all that DCP's description names
     *(f"{IN_DCP}.metadata.{name}" for name in IN_METADATA.split()),
     f"{IN_DCP}.filesystem._StorageInfo",
     "torch.Size",
     "torch.serialization._get_layout",
     *("pathlib.PosixPath", "pathlib._local.PosixPath", "pathlib.WindowsPath"),
-    *map(str, DTYPES.values()),
+    *SAVED_DTYPES,
 }
 KNOWN_OPCODES = """PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT
     SHORT_BINUNICODE BINUNICODE EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS
@@ -131,11 +133,11 @@ def _described(about):
     for index, place in about["storage_data"].items():
         if index.state.get("offset") is not None:  # else a pickled value
             places[index.state["fqn"], _whole_numbers(index.state["offset"])] = place.state
-    types, found = {str(dtype): dtype for dtype in DTYPES.values()}, {}
+    found = {}
     for key, entry in about["state_dict_metadata"].items():
         if entry.name.endswith(".TensorStorageMetadata"):
             chunks = [_described_chunk(key, chunk.state, places) for chunk in entry.state["chunks"]]
-            dtype = types[entry.state["properties"].state[0]]
+            dtype = SAVED_DTYPES[entry.state["properties"].state[0]]
             found[key] = SavedTensor(dtype, _whole_numbers(entry.state["size"]), chunks)
     return found
 

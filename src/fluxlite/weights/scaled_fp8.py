@@ -40,7 +40,8 @@ def attach_scales(tensors):
         check_scale(tensors, key, weight)
     scales = {weight: key for key, weight in found.items()}
     check_pairs(tensors, found, noted, scales)
-    tensors.set_aside([*found, *noted, *marks], scales)
+    replaced = {weight: scaled_weight(tensors, weight, key) for weight, key in scales.items()}
+    tensors.set_aside([*found, *noted, *marks], replaced)
     return tensors
 
 
@@ -105,8 +106,15 @@ def read_note(tensors, key):
     return parse_json(bytes(tensors.read(key).tolist()).decode(errors="replace"), key)
 
 
-def scale_rows(rows, scale, start, stop):
-    """Rows of a weight in fp8, from start to stop, times its scale: bfloat16."""
-    factors = scale.float().reshape(-1, 1)
-    factors = factors if len(factors) == 1 else factors[start:stop]
-    return (rows.float() * factors).to(torch.bfloat16)
+def scaled_weight(tensors, weight, scale):
+    """(type, shape, read) of a weight in fp8, whose scale is the tensor of that name."""
+    held = [(tensors.handles[name], name) for name in (weight, scale)]
+
+    def read(start, stop, exact=False):
+        rows, factors = (handle.get_tensor(name) for handle, name in held)
+        factors = factors.float().reshape(-1, 1)
+        factors = factors if len(factors) == 1 else factors[start:stop]
+        product = rows[start:stop].float() * factors
+        return product if exact else product.to(torch.bfloat16)
+
+    return "BF16", tensors.shape(weight), read

@@ -14,12 +14,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fluxlite.cli.descriptions import parse_json, read_json
 from fluxlite.cli.devices import check_device
 from fluxlite.cli.options import check_bounds, check_kind, expand_home, shortened, typed_description
 from fluxlite.nets import schedule
 from fluxlite.nets.configs import NET_CONFIGS, AutoencoderConfig, ControlNetConfig, FluxConfig
+from fluxlite.nets.quantized import quantize_linear, quantized_linears
 from fluxlite.nets.schedule import read_scheduler
 from fluxlite.weights import (
     conversion,
@@ -27,6 +29,7 @@ from fluxlite.weights import (
     hub,
     layouts,
     net_configs,
+    nf4_files,
     run_folder,
     scaled_fp8,
     tensor_files,
@@ -55,7 +58,9 @@ class Source:
     layout: str
     config: FluxConfig | ControlNetConfig | AutoencoderConfig
     described: dict  # {name: (dtype, shape)}
-    read: Callable  # (name, start=0, stop=None) → a tensor, or its rows from start to stop
+    # (name, start=0, stop=None, exact=False) → a tensor, or its rows from start to stop; with
+    # `exact` not rounded to its type, where the file has it quantised
+    read: Callable
     metadata: dict
     files: list
     # for sampling, where the checkpoint has some of its own: {field of SampleConfig: value}
@@ -123,6 +128,7 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
 
 def _open_tensors(path, given=None):
     tensors = tensor_files.Tensors(path)
+    nf4_files.attach_nf4(tensors)
     foreign.check_keys(tensors.keys())
     scaled_fp8.attach_scales(tensors)
     what, layout, prefix = layouts.recognise_layout(tensors.keys())
@@ -187,7 +193,7 @@ def _open_run(path, ema):
     def key(name):
         return f"{'ema' if name in averaged else 'model'}.{name}"
 
-    def read(name, start=0, stop=None):
+    def read(name, start=0, stop=None, exact=False):
         return tensors.read(key(name), start, stop)
 
     check_whole = partial(run_folder.check_files, folder, meta)
@@ -248,9 +254,12 @@ def load_state(source):
     return dict(weights_of(source))
 
 
-def weights_of(source):
-    """A source's tensors in our layout, a few linears at a time: (name, values)."""
-    return conversion.convert_weights(source.read, source.layout, "fluxlite", source.config)
+def weights_of(source, exact=False):
+    """A source's tensors in our layout, a few linears at a time: (name, values); with `exact` those
+    that the file has quantised are float32.
+    """
+    read = partial(source.read, exact=exact)
+    return conversion.convert_weights(read, source.layout, "fluxlite", source.config)
 
 
 def named_dtype(dtype):
@@ -262,13 +271,28 @@ def named_dtype(dtype):
     return dtype
 
 
-def _load(source, dtype, device, *options):
+def _load(source, dtype, device, *options, quantize="none"):
     """The network of a `Source`, frozen, in evaluation mode; raises `ValueError`."""
     check_device(str(device))
     dtype = named_dtype(dtype)
     model = conversion.build_on_meta(source.config, *options)
+    if quantize != "none":
+        fill_quantized(model, weights_of(source, exact=True), quantize, dtype, device)
+        return model.eval().requires_grad_(False)
     model.load_state_dict(load_state(source), strict=True, assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+
+
+def fill_quantized(model, weights, kind, dtype, device):
+    """Give a model on meta its (name, values) on a device, quantised one by one as they come."""
+    linears = quantized_linears(model)
+    for name, values in weights:
+        place, _, leaf = name.rpartition(".")
+        module = model.get_submodule(place)
+        if leaf == "weight" and place in linears:
+            quantize_linear(module, kind, values.to(device), dtype or values.dtype)
+        else:
+            module.register_parameter(leaf, nn.Parameter(values.to(device=device, dtype=dtype)))
 
 
 PART_FOLDERS = {"transformer": "transformer", "controlnet": "controlnet", "autoencoder": "vae"}
@@ -299,19 +323,22 @@ def open_part(where, part, **options):
     return where
 
 
-def load_transformer(where, *, ema=True, attention="auto", dtype=None, device="cpu"):
+def load_transformer(
+    where, *, ema=True, attention="auto", dtype=None, device="cpu", quantize="none"
+):
     """A Flux from what `open_source` takes, or from a `Source`.
 
-    `dtype` is a torch type or its name; None for the checkpoint's own. Raises `ValueError`.
+    `dtype` is a torch type or its name; None for the checkpoint's own. `quantize` is int8, float8
+    or nf4: how its linears lie in memory. Raises `ValueError`.
     """
     source = open_part(where, "transformer", ema=ema)
-    return _load(source, dtype, device, attention)
+    return _load(source, dtype, device, attention, quantize=quantize)
 
 
-def load_controlnet(where, *, attention="auto", dtype=None, device="cpu"):
-    """A ControlNet from what `open_source` takes, or from a `Source`; raises `ValueError`."""
+def load_controlnet(where, *, attention="auto", dtype=None, device="cpu", quantize="none"):
+    """A ControlNet, as `load_transformer` loads a Flux; raises `ValueError`."""
     source = open_part(where, "controlnet")
-    return _load(source, dtype, device, attention)
+    return _load(source, dtype, device, attention, quantize=quantize)
 
 
 def load_autoencoder(where, *, dtype=None, device="cpu"):

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from fluxlite.cli.atomic import atomic_folder, atomic_path
 from fluxlite.cli.descriptions import DAMAGED, check_regular, inside_folder, parse_json, read_json
-from fluxlite.weights import foreign, scaled_fp8
+from fluxlite.weights import foreign
 from fluxlite.weights.dtypes import DTYPES, SPELLED
 
 WRITE_ERRORS = {
@@ -117,7 +117,8 @@ class Tensors:
     def __init__(self, path, files=None):
         self.files, self.handles, self.metadata, self.prefix = files or files_of(path), {}, {}, ""
         self.places = {}  # of each tensor its file, for errors
-        self.scales = {}  # of weights in scaled fp8: (handle, name) of what they are multiplied by
+        # of weights that are not as they lie: (type, shape, read(start, stop, exact=))
+        self.replaced = {}
         for file in self.files:
             check_file(file)
             try:
@@ -140,20 +141,20 @@ class Tensors:
     def keys(self):
         return [name[len(self.prefix) :] for name in self.handles if name.startswith(self.prefix)]
 
-    def read(self, name, start=0, stop=None):
-        """A tensor, or its rows from start to stop: a view of the mapped file, in scaled fp8 its
-        product.
+    def read(self, name, start=0, stop=None, exact=False):
+        """A tensor, or its rows from start to stop: a view of the mapped file, or what stands for
+        it; with `exact` not rounded to its type.
         """
         name = self.prefix + name
-        rows = self.handles[name].get_tensor(name)[start:stop]
-        if name not in self.scales:
-            return rows
-        handle, scale = self.scales[name]
-        return scaled_fp8.scale_rows(rows, handle.get_tensor(scale), start, stop)
+        if name in self.replaced:
+            return self.replaced[name][2](start, stop, exact=exact)
+        return self.handles[name].get_tensor(name)[start:stop]
 
-    def set_aside(self, names, scales):
-        """Hide some tensors; {weight: scale} of `scales` are multiplied where they are read."""
-        self.scales = {weight: (self.handles[name], name) for weight, name in scales.items()}
+    def set_aside(self, names, replaced):
+        """Hide some tensors; of others, {name: (type, shape, read(start, stop, exact=))}, it is
+        told how they are read.
+        """
+        self.replaced |= replaced
         self.handles = {n: handle for n, handle in self.handles.items() if n not in set(names)}
 
     def without(self, prefix):
@@ -169,11 +170,12 @@ class Tensors:
 
     def shape(self, name):
         """A tensor's shape, of whatever type it is; None where there is none of that name."""
-        handle = self.handles.get(self.prefix + name)
-        return handle and tuple(handle.get_slice(self.prefix + name).get_shape())
+        return self.header(name)[1] if self.prefix + name in self.handles else None
 
     def header(self, name):
         """(type as it is spelled, shape) of a tensor."""
+        if self.prefix + name in self.replaced:
+            return self.replaced[self.prefix + name][:2]
         part = self.handles[self.prefix + name].get_slice(self.prefix + name)
         return part.get_dtype(), tuple(part.get_shape())
 
@@ -182,7 +184,6 @@ class Tensors:
         found = {}
         for name in self.keys():
             spelled, shape = self.header(name)
-            spelled = "BF16" if self.prefix + name in self.scales else spelled
             found[name] = self._described(name, spelled, shape)
         return found
 

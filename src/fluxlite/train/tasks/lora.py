@@ -14,6 +14,7 @@ from fluxlite import parallel, rng
 from fluxlite.cli.options import option, refuse_first
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.lora import Adapters, LowRank, LowRankAdapter
+from fluxlite.nets.quantized import computed_weight
 from fluxlite.train import optim
 from fluxlite.train.building import (
     device_generator,
@@ -290,7 +291,8 @@ def base_norms(config, net, device):
     places = {f"{n}.weight": name for name, adapter in net.each.items() for n in adapter.names}
     for weight, values in flux_weights(config, device, random_base_value):
         if weight in places:
-            found = values.to(dtype).float().square().sum(1)
+            found = computed_weight(weight, values, config.model.quantize, dtype)
+            found = found.float().square().sum(1)
             squares[places[weight]] = squares.get(places[weight], 0) + found
     return {name: total.sqrt() for name, total in squares.items()}
 

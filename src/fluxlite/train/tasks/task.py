@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fluxlite import parallel
+from fluxlite.draw.offload import stream_blocks
 from fluxlite.train.draws import draw_nothing
 
 
@@ -31,10 +32,19 @@ class Task:
 
     def build_models(self, config, device, mesh):
         """The models, sharded and filled."""
-        found = []
+        found, swapped = [], config.parallel.swap_blocks
         for wrap, weights_of in self.models:
             model = wrap(config, mesh)
             away = config.parallel.cpu_offload and not model.is_whole  # FSDP2 offloads
+            away = away or swapped and wrap is self.models[-1][0]
             place = "cpu" if away else device
             found.append(parallel.fill_weights(model, weights_of(config, device), place))
-        return found
+        return place_blocks(found, device, swapped)
+
+
+def place_blocks(models, device, swapped):
+    """A task's models, so many blocks of the last one, which is frozen, streamed to the device."""
+    if swapped:
+        blocks = len(models[-1].double_blocks) + len(models[-1].single_blocks)
+        stream_blocks(models[-1], device, blocks - swapped, training=True)
+    return models

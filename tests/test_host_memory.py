@@ -1,0 +1,79 @@
+"""Training with blocks and activations in host memory: the same bits, and they are there."""
+
+from unittest import mock
+
+import pytest
+from meshes import CONTROL, batches_of, configure, random_weights
+from test_checkpoint import CountedFeed
+
+from fluxlite import parallel
+from fluxlite.draw import offload
+from fluxlite.parallel import host_memory
+from fluxlite.train import building, setup, training_step
+
+LORA = ["dtype=float32", "lora=default", "lora.rank=4", "optim.ema_decay=0"]
+FULL = "parallel.activation_checkpointing=full"
+
+
+@pytest.fixture(autouse=True)
+def one_rank():
+    yield
+    parallel.stop_ranks()
+
+
+def steps_of(*options, quantize="none"):
+    """(losses and norms of three steps, the run)."""
+    given = ["model.num_single_blocks=3", FULL, f"model.quantize={quantize}", *options]
+    config = configure([], 1, given)
+    with mock.patch.object(building, "random_weights", random_weights):
+        run = setup.set_up(config, *parallel.start_ranks(config.parallel, "cpu"))
+    batches = batches_of(config, run)
+    steps = [training_step.train_step(run, next(batches), step) for step in range(3)]
+    return [(loss.item(), norm.item()) for loss, norm in steps], run
+
+
+@pytest.mark.parametrize("task, quantize", [(LORA, "none"), (LORA, "nf4"), (CONTROL, "int8")])
+def test_swapped_blocks_train_the_same_and_pass_both_ways(task, quantize, monkeypatch):
+    expected, _ = steps_of(*task, quantize=quantize)
+    monkeypatch.setattr(offload, "Feed", CountedFeed)
+    monkeypatch.setattr(CountedFeed, "copies", copies := [])
+    found, run = steps_of(*task, "parallel.swap_blocks=3", quantize=quantize)
+    assert found == expected
+    # of three the last two have a buffer when a backward begins, the first two after it
+    assert copies == [0, 1, 2, 0, 2, 0, 2, 0]
+    waiting = [p for p in run.flux.parameters() if p.untyped_storage().nbytes() > p.nbytes]
+    assert len(waiting) > 20 and not any(p.requires_grad for p in waiting)
+
+
+@pytest.mark.parametrize("kind", ["full", "2"])
+def test_activations_that_wait_on_the_host_give_the_same_gradients(kind, monkeypatch):
+    options = [*LORA, f"parallel.activation_checkpointing={kind}"]
+    expected, _ = steps_of(*options)
+    shapes, real = [], host_memory.host_buffer
+    monkeypatch.setattr(
+        host_memory, "host_buffer", lambda size, *a, **o: shapes.append(size) or real(size, *a, **o)
+    )
+    found, _ = steps_of(*options, "parallel.activation_offload=true")
+    assert found == expected
+    assert len(shapes) == 3 * {"full": 2 + 3, "2": 2 + 1}[kind]  # of a double block img and txt
+    assert not [t for t in host_memory.ON_HOST if t.ndim == 3]
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        (["parallel.activation_offload=true"], "set it to full or to a number"),
+        ([*LORA, "parallel.swap_blocks=1"], "needs parallel.activation_checkpointing=full"),
+        (["parallel.swap_blocks=1", FULL], "weights that are trained stay on the GPU"),
+        ([*LORA, "parallel.swap_blocks=9", FULL], "there are 2 blocks"),
+    ],
+)
+def test_what_cannot_wait_on_the_host_is_refused(options, told):
+    with pytest.raises(ValueError, match=told):
+        configure([], 1, options)
+
+
+def test_swapping_on_several_ranks_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="set parallel.cpu_offload=true"):
+        configure([], 1, [*LORA, "parallel.swap_blocks=1", FULL])
