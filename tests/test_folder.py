@@ -2,6 +2,8 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections import Counter
 from contextlib import closing
 from functools import partial
@@ -11,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from reference import last_of_each
 from test_data import batches, picture, write_tar
-from test_trainer import SMALL, configure, train
+from test_trainer import ROOT, SMALL, configure, train
 
 from fluxlite import parallel
 from fluxlite.data.buckets import nearest_shapes
@@ -256,6 +259,12 @@ def test_tars_take_sources_too(tmp_path):
     samples = [dataset[i] for i in range(7)]
     found = Counter((s["captions"], s["weights"].item()) for s in samples)
     assert found == {("sks x", 1.0): 4, ("x", 0.25): 3}
+
+
+def test_a_folder_within_another_is_told(tmp_path, caplog):
+    write_folder(tmp_path, range(5))
+    opened(f"{tmp_path}::{tmp_path}/a/b")
+    assert "a/b twice: its samples come twice an epoch" in caplog.text
 
 
 def test_a_folder_named_as_kohyas_is_told_to_give_its_repeats(tmp_path, caplog):
@@ -522,6 +531,30 @@ def test_a_folder_and_a_cached_tar_of_it_give_the_same_losses(tmp_path):
     assert len(read) == 4 and read == pytest.approx(cached, rel=1e-6)
     doubled = losses_of(*folder, "dtype=float32", "data.loss_weight=1", steps=1)
     assert doubled == pytest.approx([2 * read[0]])
+
+
+@pytest.mark.slow
+def test_buckets_masks_and_weights_train_on_two_ranks_as_on_one_and_resume_in_an_epoch(tmp_path):
+    masked_folder(tmp_path / "own", 6)
+    write_folder(tmp_path / "prior", range(10, 16), sizes=SIZES)
+    data = ["data=folder", f"data.path={tmp_path}/own::{tmp_path}/prior", "data.mask=mask.png"]
+    places = ["data.loss_weight=1", "data.loss_weight=0.5", "data.repeats=2", "data.repeats=1"]
+    data += ["data.resolutions=[32,48]", "data.buckets=true", "data.bucket_step=16", "steps=8"]
+    data += ["data.global_batch=2", "dtype=float32", "optim.schedule=constant"]
+
+    def losses(name, *more, ranks):
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "train.py"]
+        given = last_of_each([*RUN, *data, f"output={tmp_path / name}", *more])
+        command = [sys.executable, *launcher, *given, *places]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+
+    one = losses("one", ranks=1)
+    losses("two", "steps=3", "data.micro_batch=1", ranks=2)
+    two = losses("two", "data.micro_batch=1", "resume=auto", "data.workers=1", ranks=2)
+    assert len(one) == 8 and two == pytest.approx(one, rel=1e-4)
 
 
 def test_preview_writes_what_is_trained_on_and_stops(tmp_path, caplog):

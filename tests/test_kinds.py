@@ -237,7 +237,8 @@ def redux(ours, tmp_path_factory):
     return folder
 
 
-def test_redux_matches_diffusers(ours, theirs, redux, photo, reference):
+@pytest.mark.parametrize("true_cfg", [1.0, 2.5])
+def test_redux_matches_diffusers(ours, theirs, redux, photo, reference, true_cfg):
     """Two pictures with their scales, added up, and a prompt: within 1/255."""
     processor = SiglipImageProcessorPil(size={"height": 28, "width": 28}, resample=3)
     prior = diffusers.FluxPriorReduxPipeline(
@@ -255,16 +256,32 @@ def test_redux_matches_diffusers(ours, theirs, redux, photo, reference):
     options = dict(num_inference_steps=STEPS, generator=torch.Generator().manual_seed(7))
     pooled = embedded.pooled_prompt_embeds
     both = dict(prompt_embeds=embeds, pooled_prompt_embeds=pooled, height=HEIGHT, width=WIDTH)
+    if true_cfg > 1:
+        txt, away, _ = pipe.encode_prompt(NEGATIVE, None)
+        padded = torch.nn.functional.pad(txt, (0, 0, 0, 4))  # it wants as many tokens of both
+        both |= dict(negative_prompt_embeds=padded, negative_pooled_prompt_embeds=away)
+    both["true_cfg_scale"] = true_cfg
+
+    def cut(module, args, kwargs):
+        if not kwargs["encoder_hidden_states"][:, 512:].any():
+            kwargs["encoder_hidden_states"] = kwargs["encoder_hidden_states"][:, :512]
+            kwargs["txt_ids"] = kwargs["txt_ids"][:512]
+        return args, kwargs
+
+    hook = pipe.transformer.register_forward_pre_hook(cut, with_kwargs=True)
     expected = pixels(pipe(**both, **options, guidance_scale=3.5).images)
+    hook.remove()
     given = [fluxlite.Redux(redux, *one) for one in zip(likened, *scales)]
     common = dict(checkpoint=ours["plain"], steps=STEPS, latents=noise, guidance=3.5)
-    common |= dict(height=HEIGHT, width=WIDTH, max_sequence_length=512)
+    common |= dict(height=HEIGHT, width=WIDTH, max_sequence_length=512, true_cfg=true_cfg)
+    common |= {"negative_prompt": NEGATIVE} if true_cfg > 1 else {}
     got = fluxlite.generate(PROMPTS[0], redux=given, **common)
     assert np.abs(pixels(got) - expected).max() <= 1 and embeds.shape[1] == 512 + 4
     described = got[0].info["sampling"]["redux"]
     assert [one["scale"] for one in described] == [0.5, 0.3]
-    alone = fluxlite.generate(PROMPTS[0], redux=given[0], **common)
-    assert np.abs(pixels(alone) - expected).max() > 5
+    if true_cfg == 1:
+        alone = fluxlite.generate(PROMPTS[0], redux=given[0], **common)
+        assert np.abs(pixels(alone) - expected).max() > 5
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -349,6 +366,30 @@ def test_a_controlnet_guides_every_kind(ours, controlnet, photo, mask, reference
     assert np.abs(with_net - without).max() > 10
     none = fluxlite.Control(control.checkpoint, photo, scale=0)
     assert np.abs(pixels(drawn(ours, kind, controls=[none], **given)) - without).max() <= 1
+
+
+def test_a_picture_from_pictures_is_the_same_whatever_is_freed(folders, photo, mask, reference):
+    given = dict(image=photo, mask=mask, reference=reference, dtype="bfloat16", device="cpu")
+    none, text, every = (
+        pixels(drawn(folders, offload=kept, **given)) for kept in ("none", "text", "all")
+    )
+    assert (none == text).all() and (none == every).all() and none.std() > 20
+
+
+def test_references_for_a_pipeline_that_is_no_kontext_are_told(ours, reference, caplog):
+    drawn(ours, prompts="a", reference=reference)
+    assert "model_index.json is a FluxPipeline: trained without references" in caplog.text
+
+
+def test_metadata_say_what_was_drawn_from_what(ours, photo, mask, tmp_path):
+    photo.save(tmp_path / "photo.png")
+    [got] = drawn(ours, prompts="a", image=tmp_path / "photo.png", mask=mask)
+    about = got.info["sampling"]
+    assert about["image"] == f"{tmp_path}/photo.png" and about["mask"] is None
+    assert (about["strength"], about["steps"], len(about["times"])) == (0.6, 3, 4)
+    [got] = drawn(ours, prompts="a", image=photo, start_time=0.5)
+    about = got.info["sampling"]
+    assert about["times"][0] == 0.5 and "strength" not in about
 
 
 def test_a_kind_has_its_own_settings_and_a_model_without_guidance_draws_from_pictures(

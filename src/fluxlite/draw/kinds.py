@@ -7,6 +7,7 @@ channels beside them, tokens behind them, what is put back after each step. `Gui
 B pictures, P prompts, L tokens, C channels of a token, h and w in latent cells.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.options import check_kind, refuse_first
 from fluxlite.data import images
 from fluxlite.data.transfers import send_tensor
@@ -24,11 +26,10 @@ from fluxlite.draw.control import Posteriors, rows_for, sample_latents_of
 from fluxlite.nets import flow
 from fluxlite.nets.latents import PATCH, pack_latents
 
-PICTURE_DRAWS = (
-    "image",
-    "masked_image",
-    "control_image",
-)  # what is drawn of pictures, each its stream
+log = logging.getLogger("fluxlite")
+
+# What is drawn of pictures, each from its stream.
+PICTURE_DRAWS = ("image", "masked_image", "control_image")
 
 
 @dataclass(frozen=True)
@@ -153,11 +154,20 @@ def unused_settings(config, given):
         yield is_set and needed not in given, f"{name}= is read with {needed}=: name that too"
 
 
-def default_strength(kind, inputs):
-    """How much of a picture is drawn anew unless it is said: all of it where the model itself sees
-    what it is to keep.
+def settle_strength(kind, inputs, config):
+    """How much of a picture is drawn anew, None without one: what a `DrawConfig` says, else all of
+    it where the model itself sees what it is to keep.
     """
-    return 1.0 if kind == "fill" or inputs.reference else 0.6
+    if inputs.image:
+        return config.strength or (1.0 if kind == "fill" or inputs.reference else 0.6)
+
+
+def warn_untrained(transformer):
+    """Say where the pipeline of a transformer, by its path, is known for another than Kontext."""
+    file = Path(transformer).parent / "model_index.json"
+    name = read_json(file).get("_class_name") if file.is_file() else None
+    if name and "Kontext" not in str(name):
+        log.warning("%s is a %s: trained without references, it may ignore reference=", file, name)
 
 
 @dataclass

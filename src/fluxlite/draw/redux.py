@@ -8,6 +8,7 @@ pictures the tokens are added up, each with its scale.
 R pictures, L tokens, D the width of T5's output, W of SigLIP's.
 """
 
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -81,16 +82,20 @@ def open_redux(redux, text_width) -> OpenRedux:
 
 
 @torch.inference_mode()
-def add_pictures(opened, texts, device, dtype):
-    """(txt (P, L + L', D), pooled (P, W)) of prompts with the tokens of pictures behind them,
-    scaled and summed over the pictures, as FluxPriorReduxPipeline sums them.
+def add_pictures(opened, device, dtype) -> Callable:
+    """A function from a prompt's (txt (1, L, D), pooled (1, W)) to the same with the tokens of
+    pictures behind it, scaled and summed over the pictures, as FluxPriorReduxPipeline sums them.
     """
-    txt, pooled = texts
     scales = [(one.redux.scale, one.redux.pooled_scale) for one in opened]
     tokens = sum(s * picture_tokens(one, device, dtype) for (s, _), one in zip(scales, opened))
     of_text, of_pooled = (sum(column) for column in zip(*scales))
-    joined = torch.cat([of_text * txt, tokens.to(txt).expand(len(txt), -1, -1)], dim=1)
-    return joined, of_pooled * pooled
+
+    @torch.inference_mode()
+    def add(text):
+        txt, pooled = text
+        return torch.cat([of_text * txt, tokens.to(txt)], dim=1), of_pooled * pooled
+
+    return add
 
 
 def picture_tokens(opened, device, dtype):

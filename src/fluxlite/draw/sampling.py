@@ -42,11 +42,6 @@ class Conditions:
     txt: torch.Tensor
     modulation: torch.Tensor
 
-    def rows(self, numbers):
-        """The conditions of some of the prompts, by number, repeated as they are."""
-        places = send_tensor(torch.as_tensor(numbers), self.txt.device)
-        return Conditions(self.txt[places], self.modulation[:, :, places])
-
 
 def join_conditions(parts):
     """The `Conditions` of several prompts from those of each."""
@@ -90,23 +85,23 @@ def conditions_fit(net, num_prompts, steps):
 
 
 def prepare_conditions(net, texts, times, guidance, mode=None, *, keep) -> Callable:
-    """A function from numbers of the encoded prompts `texts` to their `Conditions`.
+    """A function from numbers of the encoded prompts `texts`, each (txt (1, L_txt, D), pooled (1,
+    W)), to their `Conditions`, of each prompt the same in any company.
 
     They are computed at once, where they fit; unless `keep`, the net then loses the weights that
     it needs no more. Else they are computed when they are asked for.
     """
 
-    def condition(numbers):
-        """Each prompt alone: the same bits in any company."""
-        rows = ([part[n : n + 1] for part in texts] for n in numbers)
-        return join_conditions([condition_net(net, *row, times, guidance, mode) for row in rows])
+    def condition(number):
+        return condition_net(net, *texts[number], times, guidance, mode)
 
-    if not conditions_fit(net, len(texts[0]), len(times) - 1):
-        return condition
-    conditions = condition(range(len(texts[0])))
-    if not keep:
-        net.drop_conditioning()
-    return conditions.rows
+    known = None
+    if conditions_fit(net, len(texts), len(times) - 1):
+        known = [condition(number) for number in range(len(texts))]
+        if not keep:
+            net.drop_conditioning()
+    of = known.__getitem__ if known else condition
+    return lambda numbers: join_conditions([of(number) for number in numbers])
 
 
 # --- from noise to latents ------------------------------------------------------------------------
@@ -130,19 +125,19 @@ def sample_latents(
     """Denoised packed latents (B, L, C) float32 from packed `noise` (B, L, C), a picture for each
     row of `conditions`; `rope` is the `rope_table` of their text and image tokens, references last.
 
-    `negative` are the conditions of the negative prompts, for true_cfg > 1;
+    `negative` are the conditions of the negative prompts, perhaps shorter, for true_cfg > 1;
     `residuals(x, i, rope)` those of ControlNets at step i, or None. As in diffusers, those for the
     prompt serve the negative prompt too. `see(x)` is x as the model sees it, with channels beside
     it and tokens behind it (`kinds.Guide`). `solver` and `callback` are as in `sample_euler`.
     Raises `ValueError` where latents are not finite.
     """
     finite = []  # looked at in the end: in the loop the device is not waited for
-    tokens = conditions.txt.shape[1] + noise.shape[1]
-    own_rope = tuple(table[:tokens] for table in rope)
+    length, tokens = conditions.txt.shape[1], noise.shape[1]
+    own_rope = tuple(table[: length + tokens] for table in rope)
 
     def velocity_for(of, seen, i, added):
-        velocity = model.velocity(seen, of.txt, rope, of.modulation[i], added)
-        return velocity[:, : noise.shape[1]]
+        there = tuple(table[length - of.txt.shape[1] :] for table in rope)  # all text lies at 0
+        return model.velocity(seen, of.txt, there, of.modulation[i], added)[:, :tokens]
 
     def velocity(x, i):
         seen, added = see(x), residuals(x, i, own_rope) if residuals else None
