@@ -78,7 +78,7 @@ def measure_lora(config, how):
 def draw(controlnet, how, prompts, images):
     """Pictures of prompts, with a ControlNet one for each control picture of `images`."""
     import fluxlite
-    from fluxlite.draw.pipeline import show_steps
+    from fluxlite.draw.generation import show_steps
 
     controls = [fluxlite.Control(controlnet, images)] if images else []
     return fluxlite.generate(prompts, controls=controls, **how, on_step=show_steps(leave=False))

@@ -52,11 +52,9 @@ def encode_levels(scaled, kind):
 
 def dequantize_rows(codes, scales, pairs, dtype):
     """The weight (out, in) of codes and scales; `pairs` are `level_pairs` or None."""
-    if pairs is not None:
-        codes = F.embedding(codes.int(), pairs).flatten(1)
-    if scales.shape[1] == 1:
-        return (codes.float() * scales).to(dtype)
-    return (codes.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1).to(dtype)
+    values = codes.float() if pairs is None else F.embedding(codes.int(), pairs).flatten(1)
+    blocks = values.unflatten(1, (scales.shape[1], -1))
+    return blocks.mul_(scales[..., None]).flatten(1).to(dtype)
 
 
 def computed_weight(name, values, kind, dtype):

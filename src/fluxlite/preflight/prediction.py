@@ -51,6 +51,7 @@ NAMES = {  # torch's operators, those of functional collectives first
 aten = torch.ops.aten
 # where memory is looked at
 HEAVY = (aten.mm, aten.addmm, aten.bmm, aten._fused_adamw_, aten.gelu_backward)
+HEAVY += (aten.mul_, aten.bucketize, aten.lerp)  # what is dequantised, and a step in 8 bits
 
 
 GROUPS = (str, dist.ProcessGroup, torch.ScriptObject)  # as which an operator is given its group
@@ -67,6 +68,7 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.groups, self.sent, self.calls = groups, Counter(), Counter()
         self.live, self.peak = {}, 0
+        self.made = 0  # bytes of what is alive, each storage as large as it was made
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(t, DTensor) for t in types):
@@ -80,11 +82,16 @@ class Traffic(TorchDispatchMode):
             storage = tensor.untyped_storage()
             if storage._cdata not in self.live:
                 self.live[storage._cdata] = weakref.ref(storage)
-                weakref.finalize(storage, self.live.pop, storage._cdata, None)
-        if func.overloadpacket in HEAVY:
-            # FSDP2 resizes storages behind our back: look when it matters
+                self.made += storage.nbytes()
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        # FSDP2 makes storages smaller behind our back: look at each where it matters
+        if func.overloadpacket in HEAVY and self.made > self.peak:
             self.peak = max(self.peak, self.now())
         return out
+
+    def _forget(self, storage, size):
+        self.live.pop(storage, None)
+        self.made -= size
 
     def reset(self):
         """Forget what has been counted."""
