@@ -157,6 +157,7 @@ def test_a_misuse_is_refused_in_a_line_before_an_encoder_is_loaded(
     assert os.listdir(tmp_path) == [] and sorted(os.listdir(place)) == before
 
 
+@pytest.mark.slow
 def test_a_misuse_ends_the_program_with_code_2_and_one_line(place, tmp_path):
     arguments = [f"jobs={place}/picture.jsonl", f"output={tmp_path}/out"]
     result = subprocess.run(

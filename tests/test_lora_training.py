@@ -381,6 +381,18 @@ def test_a_pruned_schnell_is_trained_on(tmp_path):
     assert total_norm(changes(tmp_path / "base", folder)) > 0.1
 
 
+def test_the_recipes_figures_are_the_customary_ones():
+    parts = [f"model.{part}=flux-tiny" for part in ("t5", "clip", "autoencoder")]
+    config = configure("recipe=lora", "data.path=photos", *parts)
+    assert (config.lora.rank, config.lora.alpha, config.optim.lr) == (16, 16.0, 1e-4)
+    assert (config.data.caption_dropout, config.data.global_batch) == (0.05, 1)
+    assert (config.flow.guidance, config.flow.density) == ("1.0", "logit_normal")
+    assert config.flow.shift == "resolution" and config.data.kind == "folder"
+    adapted = lora_task.meta_adapters(config).each
+    assert len(adapted) == 19 * 12 + 38 * 5 and "proj_out" not in adapted
+    assert configure("recipe=lora_tiny").lora.train
+
+
 # --- going on -------------------------------------------------------------------------------------
 
 

@@ -85,9 +85,9 @@ def generate(
     `prompt` is a text or a list of them; the picture i of prompt j depends on (seed, j, i) alone,
     whatever the batch; `seeds` has one for each prompt, which is then drawn as if it were alone.
     `checkpoint` is a pipeline folder, a run, a transformer or a `Pipeline`; `controls` are
-    `Control`s, which add up. `options` are the fields of `DrawConfig` (height,
-    width, steps, guidance, true_cfg, shift, seed, …), or `config` has them, and without a
-    `Pipeline` the arguments of `load_pipeline`. Each part is then loaded when its turn comes, and
+    `Control`s, which add up. `options` are the fields of `DrawConfig` (height, width, steps,
+    guidance, true_cfg, shift, seed, …), or `config` has them, and without a `Pipeline` the
+    arguments of `load_pipeline`. Each part is then loaded when its turn comes, and
     freed as `offload` says: text, the default, frees the text encoders before the transformer is
     loaded and the modulation's weights once all steps are modulated.
 
@@ -98,10 +98,9 @@ def generate(
 
     `times` fall from 1, noise, to 0, a picture, in place of steps and shift. Drawing begins at
     `start_time`, of which `latents` (pictures, C, h, w) are the state; they may also stand for the
-    noise at 1, and do with `image`. `posteriors` are normal draws, by name, for
-    encoding pictures (`control.Posteriors`). Without `decode` the latents (C, h, w) at the last
-    time come in place of pictures. `solver` is a name of `solvers.SOLVERS`, or a
-    function as those.
+    noise at 1, and do with `image`. `posteriors` are normal draws, by name, for encoding pictures
+    (`control.Posteriors`). Without `decode` the latents (C, h, w) at the last time come in place of
+    pictures. `solver` is a name of `solvers.SOLVERS`, or a function as those.
 
     `on_step(numbers, step, times, latents)` is called with the latents (B, C, h, w) of a batch's
     pictures at times[step], from step 0 on; `on_picture(number, picture)` with each picture as soon
