@@ -58,7 +58,7 @@ def test_activations_that_wait_on_the_host_give_the_same_gradients(kind, monkeyp
     found, _ = steps_of(*options, "parallel.activation_offload=true")
     assert found == expected
     assert len(shapes) == 3 * {"full": 2 + 3, "2": 2 + 1}[kind]  # of a double block img and txt
-    assert not [t for t in host_memory.ON_HOST if t.ndim == 3]
+    assert not [t for t in host_memory.HOST_TENSORS if t.ndim == 3]
 
 
 @pytest.mark.parametrize(
@@ -88,13 +88,13 @@ def test_preflight_tells_what_fits_a_card_for_each_way_to_save(monkeypatch, caps
     ways = "", " model.quantize=nf4", " parallel.swap_blocks=5", " parallel.activation_offload=true"
     monkeypatch.setattr(table, "COMMON", last_of_each(tiny))
     monkeypatch.setattr(table, "ROWS", "\n".join("lora=default lora.rank=1" + way for way in ways))
-    monkeypatch.setattr(table, "SIZES", (64,))
+    monkeypatch.setattr(table, "SIZES", (512,))
     peaks, real = [], table.peak_of
     monkeypatch.setattr(table, "peak_of", lambda *given: peaks.append(real(*given)) or peaks[-1])
-    table.body([])
+    table.print_fits([])
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and printed[-1].endswith("| 0.0 | 12 |")
     plain, quantised, swapped, offloaded = peaks
-    assert quantised < 0.6 * plain and swapped < 0.9 * plain and offloaded < plain
+    assert quantised < 0.9 * plain and swapped < 0.95 * plain and offloaded < 0.95 * plain, peaks
     sizes = [table.smallest_card(peak) for peak in (11e9, 11.1e9, 79e9, 79.1e9)]
     assert sizes == ["12", "16", "80", "none"]

@@ -1,29 +1,24 @@
 """Tensors that wait in host memory until a device needs them again.
 
-A copy goes beside the computation, on a stream of its own. `ON_HOST` are the tensors that wait: on
+A copy goes beside the computation, on the stream of copies. `HOST_TENSORS` are those that wait: on
 fake ranks, where device and host are one, preflight counts them apart.
 """
 
-from functools import cache
 from weakref import WeakSet
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-ON_HOST = WeakSet()
+from fluxlite.data.transfers import copy_stream
+
+HOST_TENSORS = WeakSet()
 
 
 def host_buffer(size, dtype, *, pinned):
     """An empty tensor in host memory, page-locked for copies to and from a GPU."""
     buffer = torch.empty(size, dtype=dtype, pin_memory=pinned)
-    ON_HOST.add(buffer)
+    HOST_TENSORS.add(buffer)
     return buffer
-
-
-@cache
-def copy_stream(device):
-    """The stream on which a device's tensors go to the host."""
-    return torch.cuda.Stream(device)
 
 
 def send_to_host(tensor):
