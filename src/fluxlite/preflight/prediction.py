@@ -168,6 +168,10 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
         name_parts(config)
         config.validate()
         config = config.settled()
+        if config.optim.kind == "prodigy":
+            raise ValueError(
+                "optim.kind=prodigy looks at numbers, and here are none: predict adamw"
+            )
         device = torch.device("cpu")
         state_of = partial(state_per_rank, config)
         config.parallel = parallel.settle_copies(config.parallel, state_of, memory)
