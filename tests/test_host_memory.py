@@ -91,7 +91,7 @@ def test_preflight_tells_what_fits_a_card_for_each_way_to_save(monkeypatch, caps
     monkeypatch.setattr(table, "SIZES", (512,))
     peaks, real = [], table.peak_of
     monkeypatch.setattr(table, "peak_of", lambda *given: peaks.append(real(*given)) or peaks[-1])
-    table.print_fits([])
+    table.print_table([])
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and printed[-1].endswith("| 0.0 | 12 |")
     plain, quantised, swapped, offloaded = peaks

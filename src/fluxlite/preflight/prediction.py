@@ -29,7 +29,7 @@ from fluxlite.parallel.weights import local_tensor
 from fluxlite.settings import TrainConfig
 from fluxlite.train.setup import FrozenParts, assemble_run, state_per_rank
 from fluxlite.train.tasks import choose_task
-from fluxlite.train.tasks.task import swap_blocks
+from fluxlite.train.tasks.task import place_models
 from fluxlite.train.training_step import optimizer_step, train_step
 from fluxlite.weights.sources import TINY
 
@@ -181,7 +181,7 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
         models = [wrap(config, mesh) for wrap, _ in task.models]
         with FakeTensorMode(allow_non_fake_inputs=True), Traffic(groups_of(mesh)) as meter:
             models = [model.to_empty(device=device) for model in models]
-            swap_blocks(models, device, config.parallel.swap_blocks)
+            place_models(models, device, config.parallel.swap_blocks)
             run = assemble_run(config, device, mesh, task, models, FrozenParts())
             take_fake_steps(run, meter)
         sizes = config.parallel.sizes()  # of these ranks
