@@ -73,29 +73,29 @@ def save_drawn(config, prompts, number, picture, path=None):
     save_picture(picture, Path(config.output), prompts[j], settings, path)
 
 
-def draw_pictures(config, pipeline, stages, on_picture):
-    """Draw what an `InferConfig` names, one batch after the other; gives pictures and prompts."""
+def draw_pictures(config, pipeline, stages, on_picture, prompts, seeds=None):
+    """Draw prompts as an `InferConfig` says, each with a seed of its own where those are given."""
     from fluxlite.cli.profiling import StepProfile, parse_steps
-    from fluxlite.draw.pipeline import generate, show_steps
+    from fluxlite.draw.generation import generate, show_steps
     from fluxlite.draw.preview import previewing
     from fluxlite.settings import MAX_STEPS
 
-    prompts, recorded = prompts_of(config), parse_steps(config.profile, MAX_STEPS)
+    recorded = parse_steps(config.profile, MAX_STEPS)
     profile = StepProfile(recorded, config.output, config.device)
     show, file = show_steps(desc="drawing", unit="step"), Path(config.output) / "preview.live.png"
     with closing(profile), previewing(pipeline, config.preview_every, file, config.preview) as look:
-        pictures = generate(
+        return generate(
             prompts,
             checkpoint=pipeline,
             config=config,
+            seeds=seeds,
             controls=config.controls(),
             **config.pictures(),
             **config.sampling(),
             stage=stages,
             on_step=profile.watching(lambda *step: (show(*step), look(*step))),
-            on_picture=partial(on_picture, prompts),
+            on_picture=on_picture,
         )
-    return pictures, prompts
 
 
 def draw_prompts(config, stages):
@@ -104,8 +104,9 @@ def draw_prompts(config, stages):
     from fluxlite.draw.pipeline import open_pipeline
     from fluxlite.draw.saving import save_picture
 
-    save = partial(save_drawn, config)
-    pictures, prompts = draw_pictures(config, open_pipeline(config), stages, save)
+    prompts = prompts_of(config)
+    save = partial(save_drawn, config, prompts)
+    pictures = draw_pictures(config, open_pipeline(config), stages, save, prompts)
     if len(pictures) > 1:
         texts = [prompts[n // config.images_per_prompt] for n in range(len(pictures))]
         sheet = contact_sheet(pictures, captions=texts)
@@ -136,7 +137,8 @@ def open_jobs(jobs):
     Jobs share a pipeline where they name the same.
     """
     from fluxlite.cli.options import naming_place
-    from fluxlite.draw.pipeline import PipelineConfig, open_pipeline, plan_drawing
+    from fluxlite.draw.pipeline import PipelineConfig, open_pipeline
+    from fluxlite.draw.plan import plan_drawing
 
     opened = {}
     for where, config, path in jobs:
@@ -151,17 +153,38 @@ def open_jobs(jobs):
 
 
 def draw_group(pipeline, jobs, stages):
-    """Draw jobs of one pipeline, whose prompts are encoded some at a time before they are drawn."""
+    """Draw jobs of one pipeline, whose prompts are encoded some at a time before they are drawn.
+
+    Those that follow each other and differ in prompt and seed alone are drawn by one call, each as
+    a batch of its own, so that it is the same picture in any company.
+    """
     from fluxlite.cli.options import naming_place
 
     for first in range(0, len(jobs), ENCODED_JOBS):
         together = jobs[first : first + ENCODED_JOBS]
         with stages("text encoders"):
             pipeline.remember_texts([text for job in together for text in job[1]])
-        for _, _, where, config, path in together:
-            with naming_place(where):
-                draw_pictures(config, pipeline, stages, partial(save_drawn, config, path=path))
+        for _, alike in groupby(together, key=settings_alike):
+            _, _, wheres, configs, paths = zip(*alike)
+            with naming_place(wheres[0]):
+                prompts, seeds = [c.prompt[0] for c in configs], [c.seed for c in configs]
+                save = partial(save_job, configs, paths)
+                alone = replace(configs[0], batch=1)
+                draw_pictures(alone, pipeline, stages, save, prompts, seeds)
     pipeline.drop_parts()
+
+
+def settings_alike(job):
+    """What jobs share that are drawn by one call."""
+    from fluxlite.settings import picture_settings
+
+    settings = picture_settings(job[3])
+    return {key: value for key, value in settings.items() if key not in ("prompt", "seed")}
+
+
+def save_job(configs, paths, number, picture):
+    """Save the picture of a job, by its number."""
+    save_drawn(configs[number], configs[number].prompt, 0, picture, paths[number])
 
 
 def again_settings(config, arguments):

@@ -4,6 +4,7 @@ pairs that it never saw together.
     python prove.py  # the shipped tiny pipeline
     python prove.py --checkpoint runs/mine --num 500
     python prove.py --controlnet runs/controlnet_tiny  # is the circle where its control has it?
+  python prove.py --lora runs/lora_tiny  # rings, which the shipped pipeline cannot draw
 
 Draws a picture for each of `--num` held-out pairs of colours, measures it
 (`fluxlite.data.circles`), and compares with two controls: the same pictures under each other's
@@ -30,33 +31,54 @@ def usage():
 def body(arguments):
     with stopping_at_once():
         from fluxlite.cli.command_line import naming_flags, parse_flags
-        from fluxlite.draw.proof import ProofConfig, format_table, prove
+        from fluxlite.draw.proof import ProofConfig, format_lora, format_table
         from fluxlite.settings import check_output
 
     config = parse_flags(ProofConfig, arguments)
     config.validate()
     check_output(config.output, "--output ")
     how = {key: getattr(config, key) for key in DRAWN_WITH}
+    given = {key: value for key, value in how.items() if value is not None}
     with naming_flags(ProofConfig):
-        report, pictures, results = prove(
-            partial(draw, config.controlnet, {k: v for k, v in how.items() if v is not None}),
-            num=config.num,
-            num_swaps=config.swaps,
-            seed=config.seed,
-            control_size=config.control_size if config.controlnet else None,
-        )
-    report |= how | {"controlnet": config.controlnet}
+        report, pictures, results = (measure_lora if config.lora else measure)(config, given)
+    report |= how | {"controlnet": config.controlnet, "lora": config.lora}
     folder = Path(config.output)
     write_proof(folder, report, pictures, results)
-    print(format_table(report))
+    print((format_lora if config.lora else format_table)(report))
     print(f"pictures: {folder / 'grid.png'}, measurements: {folder / 'proof.json'}")
     print(json.dumps(report))
+
+
+def measure(config, how):
+    """Report, pictures and measurements of a model, and of its ControlNet if there is one."""
+    from fluxlite.draw.proof import prove
+
+    return prove(
+        partial(draw, config.controlnet, how),
+        num=config.num,
+        num_swaps=config.swaps,
+        seed=config.seed,
+        control_size=config.control_size if config.controlnet else None,
+    )
+
+
+def measure_lora(config, how):
+    """The same of a LoRA."""
+    import fluxlite
+    from fluxlite.draw.proof import prove_lora
+
+    def draw_adapted(prompts, strength):
+        own = {} if strength is None else {"lora": fluxlite.Lora(config.lora, strength)}
+        return draw(None, how | own, prompts, None)
+
+    sizes = dict(num=config.num, num_circles=config.circles or 500)
+    return prove_lora(draw_adapted, **sizes, seed=config.seed)
 
 
 def draw(controlnet, how, prompts, images):
     """Pictures of prompts, with a ControlNet one for each control picture of `images`."""
     import fluxlite
-    from fluxlite.draw.pipeline import show_steps
+    from fluxlite.draw.generation import show_steps
 
     controls = [fluxlite.Control(controlnet, images)] if images else []
     return fluxlite.generate(prompts, controls=controls, **how, on_step=show_steps(leave=False))

@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
-from fluxlite.draw.pipeline import generate, load_pipeline, show_steps
+from fluxlite.draw.generation import generate, show_steps
+from fluxlite.draw.pipeline import load_pipeline
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop
 from fluxlite.train.metrics import Metrics, Throughput

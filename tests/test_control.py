@@ -24,7 +24,7 @@ from fluxlite.cli.command_line import load_config
 from fluxlite.data.circles import figure_mask
 from fluxlite.draw import sampling
 from fluxlite.draw.control import Control, open_control, prepare_hint, read_picture
-from fluxlite.draw.pipeline import picture_seed
+from fluxlite.draw.plan import picture_seed
 from fluxlite.nets.configs import ControlNetConfig
 from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.latents import pack_latents

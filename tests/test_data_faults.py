@@ -830,9 +830,8 @@ def test_servers_are_asked_once_and_the_first_rank_alone_warns(tmp_path, monkeyp
 
 def open_both(config):
     """Both sets, as a run opens them."""
-    run = SimpleNamespace(parts=SimpleNamespace(encoders=True))
-    settings = SimpleNamespace(data=config, model=None, seed=0)
-    return open_data(settings, run)
+    settings = SimpleNamespace(data=config, model=SimpleNamespace(t5="a folder"), seed=0)
+    return open_data(settings, None)
 
 
 def test_a_json_of_another_program_may_hold_nan_and_not_be_nested_without_end(tmp_path, caplog):

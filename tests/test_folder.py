@@ -261,6 +261,12 @@ def test_tars_take_sources_too(tmp_path):
     assert found == {("sks x", 1.0): 4, ("x", 0.25): 3}
 
 
+def test_a_folder_within_another_is_told(tmp_path, caplog):
+    write_folder(tmp_path, range(5))
+    opened(f"{tmp_path}::{tmp_path}/a/b")
+    assert "a/b twice: its samples come twice an epoch" in caplog.text
+
+
 def test_a_folder_named_as_kohyas_is_told_to_give_its_repeats(tmp_path, caplog):
     write_folder(tmp_path / "10_dog", range(3))
     opened(tmp_path)

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from PIL import Image
 import fluxlite
 from fluxlite.draw import pipeline as draw_pipeline
 from fluxlite.draw import preview
+from fluxlite.weights import sources
 
 ROOT = Path(__file__).parents[1]
 infer = runpy.run_path(str(ROOT / "infer.py"))
@@ -103,13 +106,24 @@ def test_jobs_are_drawn_once_each_whatever_is_moved_or_added(tmp_path, capsys):
 
 
 def test_jobs_of_one_pipeline_encode_their_prompts_once(tmp_path, monkeypatch):
-    write_jobs(tmp_path / "jobs.jsonl", 4)
-    loaded, load = [], draw_pipeline.load_text_encoders
-    monkeypatch.setattr(
-        draw_pipeline, "load_text_encoders", lambda *a, **k: loaded.append(1) or load(*a, **k)
-    )
+    """And load the transformer once for each run of jobs that differ in prompt and seed alone."""
+    jobs = [{"prompt": PROMPTS[n % 3], "seed": n, "guidance": n // 3} for n in range(6)]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)))
+    loaded = Counter()
+
+    def count(name, load, *given, **options):
+        loaded[name] += 1
+        return load(*given, **options)
+
+    for where, name in ((draw_pipeline, "load_text_encoders"), (sources, "load_transformer")):
+        monkeypatch.setattr(where, name, partial(count, name, getattr(where, name)))
     infer["body"]([*FAST, f"jobs={tmp_path}/jobs.jsonl", f"output={tmp_path}/out"])
-    assert len(loaded) == 1 and len(saved(tmp_path / "out")) == 4
+    assert loaded == {"load_text_encoders": 1, "load_transformer": 2}
+    paths = {about(path)["seed"]: path for path in saved(tmp_path / "out")}
+    assert [about(paths[n])["guidance"] for n in range(6)] == [0, 0, 0, 1, 1, 1]
+    infer["body"]([f"from={paths[5]}", f"output={tmp_path}/again"])
+    [again] = saved(tmp_path / "again")
+    assert (pixels(again) == pixels(paths[5])).all()
 
 
 @pytest.mark.slow

@@ -279,8 +279,9 @@ def test_redux_matches_diffusers(ours, theirs, redux, photo, reference, true_cfg
     assert np.abs(pixels(got) - expected).max() <= 1 and embeds.shape[1] == 512 + 4
     described = got[0].info["sampling"]["redux"]
     assert [one["scale"] for one in described] == [0.5, 0.3]
-    alone = fluxlite.generate(PROMPTS[0], redux=given[0], **common)
-    assert np.abs(pixels(alone) - expected).max() > 5
+    if true_cfg == 1:
+        alone = fluxlite.generate(PROMPTS[0], redux=given[0], **common)
+        assert np.abs(pixels(alone) - expected).max() > 5
 
 
 # --- ours -----------------------------------------------------------------------------------------

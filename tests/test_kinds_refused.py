@@ -157,6 +157,7 @@ def test_a_misuse_is_refused_in_a_line_before_an_encoder_is_loaded(
     assert os.listdir(tmp_path) == [] and sorted(os.listdir(place)) == before
 
 
+@pytest.mark.slow
 def test_a_misuse_ends_the_program_with_code_2_and_one_line(place, tmp_path):
     arguments = [f"jobs={place}/picture.jsonl", f"output={tmp_path}/out"]
     result = subprocess.run(
@@ -177,6 +178,8 @@ def test_a_misuse_ends_the_program_with_code_2_and_one_line(place, tmp_path):
         (dict(posteriors={"x": torch.zeros(1, 16, 8, 8)}), "posteriors=x: give image, masked_"),
         (dict(posteriors={"image": torch.zeros(3, 16, 8, 8)}), "posteriors=image: give .*1, 16, 8"),
         (dict(redux="a.png"), "redux='a.png' must be a Redux"),
+        (dict(seeds=[1, 2]), "seeds= has 2 for 1 prompts: give one for each"),
+        (dict(seeds=["x"]), "seeds='x' must be a whole number for each prompt"),
         (dict(image=Image.new("RGB", (64, 64)), start_time=0.5, strength=0.5), "name one"),
         (dict(mask_image="x"), "mask_image= is no argument of generate: did you mean mask"),
         (dict(padding_mask_crop=3), "did you mean crop"),

@@ -176,11 +176,13 @@ def count_products(made, batches, grad):
     return [counted[adapter] for adapter in made.model.each.values()]
 
 
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("grad", [True, False])
-def test_no_fast_path_passes_a_trained_adapter_by_and_all_are_float32_inside(dtype, grad):
+def test_no_fast_path_passes_a_trained_adapter_by_and_all_are_float32_inside(dtype, grad, quantize):
     """Fused queries, keys and values, the GELU fused on a CPU, the modulation's joint products."""
     given = [*LORA, f"dtype={dtype}", "lora.targets=['*']", "data.global_batch=2"]
+    given.append(f"model.quantize={quantize}")
     with ready_run(*given) as (made, batches):
         ran = count_products(made, batches, grad)
         linears = [len(adapter.names) for adapter in made.model.each.values()]
@@ -290,8 +292,8 @@ def test_a_damaged_lora_of_a_run_is_told(finished, tmp_path):
 
 
 def test_a_new_lora_changes_nothing_and_its_first_steps_change_b_alone():
-    for dora in ("false", "true"):
-        with ready_run(*LORA, f"lora.dora={dora}", "data.global_batch=2") as (made, batches):
+    for own in (["lora.dora=false"], ["lora.dora=true"], ["lora.dora=true", "model.quantize=int8"]):
+        with ready_run(*LORA, *own, "data.global_batch=2") as (made, batches):
             args = training_step.encode_batch(made, next(batches)[0])
             x0, txt, pooled, _ = args
             given = dict(t=torch.tensor([0.3, 0.9]), pooled=pooled, guidance=torch.ones(2))
@@ -299,9 +301,9 @@ def test_a_new_lora_changes_nothing_and_its_first_steps_change_b_alone():
                 adapted = made.velocity(x0, txt, made.rope, **given)
                 for adapter in made.model.each.values():
                     for linear in adapter.linears:
-                        linear.__class__ = torch.nn.Linear
+                        linear.__class__ = type(linear).__bases__[0]
                 plain = made.flux(x0, txt, made.rope, **given)
-        assert relative_error(adapted, plain) < (1e-6 if dora == "true" else 1e-12)
+        assert relative_error(adapted, plain) < (1e-6 if "lora.dora=true" in own else 1e-12)
 
 
 def test_killed_and_resumed_equals_uninterrupted(tmp_path):
@@ -377,6 +379,18 @@ def test_a_pruned_schnell_is_trained_on(tmp_path):
     found = read_lora(folder)
     assert len(found.all_adapters()) == 2 * 12 + 5
     assert total_norm(changes(tmp_path / "base", folder)) > 0.1
+
+
+def test_the_recipes_figures_are_the_customary_ones():
+    parts = [f"model.{part}=flux-tiny" for part in ("t5", "clip", "autoencoder")]
+    config = configure("recipe=lora", "data.path=photos", *parts)
+    assert (config.lora.rank, config.lora.alpha, config.optim.lr) == (16, 16.0, 1e-4)
+    assert (config.data.caption_dropout, config.data.global_batch) == (0.05, 1)
+    assert (config.flow.guidance, config.flow.density) == ("1.0", "logit_normal")
+    assert config.flow.shift == "resolution" and config.data.kind == "folder"
+    adapted = lora_task.meta_adapters(config).each
+    assert len(adapted) == 19 * 12 + 38 * 5 and "proj_out" not in adapted
+    assert configure("recipe=lora_tiny").lora.train
 
 
 # --- going on -------------------------------------------------------------------------------------

@@ -414,6 +414,7 @@ def test_the_state_that_decides_it_is_what_preflight_counts(monkeypatch):
         [],
         ["optim.kind=muon", "optim.ema_decay=0.9", "optim.freeze=['double_blocks.*']"],
         ["parallel.shard_modulation=false"],
+        ["lora=default", "optim.ema_decay=0.9"],
     ):
         found = predicted(*given, ranks=16, batch=16, memory=80e9)
         assert found["mesh"]["dp_replicate"] == 2

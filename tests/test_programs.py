@@ -22,7 +22,7 @@ from fluxlite.cli.messages import LONGEST, one_line
 from fluxlite.cli.options import RANGES, option_fields
 from fluxlite.cli.programs import Terminated
 from fluxlite.cli.stage_times import StageTimes
-from fluxlite.draw import pipeline
+from fluxlite.draw import generation
 from fluxlite.draw.contact_sheet import wrap_caption
 from fluxlite.settings import InferConfig, TrainConfig
 
@@ -132,14 +132,14 @@ def pictures_in(folder):
 
 
 def test_a_stopped_infer_leaves_every_finished_picture(tmp_path, monkeypatch):
-    decode, count = pipeline.decode_pictures, iter(range(99))
+    decode, count = generation.decode_pictures, iter(range(99))
 
     def stop_at_the_fourth(*arguments):
         if next(count) == 3:
             raise Terminated
         return decode(*arguments)
 
-    monkeypatch.setattr(pipeline, "decode_pictures", stop_at_the_fourth)
+    monkeypatch.setattr(generation, "decode_pictures", stop_at_the_fourth)
     sizes = ["height=32", "width=32", "steps=1", "images_per_prompt=8", "batch=2"]
     with pytest.raises(Terminated):
         infer["body"](["prompt=a", f"output={tmp_path}/o", *sizes])

@@ -294,13 +294,39 @@ def test_a_rings_hole_and_what_is_around_it_are_of_the_background_and_it_of_its_
     assert not measure("blue", "yellow", "blue")["ring"]
 
 
+def perfect_ring(number, prompt):
+    pair = prompt.removesuffix(" background").split(" ring with ")
+    return Image.fromarray(rings.draw_ring(number, size=64, seed=0, choices=[pair])[0])
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_lora_is_proven_by_rings_with_it_and_circles_as_before(
+    kept, tmp_path, monkeypatch, capsys
+):
+    def generate(prompts, on_step, lora=None, **how):
+        strength = lora.scale if lora else 0
+        drawn = [
+            perfect_ring(i, prompt) if "ring" in prompt and strength > i / len(prompts) else None
+            for i, prompt in enumerate(prompts)
+        ]
+        circles = perfect([prompt.replace("ring", "circle") for prompt in prompts])
+        if strength == 1 and not kept:
+            circles = circles[1:] + circles[:1]
+        return [ring or circle for ring, circle in zip(drawn, circles)]
+
+    monkeypatch.setitem(vars(fluxlite), "generate", generate)
+    arguments = ["--lora", "runs/x", "--num", "8", "--circles", "12", "--output", str(tmp_path)]
+    runpy.run_path(str(PROVE))["body"](arguments)
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (line["ring"], line["ring_half"], line["ring_without"]) == (1.0, 0.5, 0.0)
+    assert line["circle_without"] == 1 and (line["circle"] == 1) == kept and line["same_at_0"]
+    with pytest.raises(ValueError, match="--lora is measured by rings: leave out --swaps"):
+        runpy.run_path(str(PROVE))["body"]([*arguments, "--swaps", "3", "--overwrite"])
+
+
 def test_rings_are_proven_with_pairs_that_no_training_sees(tmp_path):
     def draw(prompts):
-        return [rings_picture(i, prompt) for i, prompt in enumerate(prompts)]
-
-    def rings_picture(number, prompt):
-        pair = prompt.removesuffix(" background").split(" ring with ")
-        return Image.fromarray(rings.draw_ring(number, size=64, seed=0, choices=[pair])[0])
+        return [perfect_ring(i, prompt) for i, prompt in enumerate(prompts)]
 
     report, pictures, results = proof.prove_rings(draw, num=12, seed=0)
     assert report == {"num": 12, "ring": 1.0, "shape": 1.0, "right": 1.0} and len(pictures) == 12

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 import fluxlite
 from fluxlite.draw import offload, sampling, solvers
-from fluxlite.draw import pipeline as draw_pipeline
 from fluxlite.draw.control import Control
-from fluxlite.draw.pipeline import DrawConfig, picture_seed, settle_options
+from fluxlite.draw.generation import prepare_drawing, settle_options
+from fluxlite.draw.pipeline import DrawConfig
+from fluxlite.draw.plan import picture_seed, plan_drawing
 from fluxlite.nets import flow, schedule
 from fluxlite.nets.autoencoder import Autoencoder
 from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
@@ -724,11 +725,11 @@ def test_on_an_accelerator_the_modulation_is_never_there(monkeypatch, fit):
     opened = fluxlite.load_pipeline(offload="text", device="cpu", dtype=torch.float32)
     texts = [opened.encode_text(PROMPT, 16)]
     opened.device, config = torch.device("meta"), DrawConfig(height=64, width=64, steps=3)
-    plan = draw_pipeline.plan_drawing(opened, config, PROMPT)
+    plan = plan_drawing(opened, config, PROMPT)
     _ = opened.transformer  # built on meta, in fact
     monkeypatch.setattr(opened, "release", lambda part: None)
     with DeviceMemory() as memory:
-        draw_pipeline.prepare_drawing(plan, texts)
+        prepare_drawing(plan, texts)
     model = opened.transformer
     of_steps = {n: p for n, p in model.named_parameters() if n.split(".")[0] not in CONDITIONING}
     kept = {n: p for n, p in model.named_parameters() if n not in of_steps}

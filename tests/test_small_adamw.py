@@ -1,5 +1,6 @@
 """Moments in 8 bits and weights in bfloat16: beside AdamW, on two ranks, and what is refused."""
 
+import importlib.util
 import math
 from functools import partial
 from itertools import islice
@@ -32,17 +33,17 @@ def gradient_of(shape, step):
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_moments_in_a_byte_are_the_nearest_levels(signed):
-    levels = small_adamw.dynamic_levels(signed, torch.device("cpu"))
+    levels = small_adamw.dynamic_levels(signed)
     assert len(levels.unique()) == 256 and levels.max() == 1 and (levels == 0).any()
     values = gradient_of(MATRIX, 0)
     values = values if signed else values.abs()
-    codes, scales = small_adamw.encode_moments(values, 128, signed)
-    found = small_adamw.decode_moments(codes, scales, signed)
+    codes, scales = small_adamw.encode_moments(values, 128, levels)
+    found = small_adamw.decode_moments(codes, scales, levels)
     largest = scales.repeat_interleave(128, dim=1)
     gaps = levels.diff().max() / 2
     assert ((found - values).abs() <= (gaps + 1e-6) * largest).all()
     assert codes.nbytes + scales.nbytes == values.numel() * (1 + 4 / 128)
-    again, _ = small_adamw.encode_moments(found, 128, signed)
+    again, _ = small_adamw.encode_moments(found, 128, levels)
     assert (codes != again).float().mean() < (0.01 if signed else 1e-9)  # no -1 among the levels
 
 
@@ -158,8 +159,24 @@ def started(config):
         return setup.set_up(config, *parallel.start_ranks(config.parallel, "cpu"))
 
 
-def test_a_run_in_small_memory_is_gone_on_from_bit_for_bit(tmp_path):
-    config = configure([], 1, [*SMALL, f"output={tmp_path}"])
+PRODIGY = ["dtype=float32", "optim.kind=prodigy", "optim.lr=1", "lora=default", "lora.rank=4"]
+
+
+def test_prodigy_is_refused_by_what_it_needs(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'fluxlite\[prodigy\]'"):
+        configure([], 1, PRODIGY)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="set optim.lr=1"):
+        configure([], 1, [*PRODIGY, "optim.lr=1e-4"])
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "prodigy"])
+def test_a_run_is_gone_on_from_bit_for_bit(kind, tmp_path):
+    if kind == "prodigy":
+        pytest.importorskip("prodigyopt")
+    options = SMALL if kind == "adamw8bit" else PRODIGY
+    config = configure([], 1, [*options, f"output={tmp_path}"])
     run, found = started(config), []
     for step, batches in enumerate(islice(batches_of(config, run), 4)):
         if step == 2:
@@ -172,7 +189,11 @@ def test_a_run_in_small_memory_is_gone_on_from_bit_for_bit(tmp_path):
     parallel.stop_ranks()
     assert found[2] == found[3] and found[4] == found[5]
     for (name, p), other in zip(run.model.named_parameters(), again.model.parameters()):
-        assert p.dtype == torch.bfloat16 and torch.equal(p, other), name
+        assert torch.equal(p, other), name
     [state], [other] = ([o.state for o in each.optimizers] for each in (run, again))
-    kinds = {t.dtype for values in state.values() for t in values.values()}
-    assert kinds == {torch.uint8, torch.float32} and len(other) == len(state)
+    assert len(other) == len(state)
+    if kind == "adamw8bit":
+        kinds = {t.dtype for values in state.values() for t in values.values()}
+        assert kinds == {torch.uint8, torch.float32} and p.dtype == torch.bfloat16
+    else:
+        assert run.optimizers[0].param_groups[0]["d"] > 1e-6  # it has found some

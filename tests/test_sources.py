@@ -18,7 +18,7 @@ from test_convert import in_layout
 
 import fluxlite
 from fluxlite.cli.command_line import load_config
-from fluxlite.draw import pipeline, sampling
+from fluxlite.draw import pipeline, plan, sampling
 from fluxlite.nets import flow, schedule
 from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.schedule import SampleConfig, times_for
@@ -647,7 +647,7 @@ def test_true_cfg_steers_away_from_the_empty_prompt_as_diffusers_does():
     plain = fluxlite.generate("red circle with teal background", **options, **cfg)
     theirs = FluxPipeline.from_pretrained(TINY, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    noise = sampling.initial_noise((16, 8, 8), [pipeline.picture_seed(5, 0, 0)])
+    noise = sampling.initial_noise((16, 8, 8), [plan.picture_seed(5, 0, 0)])
     expected = theirs(
         prompt="red circle with teal background",
         negative_prompt="",

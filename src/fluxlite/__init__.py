@@ -6,7 +6,7 @@ from importlib import import_module
 __version__ = "0.2.0"
 
 PUBLIC = {
-    "generate": "fluxlite.draw.pipeline",
+    "generate": "fluxlite.draw.generation",
     "load_pipeline": "fluxlite.draw.pipeline",
     "load_transformer": "fluxlite.weights.sources",
     "Control": "fluxlite.draw.control",

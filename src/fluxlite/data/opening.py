@@ -17,7 +17,7 @@ from fluxlite.data.folders import index_folder
 from fluxlite.data.indexed import cut_shards, open_shards
 from fluxlite.data.mock import MockPictures
 from fluxlite.data.parts import config_parts
-from fluxlite.data.places import expand_places
+from fluxlite.data.places import expand_places, warn_of_repeats
 from fluxlite.data.shards import Samples
 from fluxlite.data.tars import index_tar
 
@@ -126,6 +126,7 @@ def _expanded(config, places, name, split):
         if config.kind == "folder":
             named = [expand_home(path, setting) for path in where.split("::")]
             found = [(path, parts_of(i), i) for i, path in enumerate(named) if split == "train"]
+            warn_of_repeats([path for path, *_ in found], setting)
         else:
             options = dict(setting=setting, download=config.download, check=index_tar)
             found = expand_places(where, split, parts_of=parts_of, **options)

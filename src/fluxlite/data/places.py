@@ -39,17 +39,18 @@ def expand_places(where, split, *, setting, download, parts_of, check):
         options = dict(setting=setting, unanswered=unanswered, check=check)
         fetch = partial(fetch_tar, folder=download, **options)
         paths = list(pool.map(fetch, [name for name, _ in found]))
-    _warn_of_repeats(paths, setting)
+    warn_of_repeats(paths, setting)
     folders = [root or os.path.dirname(path) for path, (_, root) in zip(paths, found)]
     described = cache(lambda folder, number: energon_parts(folder, parts_of(number)))
     places = zip(paths, folders, numbers)
     return [(path, described(folder, number), number) for path, folder, number in places]
 
 
-def _warn_of_repeats(paths, setting):
+def warn_of_repeats(paths, setting):
+    """Say so where paths are the same, or one lies in another."""
     seen = set()
-    for path in map(os.path.realpath, paths):
-        if path in seen:
+    for path in sorted(map(os.path.realpath, paths)):
+        if seen & {path, *map(str, Path(path).parents)}:
             warn_for_all("%s names %s twice: its samples come twice an epoch", setting, path)
         seen.add(path)
 

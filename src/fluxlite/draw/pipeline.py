@@ -1,26 +1,14 @@
-"""`generate` draws pictures with a `Pipeline`, whose parts are loaded when they are needed.
-
-    import fluxlite
-    pictures = fluxlite.generate("red circle with blue background", seed=1)  # the shipped one
-    pipeline = fluxlite.load_pipeline("FLUX.1-dev")  # to draw with again and again
-    pictures = fluxlite.generate(["a fox", "an owl"], checkpoint=pipeline, height=512, width=512)
-
-B pictures, L tokens, C channels, h and w in latent cells.
+"""A `Pipeline`: transformer, autoencoder and text encoders, found and checked, loaded when they are
+needed; and the settings of it and of what is drawn with it.
 """
 
-import importlib.util
-import inspect
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from functools import cached_property, partial
-from numbers import Real
 from pathlib import Path
 
 import torch
-from PIL import Image
-from tqdm import tqdm
 
 from fluxlite import parallel
 from fluxlite.cli.devices import float8_conflicts, settle_machine
@@ -30,46 +18,26 @@ from fluxlite.cli.options import (
     option,
     refuse_first,
     same_option,
-    shortened,
     typed_options,
 )
-from fluxlite.data.transfers import send_tensor
-from fluxlite.draw import canvas, kinds
-from fluxlite.draw.control import Control, Posteriors, open_control, prepare_controls
+from fluxlite.draw import kinds
 from fluxlite.draw.offload import (
     OFFLOAD,
-    bytes_beside,
     fitting_blocks,
     free_memory,
     place_steps,
     stream_blocks,
 )
-from fluxlite.draw.redux import Redux, add_pictures, open_redux
-from fluxlite.draw.sampling import (
-    decode_pictures,
-    initial_noise,
-    prepare_conditions,
-    sample_latents,
-)
-from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.configs import FluxConfig
-from fluxlite.nets.flux import ATTENTION, rope_table
+from fluxlite.nets.flux import ATTENTION
 from fluxlite.nets.latents import (
     PATCH,
-    num_image_tokens,
-    pack_latents,
-    position_ids,
-    unpack_latents,
 )
 from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
 from fluxlite.nets.schedule import (
     SCHNELL_SCHEDULER,
     SampleConfig,
-    check_times,
-    cut_times,
     is_schnell,
-    strength_times,
-    times_for,
 )
 from fluxlite.weights import lora_files, lora_merging, run_folder, sources, writing
 from fluxlite.weights.lora_files import Lora, LoraFile
@@ -656,170 +624,6 @@ def default_settings(transformer):
     return settings
 
 
-# --- drawing --------------------------------------------------------------------------------------
-
-
-def generate(
-    prompt: str | Sequence[str],
-    *,
-    checkpoint: str | Path | Pipeline = TINY,
-    image=None,
-    mask=None,
-    control_image=None,
-    reference=None,
-    redux: Redux | Sequence[Redux] = (),
-    controls: Control | Sequence[Control] = (),
-    times: Sequence[float] | torch.Tensor | None = None,
-    start_time: float | None = None,
-    latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
-    posteriors: dict | None = None,
-    decode: bool = True,
-    solver: str | Callable = "euler",
-    on_step: Callable | None = None,
-    on_picture: Callable | None = None,
-    stage: Callable[[str], AbstractContextManager] = nullcontext,
-    config: DrawConfig | None = None,
-    **options,
-) -> list[Image.Image] | list[torch.Tensor]:
-    """Draw pictures: a list of PIL images, those of the first prompt first.
-
-    `prompt` is a text or a list of them; the picture i of prompt j depends on (seed, j, i) alone,
-    whatever the batch. `checkpoint` is a pipeline folder, a run, a transformer or a `Pipeline`;
-    `controls` are `Control`s, which add up. `options` are the fields of `DrawConfig` (height,
-    width, steps, guidance, true_cfg, shift, seed, …), or `config` has them, and without a
-    `Pipeline` the arguments of `load_pipeline`. Each part is then loaded when its turn comes, and
-    freed as `offload` says: text, the default, frees the text encoders before the transformer is
-    loaded and the modulation's weights once all steps are modulated.
-
-    Pictures are paths or PIL images, one or one a prompt: `image` to begin from (`strength`),
-    `mask`, whose white part of it is drawn anew, `control_image` that a FLUX.1-Canny or -Depth
-    follows. All prompts have the same `reference`, one or several. Without height and width the
-    pictures have the proportions of the first of these. `redux` are `Redux`es, which add up.
-
-    `times` fall from 1, noise, to 0, a picture, in place of steps and shift. Drawing begins at
-    `start_time`, of which `latents` (pictures, C, h, w) are the state; they may also stand for the
-    noise at 1, and do with `image`. `posteriors` are normal draws, by name, for
-    encoding pictures (`control.Posteriors`). Without `decode` the latents (C, h, w) at the last
-    time come in place of pictures. `solver` is a name of `solvers.SOLVERS`, or a
-    function as those.
-
-    `on_step(numbers, step, times, latents)` is called with the latents (B, C, h, w) of a batch's
-    pictures at times[step], from step 0 on; `on_picture(number, picture)` with each picture as soon
-    as its batch is drawn. Numbers count from 0. `stage(name)` is a context around each part of the
-    work. Each picture's `info["sampling"]` are the settings it was drawn with. Raises `ValueError`.
-    """
-    check_kind(start_time, (Real, type(None)), "start_time", "a number")
-    pipeline, config = settle_options(checkpoint, config, options)
-    given = dict(image=image, mask=mask, control_image=control_image, reference=reference)
-    given |= {"redux": redux}
-    times = dict(times=times, start_time=start_time)
-    plan = plan_drawing(
-        pipeline, config, prompt, controls, given, latents, posteriors, solver, **times
-    )
-    with stage("text encoders"):
-        length = plan.sample.max_sequence_length
-        texts = [pipeline.encode_text(text, length) for text in plan.texts()]
-        if plan.redux:
-            add = add_pictures(plan.redux, pipeline.device, pipeline.dtype)
-            texts = [*map(add, texts[: len(plan.prompts)]), *texts[len(plan.prompts) :]]
-        pipeline.release("encoders")
-    with stage("transformer and modulation"):
-        draw = prepare_drawing(plan, texts)
-    about, drawn = describe_drawing(plan), []
-    for numbers, kept in plan.batches:
-        with stage("denoising"):
-            tokens = draw(numbers, watch_steps(on_step, numbers, kept, plan))
-        if numbers[-1] == len(plan.pictures) - 1:
-            del draw
-            pipeline.release("transformer")
-        with stage("autoencoder"):
-            for place in kept:
-                own = about | {"batch": len(numbers), "place": place}
-                picture = finish_picture(plan, numbers[place], tokens[place][None], own, decode)
-                if on_picture:
-                    on_picture(numbers[place], picture)
-                drawn.append(picture)
-    return drawn
-
-
-@dataclass
-class Plan:
-    """All of a drawing that is settled before anything is loaded.
-
-    `controls` are as they were given, `opened` by `open_control`; `pictures` are (index of its
-    prompt, seed of its draws) each; `noise(numbers)` is their `start_latents`.
-    """
-
-    pipeline: Pipeline
-    config: DrawConfig
-    prompts: list
-    inputs: kinds.Inputs
-    sample: SampleConfig
-    scene: kinds.Scene
-    times: torch.Tensor
-    controls: list
-    opened: list
-    pictures: list
-    noise: Callable
-    posteriors: Posteriors
-    batches: list  # of `list_batches`
-    strength: float | None  # that cut the times
-    solver: Callable
-    redux: list
-
-    @property
-    def size(self):
-        """Height and width of what is drawn, in pixels."""
-        return self.sample.height, self.sample.width
-
-    @property
-    def shape(self):
-        """(C, h, w) of its latents."""
-        return self.pipeline.latent_shape(*self.size)
-
-    def texts(self):
-        """What is encoded: the prompts and, for classifier-free guidance, the negative one."""
-        return [*self.prompts, *[self.config.negative_prompt] * (self.sample.true_cfg > 1)]
-
-
-def plan_drawing(
-    pipeline,
-    config,
-    prompt,
-    controls=(),
-    given=(),
-    latents=None,
-    posteriors=None,
-    solver="euler",
-    **times_given,
-) -> Plan:
-    """The `Plan` of what `generate` takes, its pictures by name in `given`; raises `ValueError`."""
-    prompts = one_or_several(prompt, str, "prompt", "a text or a list of texts")
-    controls = one_or_several(controls, Control, "controls", "a Control or a list of them")
-    refuse_first([(not prompts, "prompt=[] is empty: name what to draw")])
-    given = dict(given)
-    redux = one_or_several(given.pop("redux", ()), Redux, "redux", "a Redux or a list of them")
-    inputs = kinds.open_inputs(len(prompts), **given)
-    kinds.check_inputs(pipeline.kind, inputs, config, pipeline.where)
-    if inputs.reference:
-        kinds.warn_untrained(pipeline.sources["transformer"].where)
-    sample = settle_sample(pipeline, config, inputs.size)
-    scene = settle_scene(pipeline, config, inputs, sample)
-    strength = None
-    if times_given.get("start_time") is None:
-        strength = kinds.settle_strength(pipeline.kind, inputs, config)
-    times = settle_times(pipeline, config, sample, strength=strength, **times_given)
-    size, width = (sample.height, sample.width), pipeline.model_config.text_width
-    likened = [open_redux(one, width) for one in redux]
-    opened = [open_control(control, pipeline, *size, len(prompts)) for control in controls]
-    pictures, shape = list_pictures(len(prompts), config), pipeline.latent_shape(*size)
-    noise = start_latents(latents, times, pictures, shape, from_noise=bool(inputs.image))
-    draws = kinds.check_posteriors(posteriors, pictures, controls, shape)
-    batches = list_batches(len(pictures), config)
-    found = sample, scene, times, controls, opened, pictures, noise, draws, batches, strength
-    return Plan(pipeline, config, prompts, inputs, *found, find_solver(solver), likened)
-
-
 def one_or_several(value, kind, key, meaning):
     """A list of what an argument gives one or several of; raises `ValueError`, naming `key`."""
     single = isinstance(value, (kind, str, bytes, dict, set)) or not isinstance(value, Iterable)
@@ -827,258 +631,3 @@ def one_or_several(value, kind, key, meaning):
     for one in found:
         check_kind(one, kind, key, meaning)
     return found
-
-
-def find_solver(solver):
-    """A function from a name of `SOLVERS` or from itself; raises `ValueError`."""
-    if callable(solver):
-        return solver
-    if solver not in SOLVERS:
-        names = ", ".join(SOLVERS)
-        raise ValueError(f"solver={shortened(solver)}: choose one of {names}, or pass a function")
-    return SOLVERS[solver]
-
-
-def solver_name(solver):
-    """What metadata call a solver."""
-    known = {function: name for name, function in SOLVERS.items()}
-    return known.get(solver, getattr(solver, "__name__", "own"))
-
-
-def settle_options(checkpoint, config, options):
-    """The `Pipeline` and the `DrawConfig` that `generate` is given, or makes of its options."""
-    check_kind(checkpoint, (str, Path, Pipeline), "checkpoint", "a path, a hub id or a Pipeline")
-    check_kind(config, (DrawConfig, type(None)), "config", "a DrawConfig")
-    known = *inspect.signature(generate).parameters, *DRAW_FIELDS, *LOAD_OPTIONS
-    check_names(options, [name for name in known if name != "options"], "generate")
-    own = {name: options.pop(name) for name in DRAW_FIELDS if name in options}
-    if config and own:
-        raise ValueError(f"{'=, '.join(own)}= beside config=: set them in config, or leave it out")
-    values = {name: getattr(config, name) for name in DRAW_FIELDS} if config else own
-    config = typed_options(DrawConfig, values)
-    if not isinstance(checkpoint, Pipeline):
-        return open_pipeline(pipeline_config(checkpoint, **options)), config
-    if options:
-        raise ValueError(
-            f"{', '.join(options)}: these are settled once a pipeline is loaded; pass them to "
-            "load_pipeline"
-        )
-    return checkpoint, config
-
-
-def settle_sample(pipeline, config, picture=None):
-    """The checked `SampleConfig` of a `DrawConfig`: what that leaves open is the checkpoint's own,
-    but a size that of a given `picture` (width, height), in as many pixels.
-    """
-    named = {name: getattr(config, name) for name in SAMPLE_FIELDS}
-    given = {name: value for name, value in named.items() if value is not None}
-    sample = typed_options(SampleConfig, pipeline.settings | given)
-    if picture and not {"height", "width"} & given.keys():
-        area, multiple = sample.height * sample.width, PATCH * pipeline.cell
-        height, width = canvas.fitting_size(picture, area, multiple)
-        sample = replace(sample, height=height, width=width)
-    check_negative(config.negative_prompt, sample.true_cfg)
-    check_tile(config.tile, pipeline.cell)
-    sample.validate(pipeline.cell)
-    if "guidance" in given and not pipeline.model_config.guidance_embed:
-        raise ValueError(
-            "guidance: this model (as schnell) has no guidance input; leave the setting out"
-        )
-    return sample
-
-
-def settle_scene(pipeline, config, inputs, sample):
-    """The `kinds.Scene` of given pictures for a `SampleConfig`; raises `ValueError`."""
-    own = typed_options(SampleConfig, pipeline.settings)
-    size, area = (sample.height, sample.width), own.height * own.width
-    scene = kinds.frame_inputs(inputs, config, size, area, PATCH * pipeline.cell)
-    if config.canny and not importlib.util.find_spec("cv2"):
-        raise ValueError("canny=true needs OpenCV: pip install opencv-python-headless")
-    return scene
-
-
-def settle_times(pipeline, config, sample, times=None, start_time=None, strength=None):
-    """The times (steps + 1,) of a drawing; raises `ValueError`."""
-    if times is None:
-        _, height, width = pipeline.latent_shape(sample.height, sample.width)
-        model_config = pipeline.model_config
-        times = times_for(sample, model_config, num_image_tokens(height, width))
-    elif config.steps or config.shift:
-        raise ValueError("times= takes the place of steps= and shift=: leave those out")
-    else:
-        times = check_times(times)
-    if start_time is not None:
-        refuse_first([(config.strength, "start_time= takes the place of strength=: name one")])
-        return cut_times(times, start_time)
-    return strength_times(times, strength) if strength else times
-
-
-def list_pictures(num_prompts, config):
-    """(index of its prompt, seed of its noise) of each picture."""
-    found = []
-    for j in range(num_prompts):
-        for i in range(config.images_per_prompt):
-            seed = picture_seed(config.seed, config.prompt_number + j, config.picture_number + i)
-            found.append((j, seed))
-    return found
-
-
-def picture_seed(seed, prompt_number, picture_number):
-    """The seed of one picture's noise."""
-    return f"{seed}.{prompt_number}.{picture_number}"
-
-
-def list_batches(count, config):
-    """(numbers of the pictures that are drawn together, places in it of those that are kept)."""
-    batch = config.batch
-    if config.place < 0:
-        starts = range(0, count, batch)
-        found = [range(first, min(first + batch, count)) for first in starts]
-        return [(numbers, range(len(numbers))) for numbers in found]
-    if config.place >= batch:
-        raise ValueError(f"place={config.place} must be below batch={batch}")
-    return [([number] * batch, [config.place]) for number in range(count)]
-
-
-def start_latents(latents, times, pictures, shape, from_noise=False) -> Callable:
-    """A function from some pictures' numbers to their packed latents (B, L, C) at times[0] or,
-    `from_noise`, at 1.
-
-    They are noise or, where they are given, those of `latents` (pictures, C, h, w). Raises
-    `ValueError`.
-    """
-    if latents is None:
-        if times[0] < 1 and not from_noise:
-            raise ValueError(
-                f"drawing begins at time {float(times[0]):g}, not at the noise of 1: give latents= "
-                "at that time"
-            )
-        return lambda rows: initial_noise(shape, [pictures[i][1] for i in rows])
-    stacked = stack_latents(latents)
-    if stacked.shape != (len(pictures), *shape):
-        raise ValueError(
-            f"latents= of shape {(*stacked.shape,)}: {len(pictures)} pictures of this size take "
-            f"{(len(pictures), *shape)}"
-        )
-    return lambda rows: pack_latents(stacked[list(rows)].float())
-
-
-def stack_latents(latents):
-    """One tensor of a tensor, an array or a list of them; raises `ValueError`."""
-    try:
-        stacked = torch.stack([torch.as_tensor(one) for one in latents])
-    except (TypeError, ValueError, RuntimeError):
-        raise ValueError(
-            f"latents={shortened(latents)} must be a tensor (pictures, C, h, w), or a list of "
-            "(C, h, w)"
-        ) from None
-    if not stacked.is_floating_point():
-        raise ValueError(f"latents= are {stacked.dtype}: give them as float32")
-    return stacked
-
-
-def prepare_drawing(plan, texts) -> Callable:
-    """A function (pictures' numbers, callback) → packed latents (B, L, C); see `sample_latents`.
-
-    Pictures are encoded, transformer and nets of the `open_control`s loaded, all steps' modulation
-    computed, and then they are moved to the device; of encoded prompts `texts` the negative one is
-    the last.
-    """
-    pipeline, sample, times = plan.pipeline, plan.sample, plan.times
-    guided = plan.scene, plan.pictures, times, plan.noise, plan.posteriors
-    guides = kinds.prepare_guides(pipeline, *guided)
-    pipeline.release("transformer")  # a drawing that was stopped leaves one without modulation
-    model, given = pipeline.transformer, (texts, times, sample.guidance)
-    conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
-    attach = prepare_controls(pipeline, plan.opened, *given, plan.posteriors)
-    references = [pipeline.latent_shape(*one.shape[2:])[1:] for one in plan.scene.references]
-    length = texts[0][0].shape[1]
-    further = length - sample.max_sequence_length  # of redux
-    pipeline.place_net(model, bytes_planned(plan, references, further))
-    positions = position_ids(*plan.shape[1:], length, references)
-    rope = rope_table(send_tensor(positions, pipeline.device), model.config)
-
-    @torch.inference_mode()
-    def draw(numbers, callback):
-        prompts, seeds = map(list, zip(*[plan.pictures[n] for n in numbers]))
-        guide = guides(numbers)
-        options = dict(residuals=attach(prompts, seeds), see=guide.see, solver=plan.solver)
-        if sample.true_cfg > 1:
-            negative = conditions([len(texts) - 1] * len(prompts))
-            options |= {"negative": negative, "true_cfg": sample.true_cfg}
-        options["callback"] = lambda step, x: callback(step, guide.blend(step, x))
-        return sample_latents(model, conditions(prompts), guide.start, rope, times, **options)
-
-    return draw
-
-
-def bytes_planned(plan, references, further=0):
-    """`bytes_beside` of a `Plan`, with references of (height, width) in latent cells, and so many
-    further tokens of text.
-    """
-    pipeline, most = plan.pipeline, min(plan.config.batch, len(plan.pictures))
-    batch = plan.config.batch if plan.config.place >= 0 else most
-    parts = pipeline.model_config, pipeline.sources["autoencoder"].config
-    nets = [control.checkpoint.config for control in plan.opened]
-    residuals = sum(net.num_double_blocks + net.num_single_blocks for net in nets)
-    tokens = further + sum(num_image_tokens(*cells) for cells in references)
-    beside = residuals, tokens, plan.config.tile
-    return bytes_beside(*parts, plan.sample, batch, pipeline.dtype.itemsize, *beside)
-
-
-def watch_steps(on_step, numbers, kept, plan) -> Callable:
-    """A solver's callback that tells `on_step`, if any, of the pictures of some numbers, those at
-    the places that are kept.
-    """
-
-    def callback(step, x):
-        if on_step:
-            rows = x if len(kept) == len(x) else x[kept]
-            latents = unpack_latents(rows, *plan.shape[1:])
-            on_step([numbers[i] for i in kept], step, plan.times, latents)
-        return x
-
-    return callback
-
-
-def describe_drawing(plan):
-    """What a picture's `info["sampling"]` says of it."""
-    times, pipeline = plan.times, plan.pipeline
-    about = asdict(replace(plan.sample, steps=len(times) - 1)) | {"times": times.tolist()}
-    about |= {"tile": plan.config.tile} if plan.config.tile else {}
-    about |= {"strength": plan.strength} if plan.strength else {}
-    own = {"controls": plan.controls, "loras": [lora.lora for lora in pipeline.loras]}
-    own |= {"redux": [one.redux for one in plan.redux]}
-    about |= {key: [one.describe() for one in of] for key, of in own.items() if of}
-    own = pipeline.config
-    lossy = parallel.lossy_settings({"float8": own.float8, "model.quantize": own.model.quantize})
-    return about | {"solver": solver_name(plan.solver)} | plan.inputs.named | lossy
-
-
-def finish_picture(plan, number, tokens, about, decode):
-    """A PIL picture of packed latents (1, L, C), pasted where it is to be, or, without `decode`,
-    latents (C, h, w) on the CPU.
-    """
-    if not decode:
-        return unpack_latents(tokens, *plan.shape[1:])[0].cpu().clone()
-    vae, config = plan.pipeline.autoencoder, plan.config
-    [picture] = decode_pictures(vae, tokens, *plan.size, config.tile)
-    if config.paste or config.crop >= 0:
-        picture = plan.scene.paste(plan.pictures[number][0], picture)
-    picture.info["sampling"] = about
-    return picture
-
-
-def show_steps(**options) -> Callable:
-    """An `on_step` that shows a bar for each batch; `options` are tqdm's."""
-    bars = []
-
-    def on_step(numbers, step, times, latents):
-        if step == 0:
-            bars.append(tqdm(total=len(times) - 1, **options))
-            return
-        bars[-1].update()
-        if step == len(times) - 1:
-            bars.pop().close()
-
-    return on_step

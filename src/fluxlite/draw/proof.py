@@ -6,6 +6,7 @@ other's prompts, and pairs whose two colours change places under the same seed.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,15 @@ class ProofConfig:
     control_size: int = option(
         64, "side of the control pictures in pixels", at_least=16, at_most=16_384
     )
+    lora: str | None = option(
+        None,
+        "a LoRA that teaches rings, for instance a run: rings with it and without, and circles",
+        path=True,
+        key="lora",
+    )
+    circles: int | None = option(
+        None, "with --lora, pictures of circles; null: 500", at_least=1, at_most=NUM_PAIRS
+    )
     num: int = option(200, "held-out pairs of colours to draw", at_least=2, at_most=NUM_PAIRS)
     swaps: int | None = option(
         None,
@@ -73,6 +83,11 @@ class ProofConfig:
             raise ValueError(f"--swaps={self.swaps} must be at most --num={self.num}")
         if not self.controlnet and self.control_size != type(self).control_size:
             raise ValueError("--control-size is of a ControlNet's pictures: name --controlnet too")
+        if self.lora and (self.controlnet or self.swaps is not None):
+            other = "--controlnet" if self.controlnet else "--swaps"
+            raise ValueError(f"--lora is measured by rings: leave out {other}")
+        if self.circles and not self.lora:
+            raise ValueError("--circles are drawn with a LoRA: name --lora too")
         there = Path(self.output) / "proof.json"
         if there.exists() and not self.overwrite:
             raise ValueError(f"{there} exists: pass --overwrite, or another --output")
@@ -163,6 +178,43 @@ def prove_rings(draw, *, num, seed):
     return report, pictures, [{"prompt": p, **result} for p, result in zip(prompts, results)]
 
 
+def prove_lora(draw, *, num, num_circles, seed):
+    """The report of what a LoRA teaches, rings, and what it costs, circles; its pictures and
+    measurements as `prove_rings` has them.
+
+    `draw(prompts, strength)` gives PIL pictures, for strength None without the LoRA, and the
+    picture at a position the same noise in every call.
+    """
+    report, pictures, results = prove_rings(lambda p: draw(p, 1.0), num=num, seed=seed)
+    for name, strength in (("half", 0.5), ("without", None)):
+        other, *_ = prove_rings(partial(draw, strength=strength), num=num, seed=seed)
+        report[f"ring_{name}"] = other["ring"]
+    chosen = choose_pairs(num_circles, seed)
+    prompts = [circle_caption(*pair) for pair in chosen]
+    for name, strength in (("", 1.0), ("_without", None)):
+        found = measure_all(draw(prompts, strength), chosen)
+        report[f"circle{name}"] = sum(result["right"] for result in found) / num_circles
+    nothing, base = (draw(prompts[:1], strength)[0] for strength in (0.0, None))
+    report["same_at_0"] = bool(np.array_equal(nothing, base))
+    return report | {"num_circles": num_circles}, pictures, results
+
+
+LORA_ROWS = {
+    "ring": "rings with the LoRA",
+    "ring_half": "rings at half its strength",
+    "ring_without": "rings without it",
+    "circle": "circles with the LoRA",
+    "circle_without": "circles without it",
+}
+
+
+def format_lora(report):
+    """The report of a LoRA as lines for a person."""
+    rows = [f"{label:<36}{report[key]:>12.1%}" for key, label in LORA_ROWS.items()]
+    same = "yes" if report["same_at_0"] else "no"
+    return "\n".join([*rows, f"{'at scale 0 the same picture':<36}{same:>12}"])
+
+
 def draw_swapped(draw, chosen, images):
     """Measurements of pairs drawn with their two colours swapped."""
     swapped = [pair[::-1] for pair in chosen]
@@ -212,5 +264,5 @@ def format_table(report):
 
 def format_verdict(result):
     """A measured picture's caption: its prompt, and what is wrong with it."""
-    wrong = [key for key in ("colours", "shape") if not result[key]]
+    wrong = [key for key in ("colours", "shape", "ring") if not result.get(key, True)]
     return f"{result['prompt']}\n{'wrong ' + ' and '.join(wrong) if wrong else 'right'}"

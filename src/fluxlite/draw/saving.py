@@ -7,6 +7,7 @@ of a file of jobs. The chunk `parameters` holds what other programs show.
 import hashlib
 import json
 import re
+from collections import Counter
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -109,10 +110,10 @@ def name_jobs(jobs):
     """A file name for each {key: value} of `settings.picture_settings`: of its prompt and a digest
     of all, so that lines may be moved and added. Equal ones are numbered.
     """
-    names = []
+    seen, names = Counter(), []
     for settings in jobs:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
         name = f"{file_stem(settings['prompt'][0])}-{digest}"
-        equal = sum(other.split(".")[0] == name for other in names)
-        names.append(f"{name}{f'.{equal + 1}' * (equal > 0)}.png")
+        seen[name] += 1
+        names.append(f"{name}.png" if seen[name] == 1 else f"{name}.{seen[name]}.png")
     return names

@@ -27,7 +27,7 @@ from fluxlite.train.metrics import Metrics, Throughput
 from fluxlite.train.plots import plot_losses
 from fluxlite.train.preview import write_preview
 from fluxlite.train.resume import describe_data, describe_run, find_resume, warn_of_changed_data
-from fluxlite.train.setup import open_data, set_up, state_per_rank
+from fluxlite.train.setup import find_data, open_data, set_up, state_per_rank
 from fluxlite.train.training_step import train_step
 from fluxlite.train.validation import averaged_weights, encode_validation, validation_losses
 from fluxlite.weights.tensor_files import atomic_weights
@@ -96,8 +96,9 @@ def start_run(config, device, mesh, last):
     """The run, set up or gone on with from the checkpoint `last`, its monitor, its micro-batches
     and the steps it has taken.
     """
+    found = find_data(config)
     run, start, size = set_up(config, device, mesh), 0, config.data.global_batch
-    training, validation = open_data(config, run)
+    training, validation = open_data(config, run, found)
     run.data = describe_data(training, validation)
     if last:
         start = run_state.load_training(last, **trained_state(run))

@@ -177,10 +177,22 @@ def open_autoencoder(config):
     return source
 
 
-def open_data(config, run):
-    """The training and validation sets; with `data.cache` encoded first, by all ranks together."""
+def find_data(config):
+    """{"train", "val": the data set}, not encoded yet: what is wrong with files is raised before a
+    model is loaded.
+    """
     places = {}
-    training, validation = (open_split(config, run, split, places) for split in ("train", "val"))
+    return {split: find_split(config, split, places) for split in ("train", "val")}
+
+
+def open_data(config, run, found=None):
+    """The training and validation sets that `find_data` found; with `data.cache` encoded first, by
+    all ranks together.
+    """
+    training, validation = (
+        encoded_split(config, run, split, dataset)
+        for split, dataset in (found or find_data(config)).items()
+    )
     if len(training) < config.data.global_batch:
         warn_for_all(
             "an epoch has %d samples, and data.global_batch=%d: a step takes some of them twice",
@@ -191,19 +203,29 @@ def open_data(config, run):
 
 def open_split(config, run, split, places):
     """One of the sets, "train" or "val"; `places` are for both, as `open_dataset` has them."""
+    return encoded_split(config, run, split, find_split(config, split, places))
+
+
+def find_split(config, split, places):
+    """The same, not encoded yet."""
     data, model = config.data, config.model
-    if run.parts.encoders is None:
+    if not model.t5:
         return MockSamples(
             data,
             split=split,
             seed=config.seed,
-            latent_shape=run.latent_shape,
+            latent_shape=config.latent_shape(),
             text_shape=(model.max_sequence_length, model.text_width),
             pooled_width=model.pooled_width,
         )
     prepare_data(data, split)
-    dataset = open_dataset(data, split, config.seed, places)
-    return cache_samples(run, dataset, Path(data.cache) / split) if data.cache else dataset
+    return open_dataset(data, split, config.seed, places)
+
+
+def encoded_split(config, run, split, dataset):
+    """A set from its cache, where there is one to be."""
+    cache = config.data.cache
+    return cache_samples(run, dataset, Path(cache) / split) if cache else dataset
 
 
 def cache_samples(run, dataset, folder):
@@ -212,7 +234,7 @@ def cache_samples(run, dataset, folder):
     directory = build_cache(
         dataset,
         folder,
-        encode_images=partial(encode_levels, parts.autoencoder, run.device),
+        encode_images=partial(encode_pixels, parts.autoencoder, run.device),
         encode_texts=lambda texts: parts.encoders.encode(texts, length),
         digest=encoders_digest(parts, length, run.config.dtype),
         settings={key: option_value(run.config, key) for key in MADE_BY["encoders"]},
@@ -223,7 +245,7 @@ def cache_samples(run, dataset, folder):
     return CachedSamples(dataset, directory)
 
 
-def encode_levels(autoencoder, device, levels):
+def encode_pixels(autoencoder, device, levels):
     """The posterior of pictures (B, 3, H, W) uint8."""
     return autoencoder.posterior(pixels_of(send_tensor(levels, device)))
 

@@ -10,7 +10,6 @@ a matrix compute the bits of one, and a checkpoint is gone on from on any mesh.
 """
 
 import math
-from functools import cache
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from fluxlite.parallel.weights import local_part, local_tensor
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16  # columns that share a scale
+MOMENTS = "mean", "root"  # of the gradient, of its square
 AT_ONCE = 1 << 24  # elements that a step computes in float32 at once
 
 
@@ -27,8 +27,7 @@ def columns_of_block(shape):
     return block if block >= SMALLEST_BLOCK else 0
 
 
-@cache
-def dynamic_levels(signed, device):
+def dynamic_levels(signed, device="cpu"):
     """The 256 values of a byte, sorted: seven decades, each with twice the values of the one below;
     0 and 1.
     """
@@ -40,9 +39,9 @@ def dynamic_levels(signed, device):
     return torch.cat(found).sort().values.to(device)
 
 
-def encode_moments(values, block, signed):
-    """(codes, scales) of float32 moments (rows, columns), to the nearest level."""
-    blocks, levels = values.unflatten(1, (-1, block)), dynamic_levels(signed, values.device)
+def encode_moments(values, block, levels):
+    """(codes, scales) of float32 moments (rows, columns), to the nearest of `dynamic_levels`."""
+    blocks = values.unflatten(1, (-1, block))
     scales = blocks.abs().amax(2)
     scaled = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
     middles = (levels[1:] + levels[:-1]) / 2
@@ -50,10 +49,10 @@ def encode_moments(values, block, signed):
     return codes.to(torch.uint8).flatten(1), scales
 
 
-def decode_moments(codes, scales, signed):
+def decode_moments(codes, scales, levels):
     """The moments (rows, columns) of codes and scales."""
-    levels = dynamic_levels(signed, codes.device)[codes.int()]
-    return (levels.unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
+    blocks = levels[codes.int()].unflatten(1, (scales.shape[1], -1))
+    return blocks.mul_(scales[..., None]).flatten(1)
 
 
 # --- stochastic rounding --------------------------------------------------------------------------
@@ -99,9 +98,17 @@ class SmallAdamW(torch.optim.Optimizer):
     def __init__(self, groups, *, lr, betas, eps, bits, numbers):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
         self.bits, self.numbers, self.round_key = bits, numbers, 0
+        self.levels = {}  # of each device
         for group in self.param_groups:
             for p in group["params"]:
                 check_blocks(p, self.block_of(p))
+
+    def levels_on(self, device):
+        """{moment: its `dynamic_levels`} on a device."""
+        if device not in self.levels:
+            found = {name: dynamic_levels(name == "mean", device) for name in MOMENTS}
+            self.levels[device] = found
+        return self.levels[device]
 
     def block_of(self, p):
         return columns_of_block(p.shape) if self.bits == 8 else 0
@@ -127,10 +134,10 @@ class SmallAdamW(torch.optim.Optimizer):
         """A parameter's state: codes and scales, plain tensors or DTensors that lie as it does."""
         state, block = self.state[p], self.block_of(p)
         state["step"] = torch.zeros((), device=p.device)
-        for name, signed in (("mean", True), ("root", False)):
+        for name, levels in self.levels_on(p.device).items():
             values = torch.zeros_like(local_tensor(p), dtype=torch.float32)
             if block:
-                values, scales = encode_moments(values, block, signed)
+                values, scales = encode_moments(values, block, levels)
                 state[f"{name}_scales"] = laid_out_as(p, scales, block)
             state[name] = laid_out_as(p, values)
         return state
@@ -162,13 +169,17 @@ class SmallAdamW(torch.optim.Optimizer):
         """What rows of a parameter and its state become: {name: values}."""
         (beta1, beta2), lr = group["betas"], group["lr"]
         grad = some["grad"].float() / scale
-        mean, root = (read_moment(some, name) for name in ("mean", "root"))
+        levels = self.levels_on(grad.device)
+        mean, root = (read_moment(some, name, levels[name]) for name in MOMENTS)
         mean = mean.lerp(grad, 1 - beta1)
         root = (beta2 * root.square()).addcmul_(grad, grad, value=1 - beta2).sqrt_()
         bias1, bias2 = 1 - beta1**step, (1 - beta2**step).sqrt()
         weight = some["weight"].float() * (1 - lr * group["weight_decay"])
         weight = weight - lr / bias1 * mean / (root / bias2 + group["eps"])
-        return {"weight": weight} | stored_moments(some, {"mean": mean, "root": root})
+        found = {"weight": weight}
+        for name, values in zip(MOMENTS, (mean, root)):
+            found |= stored_moment(some, name, values, levels[name])
+        return found
 
 
 def check_blocks(p, block):
@@ -198,18 +209,16 @@ def mix_key(key, number):
     return (key ^ (number + 1) * 0x9E3779B97F4A7C15) & (1 << 62) - 1
 
 
-def read_moment(some, name):
+def read_moment(some, name, levels):
     """A moment in float32."""
     scales = some.get(f"{name}_scales")
-    return some[name] if scales is None else decode_moments(some[name], scales, name == "mean")
+    return some[name] if scales is None else decode_moments(some[name], scales, levels)
 
 
-def stored_moments(some, moments):
-    """Moments as they are stored: {name: values}."""
-    found = dict(moments)
-    for name, values in moments.items():
-        scales = some.get(f"{name}_scales")
-        if scales is not None:
-            block = values.shape[1] // scales.shape[1]
-            found[name], found[f"{name}_scales"] = encode_moments(values, block, name == "mean")
-    return found
+def stored_moment(some, name, values, levels):
+    """A moment as it is stored: {name: values}."""
+    scales = some.get(f"{name}_scales")
+    if scales is None:
+        return {name: values}
+    made = encode_moments(values, values.shape[1] // scales.shape[1], levels)
+    return dict(zip((name, f"{name}_scales"), made))

@@ -124,7 +124,7 @@ def mode_conflicts(config):
         f"controlnet.num_modes={count} and data.control_mode={mode}: only a union net has both",
     )
     yield (
-        mode == "json" and config.data.kind != "webdataset",
+        mode == "json" and config.data.kind not in ("webdataset", "folder"),
         f"data.control_mode=json: data={config.data.kind} has no modes, name a kind",
     )
     yield (

@@ -145,8 +145,8 @@ def unmatched_text(target, pattern, names):
     """What is wrong with a target that matches no linear."""
     if any(fnmatch.fnmatchcase(pattern, part) for part in TEXT_PARTS):
         return (
-            f"lora.targets={target}: text encoders are not trained, here nor by other programs' "
-            "defaults for FLUX: leave it out"
+            f"lora.targets={target}: text encoders are not trained; other programs leave them out "
+            "for FLUX by default"
         )
     ends = fnmatch.filter(names, f"*.{pattern}")
     near = f"*.{pattern} does" if ends else f"they look like {[*names][len(names) // 2]}"
@@ -189,13 +189,12 @@ def check_trainable(adapter, config):
 def check_lora(config):
     """Raise `ValueError` where a `TrainConfig` cannot train its LoRA."""
     refuse_first(lora_conflicts(config))
-    net = meta_adapters(config)
+    thin = meta_adapters(config, rank=1)
+    values = {name: torch.zeros(p.shape) for name, p in thin.named_parameters()}
     for to in config.lora.write:
-        fakes = {name: torch.zeros(p.shape) for name, p in thin_adapters(net).named_parameters()}
+        adapters = {"transformer": file_adapters(thin, values)}
         try:
-            lora_writing.write_adapters(
-                {"transformer": file_adapters(net, fakes)}, to, config.model.shape()
-            )
+            lora_writing.write_adapters(adapters, to, thin.config)
         except ValueError as error:
             raise ValueError(f"lora.write={to}: {error}") from None
 
@@ -217,15 +216,15 @@ def lora_conflicts(config):
 # --- models ---------------------------------------------------------------------------------------
 
 
-def meta_adapters(config):
-    """The `Adapters` on meta, as they are."""
+def meta_adapters(config, rank=None):
+    """The `Adapters` on meta, as they are; or all of one `rank`."""
     ours, found = conversion.our_tensors(config.model.shape()), {}
     planned = plan_adapters(config)
     with torch.device("meta"):
-        for name, (rule, rank, scale, dora, _) in planned.items():
+        for name, (rule, own_rank, scale, dora, _) in planned.items():
             linears = [lora_keys.split_leaf(weight)[0] for weight in rule.ours]
             widths = [ours[weight].shape[1] for weight in rule.ours]
-            sizes = widths, len(ours[rule.ours[0]]), rank
+            sizes = widths, len(ours[rule.ours[0]]), rank or own_rank
             found[name] = LowRankAdapter(linears, *sizes, scale, dora)
     return Adapters(config.model.shape(), found)
 
@@ -333,19 +332,6 @@ def drop_ranks(run, inputs, batch):
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
-def thin_adapters(net):
-    """Adapters like those of a net, of rank 1: to try with what would be written."""
-    thin = {}
-    for name, adapter in net.each.items():
-        widths = [down.shape[1] for down in adapter.downs()]
-        sizes = widths, len(adapter.up), 1
-        with torch.device("meta"):
-            thin[name] = LowRankAdapter(
-                adapter.names, *sizes, adapter.scale, adapter.magnitude is not None
-            )
-    return Adapters(net.config, thin)
 
 
 def file_adapters(net, values):
