@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.draw import sampling
-from fluxlite.draw.pipeline import generate
 from fluxlite.draw.generation import generate
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux
