@@ -122,7 +122,7 @@ def dispatch_as_cuda(sdpa):
 
 # --- counting -----------------------------------------------------------------------------------
 
-GEMM = {"mm", "addmm", "bmm", "baddbmm"}
+GEMM = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 FREE = {"detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 FILLS = {"zeros", "zeros_like", "new_zeros", "ones", "ones_like", "full", "fill_", "zero_"}
 CONTIGUOUS = {  # how many of its first inputs an operator wants contiguous

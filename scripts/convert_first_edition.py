@@ -55,8 +55,8 @@ def first_chunks(part, i, config):
     return start, start + {"img": 6, "txt": 6, "single": 3, "out": 2}[part]
 
 
-def read_tensor(read_old, config, name, start=0, stop=None):
-    """Rows of one of our tensors, from those of the first edition."""
+def read_tensor(read_old, config, name, start=0, stop=None, exact=False):
+    """Rows of one of our tensors, from those of the first edition, which has none quantised."""
     if match := re.fullmatch(r"(.*\.qkv)\.([qkv])\.(weight|bias)", name):
         block, kind, leaf = match.groups()
         split = rearrange(

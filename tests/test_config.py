@@ -165,7 +165,7 @@ def test_prompts_may_be_given_several_times():
         (["flow.density=normal"], "logit_normal"),
         (["flow.guidance=uniform[7,1]"], "flow.guidance"),
         (["parallel.tp=2"], "parallel.tp"),
-        (["optim.kind=sgd"], "adamw, adamw8bit, muon"),
+        (["optim.kind=sgd"], "adamw, adamw8bit, muon, prodigy"),
         (["optim.beta1=2"], "optim.beta1"),
         (["model.save_converted=a.safetensors"], "model.checkpoint="),
         (["optim.lr=nan"], "optim.lr"),

@@ -3,12 +3,14 @@
 from unittest import mock
 
 import pytest
-from meshes import CONTROL, batches_of, configure, random_weights
+from meshes import CONTROL, MODEL, batches_of, configure, random_weights
+from reference import last_of_each
 from test_checkpoint import CountedFeed
 
 from fluxlite import parallel
 from fluxlite.draw import offload
 from fluxlite.parallel import host_memory
+from fluxlite.preflight import table
 from fluxlite.train import building, setup, training_step
 
 LORA = ["dtype=float32", "lora=default", "lora.rank=4", "optim.ema_decay=0"]
@@ -56,7 +58,7 @@ def test_activations_that_wait_on_the_host_give_the_same_gradients(kind, monkeyp
     found, _ = steps_of(*options, "parallel.activation_offload=true")
     assert found == expected
     assert len(shapes) == 3 * {"full": 2 + 3, "2": 2 + 1}[kind]  # of a double block img and txt
-    assert not [t for t in host_memory.ON_HOST if t.ndim == 3]
+    assert not [t for t in host_memory.HOST_TENSORS if t.ndim == 3]
 
 
 @pytest.mark.parametrize(
@@ -77,3 +79,22 @@ def test_swapping_on_several_ranks_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="set parallel.cpu_offload=true"):
         configure([], 1, [*LORA, "parallel.swap_blocks=1", FULL])
+
+
+def test_preflight_tells_what_fits_a_card_for_each_way_to_save(monkeypatch, capsys):
+    """On a small model, whose cards are as small."""
+    shaped = [a for a in MODEL if not a.startswith(("data.height=", "data.width="))]
+    tiny = [*shaped, "model.num_single_blocks=6", "data.micro_batch=1", "data.global_batch=1", FULL]
+    ways = "", " model.quantize=nf4", " parallel.swap_blocks=5", " parallel.activation_offload=true"
+    monkeypatch.setattr(table, "COMMON", last_of_each(tiny))
+    monkeypatch.setattr(table, "ROWS", "\n".join("lora=default lora.rank=1" + way for way in ways))
+    monkeypatch.setattr(table, "SIZES", (512,))
+    peaks, real = [], table.peak_of
+    monkeypatch.setattr(table, "peak_of", lambda *given: peaks.append(real(*given)) or peaks[-1])
+    table.print_table([])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 6 and printed[-1].endswith("| 0.0 | 12 |")
+    plain, quantised, swapped, offloaded = peaks
+    assert quantised < 0.9 * plain and swapped < 0.95 * plain and offloaded < 0.95 * plain, peaks
+    sizes = [table.smallest_card(peak) for peak in (11e9, 11.1e9, 79e9, 79.1e9)]
+    assert sizes == ["12", "16", "80", "none"]

@@ -1,5 +1,6 @@
 """Moments in 8 bits and weights in bfloat16: beside AdamW, on two ranks, and what is refused."""
 
+import importlib.util
 import math
 from functools import partial
 from itertools import islice
@@ -158,8 +159,24 @@ def started(config):
         return setup.set_up(config, *parallel.start_ranks(config.parallel, "cpu"))
 
 
-def test_a_run_in_small_memory_is_gone_on_from_bit_for_bit(tmp_path):
-    config = configure([], 1, [*SMALL, f"output={tmp_path}"])
+PRODIGY = ["dtype=float32", "optim.kind=prodigy", "optim.lr=1", "lora=default", "lora.rank=4"]
+
+
+def test_prodigy_is_refused_by_what_it_needs(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'fluxlite\[prodigy\]'"):
+        configure([], 1, PRODIGY)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ValueError, match="set optim.lr=1"):
+        configure([], 1, [*PRODIGY, "optim.lr=1e-4"])
+
+
+@pytest.mark.parametrize("kind", ["adamw8bit", "prodigy"])
+def test_a_run_is_gone_on_from_bit_for_bit(kind, tmp_path):
+    if kind == "prodigy":
+        pytest.importorskip("prodigyopt")
+    options = SMALL if kind == "adamw8bit" else PRODIGY
+    config = configure([], 1, [*options, f"output={tmp_path}"])
     run, found = started(config), []
     for step, batches in enumerate(islice(batches_of(config, run), 4)):
         if step == 2:
@@ -172,7 +189,11 @@ def test_a_run_in_small_memory_is_gone_on_from_bit_for_bit(tmp_path):
     parallel.stop_ranks()
     assert found[2] == found[3] and found[4] == found[5]
     for (name, p), other in zip(run.model.named_parameters(), again.model.parameters()):
-        assert p.dtype == torch.bfloat16 and torch.equal(p, other), name
+        assert torch.equal(p, other), name
     [state], [other] = ([o.state for o in each.optimizers] for each in (run, again))
-    kinds = {t.dtype for values in state.values() for t in values.values()}
-    assert kinds == {torch.uint8, torch.float32} and len(other) == len(state)
+    assert len(other) == len(state)
+    if kind == "adamw8bit":
+        kinds = {t.dtype for values in state.values() for t in values.values()}
+        assert kinds == {torch.uint8, torch.float32} and p.dtype == torch.bfloat16
+    else:
+        assert run.optimizers[0].param_groups[0]["d"] > 1e-6  # it has found some

@@ -3,6 +3,7 @@ them.
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import tempfile
@@ -39,7 +40,7 @@ from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
 from fluxlite.nets.quantized import quantize_conflicts
 from fluxlite.nets.schedule import SampleConfig, check_times
-from fluxlite.parallel import ParallelConfig
+from fluxlite.parallel import ParallelConfig, world_size
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
 from fluxlite.train.small_adamw import columns_of_block
@@ -259,6 +260,7 @@ def optim_conflicts(config):
         f"{key} does not work with optim.ema_decay, whose float32 average takes more than is "
         "saved: leave one of them out",
     )
+    yield from prodigy_conflicts(config)
     block = columns_of_block((width, width))
     yield (
         optim.kind == "adamw8bit" and block and width // config.parallel.tp % block,
@@ -275,6 +277,26 @@ def shape_conflicts(config):
     yield (
         data.buckets and data.bucket_step % cells,
         f"data.bucket_step={data.bucket_step} must be a multiple of {cells}",
+    )
+
+
+def prodigy_conflicts(config):
+    """The same of optim.kind=prodigy."""
+    optim, mesh = config.optim, config.parallel
+    chosen = optim.kind == "prodigy"
+    yield (
+        chosen and importlib.util.find_spec("prodigyopt") is None,
+        "optim.kind=prodigy needs prodigyopt: pip install 'fluxlite[prodigy]', or choose adamw",
+    )
+    yield (
+        chosen and optim.lr < 0.1,
+        f"optim.lr={optim.lr} is a share of the rate that optim.kind=prodigy finds: set optim.lr=1",
+    )
+    sharded = world_size() > 1 and not config.lora.train
+    yield (
+        chosen and (sharded or mesh.tp > 1 or optim.weights != "float32"),
+        "optim.kind=prodigy needs whole weights in float32 on each rank, as a LoRA's adapters are "
+        "without parallel.tp: choose adamw or adamw8bit",
     )
 
 

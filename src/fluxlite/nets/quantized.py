@@ -37,10 +37,10 @@ def quantize_rows(values, kind):
     blocks = values.unflatten(1, (-1, NF4_BLOCK if kind == "nf4" else values.shape[1]))
     scales = blocks.abs().amax(2) / LARGEST.get(kind, 1.0)
     scaled = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
-    return encode_levels(scaled.flatten(1), kind), scales
+    return nearest_codes(scaled.flatten(1), kind), scales
 
 
-def encode_levels(scaled, kind):
+def nearest_codes(scaled, kind):
     """Codes of values that are divided by their scale."""
     if kind != "nf4":
         return (scaled.round() if kind == "int8" else scaled).to(CODE_TYPES[kind])

@@ -1,6 +1,6 @@
 """Tensors that wait in host memory until a device needs them again.
 
-A copy goes beside the computation, on a stream of its own. `ON_HOST` are the tensors that wait: on
+A copy goes beside the computation, on a stream of its own. `HOST_TENSORS` are those that wait: on
 fake ranks, where device and host are one, preflight counts them apart.
 """
 
@@ -10,18 +10,18 @@ from weakref import WeakSet
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-ON_HOST = WeakSet()
+HOST_TENSORS = WeakSet()
 
 
 def host_buffer(size, dtype, *, pinned):
     """An empty tensor in host memory, page-locked for copies to and from a GPU."""
     buffer = torch.empty(size, dtype=dtype, pin_memory=pinned)
-    ON_HOST.add(buffer)
+    HOST_TENSORS.add(buffer)
     return buffer
 
 
 @cache
-def copy_stream(device):
+def host_stream(device):
     """The stream on which a device's tensors go to the host."""
     return torch.cuda.Stream(device)
 
@@ -35,7 +35,7 @@ def send_to_host(tensor):
     there = host_buffer(tensor.shape, tensor.dtype, pinned=tensor.is_cuda)
     if not tensor.is_cuda:
         return tensor.device, there.copy_(tensor)
-    side = copy_stream(tensor.device)
+    side = host_stream(tensor.device)
     side.wait_stream(torch.cuda.current_stream(tensor.device))
     with torch.cuda.stream(side):
         there.copy_(tensor, non_blocking=True)
@@ -49,7 +49,7 @@ def bring_back(sent):
     if device is None:
         return tensor
     if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(copy_stream(device))
+        torch.cuda.current_stream(device).wait_stream(host_stream(device))
     return tensor.to(device, non_blocking=True, copy=True)
 
 

@@ -49,14 +49,14 @@ def fill_weights(model, weights, device=None):
     linears = {f"{name}.weight": module for name, module in model.named_modules()}
     for name, values in weights:
         if isinstance(linears.get(name), QuantizedLinear):
-            fill_quantized(linears[name], values)
+            fill_codes(linears[name], values)
         else:
             p = parameters[name]
             local_tensor(p).copy_(values[local_part(p)])
     return model
 
 
-def fill_quantized(linear, values):
+def fill_codes(linear, values):
     """Give a quantised linear this rank's codes and scales of its whole weight (out, in)."""
     rows, _ = local_part(linear.codes)
     made = quantize_rows(values[rows].to(linear.codes.device), linear.quantized_kind)

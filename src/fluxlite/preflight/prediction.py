@@ -24,12 +24,12 @@ from fluxlite.cli.command_line import compose_config
 from fluxlite.data.cache import POSTERIORS
 from fluxlite.draw.pipeline import BESIDE_FOLDERS
 from fluxlite.nets.latents import num_image_tokens
-from fluxlite.parallel.host_memory import ON_HOST
+from fluxlite.parallel.host_memory import HOST_TENSORS
 from fluxlite.parallel.weights import local_tensor
 from fluxlite.settings import TrainConfig
 from fluxlite.train.setup import FrozenParts, assemble_run, state_per_rank
 from fluxlite.train.tasks import choose_task
-from fluxlite.train.tasks.task import place_blocks
+from fluxlite.train.tasks.task import place_models
 from fluxlite.train.training_step import optimizer_step, train_step
 from fluxlite.weights.sources import TINY
 
@@ -103,7 +103,8 @@ class Traffic(TorchDispatchMode):
         """Bytes of all tensors alive but those that wait in host memory."""
         storages = [reference() for reference in list(self.live.values())]
         total = sum(storage.nbytes() for storage in storages if storage is not None)
-        return total - sum(tensor.untyped_storage().nbytes() for tensor in [*ON_HOST])
+        waiting = [tensor.untyped_storage() for tensor in [*HOST_TENSORS]]
+        return total - sum(s.nbytes() for s in waiting if s._cdata in self.live)
 
     def _count(self, func, args, out):
         name = NAMES.get(func.overloadpacket._qualified_op_name.split("::")[1])
@@ -168,6 +169,10 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
         name_parts(config)
         config.validate()
         config = config.settled()
+        if config.optim.kind == "prodigy":
+            raise ValueError(
+                "optim.kind=prodigy looks at numbers, and here are none: predict adamw"
+            )
         device = torch.device("cpu")
         state_of = partial(state_per_rank, config)
         config.parallel = parallel.settle_copies(config.parallel, state_of, memory)
@@ -176,7 +181,7 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
         models = [wrap(config, mesh) for wrap, _ in task.models]
         with FakeTensorMode(allow_non_fake_inputs=True), Traffic(groups_of(mesh)) as meter:
             models = [model.to_empty(device=device) for model in models]
-            place_blocks(models, device, config.parallel.swap_blocks)
+            place_models(models, device, config.parallel.swap_blocks)
             run = assemble_run(config, device, mesh, task, models, FrozenParts())
             take_fake_steps(run, meter)
         sizes = config.parallel.sizes()  # of these ranks

@@ -44,7 +44,7 @@ def smallest_card(peak):
     return next((f"{card}" for card in CARDS if peak + BESIDE <= card * 1e9), "none")
 
 
-def body(arguments):
+def print_table(arguments):
     sizes = " | ".join(f"{size}², GB | card" for size in SIZES)
     print(f"| predicted | {sizes} |\n|---|{'---|---|' * len(SIZES)}")
     with stopping_at_once():
@@ -55,4 +55,4 @@ def body(arguments):
 
 
 if __name__ == "__main__":
-    run_program(body, usage=lambda: __doc__, ranks=False)
+    run_program(print_table, usage=lambda: __doc__, ranks=False)

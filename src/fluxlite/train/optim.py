@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from fluxlite.cli.options import option
 from fluxlite.parallel.dealing import collect_parts, deal_tensors
 from fluxlite.parallel.weights import local_tensor
+from fluxlite.train.prodigy import make_prodigy
 from fluxlite.train.small_adamw import SmallAdamW, columns_of_block
 
 SCHEDULES = ("constant", "cosine", "linear")
-OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon", "prodigy")
 SWAPPED_AT_ONCE = 8  # weights and averages, of which copies are held meanwhile
 
 
@@ -24,8 +25,9 @@ class OptimConfig:
 
     kind: str = option(
         "adamw",
-        "adamw; adamw8bit: its moments in 8 bits, a quarter of their memory, lossy; or muon: Muon "
-        "for the blocks' matrices and AdamW for the rest",
+        "adamw; adamw8bit: its moments in 8 bits, a quarter of their memory, lossy; muon: Muon "
+        "for the blocks' matrices and AdamW for the rest; or prodigy: AdamW that finds its "
+        "learning rate, of which lr is a share; needs prodigyopt",
         choices=OPTIMIZERS,
     )
     weights: str = option(
@@ -104,6 +106,7 @@ def state_bytes(model, config):
     for name, p in model.named_parameters():
         small = config.kind == "adamw8bit" and columns_of_block(p.shape)
         moments = 2 + 8 / small if small else 4 if name in in_muon else 8
+        moments *= 1 + (config.kind == "prodigy")
         each = 2 * p.itemsize + moments + 4 * (config.ema_decay > 0)
         found[name] = p.numel() * each if p.requires_grad else p.nbytes
     return found
@@ -126,6 +129,8 @@ def make_optimizers(model, config, mesh=None):
                 key, {"params": [], "weight_decay": config.weight_decay * (p.ndim > 1)}
             )["params"].append(p)
     options = dict(lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+    if config.kind == "prodigy":
+        return [make_prodigy(list(groups.values()), **options)]
     if config.kind == "adamw8bit" or config.weights == "bfloat16":
         numbers = {p: number for number, p in enumerate(model.parameters())}
         small = dict(bits=8 if config.kind == "adamw8bit" else 32, numbers=numbers)

@@ -234,7 +234,7 @@ def cache_samples(run, dataset, folder):
     directory = build_cache(
         dataset,
         folder,
-        encode_images=partial(encode_levels, parts.autoencoder, run.device),
+        encode_images=partial(encode_pixels, parts.autoencoder, run.device),
         encode_texts=lambda texts: parts.encoders.encode(texts, length),
         digest=encoders_digest(parts, length, run.config.dtype),
         settings={key: option_value(run.config, key) for key in MADE_BY["encoders"]},
@@ -245,7 +245,7 @@ def cache_samples(run, dataset, folder):
     return CachedSamples(dataset, directory)
 
 
-def encode_levels(autoencoder, device, levels):
+def encode_pixels(autoencoder, device, levels):
     """The posterior of pictures (B, 3, H, W) uint8."""
     return autoencoder.posterior(pixels_of(send_tensor(levels, device)))
 

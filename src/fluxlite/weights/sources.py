@@ -277,13 +277,13 @@ def _load(source, dtype, device, *options, quantize="none"):
     dtype = named_dtype(dtype)
     model = conversion.build_on_meta(source.config, *options)
     if quantize != "none":
-        fill_quantized(model, weights_of(source, exact=True), quantize, dtype, device)
+        load_quantized(model, weights_of(source, exact=True), quantize, dtype, device)
         return model.eval().requires_grad_(False)
     model.load_state_dict(load_state(source), strict=True, assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def fill_quantized(model, weights, kind, dtype, device):
+def load_quantized(model, weights, kind, dtype, device):
     """Give a model on meta its (name, values) on a device, quantised one by one as they come."""
     linears = quantized_linears(model)
     for name, values in weights:

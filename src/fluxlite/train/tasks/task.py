@@ -39,10 +39,10 @@ class Task:
             away = away or swapped and wrap is self.models[-1][0]
             place = "cpu" if away else device
             found.append(parallel.fill_weights(model, weights_of(config, device), place))
-        return place_blocks(found, device, swapped)
+        return place_models(found, device, swapped)
 
 
-def place_blocks(models, device, swapped):
+def place_models(models, device, swapped):
     """A task's models, so many blocks of the last one, which is frozen, streamed to the device."""
     if swapped:
         blocks = len(models[-1].double_blocks) + len(models[-1].single_blocks)
