@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import fluxlite
 from fluxlite import parallel
+from fluxlite.data import rings
 from fluxlite.nets.latents import position_ids
 from fluxlite.nets.lora import LowRankAdapter
 from fluxlite.parallel import compilation, plan
@@ -331,8 +332,12 @@ def test_a_run_goes_on_from_four_ranks_by_two_to_one(tmp_path):
 
 
 def test_a_run_is_drawn_with_as_a_lora_and_as_a_checkpoint(tmp_path):
-    given = ["recipe=lora_tiny", "data.count=32", f"data.path={tmp_path}/fill", "data.val_count=8"]
-    given += ["optim.lr=2e-2", "optim.warmup=0", "lora.rank=4", "sample.count=1", "sample.steps=1"]
+    for figure in ("ring", "circle"):
+        rings.write_figures(rings.RingsConfig(str(tmp_path / figure), figure, count=16))
+    places = f"data.path={tmp_path}/ring::{tmp_path}/circle"
+    given = ["recipe=lora_tiny", places, "data.cache=null", "data.val_count=2", "lora.rank=4"]
+    given += ["optim.lr=2e-2", "optim.warmup=0", "sample.count=1", "sample.steps=1"]
+    given += ["data.micro_batch=4", "data.global_batch=4"]
     folder = train(*given, "steps=2", "dtype=float32", f"output={tmp_path}/run")
     assert (folder / "images").is_dir()
     small = dict(height=64, width=64, steps=2, seed=1, device="cpu", dtype="float32")
