@@ -169,8 +169,8 @@ def draw_group(pipeline, jobs, stages):
             with naming_place(wheres[0]):
                 prompts, seeds = [c.prompt[0] for c in configs], [c.seed for c in configs]
                 save = partial(save_job, configs, paths)
-                alone = replace(configs[0], batch=1)
-                draw_pictures(alone, pipeline, stages, save, prompts, seeds)
+                one = configs[0] if configs[0].place >= 0 else replace(configs[0], batch=1)
+                draw_pictures(one, pipeline, stages, save, prompts, seeds)
     pipeline.drop_parts()
 
 

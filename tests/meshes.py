@@ -101,6 +101,12 @@ NAMED = "compiled:", "inductor:", "more:", "float8:"
 LATER = {
     *(f"{name}, activation_checkpointing 2" for name in ("dp2", "tp2, sequence parallel", "cp2")),
     *(f"{name}, frozen" for name in ("tp2", "tp2, sequence parallel")),
+    *(f"{name}, activation_checkpointing full" for name in ("dp2", "cp2")),
+    *(f"{name}, activation_checkpointing selective" for name in ("dp2", "tp2, sequence parallel")),
+    *(f"{name}, bfloat16" for name in ("dp2", "tp2, sequence parallel", "cp2", "tp3")),
+    *("tp2, controlnet", "cp2, controlnet", "tp2, double blocks alone", "dp2, muon"),
+    *("tp2, frozen, accumulation 2", "hsdp 2 x 2, accumulation 2", "dp2 x tp2, half trained"),
+    *("dp2 x tp2, muon", "dp2 x cp2, accumulation 1, shard_modulation true"),
     *(f"dp2 x tp2, {what}" for what in ("accumulation 4", "double blocks alone", "bfloat16")),
     "dp4, bfloat16",
     "dp2 x cp2, bfloat16",

@@ -153,6 +153,13 @@ def test_jobs_that_are_killed_are_drawn_once_and_the_same(tmp_path):
     assert all(name.startswith(".") for name in left)
 
 
+def test_previews_of_one_batch_are_not_made_of_the_one_before(tmp_path):
+    pipeline = fluxlite.load_pipeline(device="cpu", dtype=torch.float32)
+    with preview.previewing(pipeline, 1, tmp_path / "preview.live.png", "colours") as look:
+        options = dict(checkpoint=pipeline, steps=2, batch=2, height=64, width=64)
+        assert len(list(fluxlite.generate(["a", "b", "c"], on_step=look, **options))) == 3
+
+
 def test_previews_show_what_is_drawn_and_go(tmp_path):
     pipeline = fluxlite.load_pipeline(device="cpu", dtype=torch.float32)
     seen, file = {}, tmp_path / "new" / "preview.live.png"

@@ -50,7 +50,7 @@ def ready_run(*arguments):
     config = configure(*arguments)
     try:
         made = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device))
-        samples = setup.open_split(config, made, "train", {})
+        samples = setup.encoded_split(config, made, "train", setup.find_split(config, "train", {}))
         loader = made.loader(samples, global_batch=config.data.global_batch, start_index=0)
         yield made, ([next(loader) for _ in range(made.micro_batches)] for _ in itertools.count())
     finally:
@@ -473,8 +473,10 @@ MISUSES = {
     "a dialect of nobody": (["lora.write=[xlabs]"], "choose one of kohya, comfy"),
     "what a dialect cannot hold": (
         ["lora.write=[kohya]", "lora.dora=true", "lora.targets=['*.to_q']"],
-        "lora.write=kohya: .*is a DoRA whose norms",
+        "lora.write=kohya cannot hold .*is a DoRA whose norms",
     ),
+    "a dialect twice": (["lora.write=[kohya,kohya]"], "names a dialect twice"),
+    "a parameter of nobody": (["optim.trainable=[nope]"], "optim.trainable.*nope"),
     "a ControlNet too": (["controlnet=default", "data.control=png"], "train one at a time"),
     "Muon": (["optim.kind=muon"], "set optim.kind=adamw"),
     "nothing to train": (["optim.freeze=['*']"], "leave nothing to train"),

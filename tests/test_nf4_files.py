@@ -115,4 +115,4 @@ def test_blocks_that_are_rounded_once_more_are_counted(tmp_path, caplog):
     state[FIRST][:32] = 0x78  # a block without its largest value
     sources.load_transformer(opened(state, tmp_path), quantize="nf4")
     lost = [r.getMessage() for r in caplog.records if "rounded again" in r.getMessage()]
-    assert lost == [f"{FIRST}: quantised, 1 of 576 blocks are rounded again"]
+    assert lost == [f"{FIRST}: quantised to nf4, 1 of 576 blocks are rounded again"]

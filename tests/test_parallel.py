@@ -271,6 +271,7 @@ def test_a_run_goes_on_from_mesh_to_mesh_as_if_uninterrupted(tmp_path):
     assert (9, "val/loss") in whole and parts.keys() >= whole.keys()
 
 
+@pytest.mark.slow
 def test_resumed_on_the_same_mesh_is_bit_identical(tmp_path):
     common = [
         *MOCK,

@@ -22,7 +22,7 @@ from fluxlite.draw import sampling
 from fluxlite.draw.generation import generate
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux
-from fluxlite.parallel import ParallelConfig
+from fluxlite.parallel import ParallelConfig, plan
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, loop, optim, setup
 from fluxlite.train.tasks import FULL
@@ -496,7 +496,14 @@ def test_frozen_weights_in_the_compute_dtype_train_and_resume_as_float32_ones(
         def wrap_as_float32(model, config, mesh):
             return parallel.parallelize(model, mesh, config.parallel, torch.bfloat16)
 
+        def all_owners(part, elsewhere):
+            found = [
+                (m, *named) for m in part.modules() for named in m.named_parameters(recurse=False)
+            ]
+            return [(module, name) for module, name, p in found if p not in elsewhere]
+
         patch.setattr(building, "wrap_model", wrap_as_float32)
+        patch.setattr(plan, "_owners", all_owners)
         whole = train(*common, "steps=2", f"output={tmp_path}/run")
     old = weights(whole, ema=False)
     assert {values.dtype for values in old.values()} == {torch.float32}

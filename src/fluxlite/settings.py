@@ -447,7 +447,7 @@ class PromptConfig:
         None, "a picture to begin from (strength), or to fill (mask)", path=True
     )
     mask: str | None = option(
-        None, "a picture as large as image=, whose white is drawn anew", path=True
+        None, "a picture of the proportions of image=, whose white is drawn anew", path=True
     )
     reference: list[str] = option(
         [], "of a FLUX.1-Kontext: the picture that the prompt changes; or several", path=True
@@ -530,7 +530,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         check_machine(settle_machine(self))
         parse_steps(self.profile, MAX_STEPS)
         ways = [f"{key}=" for key, way in self._ways().items() if way]
-        if "jobs=" in ways and len(ways) > 1:
+        if len(ways) > 1 and ("jobs=" in ways or {"from=", "prompt_file="} <= {*ways}):
             raise ValueError(f"{' and '.join(ways)}: name one of them")
         for key, path in (("prompt_file", self.prompt_file), ("jobs", self.jobs)):
             if path and not Path(path).is_file():
@@ -545,6 +545,8 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         check_negative(self.negative_prompt, self.true_cfg or 1.0)
         if self.times:
             check_times(self.times)
+        if self.preview != "colours" and not self.preview_every:
+            raise ValueError(f"preview={self.preview} needs preview_every=: steps between previews")
         self.controls()
         self.redux.pictures()
         self.lora.loras()
@@ -597,7 +599,7 @@ def job_settings(base, job, where):
         config = change_options(dataclasses.replace(base, jobs=None, again=None), job)
         config.validate()
         if len(config.prompt) != 1 or config.images_per_prompt != 1:
-            raise ValueError("name one prompt, and images_per_prompt=1: a line is a picture")
+            raise ValueError("one picture is drawn here: name one prompt, and images_per_prompt=1")
         return config.settled()
 
 

@@ -48,6 +48,10 @@ def log_samples(samples):
             log.info("bucket %d x %d: %d samples an epoch", *shape, len(of_shape))
     if config.mask and config.mask != "alpha":
         lacking = sum(int((shard.spans[:, MASK, 1] < 0).sum()) for shard in samples.shards)
+        if lacking == samples.starts[-1]:
+            raise ValueError(
+                f"data.mask={config.mask}: no picture has one beside it: name its ending"
+            )
         log.info("%d of %d samples have no mask and count whole", lacking, samples.starts[-1])
     warn_of_named_repeats(samples)
 

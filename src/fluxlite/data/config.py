@@ -113,6 +113,7 @@ class DataConfig:
         "the shapes' sides are multiples of this, and it of model.downsampling x 2",
         at_least=16,
         at_most=MAX_SIDE,
+        only_with={"data.buckets": (True,)},
     )
     crop: str = option("center", "which part stays of a picture of another shape", choices=CROPS)
     flip: bool = option(False, "mirror every other picture, drawn for each sample")

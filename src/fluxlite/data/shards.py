@@ -185,10 +185,11 @@ class Samples:
         data = self._bytes(number, MASK if of_file else IMAGE)
         try:
             mask = data and (decode_picture(data).convert("L") if of_file else decode_alpha(data))
+            is_black = mask and not mask.getbbox()
             mask = framed.of(mask or Image.new("L", framed.size, "white"), Image.Resampling.BOX)
         except BadSample as error:
             raise BadSample(f"its mask ({self.config.mask}): {error}") from None
-        if not mask.getbbox():
+        if is_black:
             raise BadSample(f"its mask ({self.config.mask}) is black: nothing of it would count")
         return mask
 

@@ -151,7 +151,9 @@ def unused_settings(config, given):
         "canny": (config.canny, "control_image"),
     }
     for name, (is_set, needed) in settings.items():
-        yield is_set and needed not in given, f"{name}= is read with {needed}=: name that too"
+        of = "a FLUX.1-Canny's own control_image" if name == "canny" else needed
+        text = f"{name}= is read with {of}=: name that too, or leave it out"
+        yield is_set and needed not in given, text
 
 
 def settle_strength(kind, inputs, config):

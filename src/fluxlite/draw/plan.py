@@ -161,12 +161,11 @@ def settle_sample(pipeline, config, picture=None):
 
 def settle_scene(pipeline, config, inputs, sample):
     """The `kinds.Scene` of given pictures for a `SampleConfig`; raises `ValueError`."""
-    own = typed_options(SampleConfig, pipeline.settings)
-    size, area = (sample.height, sample.width), own.height * own.width
-    scene = kinds.frame_inputs(inputs, config, size, area, PATCH * pipeline.cell)
     if config.canny and not importlib.util.find_spec("cv2"):
         raise ValueError("canny=true needs OpenCV: pip install opencv-python-headless")
-    return scene
+    own = typed_options(SampleConfig, pipeline.settings)
+    size, area = (sample.height, sample.width), own.height * own.width
+    return kinds.frame_inputs(inputs, config, size, area, PATCH * pipeline.cell)
 
 
 def settle_times(pipeline, config, sample, times=None, start_time=None, strength=None):

@@ -78,6 +78,7 @@ def preview_steps(pipeline, every, file, how) -> Callable:
             Path(file).parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(file) as part:
                 contact_sheet(pictures_of(pixels)).save(part, "PNG")
-        before[:] = [latents.clone()] if (step + 1) % every == 0 else []
+        more = step < len(times) - 1 and (step + 1) % every == 0
+        before[:] = [latents.clone()] if more else []
 
     return on_step

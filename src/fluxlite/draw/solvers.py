@@ -52,7 +52,7 @@ def sample_dpmpp_2m(velocity, x, times, callback=lambda step, x: x):
 
 
 def log_ratio(t):
-    """Half the logarithm of signal over noise at time t, but for its factor: log((1 - t) / t)."""
+    """The logarithm of signal over noise at time t: log((1 - t) / t)."""
     if 0 < t < 1:
         return math.log((1 - t) / t)
     return math.inf if t == 0 else -math.inf

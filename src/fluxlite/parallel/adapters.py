@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel
 
+from fluxlite.nets.quantized import FrozenProduct, QuantizedLinear
 from fluxlite.parallel.tensor_parallel import tensor_plan
 from fluxlite.parallel.weights import local_tensor
 
@@ -68,11 +69,19 @@ def forward_adapted(linear, x):
     beside = adapter.product(part, down, up)
     if adapter.magnitude is None:
         return linear.plain_forward(x) + output_like(x, beside)
-    base, ratio = F.linear(part, own_part(linear.weight)), dora_ratio(adapter, x)
+    base, ratio = base_product(linear, part), dora_ratio(adapter, x)
     # near 1 the ratio itself would be rounded to 1
     changed = (ratio - 1).to(part.dtype) * base + ratio.to(part.dtype) * beside
     out = output_like(x, base + changed)
     return out if linear.bias is None else out + linear.bias
+
+
+def base_product(linear, x):
+    """W·x without bias; of a quantised W no graph keeps what is dequantised."""
+    if not isinstance(linear, QuantizedLinear):
+        return F.linear(x, own_part(linear.weight))
+    held = (own_part(tensor) for tensor in (linear.codes, linear.scales, linear.pairs))
+    return FrozenProduct.apply(x, None, *held, linear.weight_dtype)
 
 
 def dora_ratio(adapter, x):

@@ -3,11 +3,12 @@ step on fake tensors.
 
     python -m fluxlite.preflight --ranks 8 recipe=controlnet data.global_batch=8
 
-Takes the keys of `train.py`, a ControlNet's too; weights, data and encoders need not be there. The
-model is wrapped, filled, trained and updated by the trainer's own functions; nothing is computed
-and nothing is sent. Text encoders and autoencoder are not in it: their outputs are made up. The
-compute dtype is bfloat16 unless `dtype=` says otherwise; `compile=` and `parallel.float8=` change
-nothing here; parallel.cpu_offload and what CUDA's allocator adds cannot be predicted. Where a
+Takes the keys of `train.py`, a ControlNet's too; weights, data and encoders need not be there, a
+`lora.checkpoint=` must. The model is wrapped, filled, trained and updated by the trainer's own
+functions; nothing is computed and nothing is sent. Text encoders and autoencoder are not in it:
+their outputs are made up. The compute dtype is bfloat16 unless `dtype=` says otherwise; `compile=`
+and `parallel.float8=` change nothing here; parallel.cpu_offload and what CUDA's allocator adds
+cannot be predicted. Where a
 process group holds all ranks of FSDP2, what travels among all ranks (the modulation's vectors,
 norms) is counted with it. Several nodes have `--per-node` ranks each, with `--memory` GB.
 """

@@ -192,7 +192,9 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
 
 
 def memory_of_run(run):
-    """Bytes of this rank's part of all that lives from step to step."""
+    """Bytes of this rank's part of all that lives from step to step, but for what waits in host
+    memory.
+    """
     trained, *frozen = (list(model.parameters()) for model in run.models)
     states = []
     for optimizer in run.optimizers:
@@ -200,7 +202,7 @@ def memory_of_run(run):
             states += state.values()
     return {
         "weights": local_bytes(trained),
-        "frozen transformer": sum(map(local_bytes, frozen)),
+        "frozen transformer": sum(map(device_bytes, frozen)),
         "gradients": local_bytes(p for p in trained if p.requires_grad),
         "optimizer": local_bytes(states),
         "average": local_bytes(run.ema.average.values()) if run.ema else 0,
@@ -261,6 +263,13 @@ def made_up_batch(run):
         "t": torch.rand(size),
         "guidance": torch.rand(size),
     }
+
+
+def device_bytes(tensors):
+    """`local_bytes` of those that do not wait in host memory."""
+    waiting = {tensor.untyped_storage()._cdata for tensor in [*HOST_TENSORS]}
+    stored = ((tensor, local_tensor(tensor).untyped_storage()._cdata) for tensor in tensors)
+    return local_bytes(tensor for tensor, storage in stored if storage not in waiting)
 
 
 def local_bytes(tensors):

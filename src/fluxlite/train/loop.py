@@ -256,6 +256,10 @@ def start_monitor(run, validation, start):
     rounded = {"parallel.float8": config.parallel.float8, "model.quantize": config.model.quantize}
     if config.optim.weights != "float32":
         rounded["optim.weights"] = config.optim.weights
+    if config.optim.kind == "adamw8bit":
+        rounded["optim.kind"] = config.optim.kind
+    if config.parallel.reduce_dtype != "float32":
+        rounded["parallel.reduce_dtype"] = config.parallel.reduce_dtype
     settings = asdict(config) | parallel.lossy_settings(rounded)
     if main:
         with atomic_weights(Path(config.output) / "config.json", overwrite=True) as part:

@@ -201,13 +201,8 @@ def open_data(config, run, found=None):
     return training, validation
 
 
-def open_split(config, run, split, places):
-    """One of the sets, "train" or "val"; `places` are for both, as `open_dataset` has them."""
-    return encoded_split(config, run, split, find_split(config, split, places))
-
-
 def find_split(config, split, places):
-    """The same, not encoded yet."""
+    """One of the sets, "train" or "val", not encoded yet; `places` are for both."""
     data, model = config.data, config.model
     if not model.t5:
         return MockSamples(

@@ -87,7 +87,7 @@ def optimizer_step(run, step, loss=0.0):
 
 def value_weights(run, batch):
     """What each latent value of a batch counts in the loss, (B, L, C): the share of its cell that
-    the mask leaves, times its sample's weight. None where all count 1.
+    the mask leaves, times its sample's weight; (B, 1, 1) without masks. None where all count 1.
     """
     weights = batch["weights"].view(-1, 1, 1) if "weights" in batch else None
     if "masks" not in batch:

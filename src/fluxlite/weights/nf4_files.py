@@ -27,6 +27,7 @@ log = logging.getLogger("fluxlite")
 
 STATE = ".quant_state.bitsandbytes__nf4"
 FIELDS = ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE
+ZERO_PAIR = 0x77  # two codes of level 0
 SPELLED_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -116,9 +117,11 @@ def warn_of_lost(name, state, codes, scales, levels):
     """
     blocks = codes.view(*scales.shape, -1)
     ends = [(half == 0) | (half == 15) for half in (blocks >> 4, blocks & 15)]
-    kept = torch.stack(ends).any(0).any(-1) & (scales >= 0)
+    kept = torch.stack(ends).any(0).any(-1) & (scales >= 0) | (blocks == ZERO_PAIR).all(-1)
     if not torch.equal(levels, torch.tensor(NF4_LEVELS)) or state.blocksize != NF4_BLOCK:
         kept = torch.zeros_like(kept)
     if not kept.all():
         lost = kept.numel() - int(kept.sum())
-        log.warning("%s: quantised, %d of %d blocks are rounded again", name, lost, kept.numel())
+        log.warning(
+            "%s: quantised to nf4, %d of %d blocks are rounded again", name, lost, kept.numel()
+        )

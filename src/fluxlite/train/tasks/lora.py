@@ -190,17 +190,22 @@ def check_lora(config):
     """Raise `ValueError` where a `TrainConfig` cannot train its LoRA."""
     refuse_first(lora_conflicts(config))
     thin = meta_adapters(config, rank=1)
+    optim.freeze_parameters(thin, config.optim)
     values = {name: torch.zeros(p.shape) for name, p in thin.named_parameters()}
     for to in config.lora.write:
         adapters = {"transformer": file_adapters(thin, values)}
         try:
             lora_writing.write_adapters(adapters, to, thin.config)
         except ValueError as error:
-            raise ValueError(f"lora.write={to}: {error}") from None
+            raise ValueError(
+                f"lora.write={to} cannot hold this LoRA, leave it out: {error}"
+            ) from None
 
 
 def lora_conflicts(config):
     """(whether it is so, text) of each way in which settings do not go with a LoRA."""
+    to = config.lora.write
+    yield len(to) > len(set(to)), f"lora.write={to} names a dialect twice: name each once"
     yield (
         config.optim.kind == "muon",
         "optim.kind=muon is for whole matrices, and a LoRA trains factors of them: set "
