@@ -29,7 +29,7 @@ from fluxlite.draw.pipeline import load_pipeline
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop
 from fluxlite.train.metrics import Metrics, Throughput
-from fluxlite.train.setup import assemble_run, load_parts, open_split
+from fluxlite.train.setup import assemble_run, encoded_split, find_split, load_parts
 from fluxlite.train.tasks import choose_task
 
 aten = torch.ops.aten
@@ -203,7 +203,7 @@ def meta_run(*arguments):
         run = assemble_meta_run(config, mesh)
         monitor = start_meta_monitor(run, folder)
         stack.callback(monitor.metrics.close)
-        samples = open_split(config, run, "train", {})
+        samples = encoded_split(config, run, "train", find_split(config, "train", {}))
         yield run, monitor, run.loader(samples, global_batch=4, start_index=0)
 
 

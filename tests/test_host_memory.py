@@ -81,6 +81,7 @@ def test_swapping_on_several_ranks_is_refused(monkeypatch):
         configure([], 1, [*LORA, "parallel.swap_blocks=1", FULL])
 
 
+@pytest.mark.slow
 def test_preflight_tells_what_fits_a_card_for_each_way_to_save(monkeypatch, capsys):
     """On a small model, whose cards are as small."""
     shaped = [a for a in MODEL if not a.startswith(("data.height=", "data.width="))]
