@@ -155,8 +155,7 @@ def open_jobs(jobs):
 def draw_group(pipeline, jobs, stages):
     """Draw jobs of one pipeline, whose prompts are encoded some at a time before they are drawn.
 
-    Those that follow each other and differ in prompt and seed alone are drawn by one call, each as
-    a batch of its own, so that it is the same picture in any company.
+    Those that follow each other and differ in prompt and seed alone are drawn by one call.
     """
     from fluxlite.cli.options import naming_place
 
@@ -169,8 +168,7 @@ def draw_group(pipeline, jobs, stages):
             with naming_place(wheres[0]):
                 prompts, seeds = [c.prompt[0] for c in configs], [c.seed for c in configs]
                 save = partial(save_job, configs, paths)
-                one = configs[0] if configs[0].place >= 0 else replace(configs[0], batch=1)
-                draw_pictures(one, pipeline, stages, save, prompts, seeds)
+                draw_pictures(configs[0], pipeline, stages, save, prompts, seeds)
     pipeline.drop_parts()
 
 

@@ -4,7 +4,7 @@ pairs that it never saw together.
     python prove.py  # the shipped tiny pipeline
     python prove.py --checkpoint runs/mine --num 500
     python prove.py --controlnet runs/controlnet_tiny  # is the circle where its control has it?
-  python prove.py --lora runs/lora_tiny  # rings, which the shipped pipeline cannot draw
+    python prove.py --lora runs/lora_tiny  # rings, which the shipped pipeline cannot draw
 
 Draws a picture for each of `--num` held-out pairs of colours, measures it
 (`fluxlite.data.circles`), and compares with two controls: the same pictures under each other's

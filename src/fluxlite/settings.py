@@ -600,6 +600,8 @@ def job_settings(base, job, where):
         config.validate()
         if len(config.prompt) != 1 or config.images_per_prompt != 1:
             raise ValueError("one picture is drawn here: name one prompt, and images_per_prompt=1")
+        if config.place < 0:  # a batch of its own, so that it is the same picture in any company
+            config = dataclasses.replace(config, batch=1)
         return config.settled()
 
 

@@ -47,13 +47,21 @@ def log_samples(samples):
             shape = samples.shape(numbers[0])
             log.info("bucket %d x %d: %d samples an epoch", *shape, len(of_shape))
     if config.mask and config.mask != "alpha":
-        lacking = sum(int((shard.spans[:, MASK, 1] < 0).sum()) for shard in samples.shards)
-        if lacking == samples.starts[-1]:
-            raise ValueError(
-                f"data.mask={config.mask}: no picture has one beside it: name its ending"
-            )
-        log.info("%d of %d samples have no mask and count whole", lacking, samples.starts[-1])
+        lacking, count = count_maskless(samples), samples.starts[-1]
+        log.info("%d of %d samples have no mask and count whole", lacking, count)
     warn_of_named_repeats(samples)
+
+
+def count_maskless(samples):
+    """How many samples have no mask beside their picture."""
+    return sum(int((shard.spans[:, MASK, 1] < 0).sum()) for shard in samples.shards)
+
+
+def check_masks(samples):
+    """Raise `ValueError` where masks are asked for and no picture has one."""
+    mask = samples.config.mask
+    if mask not in (None, "alpha") and count_maskless(samples) == samples.starts[-1]:
+        raise ValueError(f"data.mask={mask}: no picture has one beside it: name its ending")
 
 
 def warn_of_named_repeats(samples):

@@ -12,7 +12,7 @@ from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import expand_home, typed_description
 from fluxlite.data import fill50k
-from fluxlite.data.buckets import log_samples, shape_shards
+from fluxlite.data.buckets import check_masks, log_samples, shape_shards
 from fluxlite.data.folders import index_folder
 from fluxlite.data.indexed import cut_shards, open_shards
 from fluxlite.data.mock import MockPictures
@@ -196,6 +196,7 @@ def open_dataset(config, split, seed, places=None):
     shards = find_shards(config, split, places)
     if split == "train":
         samples = Samples(config, shape_shards(config, shards), seed=seed, training=True)
+        check_masks(samples)
         log_samples(samples)
         return samples
     total = sum(len(shard.keys) for shard in shards)

@@ -22,16 +22,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from fluxlite import parallel
-from fluxlite.cli.options import (
-    check_kind,
-    typed_options,
-)
+from fluxlite.cli.options import check_kind, typed_options
 from fluxlite.data.transfers import send_tensor
 from fluxlite.draw import kinds
 from fluxlite.draw.control import Control, prepare_controls
-from fluxlite.draw.offload import (
-    bytes_beside,
-)
+from fluxlite.draw.offload import bytes_beside
 from fluxlite.draw.pipeline import (
     DRAW_FIELDS,
     LOAD_OPTIONS,
@@ -43,17 +38,9 @@ from fluxlite.draw.pipeline import (
 )
 from fluxlite.draw.plan import plan_drawing, solver_name
 from fluxlite.draw.redux import Redux, add_pictures
-from fluxlite.draw.sampling import (
-    decode_pictures,
-    prepare_conditions,
-    sample_latents,
-)
+from fluxlite.draw.sampling import decode_pictures, prepare_conditions, sample_latents
 from fluxlite.nets.flux import rope_table
-from fluxlite.nets.latents import (
-    num_image_tokens,
-    position_ids,
-    unpack_latents,
-)
+from fluxlite.nets.latents import num_image_tokens, position_ids, unpack_latents
 from fluxlite.weights.sources import TINY
 
 

@@ -21,24 +21,12 @@ from fluxlite.cli.options import (
     typed_options,
 )
 from fluxlite.draw import kinds
-from fluxlite.draw.offload import (
-    OFFLOAD,
-    fitting_blocks,
-    free_memory,
-    place_steps,
-    stream_blocks,
-)
+from fluxlite.draw.offload import OFFLOAD, fitting_blocks, free_memory, place_steps, stream_blocks
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import ATTENTION
-from fluxlite.nets.latents import (
-    PATCH,
-)
+from fluxlite.nets.latents import PATCH
 from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
-from fluxlite.nets.schedule import (
-    SCHNELL_SCHEDULER,
-    SampleConfig,
-    is_schnell,
-)
+from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
 from fluxlite.weights import lora_files, lora_merging, run_folder, sources, writing
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES, TINY

@@ -9,11 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fluxlite.cli.options import (
-    refuse_first,
-    shortened,
-    typed_options,
-)
+from fluxlite.cli.options import refuse_first, shortened, typed_options
 from fluxlite.draw import canvas, kinds
 from fluxlite.draw.control import Control, Posteriors, open_control
 from fluxlite.draw.pipeline import (
@@ -25,22 +21,10 @@ from fluxlite.draw.pipeline import (
     one_or_several,
 )
 from fluxlite.draw.redux import Redux, open_redux
-from fluxlite.draw.sampling import (
-    initial_noise,
-)
+from fluxlite.draw.sampling import initial_noise
 from fluxlite.draw.solvers import SOLVERS
-from fluxlite.nets.latents import (
-    PATCH,
-    num_image_tokens,
-    pack_latents,
-)
-from fluxlite.nets.schedule import (
-    SampleConfig,
-    check_times,
-    cut_times,
-    strength_times,
-    times_for,
-)
+from fluxlite.nets.latents import PATCH, num_image_tokens, pack_latents
+from fluxlite.nets.schedule import SampleConfig, check_times, cut_times, strength_times, times_for
 
 
 @dataclass

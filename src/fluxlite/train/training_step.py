@@ -75,7 +75,8 @@ def optimizer_step(run, step, loss=0.0):
         # as torch.amp.GradScaler has it: the device looks at both
         optimizer.found_inf = skipped
         optimizer.grad_scale = optim.clip_scale(norm, config.optim.clip)
-        optimizer.round_key = rng.generator(config.seed, step, "rounding").initial_seed()
+        if hasattr(optimizer, "round_key"):
+            optimizer.round_key = rng.generator(config.seed, step, "rounding").initial_seed()
         for group in optimizer.param_groups:
             group["lr"] = optim.learning_rate(config.optim, step, config.steps)
         optimizer.step()
