@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fluxlite.cli.messages import warn_for_all
+from fluxlite.parallel.weights import local_tensor
 
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
 
@@ -53,8 +54,8 @@ def quantize_linears(model, device):
 
 
 def plain_values(tensor):
-    """A parameter's values, of one that is rounded to float8 too."""
-    return tensor.dequantize() if hasattr(tensor, "qdata") else tensor
+    """This rank's values of a parameter, of one that is rounded to float8 too."""
+    return tensor.dequantize() if hasattr(tensor, "qdata") else local_tensor(tensor)
 
 
 def lossy_settings(settings):

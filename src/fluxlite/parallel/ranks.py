@@ -34,7 +34,7 @@ GLOO_FAILURE = re.compile(
 
 
 @contextmanager
-def watching_ranks(config):
+def watching_ranks(config, remedy="resume=auto goes on from the last checkpoint"):
     """Turn the failure of a collective, which tells little, into a `ValueError` that says what has
     happened and what to do.
     """
@@ -47,7 +47,7 @@ def watching_ranks(config):
         raise ValueError(
             "another rank died, or kept this one waiting for "
             f"parallel.timeout_s={config.timeout_s} s. The rank that failed first "
-            "says why, above or in torchrun's list; resume=auto goes on from the last checkpoint. "
+            f"says why, above or in torchrun's list; {remedy}. "
             f"({text.split('. ')[0]})"
         ) from error
 
@@ -84,6 +84,15 @@ def first_rank_does(work):
     if error is not None:
         raise error
     return result
+
+
+def gather_on_first(value):
+    """On rank 0 what each rank has as `value`, as a list in their order; on others None.
+    Collective.
+    """
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
 
 
 def wait_for_all():
