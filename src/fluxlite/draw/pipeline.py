@@ -392,9 +392,7 @@ class Pipeline:
         known = self.known_texts.get((prompt, length))
         if known is not None:
             return known
-        return self.sharing.first_makes(
-            lambda: self.encoders.encode([prompt], length), self.device
-        )
+        return self.sharing.first_makes(lambda: self.encoders.encode([prompt], length), self.device)
 
     def use_loras(self, *loras):
         """Draw with these LoRAs from now on, and no others: paths or `Lora`s; with none, with the

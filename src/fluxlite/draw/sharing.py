@@ -6,10 +6,8 @@ process, and the ranks of a group share each picture of theirs.
 The first rank of a group, which leads it, decodes and saves. Rank 0 encodes the prompts for all.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from fluxlite import parallel
@@ -97,7 +95,9 @@ def warn_idle(sharing, count, batch):
     batches, groups = -(-count // batch), sharing.size("groups")
     if batches < min(groups, count):
         own = -(-count // groups)
-        text = "%d pictures are %d batches, and of %d groups of ranks others wait: batch=%d is for all"
+        text = (
+            "%d pictures are %d batches, and of %d groups of ranks others wait: batch=%d is for all"
+        )
         warn_for_all(text, *(count, batches, groups, own))
 
 

@@ -94,6 +94,8 @@ def split_weights(mesh, model, weights, *, dtype, device, quantize="none"):
     if quantize != "none":
         quantize_model(model, quantize)
     shard_heads(model, mesh, sequence=False)
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.forward = partial(without_gradients, block.forward)
     if quantize != "none":
         fill_weights(model, weights, device)
         return
@@ -102,6 +104,14 @@ def split_weights(mesh, model, weights, *, dtype, device, quantize="none"):
         place, _, leaf = name.rpartition(".")
         own = own_parameter(parameters[name], values, device, dtype)
         model.get_submodule(place).register_parameter(leaf, own)
+
+
+def without_gradients(forward, *args):
+    """A forward in no_grad's mode: in inference mode DTensor takes each linear apart in Python,
+    which costs a first step seconds.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return forward(*args)
 
 
 def own_parameter(parameter, values, device, dtype):
