@@ -92,10 +92,8 @@ def plan_drawing(
         kinds.warn_untrained(pipeline.sources["transformer"].where)
     sample = settle_sample(pipeline, config, inputs.size)
     scene = settle_scene(pipeline, config, inputs, sample)
-    cells = (
-        pipeline.latent_shape(sample.height, sample.width)[1:],
-        *reference_cells(pipeline, scene),
-    )
+    cells = [pipeline.latent_shape(sample.height, sample.width)[1:]]
+    cells += reference_cells(pipeline, scene)
     refuse_first(picture_conflicts(pipeline.sharing, sample, cells, redux))
     strength = None
     if times_given.get("start_time") is None:

@@ -95,9 +95,7 @@ def warn_idle(sharing, count, batch):
     batches, groups = -(-count // batch), sharing.size("groups")
     if batches < min(groups, count):
         own = -(-count // groups)
-        text = (
-            "%d pictures are %d batches, and of %d groups of ranks others wait: batch=%d is for all"
-        )
+        text = "%d pictures are %d batches for %d groups of ranks: with batch=%d all would draw"
         warn_for_all(text, *(count, batches, groups, own))
 
 
@@ -144,8 +142,8 @@ def picture_conflicts(sharing, sample, cells, redux):
     counts["image tokens, of height= x width= and reference=,"] = tokens
     yield (
         sharing.size("cfg") > 1 and not sample.true_cfg > 1,
-        f"parallel.cfg=2 shares the two passes of true_cfg, which is {sample.true_cfg}: set it above "
-        "1, or leave parallel.cfg out",
+        f"parallel.cfg=2 shares the two passes of true_cfg, which is {sample.true_cfg}: set it "
+        "above 1, or leave parallel.cfg out",
     )
     yield (
         cp > 1 and redux,

@@ -261,10 +261,8 @@ class SharingConfig:
 
     def validate(self):
         """Raise `ValueError` unless the processes are whole groups."""
-        shared = {name: getattr(self, name) for name in ("tp", "cp", "cfg")}
-        shown = " x ".join(
-            f"parallel.{name}={value}" for name, value in shared.items() if value > 1
-        )
+        shared = [(name, getattr(self, name)) for name in ("tp", "cp", "cfg")]
+        shown = " x ".join(f"parallel.{name}={value}" for name, value in shared if value > 1)
         if world_size() % self.ranks:
             raise ValueError(
                 f"{shown} needs {self.ranks} processes or a multiple, and there are "
