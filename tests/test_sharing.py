@@ -14,14 +14,18 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import test_lora_drawing as write
+import torch
 from on_ranks import on_ranks
 from PIL import Image
 
 import fluxlite
-from fluxlite.draw import sharing
+from fluxlite import parallel
+from fluxlite.draw import generation, sharing
 from fluxlite.draw.pipeline import open_pipeline
 from fluxlite.draw.plan import plan_drawing
 from fluxlite.nets import flux
+from fluxlite.nets.configs import FluxConfig
 from fluxlite.settings import load_settings
 
 ROOT = Path(__file__).parents[1]
@@ -54,7 +58,9 @@ def draw_ways(folder, ways):
             seen[name][tuple(q.shape[1:3])] += 1
             return real(q, *others, **options)
 
-        config = load_settings("infer", [*FAST, *arguments, f"output={folder}/{name}"])
+        given = {argument.partition("=")[0] for argument in arguments}
+        fast = [argument for argument in FAST if argument.partition("=")[0] not in given]
+        config = load_settings("infer", [*fast, *arguments, f"output={folder}/{name}"])
         joined = sharing.join_sharing(config.parallel, config.device)
         draw = infer["draw_jobs" if config.jobs else "draw_prompts"]
         with mock.patch.object(flux, "attend", attend):
@@ -64,7 +70,7 @@ def draw_ways(folder, ways):
 
 def draw_on(ranks, folder, **ways):
     """({name: what is drawn}, {name: what each rank's attention saw}) of some ways."""
-    seen = on_ranks(ranks, partial(draw_ways, folder, ways), folder)
+    seen = on_ranks(ranks, partial(draw_ways, folder, ways), folder, seconds=300)
     saw = {name: [of_rank[name] for of_rank in seen] for name in ways}
     return {name: drawn(folder / name) for name in ways}, saw
 
@@ -190,3 +196,103 @@ def test_ranks_that_would_wait_are_told_what_to_set(caplog):
         sharing.warn_idle(sharing.Sharing(mesh), count, batch)
     [record] = caplog.records
     assert record.getMessage().endswith("with batch=2 all would draw")
+
+
+# --- what goes together ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case",
+    [
+        ["model.quantize=int8"],
+        ["model.quantize=nf4", "dtype=bfloat16"],
+        ["lora={folder}/lora.safetensors"],
+        ["reference={folder}/photo.png"],
+        ["image={folder}/photo.png", "strength=0.7", "solver=heun"],
+        ["offload=none", "dtype=bfloat16"],
+    ],
+    ids=" ".join,
+)
+def test_four_ranks_share_whatever_is_drawn(case, tmp_path):
+    fluxlite.load_pipeline(device="cpu")
+    Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 50).save(tmp_path / "photo.png")
+    write.save_lora(tmp_path / "lora.safetensors")
+    common = [*PROMPTS, "true_cfg=2", *(one.format(folder=tmp_path) for one in case)]
+    pairs = ("tp", "cp"), ("tp", "cfg"), ("cp", "cfg")
+    ways = {" ".join(pair): [*common, *(f"parallel.{way}=2" for way in pair)] for pair in pairs}
+    one, _ = draw_on(1, tmp_path, one=common)
+    four, saw = draw_on(4, tmp_path, tp4=[*common, "parallel.tp=4"], spread=common, **ways)
+    most = 8 if "dtype=bfloat16" in case else 1
+    for way, pictures in four.items():
+        assert farthest(pictures, one["one"]) <= most, way
+    assert {heads for seen in saw["tp4"] for _, heads in seen} == {1}
+
+
+@pytest.mark.slow
+def test_two_ranks_share_what_compiled_blocks_draw(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel.compilation, "BACKEND", "aot_eager")
+    fluxlite.load_pipeline(device="cpu")
+    ways = {way: [PROMPTS[0], "compile=true", f"parallel.{way}=2"] for way in ("tp", "cp")}
+    one, _ = draw_on(1, tmp_path, one=PROMPTS[:1])
+    two, saw = draw_on(2, tmp_path, **ways)
+    assert all(farthest(pictures, one["one"]) <= 1 for pictures in two.values())
+    seen = Counter(seen for of in [*saw["tp"], *saw["cp"]] for seen in of)
+    assert {heads for _, heads in seen} == {2} and max(seen.values()) < 2 * 6  # traced, not called
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A transformer of FLUX.1's width, one double and one single block, beside the shipped parts:
+    arguments of `infer.py`, and its bytes.
+    """
+    script = runpy.run_path(str(ROOT / "scripts" / "make_random.py"))
+    tiny, folder = dict(text_width=128, pooled_width=128), tmp_path_factory.mktemp("wide")
+    config = FluxConfig(num_double_blocks=1, num_single_blocks=1, **tiny)
+    assert (config.hidden_size, config.num_heads) == (3072, 24)
+    pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    part = folder / "transformer", *script["diffusers_part"](config)
+    script["write_part"](*part, pool, torch.Generator().manual_seed(1), mock.Mock())
+    parts = [f"model.{part}=flux-tiny" for part in ("t5", "clip", "autoencoder")]
+    size = sum(path.stat().st_size for path in part[0].glob("*.safetensors"))
+    return [f"model.checkpoint={folder}", *parts, "max_sequence_length=16"], size
+
+
+def private_memory():
+    """Bytes that this process alone has."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines[1:])
+    return 1024 * sum(int(fields[f"Private_{kind}"].split()[0]) for kind in ("Dirty", "Clean"))
+
+
+def growth_of(draw):
+    """By how much a process's private memory grows at most while it draws."""
+    before, most = private_memory(), []
+
+    def watch(step, x):
+        most.append(private_memory() - before)
+        return x
+
+    with mock.patch.object(generation, "watch_steps", lambda *given: watch):
+        draw()
+    return max(most, default=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [[], ["tp=4"], ["tp=2", "cp=2"], ["cp=2", "cfg=2"]], ids=" ".join)
+def test_four_ranks_of_a_wide_model_map_its_weights_once(way, wide, tmp_path):
+    """Full width: no rank's private memory grows by a tenth of the file, or of its own part."""
+    arguments, size = wide
+    assert size > 1e9
+    fluxlite.load_pipeline(device="cpu")
+    options = [*PROMPTS, *PROMPTS[:1], *arguments, "true_cfg=2", "batch=1", "dtype=bfloat16"]
+    options += [f"parallel.{one}" for one in way]
+    one, _ = draw_on(1, tmp_path, one=[*options[: -len(way) or None]])
+
+    def body():
+        return growth_of(partial(draw_ways, tmp_path, {"four": options}))
+
+    grown = on_ranks(4, body, tmp_path, seconds=300)
+    print(f"{way}: {[f'{each / 1e6:.0f} MB' for each in grown]} of {size / 1e6:.0f} MB")
+    assert len(one["one"]) == 5 and all(0 < each < size / 10 for each in grown)
+    assert farthest(drawn(tmp_path / "four"), one["one"]) <= (4 if way else 0)
