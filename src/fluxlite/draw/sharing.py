@@ -23,10 +23,12 @@ REMEDY = "pictures that are finished are saved, and jobs= goes on with the other
 class Sharing:
     """What this process draws, and with whom; of one process everything, alone.
 
-    `mesh` is that of `parallel.share_ranks`, `dealt` how many batches all groups have got.
+    `mesh` and `everyone` are those of `parallel.share_ranks`, `dealt` how many batches all groups
+    have got.
     """
 
     mesh: DeviceMesh | None = None
+    everyone: object = None
     dealt: int = 0
 
     def part(self, way):
@@ -57,13 +59,15 @@ class Sharing:
 
     def first_does(self, work) -> object:
         """What `work()` returns on rank 0, on every rank; collective."""
-        return work() if self.mesh is None else parallel.first_rank_does(work)
+        if self.mesh is None:
+            return work()
+        return parallel.first_rank_does(work, self.everyone)
 
     def first_makes(self, make, device):
         """The tensors that `make()` returns on rank 0, on every rank's device; collective."""
         if self.mesh is None:
             return make()
-        made = parallel.first_rank_does(lambda: [x.cpu() for x in make()])
+        made = self.first_does(lambda: [x.cpu() for x in make()])
         return tuple(send_tensor(x, device) for x in made)
 
     def gather_drawn(self, drawn):
@@ -73,7 +77,7 @@ class Sharing:
         if self.mesh is None:
             return drawn
         found = {}
-        for own in parallel.gather_on_first(drawn) or ():
+        for own in parallel.gather_on_first(drawn, self.everyone) or ():
             found |= own
         return dict(sorted(found.items()))
 
@@ -87,7 +91,7 @@ def join_sharing(config, device):
     """The `Sharing` of this process among those that torchrun has started, by a `SharingConfig`."""
     if parallel.world_size() == 1:
         return Sharing()
-    return Sharing(parallel.share_ranks(config, device))
+    return Sharing(*parallel.share_ranks(config, device))
 
 
 def warn_idle(sharing, count, batch):

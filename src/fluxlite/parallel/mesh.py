@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fluxlite.cli.devices import memory_bytes
-from fluxlite.parallel.ranks import gather_values, num_nodes, world_size
+from fluxlite.parallel.ranks import gather_values, num_nodes, patient_group, world_size
 
 log = logging.getLogger("fluxlite")
 
@@ -43,7 +43,6 @@ def check_launcher():
         ) from None
 
 
-PATIENCE = timedelta(days=7)  # of ranks that may be much slower than others
 STATE_SHARE = 0.6  # of a device's memory; the rest is for activations and gathered blocks
 
 
@@ -139,17 +138,18 @@ def silence_remarks():
 
 def share_ranks(config, device):
     """Join the process group as ranks that draw, of a `SharingConfig`: a mesh of groups x cfg x cp
-    x tp.
+    x tp, and a group of all ranks that waits as long as it takes.
 
-    Those of a group share each picture, and wait `timeout_s` for each other. Groups wait for each
-    other as long as it takes: one may have drawn long before the others.
+    Ranks that share a picture wait `timeout_s` for each other. But one may have drawn all of its
+    pictures long before the others.
     """
     silence_remarks()
-    device = join_group(device, PATIENCE)
+    timeout = timedelta(seconds=config.timeout_s)
+    device = join_group(device, timeout)
     sizes = (world_size() // config.ranks, config.cfg, config.cp, config.tp)
     mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("groups", "cfg", "cp", "tp"))
-    limit_waits(mesh, timedelta(seconds=config.timeout_s))
-    return mesh
+    limit_waits(mesh, timeout)
+    return mesh, patient_group()
 
 
 def make_mesh(config, device):
