@@ -20,6 +20,11 @@ from torch.distributed.tensor import DTensor
 QUANTIZED_KINDS = "none", "int8", "float8", "nf4"
 NF4_BLOCK = 64  # columns that share a scale
 LARGEST = {"int8": 127.0, "float8": 448.0}  # code
+LOSSES = {  # by how much rounding changes a weight at most
+    "int8": "1/254 of its row's largest",
+    "float8": "1/16 of itself",
+    "nf4": "0.15 of its block's largest, and nothing of what a file has in nf4 already",
+}
 CODE_TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "nf4": torch.uint8}
 # quantiles of a normal distribution, -1 and 1 among them, and an exact 0
 NF4_LEVELS = (

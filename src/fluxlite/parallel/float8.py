@@ -5,12 +5,14 @@ float32. Embedders, modulation and ends stay as they are. In training (`train_in
 keep their name and type, and are rounded in each product; for drawing (`quantize_linears`) once.
 """
 
+import logging
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fluxlite.cli.messages import warn_for_all
+from fluxlite.nets.quantized import LOSSES
 
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
 
@@ -24,11 +26,17 @@ def block_linears(model):
     }
 
 
+def quiet_torchao():
+    """Keep torchao from remarks at its import, on compiled kernels that nothing here uses."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+
+
 def train_in_float8(model, kind):
     """Let the blocks' linears of a model, on any device or meta, multiply in float8 in training.
 
     `kind` is rowwise or tensorwise. Without a GPU the products are emulated in float32.
     """
+    quiet_torchao()
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig.from_recipe_name(kind)
@@ -42,6 +50,7 @@ def quantize_linears(model, device):
     """Move a model's blocks to a device, the weights of their linears rounded to float8 on the way,
     a scale a row. Inputs are rounded in each product. The model is in bfloat16, the device a GPU.
     """
+    quiet_torchao()
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     options = dict(granularity=PerRow(), set_inductor_config=False)  # which would set others' too
@@ -50,6 +59,13 @@ def quantize_linears(model, device):
     for block in (*model.double_blocks, *model.single_blocks):
         quantize_(block, config, filter_fn=lambda m, _: isinstance(m, nn.Linear), device=device)
     warn_for_all(LOSSY, "float8=true", len(names))
+
+
+def warn_of_rounding(kind):
+    """Say what quantising by model.quantize=`kind` loses."""
+    if kind != "none":
+        where = "model.quantize=%s rounds the linears of blocks and modulation"
+        warn_for_all(f"{where}, each weight by at most %s", kind, LOSSES[kind])
 
 
 def plain_values(tensor):

@@ -22,8 +22,15 @@ from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank
 from fluxlite.weights import conversion, lora_keys, tensor_files
 from fluxlite.weights.dtypes import wider_dtype
 from fluxlite.weights.layouts import COLUMNS, SAME
-from fluxlite.weights.lora_adapters import METADATA_KEY, Adapter, form_rank
-from fluxlite.weights.lora_merging import form_part, moves_columns, part_indices, rule_shape
+from fluxlite.weights.lora_adapters import (
+    METADATA_KEY,
+    Adapter,
+    form_part,
+    form_rank,
+    moves_columns,
+    part_indices,
+    rule_shape,
+)
 
 log = logging.getLogger("fluxlite")
 
