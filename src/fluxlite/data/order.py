@@ -14,6 +14,7 @@ class RecentValues:
         self.limit, self.values = limit, {}
 
     def get(self, key, make):
+        """The value of a key, or else what `make()` gives."""
         if key not in self.values:
             while len(self.values) >= self.limit:
                 del self.values[next(iter(self.values))]

@@ -275,4 +275,5 @@ def device_bytes(tensors):
 
 
 def local_bytes(tensors):
+    """Bytes of this rank's parts of tensors."""
     return sum(local_tensor(tensor).nbytes for tensor in tensors)

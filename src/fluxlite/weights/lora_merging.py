@@ -144,8 +144,8 @@ class LoraResolver:
         weight = self.base(name).to(torch.float32, copy=True)
         return pad_columns(weight, self.config.in_channels) if name == WIDENED else weight
 
-    def ratio(self, adapter, name, number):
-        """By what DoRA rescales the rows (out, 1) or columns (1, in) of our tensor `name`.
+    def ratio(self, adapter, number):
+        """By what DoRA rescales the rows (out, 1) or columns (1, in) of a rule's tensor of ours.
 
         Norms are those of the whole tensor of the file's layout, which may be several of ours.
         """
@@ -173,7 +173,7 @@ class LoraResolver:
         if adapter.magnitude is None:
             return values
         weight = self.weight(name)
-        return self.ratio(adapter, name, number) * (weight + values) - weight
+        return self.ratio(adapter, number) * (weight + values) - weight
 
     def merged(self, name):
         """Our tensor `name` with all LoRAs, rounded once: to the base's type, or a wider one that
@@ -203,7 +203,7 @@ class LoraResolver:
         for lora, adapter, number in self.adapters[name]:
             form, ratio = self.form(name, adapter, number), None
             if adapter.magnitude is not None:
-                ratio = self.ratio(adapter, name, number)
+                ratio = self.ratio(adapter, number)
             found.append(AdapterTerm(float_form(form), adapter.scale, lora.scale, ratio))
         return found
 

@@ -97,10 +97,12 @@ JointTensor = namedtuple("JointTensor", "rule layout indices config")
 
 
 def adapters_of(parts):
+    """The adapters of [(adapter, number in its rule)] of each of some tensors."""
     return [adapter for adapter, _ in chain.from_iterable(parts)]
 
 
 def of_form(part, kind):
+    """Those of one tensor whose form is of a kind."""
     return [(adapter, number) for adapter, number in part if type(adapter.form) is kind]
 
 
@@ -193,6 +195,7 @@ def place_factors(factors):
 
 
 def same_tensor(a, b):
+    """Whether two tensors are alike in every bit."""
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 
