@@ -1,6 +1,5 @@
 import json
 
-import convert_hf
 import pytest
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
@@ -13,6 +12,7 @@ from reference import (
     relative_error,
 )
 
+import convert_hf
 from fluxlite.nets.autoencoder import Autoencoder
 from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig
 from fluxlite.nets.controlnet import ControlNet

@@ -6,6 +6,7 @@ keep their name and type, and are rounded in each product; for drawing (`quantiz
 """
 
 import logging
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.quantized import LOSSES
 
+REMARKING = "torchao", "torch.utils._pytree"
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
 
 
@@ -26,9 +28,17 @@ def block_linears(model):
     }
 
 
+@contextmanager
 def quiet_torchao():
-    """Keep torchao from remarks at its import, on compiled kernels that nothing here uses."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    """Without what is remarked where torchao is imported, on kernels and enums of its own."""
+    levels = {log: log.level for log in map(logging.getLogger, REMARKING)}
+    for log in levels:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in levels.items():
+            log.setLevel(level)
 
 
 def train_in_float8(model, kind):
@@ -36,8 +46,8 @@ def train_in_float8(model, kind):
 
     `kind` is rowwise or tensorwise. Without a GPU the products are emulated in float32.
     """
-    quiet_torchao()
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    with quiet_torchao():
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig.from_recipe_name(kind)
     config = replace(config, emulate=not torch.cuda.is_available())
@@ -50,8 +60,12 @@ def quantize_linears(model, device):
     """Move a model's blocks to a device, the weights of their linears rounded to float8 on the way,
     a scale a row. Inputs are rounded in each product. The model is in bfloat16, the device a GPU.
     """
-    quiet_torchao()
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    with quiet_torchao():
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            PerRow,
+            quantize_,
+        )
 
     options = dict(granularity=PerRow(), set_inductor_config=False)  # which would set others' too
     config = Float8DynamicActivationFloat8WeightConfig(**options)
