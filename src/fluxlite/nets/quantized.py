@@ -138,16 +138,13 @@ def quantize_linear(linear, kind, weight=None, dtype=None):
     linear.register_buffer("pairs", pairs, persistent=False)
 
 
-def quantized_linears(model):
-    """{name: linear} of a model that are quantised: those of blocks and modulation.
+def quantized_linears(model, parts=QUANTIZED_PARTS):
+    """{name: linear} of a model that are quantised: those of blocks and modulation, or other parts.
 
     Embedders, ends, norms and biases stay as they are, and so do adapters beside a linear.
     """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(QUANTIZED_PARTS)
-    }
+    named = model.named_modules()
+    return {n: m for n, m in named if isinstance(m, nn.Linear) and n.startswith(parts)}
 
 
 def quantize_model(model, kind):

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fluxlite.cli.messages import warn_for_all
-from fluxlite.nets.quantized import LOSSES
+from fluxlite.nets.quantized import LOSSES, quantized_linears
 
 REMARKING = "torchao", "torch.utils._pytree"
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
@@ -21,11 +21,7 @@ LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
 
 def block_linears(model):
     """{name: linear} of a model's blocks: all that is ever in float8."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(("double_blocks.", "single_blocks."))
-    }
+    return quantized_linears(model, ("double_blocks.", "single_blocks."))
 
 
 @contextmanager
