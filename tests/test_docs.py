@@ -147,6 +147,13 @@ def test_every_key_that_a_page_names_is_one(page):
             assert key in known, word
 
 
+def test_the_page_of_the_library_has_every_argument():
+    page = (ROOT / "docs" / "library.md").read_text()
+    given = {*inspect.signature(fluxlite.generate).parameters} - {"options"}
+    lacking = [n for n in {*given, *DRAW_FIELDS, *LOAD_OPTIONS} if not re.search(rf"\b{n}\b", page)]
+    assert not lacking, lacking
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_and_function_that_a_page_names_is_there(page):
     for word in spans_of(page):
