@@ -16,7 +16,7 @@ from fluxlite.data.transfers import send_tensor
 from fluxlite.nets.latents import num_image_tokens
 from fluxlite.nets.quantized import quantize_conflicts
 
-REMEDY = "pictures that are finished are saved, and jobs= goes on with the others"
+REMEDY = "Pictures that are finished are saved; jobs= goes on with the others."
 
 
 @dataclass

@@ -27,6 +27,7 @@ from fluxlite.parallel.float8 import (
     plain_values,
     quantize_linears,
     train_in_float8,
+    warn_of_rounding,
 )
 from fluxlite.parallel.mesh import (
     Mesh,

@@ -43,6 +43,16 @@ def check_launcher():
         ) from None
 
 
+def check_nodes():
+    """Raise `ValueError` unless all nodes have as many ranks, which is counted on. Collective."""
+    here = sorted({*gather_values(int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))})
+    if len(here) > 1:
+        counts = " and ".join(map(str, here))
+        raise ValueError(
+            f"nodes of this run have {counts} ranks: give all the same --nproc_per_node of torchrun"
+        )
+
+
 STATE_SHARE = 0.6  # of a device's memory; the rest is for activations and gathered blocks
 
 
@@ -110,6 +120,7 @@ def join_group(device, timeout):
             check_launcher()
             alone = {}
         dist.init_process_group(backend, timeout=timeout, **alone)
+    check_nodes()
     return device
 
 

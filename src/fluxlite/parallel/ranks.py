@@ -34,7 +34,7 @@ GLOO_FAILURE = re.compile(
 
 
 @contextmanager
-def watching_ranks(config, remedy="resume=auto goes on from the last checkpoint"):
+def watching_ranks(config, remedy="resume=auto goes on from the last checkpoint."):
     """Turn the failure of a collective, which tells little, into a `ValueError` that says what has
     happened and what to do.
     """
@@ -44,10 +44,11 @@ def watching_ranks(config, remedy="resume=auto goes on from the last checkpoint"
         text = str(error)
         if not (isinstance(error, dist.DistError) or GLOO_FAILURE.search(text)):
             raise
+        waited = f"another rank kept this one waiting for parallel.timeout_s={config.timeout_s} s"
+        what = waited if re.search("time(d )?out", text, re.I) else "another rank has ended"
         raise ValueError(
-            "another rank died, or kept this one waiting for "
-            f"parallel.timeout_s={config.timeout_s} s. The rank that failed first "
-            f"says why, above or in torchrun's list; {remedy}. "
+            f"{what}: it says why, above or in torchrun's list (exit code -9: killed, as where "
+            f"memory runs out). {remedy} "
             f"({text.split('. ')[0]})"
         ) from error
 
