@@ -98,9 +98,8 @@ def warn_idle(sharing, count, batch):
     """Say where so many pictures are fewer batches than there are groups."""
     batches, groups = -(-count // batch), sharing.size("groups")
     if batches < min(groups, count):
-        own = -(-count // groups)
-        text = "%d pictures are %d batches for %d groups of ranks: with batch=%d all would draw"
-        warn_for_all(text, *(count, batches, groups, own))
+        text = "%d pictures are %d batches for %d groups of ranks: batch=%d gives more of them work"
+        warn_for_all(text, *(count, batches, groups, max(1, count // groups)))
 
 
 # --- what cannot be shared ------------------------------------------------------------------------

@@ -5,6 +5,7 @@ A run's ranks form a mesh of dp_replicate x dp_shard x cp x tp. The rooms:
 * `compilation`: its blocks, compiled and recomputed in the backward.
 * `tensor_parallel`, `tokens`, `modulation`: what ranks share inside a model.
 * `mesh`, `ranks`, `exchange`: the process group, this process in it, what ranks send each other.
+* `splitting`: what tensor-parallel ranks draw with.
 * `adapters`: LoRA's, beside the linears of a wrapped model.
 * `float8`: linears that multiply in float8.
 * `weights`, `dealing`: which part of a weight a rank has, and whole ones dealt out over ranks.
@@ -52,6 +53,6 @@ from fluxlite.parallel.ranks import (
     watching_ranks,
     world_size,
 )
-from fluxlite.parallel.tensor_parallel import split_weights
+from fluxlite.parallel.splitting import split_weights
 from fluxlite.parallel.tokens import share_velocity
 from fluxlite.parallel.weights import fill_weights, local_part, whole_tensor

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.quantized import LOSSES, quantized_linears
-from fluxlite.parallel.weights import local_tensor
 
 REMARKING = "torchao", "torch.utils._pytree"
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
@@ -80,8 +80,10 @@ def warn_of_rounding(kind):
 
 
 def plain_values(tensor):
-    """This rank's values of a parameter, of one that is rounded to float8 too."""
-    return tensor.dequantize() if hasattr(tensor, "qdata") else local_tensor(tensor)
+    """All of a parameter's values, of one that is rounded to float8 too; collective."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    return tensor.dequantize() if hasattr(tensor, "qdata") else tensor
 
 
 def lossy_settings(settings):
