@@ -201,7 +201,7 @@ def test_ranks_that_would_wait_are_told_what_to_set(caplog):
     for count, batch in ((8, 8), (8, 2), (1, 8)):
         sharing.warn_idle(sharing.Sharing(mesh), count, batch)
     [record] = caplog.records
-    assert record.getMessage().endswith("batch=2 gives more of them work")
+    assert record.getMessage().endswith("without work: set batch=2")
 
 
 # --- what goes together ---------------------------------------------------------------------------
