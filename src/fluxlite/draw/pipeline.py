@@ -27,7 +27,7 @@ from fluxlite.nets.flux import ATTENTION
 from fluxlite.nets.latents import PATCH
 from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
-from fluxlite.weights import lora_files, lora_merging, run_folder, sources, writing
+from fluxlite.weights import lora_files, lora_merging, part_files, run_folder, sources, writing
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES, TINY
 from fluxlite.weights.text_encoders import load_text_encoders
@@ -37,6 +37,7 @@ log = logging.getLogger("fluxlite")
 PIPELINE_FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
 PIPELINE_FILES = [*(f"{folder}/*" for folder in PIPELINE_FOLDERS), "model_index.json"]
 BESIDE_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+NAMED_PARTS = *BESIDE_FOLDERS, "tokenizers"
 DIFFUSERS_NAMES = {  # a name of diffusers' pipelines: ours
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
@@ -73,12 +74,18 @@ class PartsConfig:
     )
     t5: str | None = option(
         None,
-        "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        "T5 encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
         path=True,
     )
     clip: str | None = option(
         None,
-        "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        "CLIP text encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
+        path=True,
+    )
+    tokenizers: str | None = option(
+        None,
+        "pipeline folder or hub id whose tokenizer and tokenizer_2 are read, for encoders in files "
+        "that have none beside them",
         path=True,
     )
     autoencoder: str | None = option(
@@ -323,8 +330,9 @@ class Pipeline:
 
     @cached_property
     def encoders(self):
-        paths = self.sources["t5"], self.sources["clip"]
-        encoders = load_text_encoders(*paths, device=self.device, dtype=self.dtype)
+        paths, tokenizers = (self.sources["t5"], self.sources["clip"]), self.sources["tokenizers"]
+        where = dict(device=self.device, dtype=self.dtype, tokenizers=tokenizers)
+        encoders = load_text_encoders(*paths, **where)
         check_widths(self.model_config, encoders=encoders)
         return lora_merging.merge_encoders(encoders, self.loras)
 
@@ -533,8 +541,9 @@ def find_sources(model):
     options = dict(ema=model.ema, given=expected)
     transformer = sources.open_part(checkpoint, "transformer", **options)
     check_expected(transformer.config, expected, checkpoint)
-    named = {part: getattr(model, part) for part in BESIDE_FOLDERS}
-    parts = find_parts(checkpoint) | {part: where for part, where in named.items() if where}
+    named = {part: getattr(model, part) for part in NAMED_PARTS}
+    found = {"tokenizers": None} | find_parts(checkpoint)
+    parts = found | {part: where for part, where in named.items() if where}
     missing = [f"model.{part}=" for part in BESIDE_FOLDERS if part not in parts]
     if missing:
         raise ValueError(
@@ -559,10 +568,12 @@ def find_parts(checkpoint):
     if sources.is_run(path):
         folder = run_folder.last_checkpoint(path)
         saved = run_folder.saved_parts(folder, run_folder.read_meta(folder))
-        return {part: where for part in BESIDE_FOLDERS if (where := getattr(saved, part))}
+        return {part: where for part in NAMED_PARTS if (where := getattr(saved, part))}
     root = path if (path / "transformer").is_dir() else path.parent
     places = {part: root / name for part, name in BESIDE_FOLDERS.items()}
     found = {part: str(place) for part, place in places.items() if place.is_dir()}
+    inside = part_files.parts_inside(path)
+    found |= {part: checkpoint for part, name in BESIDE_FOLDERS.items() if name in inside}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
         found["autoencoder"] = str(root / "ae.safetensors")
     return found
