@@ -30,7 +30,7 @@ from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
 from fluxlite.weights import lora_files, lora_merging, part_files, run_folder, sources, writing
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES, TINY
-from fluxlite.weights.text_encoders import load_text_encoders
+from fluxlite.weights.text_encoders import load_text_encoders, open_encoders
 
 log = logging.getLogger("fluxlite")
 
@@ -552,6 +552,9 @@ def find_sources(model):
         )
     vae = sources.open_part(parts["autoencoder"], "autoencoder")
     check_widths(transformer.config, vae)
+    named = parts["t5"], parts["clip"], parts["tokenizers"]
+    if all(where is None or Path(where).exists() for where in named):  # else they are fetched later
+        open_encoders(*named)
     kinds.drawing_kind(
         transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}"
     )

@@ -16,7 +16,7 @@ from fluxlite.cli.descriptions import check_regular, read_json
 from fluxlite.cli.options import expand_home, option, shortened, typed_description
 from fluxlite.weights import foreign, gguf_files, hub, layouts, part_files, tensor_files
 from fluxlite.weights.hub import first_line
-from fluxlite.weights.sources import resolve_tiny
+from fluxlite.weights.sources import ARTICLED, resolve_tiny
 
 log = logging.getLogger("fluxlite")
 
@@ -189,10 +189,9 @@ def locate_encoder(where, kind, tokenizers=None):
         )
     folder = Path(expand_home(resolve_tiny(str(where)), kind.key))
     if folder.is_file():
-        roots = folder.parent, folder.parent.parent
-        return folder, find_tokenizer(
-            [root / kind.tokenizer for root in roots], where, kind, tokenizers
-        )
+        check_encoder_file(folder, kind)
+        places = [root / kind.tokenizer for root in (folder.parent, folder.parent.parent)]
+        return folder, find_tokenizer(places, where, kind, tokenizers)
     folder = folder if folder.is_dir() else download_encoder(str(where), kind)
     root = folder if (folder / kind.encoder).is_dir() else folder.parent
     encoder = folder / kind.encoder if root == folder else folder
@@ -242,6 +241,14 @@ def check_encoder(encoder, where, kind):
         )
     if not any(encoder.glob("*.safetensors")):
         raise ValueError(f"{kind.key}={where} has no weights: {encoder} needs .safetensors files")
+
+
+def check_encoder_file(file, kind):
+    """Raise `ValueError`, naming the setting, where a file holds no such encoder."""
+    try:
+        shown_values(open_tensors(file, kind), file, kind)
+    except ValueError as error:
+        raise ValueError(f"{kind.key}={file}: {error}") from None
 
 
 READ_SUFFIXES = (".json", ".model", ".safetensors", ".txt")
@@ -366,8 +373,6 @@ def open_encoder(encoder, kind, tokenizer=None):
         check_said(said or shown, shown, file)
     except ValueError as error:
         raise ValueError(f"{kind.key}: the weights do not load whole: {error}") from None
-    if not file:
-        log.info("%s has no config.json: what its shapes do not show is that of FLUX.1", encoder)
     return OpenEncoder(encoder, kind, tensors, file, said or shown | kind.infer(shown, tensors))
 
 
@@ -428,23 +433,25 @@ def shown_values(tensors, encoder, kind):
     for names, dimensions in kind.shapes:
         shape = next(filter(None, (tensors.shape(prefix + name) for name in names)), None)
         if shape is None or len(shape) != 2:
-            raise ValueError(f"{encoder} lacks {prefix}{names[0]}: {remedy_of(tensors, kind)}")
+            raise ValueError(f"{encoder} lacks {prefix}{names[0]}: {lacking_remedy(tensors, kind)}")
         shown |= {name: shape[axis] for axis, name in dimensions.items()}
     return shown
 
 
-def remedy_of(tensors, kind):
-    """What to do about an encoder's file that is none."""
+def lacking_remedy(tensors, kind):
+    """What to do about a file that is not a whole encoder."""
     try:
-        return f"it is of kind {layouts.recognise_layout(tensors.keys())[0]}, name {kind.what}"
+        return f"it is {ARTICLED[layouts.recognise_layout(tensors.keys())[0]]}, not {kind.what}"
     except ValueError:
-        return f"fetch {kind.what} again"
+        return "fetch it again"
 
 
 def load_model(cls, opened, dtype):
     """The transformers model `cls` of an `OpenEncoder`, every weight accounted for, and frozen."""
     kind, where, tensors = opened.kind, opened.where, opened.tensors
     size = tensor_files.num_bytes(tensors.described())
+    if not opened.file:
+        log.info("%s has no config.json: what its shapes do not show is as in FLUX.1", where)
     with library_errors(kind, "encoder", where):
         config = cls.config_class(**opened.values)
         if opened.file:

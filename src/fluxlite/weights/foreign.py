@@ -9,7 +9,7 @@ from fluxlite.cli import file_kinds
 
 OTHER_MODEL = "fluxlite knows FLUX.1's transformers, ControlNets and autoencoders"
 QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16, fp8 or nf4"
-ENCODER_REMEDY = "the transformer is model.checkpoint=; name the encoder as "
+TRANSFORMER_REMEDY = "and the transformer as model.checkpoint="
 T5, CLIP, IMAGE_ENCODER = "a T5 text encoder", "a CLIP text encoder", "an image encoder"
 
 # A pattern of keys, what holds them, and what to do. The first that matches counts: what was made
@@ -63,12 +63,12 @@ TELLTALE_KEYS = (
     (
         r"(^|\.)encoder\.block\.\d+\.layer\.|\.SelfAttention\.q\.|^enc\.blk\.",
         T5,
-        f"{ENCODER_REMEDY}model.t5=",
+        f"name it as model.t5=, {TRANSFORMER_REMEDY}",
     ),
     (
         r"(^|\.)text_model\.|(^|\.)resblocks\.|^embeddings\.token_",
         CLIP,
-        f"{ENCODER_REMEDY}model.clip=",
+        f"name it as model.clip=, {TRANSFORMER_REMEDY}",
     ),
     (r"(^|\.)vision_model\.|^embeddings\.patch_", IMAGE_ENCODER, "name a transformer"),
     (r"(^|\.)layers\.\d+\.self_attn\.q_proj|^blk\.\d", "a language model", OTHER_MODEL),

@@ -16,6 +16,7 @@ import math
 import struct
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 
 import numpy as np
@@ -31,6 +32,7 @@ TEXT, LIST = 8, 9  # kinds of values, as the numbers in SCALARS
 SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd"))
 MOST = {"values": 1 << 16, "tensors": 1 << 16, "dimensions": 4, "bytes": 1 << 22, "items": 1 << 22}
 ALIGNMENT = "general.alignment"
+PART_BYTES = 1 << 21  # dequantised at a time: gguf makes some 30 times as many on the way
 TYPES = "gguf types"  # in the metadata: what is quantised
 
 
@@ -156,8 +158,7 @@ def read_blocks(data, kind, start=0, stop=None, exact=False):
     if kind.name in DTYPES:
         values = torch.from_numpy(data).view(DTYPES[kind.name])
     else:
-        values = dequantize_rows(data, kind)
-        values = values if exact else values.to(torch.bfloat16)
+        values = dequantize_rows(data, kind, torch.float32 if exact else torch.bfloat16)
     return values[start:stop] if flat else values
 
 
@@ -174,8 +175,15 @@ def timed_reading(where, quantised, size):
         log.info("%s: dequantised in %.1f s", where, time.monotonic() - began)
 
 
-def dequantize_rows(data, kind):
-    """Quantised rows of bytes in float32."""
+def dequantize_rows(data, kind, dtype):
+    """Values of quantised rows of bytes, computed in float32, some rows at a time in threads."""
     from gguf import quants
 
-    return torch.from_numpy(quants.dequantize(data, kind))
+    def convert(rows):
+        return torch.from_numpy(quants.dequantize(rows, kind)).to(dtype)
+
+    if data.ndim == 1:
+        return convert(data)
+    parts = np.array_split(data, 1 + min(len(data) - 1, data.size // PART_BYTES))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return torch.cat([*pool.map(convert, parts)])

@@ -95,6 +95,15 @@ class TextEncoders:
         return total.hexdigest()[:16]
 
 
+def open_encoders(t5, clip, tokenizers=None):
+    """[(`OpenEncoder`, folder of its tokenizer)] of T5 and of CLIP, as `load_text_encoders` takes
+    them; nothing is loaded. Raises `ValueError`.
+    """
+    named = (t5, T5), (clip, CLIP)
+    places = [(*locate_encoder(where, kind, tokenizers), kind) for where, kind in named]
+    return [(open_encoder(place, kind, folder), folder) for place, folder, kind in places]
+
+
 def load_text_encoders(t5, clip, *, device, dtype, t5_device=None, tokenizers=None):
     """The encoders in `t5` and `clip`, each a folder, a file or a hub repository, frozen, in
     `dtype`.
@@ -104,22 +113,17 @@ def load_text_encoders(t5, clip, *, device, dtype, t5_device=None, tokenizers=No
     Raises `ValueError` that names `model.t5` or `model.clip` where one cannot be found, fetched or
     loaded whole.
     """
-    t5_place, t5_folder = locate_encoder(t5, T5, tokenizers)
-    clip_place, clip_folder = locate_encoder(clip, CLIP, tokenizers)
+    (of_t5, t5_folder), (of_clip, clip_folder) = open_encoders(t5, clip, tokenizers)
     with quiet_transformers():
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
         t5_tokenizer = load_tokenizer(T5TokenizerFast, t5_folder, T5)
         clip_tokenizer = load_tokenizer(CLIPTokenizer, clip_folder, CLIP)
-        opened = [
-            open_encoder(t5_place, T5, t5_folder),
-            open_encoder(clip_place, CLIP, clip_folder),
-        ]
-        t5 = load_model(T5EncoderModel, opened[0], dtype).to(t5_device or device)
-        clip = load_model(CLIPTextModel, opened[1], dtype).to(device)
+        t5 = load_model(T5EncoderModel, of_t5, dtype).to(t5_device or device)
+        clip = load_model(CLIPTextModel, of_clip, dtype).to(device)
     check_tokens(t5_tokenizer, t5.config, t5_folder, T5)
     check_tokens(clip_tokenizer, clip.config, clip_folder, CLIP)
-    places = (t5_place, t5_folder, clip_place, clip_folder)
+    places = (of_t5.where, t5_folder, of_clip.where, clip_folder)
     return TextEncoders(t5, t5_tokenizer, clip, clip_tokenizer, places)
 
 
@@ -129,9 +133,8 @@ def load_tokenizers(t5, clip, max_sequence_length, tokenizers=None):
 
     Raises `ValueError` as `load_text_encoders` does; no weights are loaded.
     """
-    _, t5_folder = locate_encoder(t5, T5, tokenizers)
-    clip_place, clip_folder = locate_encoder(clip, CLIP, tokenizers)
-    positions = open_encoder(clip_place, CLIP, clip_folder).values["max_position_embeddings"]
+    (_, t5_folder), (clip, clip_folder) = open_encoders(t5, clip, tokenizers)
+    positions = clip.values["max_position_embeddings"]
     with quiet_transformers():
         from transformers import CLIPTokenizer, T5TokenizerFast
 
