@@ -175,7 +175,9 @@ def test_a_part_that_an_all_in_one_file_lacks_is_named(states, tmp_path):
     save_file({key: t for key, t in found.items() if not key.startswith("vae.")}, file)
     with pytest.raises(ValueError, match="has no model.autoencoder= beside it"):
         fluxlite.load_pipeline(str(file), device="cpu")
-    with pytest.raises(ValueError, match="all-in-one checkpoint of transformer, .*, without vae"):
+    with pytest.raises(
+        ValueError, match="all-in-one checkpoint without vae, of transformer, .*: name a fi"
+    ):
         sources.load_autoencoder(file)
     with pytest.raises(ValueError, match="it is an all-in-one checkpoint .*: name it as model.che"):
         sources.load_controlnet(file)

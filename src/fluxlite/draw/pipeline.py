@@ -28,9 +28,10 @@ from fluxlite.nets.latents import PATCH
 from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
 from fluxlite.weights import lora_files, lora_merging, part_files, run_folder, sources, writing
+from fluxlite.weights.encoder_files import CLIP, T5, locate_encoder
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES, TINY
-from fluxlite.weights.text_encoders import load_text_encoders, open_encoders
+from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
 
@@ -552,9 +553,9 @@ def find_sources(model):
         )
     vae = sources.open_part(parts["autoencoder"], "autoencoder")
     check_widths(transformer.config, vae)
-    named = parts["t5"], parts["clip"], parts["tokenizers"]
-    if all(where is None or Path(where).exists() for where in named):  # else they are fetched later
-        open_encoders(*named)
+    for where, kind in ((parts["t5"], T5), (parts["clip"], CLIP)):
+        if Path(where).is_file():
+            locate_encoder(where, kind, parts["tokenizers"])
     kinds.drawing_kind(
         transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}"
     )

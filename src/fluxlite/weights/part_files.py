@@ -43,7 +43,10 @@ def open_weights(path, part, *, files=None, expected=None):
     keys = tensors.keys()
     parts = list_parts(keys)
     if parts and part in PREFIXES and part not in parts:
-        raise ValueError(f"it is an all-in-one checkpoint of {', '.join(parts)}, without {part}")
+        raise ValueError(
+            f"it is an all-in-one checkpoint without {part}, of {', '.join(parts)}: name a file "
+            "that holds one"
+        )
     if part in parts:
         prefix = parts[part]
         own = {key: key.removeprefix(prefix) for key in keys if key.startswith(prefix)}
