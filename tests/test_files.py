@@ -22,6 +22,7 @@ from fluxlite.settings import TrainConfig
 from fluxlite.train.building import open_base
 from fluxlite.train.setup import load_parts
 from fluxlite.weights import conversion, gguf_files, sources
+from fluxlite.weights.encoder_files import T5, locate_encoder
 from fluxlite.weights.sources import ASSETS, open_source
 from fluxlite.weights.tensor_files import Tensors
 from fluxlite.weights.text_encoders import load_text_encoders
@@ -201,6 +202,23 @@ def test_encoders_in_files_are_those_in_folders(states, tmp_path):
     (tmp_path / "text_encoder" / "model.safetensors").unlink()
     assert equal(encodings(*files), theirs)
     assert load_encoders(*files).digest != load_encoders(TINY, TINY).digest
+
+
+def test_a_file_in_a_repository_is_fetched_alone(monkeypatch):
+    import huggingface_hub
+
+    fetched = []
+
+    def snapshot_download(name, *, allow_patterns, **_):
+        fetched.append((name, allow_patterns))
+        return str(TINY)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    file = "text_encoder_2/model.safetensors"
+    place = TINY / "text_encoder_2" / "model.safetensors"
+    assert locate_encoder(f"owner/name/{file}", T5) == (place, TINY / "tokenizer_2")
+    assert sources.local_path(f"owner/name/{file}", ["*.json"]) == place
+    assert fetched == [("owner/name", [file])] * 2
 
 
 def test_what_no_config_says_is_as_in_flux(states, tmp_path, caplog):
@@ -499,3 +517,5 @@ def test_an_encoder_in_a_file_without_a_tokenizer_says_where_to_put_one(states, 
         load_encoders(tmp_path / "t5xxl_fp16.safetensors", TINY)
     with pytest.raises(ValueError, match="model.tokenizers=.* has no tokenizer"):
         load_encoders(TINY, TINY, tokenizers=tmp_path)
+    with pytest.raises(ValueError, match="model.tokenizers=nowhere does not exist"):
+        load_encoders(TINY, TINY, tokenizers="nowhere")

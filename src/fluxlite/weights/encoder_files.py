@@ -188,11 +188,11 @@ def locate_encoder(where, kind, tokenizers=None):
             "repository"
         )
     folder = Path(expand_home(resolve_tiny(str(where)), kind.key))
+    folder = folder if folder.exists() else download_encoder(str(where), kind)
     if folder.is_file():
         check_encoder_file(folder, kind)
         places = [root / kind.tokenizer for root in (folder.parent, folder.parent.parent)]
         return folder, find_tokenizer(places, where, kind, tokenizers)
-    folder = folder if folder.is_dir() else download_encoder(str(where), kind)
     root = folder if (folder / kind.encoder).is_dir() else folder.parent
     encoder = folder / kind.encoder if root == folder else folder
     check_encoder(encoder, where, kind)
@@ -203,21 +203,28 @@ def find_tokenizer(places, where, kind, tokenizers=None):
     """The first of some folders that holds a tokenizer, or the pipeline's that `tokenizers` names;
     raises `ValueError`.
     """
+    key = TOKENIZERS if tokenizers else kind.key
     if tokenizers:
-        root = Path(expand_home(resolve_tiny(str(tokenizers)), TOKENIZERS))
-        patterns = [f"{kind.tokenizer}/*", f"{kind.encoder}/config.json"]
-        root = root if root.exists() else hub.fetch_repository(tokenizers, patterns, key=TOKENIZERS)
-        places, where, key = [root / kind.tokenizer], tokenizers, TOKENIZERS
-    else:
-        key = kind.key
+        where, places = tokenizers, [pipeline_folder(tokenizers, kind) / kind.tokenizer]
     for place in places:
         if any((place / name).is_file() for name in kind.tokenizer_files):
             return place
-    files = " or ".join(kind.tokenizer_files)
+    files, folders = (" or ".join(kind.tokenizer_files), " or into ".join(map(str, places)))
     raise ValueError(
-        f"{key}={where} has no tokenizer: put {files} into {' or into '.join(map(str, places))}, "
-        f"or name a pipeline's folder as {TOKENIZERS}="
+        f"{key}={where} has no tokenizer: put {files} into {folders}, or name a pipeline's folder "
+        f"as {TOKENIZERS}="
     )
+
+
+def pipeline_folder(tokenizers, kind):
+    """The folder of the pipeline that model.tokenizers names; raises `ValueError`."""
+    root = Path(expand_home(resolve_tiny(str(tokenizers)), TOKENIZERS))
+    if root.exists():
+        return root
+    if not hub.is_repository(tokenizers):
+        raise ValueError(f"{TOKENIZERS}={tokenizers} does not exist")
+    patterns = [f"{kind.tokenizer}/*", f"{kind.encoder}/config.json"]
+    return hub.fetch_repository(tokenizers, patterns, key=TOKENIZERS)
 
 
 TOKENIZERS = "model.tokenizers"
@@ -259,7 +266,11 @@ ROOT_FILES = """config.json tokenizer.json tokenizer_config.json special_tokens_
 
 
 def download_encoder(where, kind):
-    """Fetch an encoder and its tokenizer from the hub or its cache, `owner/name[/folder]`."""
+    """Fetch an encoder and its tokenizer from the hub or its cache, `owner/name[/folder]`; of
+    `owner/name/x.safetensors` that file.
+    """
+    if where.endswith(hub.MODEL_SUFFIXES) and hub.is_repository(where):
+        return hub.fetch_repository(where, [], key=kind.key)
     owner, name, *inside = [*where.split("/"), "", ""][: max(2, where.count("/") + 1)]
     if not hub.is_repository(where) or len(inside) > 1:
         raise ValueError(

@@ -4,6 +4,8 @@ to do.
 
 from pathlib import Path
 
+MODEL_SUFFIXES = ".safetensors", ".gguf"
+
 
 def is_repository(where):
     """Whether `where` reads as `owner/name[/folder…]` of the hub rather than as a path."""
@@ -17,7 +19,7 @@ def is_repository(where):
 
 def fetch_repository(where, patterns, *, key):
     """The local folder of the hub repository `owner/name[/folder…]` with the files in that folder
-    that match `patterns`.
+    that match `patterns`; of `owner/name[/folder…]/x.safetensors` or `.gguf` that file.
 
     Raises `ValueError`, within seconds where the hub is out of reach; `key` is the setting that
     names the repository.
@@ -28,6 +30,8 @@ def fetch_repository(where, patterns, *, key):
     try:
         owner, name, *inside = str(where).strip("/").split("/")
         patterns = ["/".join([*inside, pattern]) for pattern in patterns]
+        if inside and inside[-1].endswith(MODEL_SUFFIXES):
+            patterns = ["/".join(inside)]
         return Path(
             snapshot_download(f"{owner}/{name}", allow_patterns=patterns, etag_timeout=5)
         ).joinpath(*inside)
