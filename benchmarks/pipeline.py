@@ -232,7 +232,7 @@ def main():
     )
     rows = []
     for row in measure_cases(args):
-        rows.append(row | {"folder": Path(row["folder"]).name})
+        rows.append({name: value for name, value in row.items() if name != "folder"})
         print(format_row(row), flush=True)
     print("levels: mean difference of the two pictures, of 255")
     machine = {"machine": platform.machine(), "torch": torch.__version__}
