@@ -38,7 +38,7 @@ from transformers import (
 import fluxlite
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.latents import pack_latents
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 from fluxlite.weights.verify import build_diffusers
 
 TINY, ROOT = ASSETS / "flux-tiny", Path(__file__).parents[1]

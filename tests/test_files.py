@@ -21,7 +21,7 @@ from fluxlite.nets.quantized import QuantizedLinear
 from fluxlite.settings import TrainConfig
 from fluxlite.train.building import open_base
 from fluxlite.train.setup import load_parts
-from fluxlite.weights import conversion, gguf_files, sources
+from fluxlite.weights import conversion, gguf_files, hub, sources
 from fluxlite.weights.encoder_files import T5, locate_encoder
 from fluxlite.weights.sources import ASSETS, open_source
 from fluxlite.weights.tensor_files import Tensors
@@ -217,7 +217,7 @@ def test_a_file_in_a_repository_is_fetched_alone(monkeypatch):
     file = "text_encoder_2/model.safetensors"
     place = TINY / "text_encoder_2" / "model.safetensors"
     assert locate_encoder(f"owner/name/{file}", T5) == (place, TINY / "tokenizer_2")
-    assert sources.local_path(f"owner/name/{file}", ["*.json"]) == place
+    assert hub.local_path(f"owner/name/{file}", ["*.json"]) == place
     assert fetched == [("owner/name", [file])] * 2
 
 

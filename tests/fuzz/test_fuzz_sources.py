@@ -15,7 +15,7 @@ from test_files import write_gguf
 
 from fluxlite.nets.schedule import SampleConfig, times_for
 from fluxlite.weights import sources, tensor_files, writing
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 from fluxlite.weights.text_encoders import load_text_encoders
 
 TINY = ASSETS / "flux-tiny"

@@ -15,8 +15,7 @@ from pathlib import Path
 from fluxlite.cli.descriptions import check_regular, read_json
 from fluxlite.cli.options import expand_home, option, shortened, typed_description
 from fluxlite.weights import foreign, gguf_files, hub, layouts, part_files, tensor_files
-from fluxlite.weights.hub import first_line
-from fluxlite.weights.sources import ARTICLED, resolve_tiny
+from fluxlite.weights.hub import first_line, resolve_tiny
 
 log = logging.getLogger("fluxlite")
 
@@ -205,7 +204,9 @@ def find_tokenizer(places, where, kind, tokenizers=None):
     """
     key = TOKENIZERS if tokenizers else kind.key
     if tokenizers:
-        where, places = tokenizers, [pipeline_folder(tokenizers, kind) / kind.tokenizer]
+        patterns = [f"{kind.tokenizer}/*", f"{kind.encoder}/config.json"]
+        root = hub.local_path(tokenizers, patterns, setting=TOKENIZERS)
+        where, places = tokenizers, [root / kind.tokenizer]
     for place in places:
         if any((place / name).is_file() for name in kind.tokenizer_files):
             return place
@@ -214,17 +215,6 @@ def find_tokenizer(places, where, kind, tokenizers=None):
         f"{key}={where} has no tokenizer: put {files} into {folders}, or name a pipeline's folder "
         f"as {TOKENIZERS}="
     )
-
-
-def pipeline_folder(tokenizers, kind):
-    """The folder of the pipeline that model.tokenizers names; raises `ValueError`."""
-    root = Path(expand_home(resolve_tiny(str(tokenizers)), TOKENIZERS))
-    if root.exists():
-        return root
-    if not hub.is_repository(tokenizers):
-        raise ValueError(f"{TOKENIZERS}={tokenizers} does not exist")
-    patterns = [f"{kind.tokenizer}/*", f"{kind.encoder}/config.json"]
-    return hub.fetch_repository(tokenizers, patterns, key=TOKENIZERS)
 
 
 TOKENIZERS = "model.tokenizers"
@@ -452,7 +442,7 @@ def shown_values(tensors, encoder, kind):
 def lacking_remedy(tensors, kind):
     """What to do about a file that is not a whole encoder."""
     try:
-        return f"it is {ARTICLED[layouts.recognise_layout(tensors.keys())[0]]}, not {kind.what}"
+        return f"it is {layouts.ARTICLED[layouts.recognise_layout(tensors.keys())[0]]}, not {kind.what}"
     except ValueError:
         return "fetch it again"
 
