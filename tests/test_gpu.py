@@ -41,7 +41,9 @@ SLOW_ON_CPU = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
 WIDE = dict(attention_head_dim=64, num_attention_heads=4, axes_dims_rope=(8, 28, 28))
 SHAPE = FluxConfig(1, 2, 256, 4, 4, 12, 12, 20, 14, True, (8, 28, 28))
 CHECKPOINTING = "none", "selective", "full", "2"
-FROZEN = ["dtype=float32", "lora=default", "lora.rank=4", "optim.ema_decay=0", FULL]
+WHOLE = ["dtype=float32", "optim.ema_decay=0", "compile=false", FULL]
+FROZEN = [*WHOLE, "lora=default", "lora.rank=4"]
+ROUNDED = ["dtype=bfloat16", "optim.weights=bfloat16"]
 
 
 def inputs_of(config, device, dtype, tokens=(16, 64)):
@@ -217,10 +219,10 @@ def assert_compiled_is_eager(device, options, bound):
         assert relative_error(gradient, theirs[name]) < bound, name
 
 
-LORA = ["lora=default", "lora.rank=4", "parallel.activation_checkpointing=full"]
+LORA = [*FROZEN[1:], "optim.ema_decay=0.9"]
 STEPS = {  # each of which takes steps without a wait
-    "all weights": [],
-    "8-bit moments": ["optim.kind=adamw8bit", "optim.weights=bfloat16"],
+    "all weights": ["optim.ema_decay=0.9"],
+    "8-bit moments": [*WHOLE[1:], "optim.kind=adamw8bit", *ROUNDED],
     "LoRA": [*LORA, "lora.dropout=0.2"],
     "DoRA on int8": [*LORA, "lora.dora=true", "model.quantize=int8"],
     "nf4, swapped": [*LORA, "model.quantize=nf4", "parallel.swap_blocks=2"],
@@ -233,8 +235,7 @@ SEVERAL += [pytest.param("cpu", n, marks=pytest.mark.slow) for n in list(STEPS)[
 @pytest.mark.parametrize("device, name", SEVERAL)
 def test_a_step_does_not_wait_for_the_device(device, name, alone):
     """Nor does what ranks tell each other of it; its numbers are read afterwards."""
-    options = ["dtype=float32", "optim.ema_decay=0.9", *STEPS[name]]
-    run, batches = run_of(device, *options, *["compile=false"] * (name != "all weights"))
+    run, batches = run_of(device, "dtype=float32", *STEPS[name])
     launch = functools.partial(loop.launch_step, run, batches, {"number": 0})
     earlier = [launch(step) for step in (1, 2)]  # what is made once is made here
     if device == "cuda":
@@ -305,8 +306,8 @@ def test_streamed_blocks_compute_what_resident_ones_do(device, resident):
 @needs_gpu
 def test_training_with_weights_in_host_memory_is_that_with_weights_on_the_gpu(alone):
     found = []
-    for offload in ("false", "true"):
-        options = "dtype=float32", "compile=false", f"parallel.cpu_offload={offload}"
+    for offloaded in ("false", "true"):
+        options = "dtype=float32", "compile=false", f"parallel.cpu_offload={offloaded}"
         run, batches = run_of("cuda", *options, "optim.warmup=0", "optim.ema_decay=0.9")
         stepped = [step_of(run, batches, step)[0] for step in range(2)]
         parts = {name: local_tensor(p) for name, p in run.model.named_parameters()}
@@ -320,41 +321,35 @@ def test_training_with_weights_in_host_memory_is_that_with_weights_on_the_gpu(al
     assert all(relative_error(*pair) < 1e-4 for pair in zip(averages, average_there))
 
 
-SMALL = {  # ways to train in less memory: {name: (options, those of the run that it is to equal)}
-    "LoRA": (["dtype=float32"], []),
-    "swapped": (["parallel.swap_blocks=3"], []),
-    "swapped and kept on the host": (
-        ["parallel.swap_blocks=3", "parallel.activation_offload=true"],
-        [],
-    ),
-    **{kind: ([f"model.quantize={kind}"],) * 2 for kind in QUANTIZED_KINDS[1:]},
-    "nf4, swapped": (
-        ["model.quantize=nf4", "parallel.swap_blocks=2"],
-        ["model.quantize=nf4"],
-    ),
-    "prodigy": (["optim.kind=prodigy", "optim.lr=1"],) * 2,
-    "8-bit moments": (["lora.train=false", "optim.kind=adamw8bit"],) * 2,
-    "bfloat16 weights": (["lora.train=false", "optim.weights=bfloat16"],) * 2,
+NF4, SWAPPED = "model.quantize=nf4", "parallel.swap_blocks=3"
+SMALL = {  # ways to train in less memory: (settings, those of the run that it is to equal, bound)
+    "LoRA": (FROZEN, FROZEN, 1e-4),
+    "swapped": ([*FROZEN, SWAPPED], FROZEN, 1e-4),
+    "on the host": ([*FROZEN, SWAPPED, "parallel.activation_offload=true"], FROZEN, 1e-4),
+    "int8": ([*FROZEN, "model.quantize=int8"],) * 2 + (1e-4,),
+    "float8": ([*FROZEN, "model.quantize=float8"],) * 2 + (1e-4,),
+    "nf4, swapped": ([*FROZEN, NF4, SWAPPED], [*FROZEN, NF4], 1e-4),
+    "prodigy": ([*FROZEN, "optim.kind=prodigy", "optim.lr=1"],) * 2 + (1e-2,),
+    # codes and rounded weights are whole steps apart where two devices' last bits differ
+    "8-bit moments": ([*WHOLE, "optim.kind=adamw8bit"],) * 2 + (1e-2,),
+    "bfloat16 weights": ([*WHOLE, *ROUNDED],) * 2 + (3e-2,),
 }
 
 
 @pytest.mark.parametrize("device", SLOW_ON_CPU)
 @pytest.mark.parametrize("name", SMALL)
 def test_training_in_little_memory_is_that_of_a_cpu(device, name, alone):
-    """Codes and rounded weights are whole steps apart, where two devices' last bits differ."""
     if name == "prodigy":
         pytest.importorskip("prodigyopt")
-    options, plain = SMALL[name]
-    found, run = steps_of(*FROZEN, *options, "compile=false", device=device)
+    options, plain, bound = SMALL[name]
+    found, run = steps_of(*options, device=device)
     parallel.stop_ranks()
-    expected, _ = steps_of(*FROZEN, *plain, "compile=false")
-    bound = 1e-4 if "optim.kind" not in str(options) and "weights" not in name else 1e-2
+    expected, _ = steps_of(*plain)
     for (loss, norm), (their_loss, their_norm) in zip(found, expected):
         assert loss == pytest.approx(their_loss, rel=bound)
         assert norm == pytest.approx(their_norm, rel=10 * bound)
-    assert expected[0][0] != expected[2][0] and {p.device.type for p in run.model.parameters()} == {
-        device
-    }
+    assert expected[0][0] != expected[2][0]
+    assert {p.device.type for p in run.model.parameters()} == {device}
 
 
 @needs_gpu
@@ -368,7 +363,7 @@ def test_what_waits_in_host_memory_is_page_locked_and_off_the_gpu(alone, monkeyp
     for owner in (host_memory, offload):
         monkeypatch.setattr(owner, "host_buffer", noted)
     ways = "parallel.swap_blocks=3", "parallel.activation_offload=true"
-    steps_of(*FROZEN, *ways, "compile=false", device="cuda")
+    steps_of(*FROZEN, *ways, device="cuda")
     assert len(made) == 3 + 3 * (2 + 3) and all(tensor.is_pinned() for tensor in made)
 
 
@@ -377,8 +372,10 @@ def test_what_waits_in_host_memory_is_page_locked_and_off_the_gpu(alone, monkeyp
 def test_a_device_quantises_and_dequantises_as_a_cpu(device, kind):
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
     weight *= torch.logspace(-3, 3, 96)[:, None]
-    dense = [quantized.computed_weight("modulation.", w, kind, w.dtype).cpu() for w in
-             (weight, weight.to(device))]
+    dense = [
+        quantized.computed_weight("modulation.", w, kind, w.dtype).cpu()
+        for w in (weight, weight.to(device))
+    ]
     assert relative_error(dense[1], dense[0]) < 1e-6
 
 

@@ -169,14 +169,11 @@ class Feed:
             return
         slot, home = 1 - self.slot, self.homes[number]
         self.holds[slot] = number
-        if not self.cuda:
-            self.buffers[slot][: home.numel()].copy_(home)
-            return
-        with torch.cuda.stream(self.side):
+        with torch.cuda.stream(self.side):  # of None, the current one
             if self.used[slot] is not None:
                 self.side.wait_event(self.used[slot])  # the block that has the buffer must be done
             self.buffers[slot][: home.numel()].copy_(home, non_blocking=True)
-            self.copied[slot] = self.side.record_event()
+            self.copied[slot] = self.side.record_event() if self.cuda else None
 
     def enter(self, number, backward=False):
         """Give a block its weights, and send for the next block's."""
