@@ -42,10 +42,10 @@ def stream_blocks(net, device, resident=0, *, training=False):
     staying = () if training else net.conditioning
     for name, child in net.named_children():
         if name not in (*staying, "double_blocks", "single_blocks"):
-            child.to(device)
+            move_module(child, device)
     staying = resident_blocks(len(blocks), resident)
     for number in staying:
-        blocks[number].to(device)
+        move_module(blocks[number], device)
     streamed = [block for number, block in enumerate(blocks) if number not in staying]
     feed = Feed(streamed, device, training) if streamed else None
     for number, block in enumerate(streamed):
@@ -54,6 +54,14 @@ def stream_blocks(net, device, resident=0, *, training=False):
         if training:
             block.register_forward_hook(partial(feed.follow, number))
     return net
+
+
+def move_module(module, device):
+    """Move a module unless it is there: torch refuses some fake tensors that stay where they are
+    (`preflight`).
+    """
+    if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+        module.to(device)
 
 
 def resident_blocks(count, resident):
