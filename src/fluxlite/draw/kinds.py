@@ -54,20 +54,26 @@ KINDS = {  # guidance as their publisher's examples have it; FLUX.1-Canny's is 3
 }
 
 
+def kind_channels(channels, cell):
+    """{key in `KINDS`: channels that it takes} of a transformer that gives so many, with an
+    autoencoder of `cell` pixels a latent cell.
+    """
+    return {"plain": channels, "control": 2 * channels, "fill": 2 * channels + (PATCH * cell) ** 2}
+
+
 def drawing_kind(config, cell, where):
     """The key in `KINDS` of a `FluxConfig`, with an autoencoder of `cell` pixels a latent cell.
 
     Raises `ValueError`, naming `where`.
     """
     out = config.out_channels
-    channels = {"plain": out, "control": 2 * out, "fill": 2 * out + (PATCH * cell) ** 2}
-    for name, count in channels.items():
+    for name, count in kind_channels(out, cell).items():
         if config.in_channels == count:
             return name
     raise ValueError(
         f"{where} takes {config.in_channels} channels and gives {out}, as a model that sees more "
         "than noise, and is none of FLUX.1, FLUX.1-Fill, FLUX.1-Canny and FLUX.1-Depth: it can be "
-        "converted, but not drawn with"
+        "converted, but neither drawn with nor trained"
     )
 
 

@@ -198,18 +198,6 @@ class AutoencoderConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-def check_channels(config, where):
-    """Raise `ValueError`, naming `where`, for a model that cannot be trained, as it sees more than
-    noise.
-    """
-    if config.in_channels != config.out_channels:
-        name = CHANNEL_NAMES.get(config.in_channels, "a model that sees more than noise")
-        raise ValueError(
-            f"{where} takes {config.in_channels} channels and gives {config.out_channels}, "
-            f"as {name}: training it is not supported yet"
-        )
-
-
 def mode_number(mode):
     """The number of a kind of control, from a name of `MODES` or a number as it is or as text; None
     for anything else.
