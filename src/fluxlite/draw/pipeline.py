@@ -343,7 +343,8 @@ class Pipeline:
 
     @property
     def model_config(self):
-        return self.sources["transformer"].config
+        """That of the transformer with its LoRAs, which may widen its input."""
+        return lora_merging.widened_config(self.sources["transformer"].config, self.loras)
 
     @property
     def keeps_parts(self):
@@ -392,13 +393,24 @@ class Pipeline:
         """
         given = [lora if isinstance(lora, Lora) else Lora(lora) for lora in loras]
         opened = lora_merging.open_loras(given, self.sources["transformer"])
-        lora_merging.check_drawable(opened, self.model_config)
+        self.check_widened(opened)
         changed = {part for lora in [*opened, *self.loras] for part in lora.file.adapters}
         self.loras = opened
         if "transformer" in changed:
             vars(self).pop("transformer", None)
         if changed & {"clip", "t5"}:
             vars(self).pop("encoders", None)
+
+    def check_widened(self, opened):
+        """Raise `ValueError` where LoRAs make a transformer that cannot be drawn with."""
+        base = self.sources["transformer"].config
+        shape, names = lora_merging.widened_config(base, opened), (one.file.where for one in opened)
+        kinds.drawing_kind(shape, self.cell, f"{self.where} with lora={', '.join(map(str, names))}")
+        if shape.in_channels != base.in_channels and not self.config.lora.merge:
+            raise ValueError(
+                "lora.merge=false cannot widen the model's input, as a control LoRA does: leave it "
+                "out"
+            )
 
     def load_net(self, load, source):
         """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves
@@ -478,13 +490,12 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     check_float8(config, dtype, found["transformer"])
     width, how = found["transformer"].config.hidden_size, config.model.quantize
     refuse_first(quantize_conflicts(how, width))
-    cell = found["autoencoder"].config.downsampling
-    kind = kinds.drawing_kind(found["transformer"].config, cell, "model.checkpoint")
-    settings = kinds.KINDS[kind].settings | default_settings(found["transformer"]) | own
+    settings = default_settings(found["transformer"]) | own
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
     pipeline = Pipeline(config, found, settings, device, dtype)
     pipeline.use_loras(*config.lora.loras())
+    pipeline.settings = kinds.KINDS[pipeline.kind].settings | settings
     return pipeline
 
 

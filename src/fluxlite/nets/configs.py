@@ -24,7 +24,6 @@ MODES = {  # kinds of control that the published Union nets tell apart
     "gray": 5,
     "lq": 6,
 }
-CHANNEL_NAMES = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or FLUX.1-Depth"}  # by input channels
 
 
 @dataclass
