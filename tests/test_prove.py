@@ -256,6 +256,7 @@ def test_every_ring_of_the_generator_is_a_ring_and_no_circle_is(smooth):
             blurred = gaussian_filter(array.astype(float), (smooth, smooth, 0))
             found.append(circles.measure_ring(Image.fromarray(np.uint8(blurred)), *pair))
         assert [result["ring"] for result in found] == [True, False], pair
+        assert found[0]["depth"] > 0.9 and found[1]["depth"] < 0.02, pair
 
 
 @pytest.mark.parametrize(
@@ -289,6 +290,13 @@ def test_a_rings_hole_and_what_is_around_it_are_of_the_background_and_it_of_its_
     assert measure("yellow", "blue", "yellow")["right"]
     violet = measure("yellow", "dark violet", "yellow")
     assert violet["ring"] and not violet["right"]
+    half = paint(np.full((64, 64), 0.5), "blue", "yellow").getpixel((0, 0))
+    picture = np.array(paint(outer, "blue", "yellow"))
+    picture[hole] = half
+    halved = circles.measure_ring(Image.fromarray(picture), "blue", "yellow")
+    assert halved["depth"] == pytest.approx(0.5, abs=0.01) and not halved["ring"]
+    empty = paint(np.zeros((64, 64)), "blue", "yellow")
+    assert circles.measure_ring(empty, "blue", "yellow")["depth"] == 0
     for colours in (("yellow", "blue", "orange"), ("orange", "blue", "yellow")):
         assert measure(*colours)["shape"] and not measure(*colours)["ring"]
     assert not measure("blue", "yellow", "blue")["ring"]
@@ -319,6 +327,8 @@ def test_a_lora_is_proven_by_rings_with_it_and_circles_as_before(
     runpy.run_path(str(PROVE))["body"](arguments)
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (line["ring"], line["ring_half"], line["ring_without"]) == (1.0, 0.5, 0.0)
+    assert line["depth"] > 0.95 and line["depth_without"] < 0.02
+    assert line["depth_half"] == pytest.approx(line["depth"] / 2, abs=0.02)
     assert line["circle_without"] == 1 and (line["circle"] == 1) == kept and line["same_at_0"]
     with pytest.raises(ValueError, match="--lora is measured by rings: leave out --swaps"):
         runpy.run_path(str(PROVE))["body"]([*arguments, "--swaps", "3", "--overwrite"])
@@ -329,7 +339,9 @@ def test_rings_are_proven_with_pairs_that_no_training_sees(tmp_path):
         return [perfect_ring(i, prompt) for i, prompt in enumerate(prompts)]
 
     report, pictures, results = proof.prove_rings(draw, num=12, seed=0)
-    assert report == {"num": 12, "ring": 1.0, "shape": 1.0, "right": 1.0} and len(pictures) == 12
+    shares = {key: report[key] for key in ("ring", "shape", "right")}
+    assert shares == {"ring": 1.0, "shape": 1.0, "right": 1.0} and report["depth"] > 0.95
+    assert len(pictures) == report["num"] == 12
     rings.write_figures(rings.RingsConfig(str(tmp_path / "rings"), count=30))
     captions = {path.read_text() for path in (tmp_path / "rings").glob("*.txt")}
     assert len(captions) > 25 and not captions & {result["prompt"] for result in results}

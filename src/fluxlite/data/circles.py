@@ -152,11 +152,13 @@ def measure_ring(picture, ring, background):
 
     `shape`: the figure is one circle of the generator's size with one round hole in its middle, of
     `HOLE` its radius; `ring`: also, what is around it and its hole are of the background's colour;
-    `right`: and it is of its own. `figure_error`, `background_error`, `hole_error`: ΔE.
+    `right`: and it is of its own. `figure_error`, `background_error`, `hole_error`: ΔE. `depth`:
+    `hole_depth`.
     """
     picture = np.asarray(picture.convert("RGB"))
     mask = figure_mask(picture, ring, background)
     whole = binary_fill_holes(mask)
+    depth = hole_depth(picture, whole, ring, background)
     hole = whole & ~mask
     masks = {"figure": mask, "background": ~whole, "hole": hole}
     wanted = {"figure": ring, "background": background, "hole": background}
@@ -168,7 +170,24 @@ def measure_ring(picture, ring, background):
     around = surrounds_picture(~whole) and errors["background_error"] <= MAX_COLOUR_ERROR
     is_ring = bool(shape and around and errors["hole_error"] <= MAX_COLOUR_ERROR)
     right = is_ring and errors["figure_error"] <= MAX_COLOUR_ERROR
-    return {"shape": shape, "ring": is_ring, "right": right, **errors}
+    return {"shape": shape, "ring": is_ring, "right": right, "depth": depth, **errors}
+
+
+def hole_depth(picture, whole, ring, background):
+    """How far the middle of a figure is on the way from the colour of the ring, 0, to the other, 1.
+
+    The middle is the disc that the hole of a ring would be, about the centre of the circle that
+    fits the filled figure `whole` best; pixels past either end count as there, and no figure as 0.
+    """
+    fit = fit_circle(whole)
+    if fit is None:
+        return 0.0
+    centre, radius, _ = fit
+    y, x = np.mgrid[: whole.shape[0], : whole.shape[1]] + 0.5
+    middle = np.hypot(x - centre[0], y - centre[1]) < HOLE * radius - 1  # within its soft rim
+    away = rgb(background) - rgb(ring)
+    shares = (picture[middle] - rgb(ring)) @ away / (away @ away)
+    return float(shares.clip(0, 1).mean()) if len(shares) else 0.0
 
 
 def has_ring_shape(whole, hole):

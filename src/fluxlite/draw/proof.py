@@ -192,7 +192,8 @@ def prove_rings(draw, *, num, seed):
     prompts = [ring_caption(*pair) for pair in chosen]
     pictures = draw(prompts)
     results = [measure_ring(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
-    shares = {key: sum(r[key] for r in results) / num for key in ("ring", "shape", "right")}
+    keys = ("ring", "shape", "right", "depth")
+    shares = {key: sum(r[key] for r in results) / num for key in keys}
     report = {"num": num, **shares}
     return report, pictures, [{"prompt": p, **result} for p, result in zip(prompts, results)]
 
@@ -207,7 +208,7 @@ def prove_lora(draw, *, num, num_circles, seed):
     report, pictures, results = prove_rings(lambda p: draw(p, 1.0), num=num, seed=seed)
     for name, strength in (("half", 0.5), ("without", None)):
         other, *_ = prove_rings(partial(draw, strength=strength), num=num, seed=seed)
-        report[f"ring_{name}"] = other["ring"]
+        report |= {f"{key}_{name}": other[key] for key in ("ring", "depth")}
     chosen = choose_pairs(num_circles, seed)
     prompts = [circle_caption(*pair) for pair in chosen]
     for name, strength in (("", 1.0), ("_without", None)):
@@ -222,6 +223,9 @@ LORA_ROWS = {
     "ring": "rings with the LoRA",
     "ring_half": "rings at half its strength",
     "ring_without": "rings without it",
+    "depth": "depth of the holes with the LoRA",
+    "depth_half": "at half its strength",
+    "depth_without": "without it",
     "circle": "circles with the LoRA",
     "circle_without": "circles without it",
 }
