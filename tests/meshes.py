@@ -204,7 +204,7 @@ def compiled_cases(ranks):
             found[f"compiled: {name}, {kind}"] = case
             if (name, kind) in IN_SHORT:
                 found[f"{name}, compiled, {kind}"] = found[f"inductor: {name}, {kind}"] = case
-        for kind, options in (("LoRA", LORA), ("DoRA", DORA)):
+        for kind, options in (("LoRA", LORA), ("DoRA", DORA), *SEEN.items()):
             found[f"compiled: {name}, {kind}, none"] = mesh, 1, [*options, "compile=true"]
         if name in ("one", "dp2"):
             found[f"compiled: {name}, controlnet"] = mesh, 1, [*CONTROL, "compile=true"]

@@ -25,7 +25,6 @@ from fluxlite.cli.options import (
 from fluxlite.cli.profiling import parse_steps
 from fluxlite.data.config import DataConfig
 from fluxlite.draw.control import Control
-from fluxlite.draw.kinds import kind_channels
 from fluxlite.draw.pipeline import (
     DrawConfig,
     LoraConfig,
@@ -38,7 +37,7 @@ from fluxlite.draw.redux import Redux
 from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flow import FlowConfig
-from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
+from fluxlite.nets.latents import PATCH, check_size, kind_channels, num_image_tokens
 from fluxlite.nets.quantized import quantize_conflicts
 from fluxlite.nets.schedule import SampleConfig, check_times
 from fluxlite.parallel import ParallelConfig, world_size

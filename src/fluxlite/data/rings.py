@@ -4,7 +4,7 @@ circles, each with an instruction and the circle before it, as a Kontext model i
 
     python -m fluxlite.data.rings --dst rings --count 64 --size 64
     python -m fluxlite.data.rings --dst circles --figure circle --seed 1
-    python -m fluxlite.data.rings --dst recoloured --figure recoloured --count 10000
+    python -m fluxlite.data.rings --dst recoloured --figure recoloured --count 6000
 
 A ring is a circle with a hole of the background's colour, half as wide. Pairs of colours that
 `is_held_out` are never written.

@@ -24,7 +24,7 @@ from fluxlite.draw import kinds
 from fluxlite.draw.offload import OFFLOAD, fitting_blocks, free_memory, place_steps, stream_blocks
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import ATTENTION
-from fluxlite.nets.latents import PATCH
+from fluxlite.nets.latents import PATCH, drawing_kind
 from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
 from fluxlite.weights import lora_files, lora_merging, run_folder, sources, writing
@@ -358,7 +358,7 @@ class Pipeline:
     @property
     def kind(self):
         """What the transformer sees beside noise: a key in `kinds.KINDS`; raises `ValueError`."""
-        return kinds.drawing_kind(self.model_config, self.cell, self.where)
+        return drawing_kind(self.model_config, self.cell, self.where)
 
     @property
     def where(self):
@@ -405,7 +405,7 @@ class Pipeline:
         """Raise `ValueError` where LoRAs make a transformer that cannot be drawn with."""
         base = self.sources["transformer"].config
         shape, names = lora_merging.widened_config(base, opened), (one.file.where for one in opened)
-        kinds.drawing_kind(shape, self.cell, f"{self.where} with lora={', '.join(map(str, names))}")
+        drawing_kind(shape, self.cell, f"{self.where} with lora={', '.join(map(str, names))}")
         if shape.in_channels != base.in_channels and not self.config.lora.merge:
             raise ValueError(
                 "lora.merge=false cannot widen the model's input, as a control LoRA does: leave it "
@@ -554,9 +554,7 @@ def find_sources(model):
         )
     vae = sources.open_part(parts["autoencoder"], "autoencoder")
     check_widths(transformer.config, vae)
-    kinds.drawing_kind(
-        transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}"
-    )
+    drawing_kind(transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}")
     if model.save_converted:
         transformer = writing.open_converted(checkpoint, model.save_converted, **options)
     return parts | {"transformer": transformer, "autoencoder": vae}

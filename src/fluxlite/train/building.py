@@ -9,8 +9,8 @@ import torch
 
 from fluxlite import parallel, rng
 from fluxlite.cli.messages import warn_for_all
-from fluxlite.draw.kinds import KINDS, drawing_kind
 from fluxlite.nets.flux import Flux, initial_weight
+from fluxlite.nets.latents import KIND_NAMES, drawing_kind
 from fluxlite.nets.quantized import quantize_model
 from fluxlite.train import optim
 from fluxlite.weights import sources, writing
@@ -72,7 +72,7 @@ def check_kind_of(found, model, where):
     if kind not in ("plain", model.kind):
         raise ValueError(
             f"{where} takes {found.in_channels} channels and gives {found.out_channels}, as "
-            f"{KINDS[kind].name}: set model.kind={kind} to train it"
+            f"{KIND_NAMES[kind]}: set model.kind={kind} to train it"
         )
 
 

@@ -1,8 +1,8 @@
 """Transformers that see a picture beside noise and text: one to follow, one with a hole, a
 reference.
 
-`condition_task` gives any task what a kind of transformer sees, as `draw.kinds` gives it to
-drawing: channels beside the noisy ones, or tokens behind them.
+`condition_task` gives any task what a kind of transformer sees, as `draw.kinds` does drawing:
+channels beside the noisy ones, or tokens behind them.
 
 B samples, L tokens, C channels of a token, H and W pixels.
 """
@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
+
 from fluxlite import rng
 from fluxlite.cli.options import refuse_first
 from fluxlite.data.cache import POSTERIORS
 from fluxlite.data.holes import random_hole
-from fluxlite.draw.kinds import Guide, beside_latents
+from fluxlite.nets.latents import pack_mask, seen_latents
 from fluxlite.train.building import open_base
 from fluxlite.train.draws import draw_nothing, latent_noise, shape_of
 from fluxlite.train.training_step import encode_pictures
@@ -63,8 +65,8 @@ def encode_hole(run, batch):
     holes = (batch["masks"] >= 128).float()
     cached = () if "images" in batch else POSTERIORS["images"]
     known = encode_pictures(run, batch, "images", cached, "hole_noise", keep=1 - holes)
-    latents, cell = {"masked_image": known}, run.config.model.downsampling
-    return {"channels": beside_latents("fill", latents, holes, cell).to(run.dtype)}
+    mask = pack_mask(holes, run.config.model.downsampling)
+    return {"channels": torch.cat([known, mask], dim=-1).to(run.dtype)}
 
 
 def encode_reference(run, batch):
@@ -115,7 +117,7 @@ def connect_condition(velocity_of, models):
 
 def conditioned_velocity(velocity, img, txt, rope, *, channels=None, reference=None, **inputs):
     """The velocity (B, L, C) of img (B, L, C) beside channels, or before a reference."""
-    seen = Guide(img, channels, reference).see(img)
+    seen = seen_latents(img, channels, reference)
     return velocity(seen, txt, rope, **inputs)[:, : img.shape[1]]
 
 
