@@ -7,7 +7,7 @@ import sys
 from contextlib import closing
 from dataclasses import asdict, fields, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
@@ -83,7 +83,8 @@ def draw_pictures(config, pipeline, stages, on_picture, prompts, seeds=None):
     recorded = parse_steps(config.profile, MAX_STEPS)
     profile = StepProfile(recorded, config.output, config.device)
     show, file = show_steps(desc="drawing", unit="step"), Path(config.output) / "preview.live.png"
-    with closing(profile), previewing(pipeline, config.preview_every, file, config.preview) as look:
+    shown = config.preview_every, file, config.preview, config.tile
+    with closing(profile), previewing(pipeline, *shown) as look:
         return generate(
             prompts,
             checkpoint=pipeline,
@@ -162,7 +163,7 @@ def draw_group(pipeline, jobs, stages):
     for first in range(0, len(jobs), ENCODED_JOBS):
         together = jobs[first : first + ENCODED_JOBS]
         with stages("text encoders"):
-            pipeline.remember_texts([text for job in together for text in job[1]])
+            pipeline.remember_texts(chain.from_iterable(job[1] for job in together))
         for _, alike in groupby(together, key=settings_alike):
             _, _, wheres, configs, paths = zip(*alike)
             with naming_place(wheres[0]):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import fluxlite
 from fluxlite.cli.programs import one_line
 from fluxlite.draw import pipeline as draw_pipeline
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 
 ROOT, TINY = Path(__file__).parents[1], ASSETS / "flux-tiny"
 infer = runpy.run_path(str(ROOT / "infer.py"))

@@ -16,7 +16,7 @@ from fluxlite.cli.command_line import flag_of
 from fluxlite.data import circles, rings
 from fluxlite.data.fill50k import disc_coverage, distance_from, draw_sample, rgb
 from fluxlite.draw import proof
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 
 PROVE = Path(__file__).parents[1] / "prove.py"
 NUM = 60

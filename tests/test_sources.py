@@ -24,7 +24,8 @@ from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.schedule import SampleConfig, times_for
 from fluxlite.settings import TrainConfig
 from fluxlite.weights import conversion, foreign, layouts, net_configs, sources, tensor_files
-from fluxlite.weights.sources import ASSETS, open_source
+from fluxlite.weights.hub import ASSETS
+from fluxlite.weights.sources import open_source
 from fluxlite.weights.text_encoders import load_text_encoders
 from fluxlite.weights.writing import write_converted
 

@@ -520,7 +520,7 @@ def test_muon_orthogonalises_and_matches_torch():
     g = torch.Generator().manual_seed(0)
     for shape in ((48, 16), (16, 48), (32, 32)):
         matrix = torch.randn(shape, generator=g) @ torch.diag(torch.logspace(0, -2, shape[1]))
-        values = torch.linalg.svdvals(optim.orthogonalise_matrix(matrix))
+        values = torch.linalg.svdvals(optim.orthogonalise_matrices(matrix[None]))
         assert values.max() < 1.4 and values.median() > 0.5
     ours = torch.randn(48, 16, generator=g).requires_grad_()
     theirs = ours.detach().clone().requires_grad_()
@@ -538,6 +538,32 @@ def test_muon_orthogonalises_and_matches_torch():
     )
 
 
+def test_muon_steps_small_matrices_of_a_shape_at_once_as_one_by_one(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(8, 24), (8, 8), (24, 8), (8, 8), (8, 24), (8, 8)]
+    start = [torch.randn(shape, generator=g) for shape in shapes]
+    grads = [torch.randn(shape, generator=g) for shape in shapes]
+    sizes = []
+
+    def counted(matrices, **how):
+        sizes.append(len(matrices))
+        return exact(matrices, dtype=torch.float64)
+
+    exact, stepped = optim.orthogonalise_matrices, []
+    monkeypatch.setattr(optim, "orthogonalise_matrices", counted)
+    for at_once in (1, 128, 1 << 24):
+        monkeypatch.setattr(optim, "AT_ONCE", at_once)
+        weights = [value.clone().requires_grad_() for value in start]
+        for weight, gradient in zip(weights, grads):
+            weight.grad = gradient.clone()
+        optim.Muon(weights, lr=0.1, momentum=0.9, weight_decay=0.1).step()
+        stepped.append(weights)
+    assert sizes == [*[1] * 6, *(1, 1, 1, 2, 1), *(1, 2, 3)]
+    for others in stepped[1:]:
+        for one, other in zip(stepped[0], others):
+            assert torch.allclose(one, other, atol=1e-6)
+
+
 def test_meshes_differ_with_muon_by_the_iterations_bfloat16_alone():
     """Meshes add a gradient up in other orders, and float32 rounds. That flips roundings to
     bfloat16.
@@ -550,7 +576,7 @@ def test_meshes_differ_with_muon_by_the_iterations_bfloat16_alone():
 
     def difference(dtype):
         one, other = (
-            optim.orthogonalise_matrix(m.double(), dtype=dtype)
+            optim.orthogonalise_matrices(m.double()[None], dtype=dtype)
             for m in (gradient, summed_otherwise)
         )
         return ((one - other).norm() / one.norm()).item()

@@ -49,8 +49,8 @@ from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.conditions import CONDITIONS
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
 from fluxlite.train.tasks.lora import LoraTrainConfig
+from fluxlite.weights.hub import TINY
 from fluxlite.weights.run_folder import CheckpointConfig
-from fluxlite.weights.sources import TINY
 
 MAX_STEPS = 10**9  # of training
 

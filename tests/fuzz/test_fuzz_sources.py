@@ -13,7 +13,7 @@ from test_convert import in_layout
 
 from fluxlite.nets.schedule import SampleConfig, times_for
 from fluxlite.weights import sources, writing
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 from fluxlite.weights.text_encoders import load_text_encoders
 
 TINY = ASSETS / "flux-tiny"

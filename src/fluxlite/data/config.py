@@ -118,7 +118,9 @@ class DataConfig:
     crop: str = option("center", "which part stays of a picture of another shape", choices=CROPS)
     flip: bool = option(False, "mirror every other picture, drawn for each sample")
     caption_field: str = option(
-        "caption", "field of a sample's json that is its caption; without it, its txt is"
+        "caption",
+        "field of a sample's json that is its caption; without it, its txt is",
+        only_with=READ_KINDS,
     )
     caption_dropout: float = option(
         0.1, "share of samples trained with the empty caption", at_least=0, at_most=1
@@ -151,7 +153,11 @@ class DataConfig:
     )
     shuffle: bool = option(True, "a new order each epoch; false: the tars' own")
     shuffle_window: int = option(
-        64, "tars whose samples are mixed at a time", at_least=1, at_most=10**9
+        64,
+        "tars whose samples are mixed at a time",
+        at_least=1,
+        at_most=10**9,
+        only_with={"data.shuffle": (True,)},
     )
     workers: int = option(
         2,

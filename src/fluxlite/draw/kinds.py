@@ -21,7 +21,7 @@ from fluxlite.cli.options import check_kind, refuse_first
 from fluxlite.data import images
 from fluxlite.data.transfers import send_tensor
 from fluxlite.draw import canvas
-from fluxlite.draw.control import Posteriors, rows_for, sample_latents_of
+from fluxlite.draw.posteriors import Posteriors, rows_for, sample_latents_of
 from fluxlite.nets import flow
 from fluxlite.nets.latents import KIND_NAMES, PATCH, pack_latents, pack_mask, seen_latents
 

@@ -27,9 +27,10 @@ from fluxlite.nets.flux import ATTENTION
 from fluxlite.nets.latents import PATCH, drawing_kind
 from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
-from fluxlite.weights import lora_files, lora_merging, run_folder, sources, writing
+from fluxlite.weights import hub, lora_files, lora_merging, run_folder, sources, writing
+from fluxlite.weights.hub import TINY
 from fluxlite.weights.lora_files import Lora, LoraFile
-from fluxlite.weights.sources import COMPUTE_DTYPES, TINY
+from fluxlite.weights.sources import COMPUTE_DTYPES
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
@@ -394,7 +395,7 @@ class Pipeline:
         given = [lora if isinstance(lora, Lora) else Lora(lora) for lora in loras]
         opened = lora_merging.open_loras(given, self.sources["transformer"])
         self.check_widened(opened)
-        changed = {part for lora in [*opened, *self.loras] for part in lora.file.adapters}
+        changed = set().union(*(lora.file.adapters for lora in [*opened, *self.loras]))
         self.loras = opened
         if "transformer" in changed:
             vars(self).pop("transformer", None)
@@ -490,6 +491,7 @@ def open_pipeline(config: PipelineConfig) -> Pipeline:
     check_float8(config, dtype, found["transformer"])
     width, how = found["transformer"].config.hidden_size, config.model.quantize
     refuse_first(quantize_conflicts(how, width))
+    parallel.warn_of_rounding(how)
     settings = default_settings(found["transformer"]) | own
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
@@ -539,7 +541,7 @@ def check_float8(config, dtype, transformer):
 
 def find_sources(model):
     """The `Pipeline.sources` that an `ExpectedConfig` names; raises `ValueError`."""
-    checkpoint = str(sources.local_path(model.checkpoint, PIPELINE_FILES))
+    checkpoint = str(hub.local_path(model.checkpoint, PIPELINE_FILES))
     expected = expected_shape(model)
     options = dict(ema=model.ema, given=expected)
     transformer = sources.open_part(checkpoint, "transformer", **options)

@@ -11,7 +11,7 @@ import torch
 
 from fluxlite.cli.options import refuse_first, shortened, typed_options
 from fluxlite.draw import canvas, kinds
-from fluxlite.draw.control import Control, Posteriors, open_control
+from fluxlite.draw.control import Control, open_control
 from fluxlite.draw.pipeline import (
     SAMPLE_FIELDS,
     DrawConfig,
@@ -20,6 +20,7 @@ from fluxlite.draw.pipeline import (
     check_tile,
     one_or_several,
 )
+from fluxlite.draw.posteriors import Posteriors
 from fluxlite.draw.redux import Redux, open_redux
 from fluxlite.draw.sampling import initial_noise
 from fluxlite.draw.solvers import SOLVERS

@@ -156,6 +156,11 @@ def measure_all(pictures, chosen):
     return [measure_circle(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
 
 
+def mean_of(results, key):
+    """The mean of a measurement's key: of what is true or not, a share."""
+    return sum(result[key] for result in results) / len(results)
+
+
 def prove(draw, *, num, num_swaps=None, seed, control_size=None):
     """The report of a model that `draw(prompts, controls)` → PIL pictures stands for, the pictures,
     and one measurement for each.
@@ -192,8 +197,7 @@ def prove_rings(draw, *, num, seed):
     prompts = [ring_caption(*pair) for pair in chosen]
     pictures = draw(prompts)
     results = [measure_ring(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
-    keys = ("ring", "shape", "right", "depth")
-    shares = {key: sum(r[key] for r in results) / num for key in keys}
+    shares = {key: mean_of(results, key) for key in ("ring", "shape", "right", "depth")}
     report = {"num": num, **shares}
     return report, pictures, [{"prompt": p, **result} for p, result in zip(prompts, results)]
 
@@ -213,7 +217,7 @@ def prove_lora(draw, *, num, num_circles, seed):
     prompts = [circle_caption(*pair) for pair in chosen]
     for name, strength in (("", 1.0), ("_without", None)):
         found = measure_all(draw(prompts, strength), chosen)
-        report[f"circle{name}"] = sum(result["right"] for result in found) / num_circles
+        report[f"circle{name}"] = mean_of(found, "right")
     nothing, base = (draw(prompts[:1], strength)[0] for strength in (0.0, None))
     report["same_at_0"] = bool(np.array_equal(nothing, base))
     return report | {"num_circles": num_circles}, pictures, results
@@ -252,7 +256,7 @@ def summarise_results(own, others, swaps):
     report = {}
     for prefix, results in (("", own), ("shuffled_", others)):
         for key in ("right", "colours", "shape"):
-            report[prefix + key] = sum(result[key] for result in results) / len(results)
+            report[prefix + key] = mean_of(results, key)
     both = sum(a["colours"] and b["colours"] for a, b in zip(own, swaps))
     report["swap"] = both / len(swaps) if swaps else None
     for key in ("circle_error", "background_error", "iou"):

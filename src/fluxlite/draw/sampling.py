@@ -162,7 +162,8 @@ def pad_residuals(residuals, tokens):
     """A ControlNet's residuals, or None, with zeros for so many tokens that it does not see."""
     if not residuals or not tokens:
         return residuals
-    return [[F.pad(one, (0, 0, 0, tokens)) for one in of_kind] for of_kind in residuals]
+    pad = partial(F.pad, pad=(0, 0, 0, tokens))
+    return [[*map(pad, of_kind)] for of_kind in residuals]
 
 
 def check_latents_finite(model, conditions, finite):
@@ -218,14 +219,20 @@ def decode_pictures(autoencoder, tokens, height, width, tile=0):
     """
     factor = autoencoder.config.downsampling
     latents = unpack_latents(tokens, height // factor, width // factor)
-    decode = partial(autoencoder.decode_tiled, tile=tile // factor) if tile else autoencoder.decode
-    pixels = decode(latents)
+    pixels = decode_latents(autoencoder, latents, tile)
     given, made = begin_read(torch.stack([x.isfinite().all() for x in (tokens, pixels)]))()
     if given and not made:
         raise ValueError(
             "the autoencoder gives NaN or infinite pixels: try dtype=float32, or fetch it again"
         )
     return pictures_of(pixels)
+
+
+def decode_latents(autoencoder, latents, tile=0):
+    """Latents (B, C, h, w) as pixels; with `tile` decoded in tiles of so many pixels a side."""
+    if not tile:
+        return autoencoder.decode(latents)
+    return autoencoder.decode_tiled(latents, tile // autoencoder.config.downsampling)
 
 
 def pictures_of(pixels):

@@ -26,6 +26,7 @@ from fluxlite.parallel.float8 import (
     plain_values,
     quantize_linears,
     train_in_float8,
+    warn_of_rounding,
 )
 from fluxlite.parallel.mesh import Mesh, make_mesh, settle_copies, start_ranks, stop_ranks
 from fluxlite.parallel.plan import (

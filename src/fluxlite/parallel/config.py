@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fluxlite.cli.devices import FLOAT8_KINDS, FLOAT8_MULTIPLE, float8_conflicts
 from fluxlite.cli.options import option, refuse_first
+from fluxlite.parallel.compilation import checkpoint_interval
 from fluxlite.parallel.ranks import world_size
 
 MAX_RANKS = 65_536
@@ -236,8 +237,3 @@ class ParallelConfig:
 def list_divisors(count):
     """The divisors of a number, as an error lists them."""
     return ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-
-
-def checkpoint_interval(text):
-    """The k of activation_checkpointing=k, or 0."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 7 else 0

@@ -43,6 +43,16 @@ def check_launcher():
         ) from None
 
 
+def check_nodes():
+    """Raise `ValueError` unless all nodes have as many ranks, which is counted on. Collective."""
+    here = sorted({*gather_values(int(os.environ.get("LOCAL_WORLD_SIZE", world_size())))})
+    if len(here) > 1:
+        counts = " and ".join(map(str, here))
+        raise ValueError(
+            f"nodes of this run have {counts} ranks: give all the same --nproc_per_node of torchrun"
+        )
+
+
 STATE_SHARE = 0.6  # of a device's memory; the rest is for activations and gathered blocks
 
 
@@ -97,6 +107,7 @@ def start_ranks(config, device, state_of=None):
             check_launcher()
             alone = {}
         dist.init_process_group(backend, timeout=timeout, **alone)
+    check_nodes()
     if state_of:
         config = settle_copies(config, state_of, least_memory(device, config.cpu_offload))
     mesh = make_mesh(config, device)

@@ -44,10 +44,11 @@ def watching_ranks(config):
         text = str(error)
         if not (isinstance(error, dist.DistError) or GLOO_FAILURE.search(text)):
             raise
+        waited = f"another rank kept this one waiting for parallel.timeout_s={config.timeout_s} s"
+        what = waited if re.search("time(d )?out", text, re.I) else "another rank has ended"
         raise ValueError(
-            "another rank died, or kept this one waiting for "
-            f"parallel.timeout_s={config.timeout_s} s. The rank that failed first "
-            "says why, above or in torchrun's list; resume=auto goes on from the last checkpoint. "
+            f"{what}: it says why, above or in torchrun's list (exit code -9: killed, as where "
+            "memory runs out). resume=auto goes on from the last checkpoint. "
             f"({text.split('. ')[0]})"
         ) from error
 

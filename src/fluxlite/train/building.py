@@ -44,6 +44,7 @@ def wrap_model(model, config, mesh):
         p.data = p.data.to(trained if p.requires_grad else dtype)
     if not any(p.requires_grad for p in model.parameters()) and config.model.quantize != "none":
         quantize_model(model, config.model.quantize)
+    model.spreads_modulation = config.parallel.shard_modulation
     if mesh is None:
         return model
     return parallel.parallelize(model, mesh, config.parallel, dtype, compile=config.compile)

@@ -16,6 +16,7 @@ from fluxlite.train.small_adamw import SmallAdamW, columns_of_block
 
 SCHEDULES = ("constant", "cosine", "linear")
 OPTIMIZERS = ("adamw", "adamw8bit", "muon", "prodigy")
+AT_ONCE = 1 << 24  # values of the matrices that Muon orthogonalises in one product
 SWAPPED_AT_ONCE = 8  # weights and averages, of which copies are held meanwhile
 
 
@@ -40,7 +41,13 @@ class OptimConfig:
     beta1: float = option(0.9, "AdamW's decay of the gradient's mean", at_least=0, below=1)
     beta2: float = option(0.95, "AdamW's decay of the gradient's square", at_least=0, below=1)
     eps: float = option(1e-8, "AdamW's epsilon", at_least=0, at_most=1)
-    momentum: float = option(0.95, "Muon's decay of the gradient's mean", at_least=0, below=1)
+    momentum: float = option(
+        0.95,
+        "Muon's decay of the gradient's mean",
+        at_least=0,
+        below=1,
+        only_with={"optim.kind": ("muon",)},
+    )
     weight_decay: float = option(
         0.01,
         "decoupled weight decay of matrices; biases and norms have none",
@@ -50,7 +57,11 @@ class OptimConfig:
     warmup: int = option(500, "steps of linear warm-up", at_least=0, at_most=10**9)
     schedule: str = option("constant", "after the warm-up, down to min_lr_ratio", choices=SCHEDULES)
     min_lr_ratio: float = option(
-        0.0, "where cosine and linear end, as a share of lr", at_least=0, at_most=1
+        0.0,
+        "where cosine and linear end, as a share of lr",
+        at_least=0,
+        at_most=1,
+        only_with={"optim.schedule": SCHEDULES[1:]},
     )
     clip: float = option(
         1.0, "largest norm of the whole gradient; 0 for none", at_least=0, at_most=1e9
@@ -144,21 +155,21 @@ def make_optimizers(model, config, mesh=None):
     return optimizers
 
 
-def orthogonalise_matrix(matrix, steps=5, dtype=torch.bfloat16):
-    """The matrix (m, n) with all its singular values moved to about 1, by Newton-Schulz iteration
-    in `dtype`.
+def orthogonalise_matrices(matrices, steps=5, dtype=torch.bfloat16):
+    """Matrices (n, rows, columns), each with all its singular values moved to about 1, by
+    Newton-Schulz iteration in `dtype`.
 
     The quintic's coefficients are those of Muon (Jordan et al., 2024), the steepest at zero that
     converge to within 0.3 of 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).to(dtype)
-    x = x / x.norm().clamp(min=1e-7)
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = (matrices if wide else matrices.mT).to(dtype)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if wide else x.T).to(matrix.dtype)
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -183,13 +194,24 @@ class Muon(torch.optim.Optimizer):
         self.scale_gradients()
         for group in self.param_groups:
             found = [p for p in group["params"] if p.grad is not None]
-            found.sort(key=lambda p: p.numel(), reverse=True)  # those of a round cost the same
-            ranks = self.mesh.shards.size() if self.mesh else 1
-            for first in range(0, len(found), ranks):
-                self.step_round(group, found[first : first + ranks])
+            # those of a round cost the same
+            found.sort(key=lambda p: (p.numel(), p.shape), reverse=True)
+            while found:
+                size = self.size_of_round(found)
+                self.step_round(group, found[:size])
+                del found[:size]
+
+    def size_of_round(self, matrices):
+        """How many of the matrices are stepped at once: of sharded ones as many as there are ranks
+        to deal them to, of whole ones those of the first's shape, in one product if they are small.
+        """
+        first = matrices[0]
+        if isinstance(first, DTensor):
+            return self.mesh.shards.size()
+        return max(1, sum(p.shape == first.shape for p in matrices[: AT_ONCE // first.numel()]))
 
     def step_round(self, group, matrices):
-        """Update some matrices, no more than there are ranks to deal them to."""
+        """Update the matrices of a round."""
         means, grads = [], []
         for p in matrices:
             if "momentum" not in self.state[p]:
@@ -208,10 +230,10 @@ class Muon(torch.optim.Optimizer):
     def shared(self, matrices, updates):
         """This rank's parts of the orthogonalised updates, each computed on one rank."""
         if not isinstance(matrices[0], DTensor):
-            return [orthogonalise_matrix(update) for update in updates]
+            return orthogonalise_matrices(torch.stack(updates)).unbind()
         whole = deal_tensors(updates, matrices, self.mesh)
         if whole is not None:
-            whole = orthogonalise_matrix(whole)
+            whole = orthogonalise_matrices(whole[None])[0]
         return collect_parts(whole, updates, matrices, self.mesh)
 
     def scale_gradients(self):

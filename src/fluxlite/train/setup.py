@@ -94,6 +94,7 @@ def set_up(config, device, mesh):
     """Models, optimizers and encoders of a run on this rank's device of a `parallel.Mesh`."""
     warn_of_warmup(config)
     warn_of_idle(config.parallel)
+    parallel.warn_of_rounding(config.model.quantize)
     check_base(config)
     task = choose_task(config)
     check_sees(task, config)
@@ -105,11 +106,12 @@ def state_per_rank(config, ranks):
     """Bytes of what lives from step to step on each of `ranks` that share one copy of the weights;
     the modulation may be spread over all there are.
     """
-    total, widest = 0, parallel.world_size() if config.parallel.shard_modulation else ranks
+    total = 0
     for wrap, _ in choose_task(config).models:
         model = wrap(config, None)
         for name, size in optim.state_bytes(model, config.optim).items():
-            share = widest if name.startswith("modulation.") else ranks
+            spread = name.startswith("modulation.") and model.spreads_modulation
+            share = parallel.world_size() if spread else ranks
             total += size / (1 if model.is_whole else share)
     return total
 

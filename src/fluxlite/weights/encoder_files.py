@@ -11,8 +11,7 @@ from pathlib import Path
 from fluxlite.cli.descriptions import check_regular, read_json
 from fluxlite.cli.options import expand_home, option, shortened, typed_description
 from fluxlite.weights import hub, layouts, tensor_files
-from fluxlite.weights.hub import first_line
-from fluxlite.weights.sources import resolve_tiny
+from fluxlite.weights.hub import first_line, resolve_tiny
 
 
 @dataclass

@@ -1,8 +1,37 @@
-"""Repositories of the Hugging Face hub: fetched or read from its cache, with errors that say what
-to do.
+"""Where what a setting names lies: a path, the shipped pipeline, or a repository of the Hugging
+Face hub, fetched or read from its cache.
 """
 
 from pathlib import Path
+
+from fluxlite.cli.options import expand_home
+
+TINY = "flux-tiny"
+ASSETS = Path(__file__).parents[3] / "assets"
+
+
+def resolve_tiny(path):
+    """`flux-tiny` names the pipeline that comes with the code; anything else stands for itself."""
+    if path != TINY:
+        return path
+    if not (ASSETS / TINY).is_dir():
+        raise ValueError(
+            f"{ASSETS / TINY} is missing: work in a clone of the repository, or name a checkpoint "
+            "of your own"
+        )
+    return str(ASSETS / TINY)
+
+
+def local_path(where, patterns, *, setting="model.checkpoint"):
+    """The path `where`, or where the files of a hub repository that match have been fetched to;
+    `flux-tiny` is the shipped pipeline.
+    """
+    path = Path(expand_home(resolve_tiny(str(where)), setting))
+    if path.exists():
+        return path
+    if not is_repository(str(where)):
+        raise ValueError(f"{setting}={where} does not exist")
+    return fetch_repository(str(where), patterns, key=setting)
 
 
 def is_repository(where):

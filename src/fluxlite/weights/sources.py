@@ -18,7 +18,7 @@ from torch import nn
 
 from fluxlite.cli.descriptions import parse_json, read_json
 from fluxlite.cli.devices import check_device
-from fluxlite.cli.options import check_bounds, check_kind, expand_home, shortened, typed_description
+from fluxlite.cli.options import check_bounds, check_kind, shortened, typed_description
 from fluxlite.nets import schedule
 from fluxlite.nets.configs import NET_CONFIGS, AutoencoderConfig, ControlNetConfig, FluxConfig
 from fluxlite.nets.quantized import quantize_linear, quantized_linears
@@ -38,10 +38,8 @@ from fluxlite.weights.run_folder import is_run, last_checkpoint
 
 log = logging.getLogger("fluxlite")
 
-TINY = "flux-tiny"
 COMPUTE_DTYPES = "float32", "bfloat16"
 SCHEDULER_FILE = "scheduler_config.json"
-ASSETS = Path(__file__).parents[3] / "assets"
 
 
 # --- what a path holds ----------------------------------------------------------------------------
@@ -79,30 +77,6 @@ class Source:
         return hashlib.sha256("\n".join([*lines, f"averaged {self.averaged}"]).encode()).hexdigest()
 
 
-def resolve_tiny(path):
-    """`flux-tiny` names the pipeline that comes with the code; anything else stands for itself."""
-    if path != TINY:
-        return path
-    if not (ASSETS / TINY).is_dir():
-        raise ValueError(
-            f"{ASSETS / TINY} is missing: work in a clone of the repository, or name a checkpoint "
-            "of your own"
-        )
-    return str(ASSETS / TINY)
-
-
-def local_path(where, patterns, *, setting="model.checkpoint"):
-    """The path `where`, or where the files of a hub repository that match have been fetched to;
-    `flux-tiny` is the shipped pipeline.
-    """
-    path = Path(expand_home(resolve_tiny(str(where)), setting))
-    if path.exists():
-        return path
-    if not hub.is_repository(str(where)):
-        raise ValueError(f"{setting}={where} does not exist")
-    return hub.fetch_repository(str(where), patterns, key=setting)
-
-
 def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer", given=None):
     """The `Source` that a path or hub repository holds, recognised by its keys and files.
 
@@ -113,7 +87,7 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
     """
     loose = ["*.safetensors"] if part == "controlnet" else []  # as XLabs publishes
     files = [f"{part}/*", "config.json", "diffusion_pytorch_model*", f"scheduler/{SCHEDULER_FILE}"]
-    path = local_path(where, [*files, *loose], setting=setting)
+    path = hub.local_path(where, [*files, *loose], setting=setting)
     if not os.access(path, os.R_OK):
         raise ValueError(f"{setting}={where} cannot be read: no permission")
     path = path / part if (path / part).is_dir() else path
@@ -235,7 +209,7 @@ def scheduler_beside(checkpoint, config):
 
     `config` is the run's `FluxConfig`.
     """
-    if not checkpoint or not Path(resolve_tiny(checkpoint)).expanduser().exists():
+    if not checkpoint or not Path(hub.resolve_tiny(checkpoint)).expanduser().exists():
         return None
     try:
         return open_source(checkpoint, given=asdict(config)).config.scheduler

@@ -101,6 +101,7 @@ def check_control(config):
 
 
 def meter_conflicts(config):
+    """(whether it is so, text) of what the net and its meter lack of data."""
     replicate, shard, _, _ = config.parallel.sizes()
     least, count = max(8, 2 * replicate * shard), config.data.val_count
     yield (
@@ -117,6 +118,7 @@ def meter_conflicts(config):
 
 
 def mode_conflicts(config):
+    """The same of a union net's kinds of control."""
     mode, count = config.data.control_mode, config.controlnet.num_modes
     kind = -1 if mode in (None, "json") else mode_number(mode)
     yield (
@@ -134,6 +136,7 @@ def mode_conflicts(config):
 
 
 def hint_conflicts(config):
+    """The same of what the net sees of a control."""
     pixel = config.controlnet.hint == "pixel"
     shared = config.parallel.cp > 1 or config.parallel.sequence_parallel
     yield (
