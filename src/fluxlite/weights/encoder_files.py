@@ -442,7 +442,8 @@ def shown_values(tensors, encoder, kind):
 def lacking_remedy(tensors, kind):
     """What to do about a file that is not a whole encoder."""
     try:
-        return f"it is {layouts.ARTICLED[layouts.recognise_layout(tensors.keys())[0]]}, not {kind.what}"
+        layout, *_ = layouts.recognise_layout(tensors.keys())
+        return f"it is {layouts.ARTICLED[layout]}, not {kind.what}"
     except ValueError:
         return "fetch it again"
 
