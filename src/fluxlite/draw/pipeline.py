@@ -25,7 +25,7 @@ from fluxlite.draw.offload import OFFLOAD, fitting_blocks, free_memory, place_st
 from fluxlite.draw.sharing import Sharing, split_conflicts
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import ATTENTION
-from fluxlite.nets.latents import PATCH
+from fluxlite.nets.latents import PATCH, drawing_kind
 from fluxlite.nets.quantized import QUANTIZED_KINDS
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
 from fluxlite.weights import hub, lora_files, lora_merging, part_files, run_folder, sources, writing
@@ -358,7 +358,8 @@ class Pipeline:
 
     @property
     def model_config(self):
-        return self.sources["transformer"].config
+        """That of the transformer with its LoRAs, which may widen its input."""
+        return lora_merging.widened_config(self.sources["transformer"].config, self.loras)
 
     @property
     def keeps_parts(self):
@@ -372,7 +373,7 @@ class Pipeline:
     @property
     def kind(self):
         """What the transformer sees beside noise: a key in `kinds.KINDS`; raises `ValueError`."""
-        return kinds.drawing_kind(self.model_config, self.cell, self.where)
+        return drawing_kind(self.model_config, self.cell, self.where)
 
     @property
     def where(self):
@@ -411,13 +412,24 @@ class Pipeline:
         """
         given = [lora if isinstance(lora, Lora) else Lora(lora) for lora in loras]
         opened = lora_merging.open_loras(given, self.sources["transformer"])
-        lora_merging.check_drawable(opened, self.model_config)
+        self.check_widened(opened)
         changed = set().union(*(lora.file.adapters for lora in [*opened, *self.loras]))
         self.loras = opened
         if "transformer" in changed:
             vars(self).pop("transformer", None)
         if changed & {"clip", "t5"}:
             vars(self).pop("encoders", None)
+
+    def check_widened(self, opened):
+        """Raise `ValueError` where LoRAs make a transformer that cannot be drawn with."""
+        base = self.sources["transformer"].config
+        shape, names = lora_merging.widened_config(base, opened), (one.file.where for one in opened)
+        drawing_kind(shape, self.cell, f"{self.where} with lora={', '.join(map(str, names))}")
+        if shape.in_channels != base.in_channels and not self.config.lora.merge:
+            raise ValueError(
+                "lora.merge=false cannot widen the model's input, as a control LoRA does: leave it "
+                "out"
+            )
 
     def load_net(self, load, source):
         """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves
@@ -501,13 +513,12 @@ def open_pipeline(config: PipelineConfig, sharing: Sharing | None = None) -> Pip
     check_float8(config, dtype, found["transformer"])
     refuse_first(split_conflicts(sharing, config, found["transformer"].config))
     parallel.warn_of_rounding(config.model.quantize)
-    cell = found["autoencoder"].config.downsampling
-    kind = kinds.drawing_kind(found["transformer"].config, cell, "model.checkpoint")
-    settings = kinds.KINDS[kind].settings | default_settings(found["transformer"]) | own
+    settings = default_settings(found["transformer"]) | own
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
     pipeline = Pipeline(config, found, settings, device, dtype, sharing=sharing)
     pipeline.use_loras(*config.lora.loras())
+    pipeline.settings = kinds.KINDS[pipeline.kind].settings | settings
     return pipeline
 
 
@@ -570,9 +581,7 @@ def find_sources(model):
     for where, kind in ((parts["t5"], T5), (parts["clip"], CLIP)):
         if Path(where).is_file():
             locate_encoder(where, kind, parts["tokenizers"])
-    kinds.drawing_kind(
-        transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}"
-    )
+    drawing_kind(transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}")
     if model.save_converted:
         transformer = writing.open_converted(checkpoint, model.save_converted, **options)
     return parts | {"transformer": transformer, "autoencoder": vae}
