@@ -22,10 +22,11 @@ from fluxlite.cli.options import (
 )
 from fluxlite.draw import kinds
 from fluxlite.draw.offload import OFFLOAD, fitting_blocks, free_memory, place_steps, stream_blocks
+from fluxlite.draw.sharing import Sharing, split_conflicts
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import ATTENTION
 from fluxlite.nets.latents import PATCH
-from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
+from fluxlite.nets.quantized import QUANTIZED_KINDS
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
 from fluxlite.weights import hub, lora_files, lora_merging, run_folder, sources, writing
 from fluxlite.weights.hub import TINY
@@ -321,6 +322,7 @@ class Pipeline:
     dtype: torch.dtype
     loras: list = field(default_factory=list)  # `OpenLora`s: `use_loras`
     known_texts: dict = field(default_factory=dict)  # `remember_texts`
+    sharing: Sharing = field(default_factory=Sharing)
 
     @cached_property
     def encoders(self):
@@ -335,7 +337,10 @@ class Pipeline:
         if self.loras:
             own = dict(loras=self.loras, merge=self.config.lora.merge)
             load = partial(lora_merging.load_merged, **own)
-        return self.load_net(load, self.sources["transformer"])
+        net, ranks = self.load_net(load, self.sources["transformer"]), self.sharing.part("cp")
+        if ranks is not None:
+            parallel.share_velocity(net, ranks)
+        return net
 
     @cached_property
     def autoencoder(self):
@@ -382,9 +387,13 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode_text(self, prompt, length):
-        """(txt (1, L, D), pooled (1, W)) of a prompt, alone: the same bits in any company."""
+        """(txt (1, L, D), pooled (1, W)) of a prompt, alone: the same bits in any company. Of
+        several ranks the first encodes.
+        """
         known = self.known_texts.get((prompt, length))
-        return self.encoders.encode([prompt], length) if known is None else known
+        if known is not None:
+            return known
+        return self.sharing.first_makes(lambda: self.encoders.encode([prompt], length), self.device)
 
     def use_loras(self, *loras):
         """Draw with these LoRAs from now on, and no others: paths or `Lora`s; with none, with the
@@ -408,7 +417,9 @@ class Pipeline:
         kind = self.config.model.quantize
         small = kind != "none" and self.config.offload != "all"  # it is quantised where it lies
         place = self.device if self.keeps_parts or small else "cpu"
-        own = dict(dtype=self.dtype, device=place, quantize=kind)
+        own, ranks = dict(dtype=self.dtype, device=place, quantize=kind), self.sharing.part("tp")
+        if ranks is not None:
+            own["fill"] = partial(parallel.split_weights, ranks)
         net = load(source, attention=self.config.model.attention, **own)
         if self.config.float8 and self.keeps_parts:
             parallel.quantize_linears(net, self.device)
@@ -467,25 +478,26 @@ def pipeline_config(checkpoint=TINY, *, expected=(), device=None, dtype=None, **
     return replace(config, device=device, dtype=dtype, lora=LoraConfig(loras, merge=merge))
 
 
-def open_pipeline(config: PipelineConfig) -> Pipeline:
+def open_pipeline(config: PipelineConfig, sharing: Sharing | None = None) -> Pipeline:
     """The `Pipeline` of a pipeline folder, a transformer or a run; nothing of it is loaded yet.
 
     Parts that are not named are looked for beside it. They are checked to fit together, as far as
-    that can be seen. Raises `ValueError` that names the missing key.
+    that can be seen. Of `sharing`, all its ranks draw with it. Raises `ValueError` that names the
+    missing key.
     """
+    sharing = sharing or Sharing()
     config, own = settle_base(settle_machine(config))
     device, dtype = torch.device(config.device), sources.named_dtype(config.dtype)
     found = find_sources(config.model)
     check_float8(config, dtype, found["transformer"])
-    width, how = found["transformer"].config.hidden_size, config.model.quantize
-    refuse_first(quantize_conflicts(how, width))
-    parallel.warn_of_rounding(how)
+    refuse_first(split_conflicts(sharing, config, found["transformer"].config))
+    parallel.warn_of_rounding(config.model.quantize)
     cell = found["autoencoder"].config.downsampling
     kind = kinds.drawing_kind(found["transformer"].config, cell, "model.checkpoint")
     settings = kinds.KINDS[kind].settings | default_settings(found["transformer"]) | own
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
-    pipeline = Pipeline(config, found, settings, device, dtype)
+    pipeline = Pipeline(config, found, settings, device, dtype, sharing=sharing)
     pipeline.use_loras(*config.lora.loras())
     return pipeline
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.quantized import LOSSES, quantized_linears
+from fluxlite.parallel.weights import local_tensor
 
 REMARKING = "torchao", "torch.utils._pytree"
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
@@ -79,8 +80,8 @@ def warn_of_rounding(kind):
 
 
 def plain_values(tensor):
-    """A parameter's values, of one that is rounded to float8 too."""
-    return tensor.dequantize() if hasattr(tensor, "qdata") else tensor
+    """This rank's values of a parameter, of one that is rounded to float8 too."""
+    return tensor.dequantize() if hasattr(tensor, "qdata") else local_tensor(tensor)
 
 
 def lossy_settings(settings):

@@ -245,11 +245,18 @@ def named_dtype(dtype):
     return dtype
 
 
-def _load(source, dtype, device, *options, quantize="none"):
-    """The network of a `Source`, frozen, in evaluation mode; raises `ValueError`."""
+def _load(source, dtype, device, *options, quantize="none", fill=None):
+    """The network of a `Source`, frozen, in evaluation mode; raises `ValueError`.
+
+    `fill(model, weights, dtype=, device=, quantize=)` may give a model on meta its weights.
+    """
     check_device(str(device))
     dtype = named_dtype(dtype)
     model = conversion.build_on_meta(source.config, *options)
+    if fill:
+        weights = weights_of(source, exact=quantize != "none")
+        fill(model, weights, dtype=dtype, device=device, quantize=quantize)
+        return model.eval().requires_grad_(False)
     if quantize != "none":
         load_quantized(model, weights_of(source, exact=True), quantize, dtype, device)
         return model.eval().requires_grad_(False)
@@ -298,21 +305,23 @@ def open_part(where, part, **options):
 
 
 def load_transformer(
-    where, *, ema=True, attention="auto", dtype=None, device="cpu", quantize="none"
+    where, *, ema=True, attention="auto", dtype=None, device="cpu", quantize="none", fill=None
 ):
     """A Flux from what `open_source` takes, or from a `Source`.
 
     `dtype` is a torch type or its name; None for the checkpoint's own. `quantize` is int8, float8
-    or nf4: how its linears lie in memory. Raises `ValueError`.
+    or nf4: how its linears lie in memory; `fill` as in `_load`. Raises `ValueError`.
     """
     source = open_part(where, "transformer", ema=ema)
-    return _load(source, dtype, device, attention, quantize=quantize)
+    return _load(source, dtype, device, attention, quantize=quantize, fill=fill)
 
 
-def load_controlnet(where, *, attention="auto", dtype=None, device="cpu", quantize="none"):
+def load_controlnet(
+    where, *, attention="auto", dtype=None, device="cpu", quantize="none", fill=None
+):
     """A ControlNet, as `load_transformer` loads a Flux; raises `ValueError`."""
     source = open_part(where, "controlnet")
-    return _load(source, dtype, device, attention, quantize=quantize)
+    return _load(source, dtype, device, attention, quantize=quantize, fill=fill)
 
 
 def load_autoencoder(where, *, dtype=None, device="cpu"):
