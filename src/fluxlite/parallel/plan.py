@@ -32,14 +32,17 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
     in `dtype`; trained weights and gradients stay float32. `fill_weights` then gives a model on
     meta its weights.
     """
-    if config.float8 != "none" and any(p.requires_grad for p in model.parameters()):
+    trained = any(p.requires_grad for p in model.parameters())
+    streamed = config.swap_blocks > 0 and not trained  # whole on each rank, from its host's memory
+    if config.float8 != "none" and trained:
         train_in_float8(model, config.float8)
     if mesh.tp.size() > 1:
         shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
     if mesh.cp.size() > 1 or config.sequence_parallel:
         share_tokens(model, mesh.cp, mesh.tp if config.sequence_parallel else None)
-    alone = mesh.fsdp.size() == 1 and not config.cpu_offload  # FSDP2 does the offloading
-    spread = config.shard_modulation and mesh.world.size() > 1
+    # FSDP2 does the offloading
+    alone = streamed or mesh.fsdp.size() == 1 and not config.cpu_offload
+    spread = config.shard_modulation and mesh.world.size() > 1 and not streamed
     if spread:
         spread_modulation(model.modulation, mesh.world, dtype)
     checkpointing = config.activation_checkpointing
