@@ -194,6 +194,16 @@ def with_loras(source, args, dtype):
     return lora_merging.bake_source(source, loras, dtype) if loras else source
 
 
+def print_digests(source):
+    """Print the digest of every tensor of a `Source`, and of all."""
+    from fluxlite.weights import verify
+
+    with bar(source.num_bytes(), "reading") as progress:
+        each, total = verify.digests_of(source, progress.update)
+    print("\n".join(f"{digest}  {name}" for name, digest in each.items()))
+    print(f"{total}  all {len(each)} tensors")
+
+
 def convert(args):
     with stopping_at_once():
         import torch
@@ -212,11 +222,7 @@ def convert(args):
     if args.no_ema and not sources.is_run(Path(args.src)):
         raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:
-        with bar(source.num_bytes(), "reading") as progress:
-            each, total = verify.digests_of(source, progress.update)
-        print("\n".join(f"{digest}  {name}" for name, digest in each.items()))
-        print(f"{total}  all {len(each)} tensors")
-        return
+        return print_digests(source)
     to = args.to or "fluxlite"
     size = format_bytes(source.num_bytes())
     print(f"{args.src}: {source.what}, {source.layout} layout, {size}")

@@ -24,7 +24,6 @@ from fluxlite.parallel.exchange import compute_apart
 from fluxlite.parallel.float8 import (
     block_linears,
     lossy_settings,
-    plain_values,
     quantize_linears,
     train_in_float8,
     warn_of_rounding,
@@ -42,6 +41,7 @@ from fluxlite.parallel.plan import (
     reduce_gradients,
     reshard,
     shard_frozen,
+    split_weights,
 )
 from fluxlite.parallel.ranks import (
     first_rank_does,
@@ -52,6 +52,5 @@ from fluxlite.parallel.ranks import (
     watching_ranks,
     world_size,
 )
-from fluxlite.parallel.tensor_parallel import split_weights
 from fluxlite.parallel.tokens import share_velocity
-from fluxlite.parallel.weights import fill_weights, local_part, whole_tensor
+from fluxlite.parallel.weights import fill_weights, local_part, plain_values, whole_tensor

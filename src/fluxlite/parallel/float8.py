@@ -14,7 +14,6 @@ from torch import nn
 
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.quantized import LOSSES, quantized_linears
-from fluxlite.parallel.weights import local_tensor
 
 REMARKING = "torchao", "torch.utils._pytree"
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
@@ -77,11 +76,6 @@ def warn_of_rounding(kind):
     if kind != "none":
         where = "model.quantize=%s rounds the linears of blocks and modulation"
         warn_for_all(f"{where}, each weight by at most %s", kind, LOSSES[kind])
-
-
-def plain_values(tensor):
-    """This rank's values of a parameter, of one that is rounded to float8 too."""
-    return tensor.dequantize() if hasattr(tensor, "qdata") else local_tensor(tensor)
 
 
 def lossy_settings(settings):

@@ -7,9 +7,8 @@ import fnmatch
 from copy import copy
 from functools import partial
 
-import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -19,8 +18,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from fluxlite.nets.quantized import QuantizedLinear, quantize_model
-from fluxlite.parallel.weights import fill_weights, local_part
+from fluxlite.nets.quantized import QuantizedLinear
 
 
 def tensor_plan(sequence):
@@ -80,49 +78,6 @@ def shard_heads(model, mesh, *, sequence):
     parallelize_module(model, mesh, there)
     for name, p in model.named_parameters():
         p.requires_grad_(trained[name])
-
-
-@torch.no_grad()
-def split_weights(mesh, model, weights, *, dtype, device, quantize="none"):
-    """Give a model on meta its weights, split over `mesh` by `shard_heads`, to draw with.
-
-    `weights` yields (name, whole values). This rank's part is a view of the mapped file, rows and
-    columns alike, where its type and device are the file's: all ranks of a machine then share the
-    pages. Else it is a copy of the part alone.
-    """
-    model.to(dtype)
-    if quantize != "none":
-        quantize_model(model, quantize)
-    shard_heads(model, mesh, sequence=False)
-    for block in (*model.double_blocks, *model.single_blocks):
-        block.forward = partial(without_gradients, block.forward)
-    if quantize != "none":
-        fill_weights(model, weights, device)
-        return
-    parameters = dict(model.named_parameters())
-    for name, values in weights:
-        place, _, leaf = name.rpartition(".")
-        own = own_parameter(parameters[name], values, device, dtype)
-        model.get_submodule(place).register_parameter(leaf, own)
-
-
-def without_gradients(forward, *args):
-    """A forward in no_grad's mode: in inference mode DTensor takes each linear apart in Python,
-    which costs a first step seconds.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        return forward(*args)
-
-
-def own_parameter(parameter, values, device, dtype):
-    """This rank's part of whole values, as a parameter that lies as another on meta does."""
-    mapped = not values.untyped_storage().resizable()  # else a view would keep the whole in memory
-    part = values[local_part(parameter)].to(device, dtype, copy=not mapped)
-    if isinstance(parameter, DTensor):
-        shaped = dict(shape=parameter.shape, stride=parameter.stride())
-        where = parameter.device_mesh, parameter.placements
-        part = DTensor.from_local(part, *where, run_check=False, **shaped)
-    return nn.Parameter(part, requires_grad=False)
 
 
 def plan_quantized(block, plan):
