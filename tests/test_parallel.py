@@ -89,6 +89,7 @@ def reference_name(kind):
 def assert_same(figures, reference):
     for name, trained in figures.items():
         kinds = (*reversed(BOUNDS), "controlnet", "double blocks alone", "frozen", "LoRA", "DoRA")
+        kinds += ("fill", "kontext")
         kind = next((k for k in kinds if k in name), "float32")
         expected = reference[reference_name(kind)]
         loss, gradient, weight = BOUNDS[kind if kind in BOUNDS else "float32"]

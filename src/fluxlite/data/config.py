@@ -127,12 +127,13 @@ class DataConfig:
     )
     control: str | None = option(
         None,
-        "a ControlNet's picture: an ending, as png, of a file beside the target; canny: its edges",
+        "the picture that a ControlNet or model.kind= sees: an ending, as png, of a file beside "
+        "the target; canny: its edges",
     )
     mask: str | None = option(
         None,
         "a picture whose white is trained on, black is not: an ending, as mask.png, of a file "
-        "beside the target; alpha: the target's own",
+        "beside the target; alpha: the target's own; of model.kind=fill white is the hole",
         only_with=READ_KINDS,
     )
     control_mode: str | None = option(
@@ -176,6 +177,9 @@ class DataConfig:
         None,
         "folder for latents and texts that are encoded once; null: encode them each time",
         path=True,
+    )
+    cache_pictures: bool = option(
+        False, "keep the pictures themselves in data.cache= too, which model.kind=fill masks"
     )
     val_path: str | None = option(
         None,
@@ -227,6 +231,8 @@ class DataConfig:
                 "data.cache encodes each picture once: set data.crop=center and data.flip=false, "
                 "or data.cache=null"
             )
+        if self.cache_pictures and not self.cache:
+            raise ValueError("data.cache_pictures=true needs data.cache=: name a folder")
         if self.cache and self.kind == "mock":
             raise ValueError("data=mock makes its samples as they are read: set data.cache=null")
         given = [name for name in ("path", "val_path") if getattr(self, name)]

@@ -25,10 +25,11 @@ from fluxlite.draw.offload import OFFLOAD, fitting_blocks, free_memory, place_st
 from fluxlite.draw.sharing import Sharing, split_conflicts
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import ATTENTION
-from fluxlite.nets.latents import PATCH
+from fluxlite.nets.latents import PATCH, drawing_kind
 from fluxlite.nets.quantized import QUANTIZED_KINDS
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
-from fluxlite.weights import hub, lora_files, lora_merging, run_folder, sources, writing
+from fluxlite.weights import hub, lora_files, lora_merging, part_files, run_folder, sources, writing
+from fluxlite.weights.encoder_files import CLIP, T5, locate_encoder
 from fluxlite.weights.hub import TINY
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES
@@ -39,6 +40,7 @@ log = logging.getLogger("fluxlite")
 PIPELINE_FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
 PIPELINE_FILES = [*(f"{folder}/*" for folder in PIPELINE_FOLDERS), "model_index.json"]
 BESIDE_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+NAMED_PARTS = *BESIDE_FOLDERS, "tokenizers"
 DIFFUSERS_NAMES = {  # a name of diffusers' pipelines: ours
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
@@ -75,12 +77,18 @@ class PartsConfig:
     )
     t5: str | None = option(
         None,
-        "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        "T5 encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
         path=True,
     )
     clip: str | None = option(
         None,
-        "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        "CLIP text encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
+        path=True,
+    )
+    tokenizers: str | None = option(
+        None,
+        "pipeline folder or hub id whose tokenizer and tokenizer_2 are read, for encoders in files "
+        "that have none beside them",
         path=True,
     )
     autoencoder: str | None = option(
@@ -326,8 +334,9 @@ class Pipeline:
 
     @cached_property
     def encoders(self):
-        paths = self.sources["t5"], self.sources["clip"]
-        encoders = load_text_encoders(*paths, device=self.device, dtype=self.dtype)
+        paths, tokenizers = (self.sources["t5"], self.sources["clip"]), self.sources["tokenizers"]
+        where = dict(device=self.device, dtype=self.dtype, tokenizers=tokenizers)
+        encoders = load_text_encoders(*paths, **where)
         check_widths(self.model_config, encoders=encoders)
         return lora_merging.merge_encoders(encoders, self.loras)
 
@@ -349,7 +358,8 @@ class Pipeline:
 
     @property
     def model_config(self):
-        return self.sources["transformer"].config
+        """That of the transformer with its LoRAs, which may widen its input."""
+        return lora_merging.widened_config(self.sources["transformer"].config, self.loras)
 
     @property
     def keeps_parts(self):
@@ -363,7 +373,7 @@ class Pipeline:
     @property
     def kind(self):
         """What the transformer sees beside noise: a key in `kinds.KINDS`; raises `ValueError`."""
-        return kinds.drawing_kind(self.model_config, self.cell, self.where)
+        return drawing_kind(self.model_config, self.cell, self.where)
 
     @property
     def where(self):
@@ -402,13 +412,24 @@ class Pipeline:
         """
         given = [lora if isinstance(lora, Lora) else Lora(lora) for lora in loras]
         opened = lora_merging.open_loras(given, self.sources["transformer"])
-        lora_merging.check_drawable(opened, self.model_config)
+        self.check_widened(opened)
         changed = set().union(*(lora.file.adapters for lora in [*opened, *self.loras]))
         self.loras = opened
         if "transformer" in changed:
             vars(self).pop("transformer", None)
         if changed & {"clip", "t5"}:
             vars(self).pop("encoders", None)
+
+    def check_widened(self, opened):
+        """Raise `ValueError` where LoRAs make a transformer that cannot be drawn with."""
+        base = self.sources["transformer"].config
+        shape, names = lora_merging.widened_config(base, opened), (one.file.where for one in opened)
+        drawing_kind(shape, self.cell, f"{self.where} with lora={', '.join(map(str, names))}")
+        if shape.in_channels != base.in_channels and not self.config.lora.merge:
+            raise ValueError(
+                "lora.merge=false cannot widen the model's input, as a control LoRA does: leave it "
+                "out"
+            )
 
     def load_net(self, load, source):
         """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves
@@ -492,13 +513,12 @@ def open_pipeline(config: PipelineConfig, sharing: Sharing | None = None) -> Pip
     check_float8(config, dtype, found["transformer"])
     refuse_first(split_conflicts(sharing, config, found["transformer"].config))
     parallel.warn_of_rounding(config.model.quantize)
-    cell = found["autoencoder"].config.downsampling
-    kind = kinds.drawing_kind(found["transformer"].config, cell, "model.checkpoint")
-    settings = kinds.KINDS[kind].settings | default_settings(found["transformer"]) | own
+    settings = default_settings(found["transformer"]) | own
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
     pipeline = Pipeline(config, found, settings, device, dtype, sharing=sharing)
     pipeline.use_loras(*config.lora.loras())
+    pipeline.settings = kinds.KINDS[pipeline.kind].settings | settings
     return pipeline
 
 
@@ -547,8 +567,9 @@ def find_sources(model):
     options = dict(ema=model.ema, given=expected)
     transformer = sources.open_part(checkpoint, "transformer", **options)
     check_expected(transformer.config, expected, checkpoint)
-    named = {part: getattr(model, part) for part in BESIDE_FOLDERS}
-    parts = find_parts(checkpoint) | {part: where for part, where in named.items() if where}
+    named = {part: getattr(model, part) for part in NAMED_PARTS}
+    found = {"tokenizers": None} | find_parts(checkpoint)
+    parts = found | {part: where for part, where in named.items() if where}
     missing = [f"model.{part}=" for part in BESIDE_FOLDERS if part not in parts]
     if missing:
         raise ValueError(
@@ -557,9 +578,10 @@ def find_sources(model):
         )
     vae = sources.open_part(parts["autoencoder"], "autoencoder")
     check_widths(transformer.config, vae)
-    kinds.drawing_kind(
-        transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}"
-    )
+    for where, kind in ((parts["t5"], T5), (parts["clip"], CLIP)):
+        if Path(where).is_file():
+            locate_encoder(where, kind, parts["tokenizers"])
+    drawing_kind(transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}")
     if model.save_converted:
         transformer = writing.open_converted(checkpoint, model.save_converted, **options)
     return parts | {"transformer": transformer, "autoencoder": vae}
@@ -573,10 +595,12 @@ def find_parts(checkpoint):
     if sources.is_run(path):
         folder = run_folder.last_checkpoint(path)
         saved = run_folder.saved_parts(folder, run_folder.read_meta(folder))
-        return {part: where for part in BESIDE_FOLDERS if (where := getattr(saved, part))}
+        return {part: where for part in NAMED_PARTS if (where := getattr(saved, part))}
     root = path if (path / "transformer").is_dir() else path.parent
     places = {part: root / name for part, name in BESIDE_FOLDERS.items()}
     found = {part: str(place) for part, place in places.items() if place.is_dir()}
+    inside = part_files.parts_inside(path)
+    found |= {part: checkpoint for part, name in BESIDE_FOLDERS.items() if name in inside}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
         found["autoencoder"] = str(root / "ae.safetensors")
     return found

@@ -5,7 +5,6 @@ A run's ranks form a mesh of dp_replicate x dp_shard x cp x tp. The rooms:
 * `compilation`: its blocks, compiled and recomputed in the backward.
 * `tensor_parallel`, `tokens`, `modulation`: what ranks share inside a model.
 * `mesh`, `ranks`, `exchange`: the process group, this process in it, what ranks send each other.
-* `splitting`: what tensor-parallel ranks draw with.
 * `adapters`: LoRA's, beside the linears of a wrapped model.
 * `float8`: linears that multiply in float8.
 * `weights`, `dealing`: which part of a weight a rank has, and whole ones dealt out over ranks.
@@ -25,7 +24,6 @@ from fluxlite.parallel.exchange import compute_apart
 from fluxlite.parallel.float8 import (
     block_linears,
     lossy_settings,
-    plain_values,
     quantize_linears,
     train_in_float8,
     warn_of_rounding,
@@ -43,6 +41,7 @@ from fluxlite.parallel.plan import (
     reduce_gradients,
     reshard,
     shard_frozen,
+    split_weights,
 )
 from fluxlite.parallel.ranks import (
     first_rank_does,
@@ -53,6 +52,5 @@ from fluxlite.parallel.ranks import (
     watching_ranks,
     world_size,
 )
-from fluxlite.parallel.splitting import split_weights
 from fluxlite.parallel.tokens import share_velocity
-from fluxlite.parallel.weights import fill_weights, local_part, whole_tensor
+from fluxlite.parallel.weights import fill_weights, local_part, plain_values, whole_tensor

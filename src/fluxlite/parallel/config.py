@@ -85,7 +85,8 @@ class ParallelConfig:
     swap_blocks: int = option(
         0,
         "blocks of a frozen transformer whose weights lie in host memory and pass through two "
-        "buffers on the GPU, forward and backward; on one rank, with activation_checkpointing=full",
+        "buffers on the GPU, forward and backward; each rank has all of it, with "
+        "activation_checkpointing=full",
         at_least=0,
         at_most=1000,
     )
@@ -137,9 +138,8 @@ class ParallelConfig:
             "forward again while its weights are there",
         )
         yield (
-            self.swap_blocks and world_size() > 1,
-            f"{key} is for one GPU: on several ranks set parallel.cpu_offload=true, by which each "
-            "keeps its part in host memory",
+            self.swap_blocks and self.tp > 1,
+            f"{key} streams whole blocks, and parallel.tp={self.tp} splits them: leave one out",
         )
         yield (
             self.swap_blocks and self.cpu_offload,

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.quantized import LOSSES, quantized_linears
@@ -77,13 +76,6 @@ def warn_of_rounding(kind):
     if kind != "none":
         where = "model.quantize=%s rounds the linears of blocks and modulation"
         warn_for_all(f"{where}, each weight by at most %s", kind, LOSSES[kind])
-
-
-def plain_values(tensor):
-    """All of a parameter's values, of one that is rounded to float8 too; collective."""
-    if isinstance(tensor, DTensor):
-        return tensor.full_tensor()
-    return tensor.dequantize() if hasattr(tensor, "qdata") else tensor
 
 
 def lossy_settings(settings):

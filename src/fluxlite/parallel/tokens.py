@@ -61,7 +61,7 @@ def velocity_by_tokens(velocity, cp, img, txt, rope, modulation, residuals=None)
         return x.chunk(cp.size(), dim=1)[cp.get_local_rank()]
 
     tables = reorder_tables(rope, txt.shape[1], cp.size())
-    parts = [[*map(own_tokens, of_kind)] for of_kind in residuals or ()]
+    parts = [list(map(own_tokens, of_kind)) for of_kind in residuals or ()]
     own = velocity(own_tokens(img), own_tokens(txt), tables, modulation, parts or None)
     return JoinTokens.apply(own, cp)
 

@@ -250,7 +250,7 @@ def made_up_batch(run):
     latents = run.config.latent_shape(height, width)
     size = data.micro_batch
     names = *sum(POSTERIORS.values(), ()), "posterior_noise"
-    tokens = num_image_tokens(*latents[1:]), model.in_channels
+    tokens = num_image_tokens(*latents[1:]), model.out_channels
     sample = {"indices": 0, "modes": 0, "mean": torch.empty(latents)}
     drawn = run.task.draw_inputs(run.config, sample)
     made = {name: value.expand(size, *value.shape) for name, value in drawn.items()}

@@ -24,6 +24,7 @@ from fluxlite.train import optim
 from fluxlite.train.building import check_base
 from fluxlite.train.draws import DrawnSamples, draw_posterior, draw_step, shape_of
 from fluxlite.train.tasks import choose_task
+from fluxlite.train.tasks.conditions import check_sees
 from fluxlite.train.tasks.task import Task
 from fluxlite.weights import sources
 from fluxlite.weights.run_folder import DataRecord
@@ -95,7 +96,9 @@ def set_up(config, device, mesh):
     warn_of_idle(config.parallel)
     parallel.warn_of_rounding(config.model.quantize)
     check_base(config)
-    parts, task = load_parts(config, device, mesh), choose_task(config)
+    task = choose_task(config)
+    check_sees(task, config)
+    parts = load_parts(config, device, mesh)
     return assemble_run(config, device, mesh, task, task.build_models(config, device, mesh), parts)
 
 
@@ -141,7 +144,8 @@ def assemble_run(config, device, mesh, task, models, parts):
 
 def make_rope(config, cells, device):
     """The rope table of latents of (height, width) `cells`."""
-    positions = position_ids(*cells, config.model.max_sequence_length)
+    references = [cells] if config.model.kind == "kontext" else []
+    positions = position_ids(*cells, config.model.max_sequence_length, references)
     return rope_table(send_tensor(positions, device), config.model.shape())
 
 
@@ -154,8 +158,9 @@ def load_parts(config, device, mesh):
     source = open_autoencoder(config)
     sharded = config.parallel.shard_encoders
     where = dict(dtype=getattr(torch, config.dtype), device=device)
-    names = config.model.t5, config.model.clip
-    encoders = load_text_encoders(*names, t5_device="cpu" if sharded else device, **where)
+    names, tokenizers = (config.model.t5, config.model.clip), config.model.tokenizers
+    places = dict(t5_device="cpu" if sharded else device, tokenizers=tokenizers)
+    encoders = load_text_encoders(*names, **places, **where)
     if sharded:
         parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.node)
     check_widths(config.model.shape(), encoders=encoders)

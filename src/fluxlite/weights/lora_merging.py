@@ -15,7 +15,6 @@ from itertools import chain
 
 import torch
 
-from fluxlite.nets.configs import CHANNEL_NAMES
 from fluxlite.nets.lora import AdapterTerm, DenseForm, LowRank, adapt_linears, float_form
 from fluxlite.weights import conversion, sources
 from fluxlite.weights.dtypes import wider_dtype
@@ -57,18 +56,6 @@ def open_loras(loras, source, setting="lora="):
             raise ValueError(f"{setting}{file.where}: {error}") from None
         found.append(OpenLora(file, lora))
     return found
-
-
-def check_drawable(loras, config):
-    """Raise `ValueError` for LoRAs that make a model of another input of a transformer."""
-    for lora in loras:
-        wide = widened_config(config, [lora]).in_channels
-        if wide != config.in_channels:
-            raise ValueError(
-                f"lora={lora.file.where} widens the model's input to {wide} channels, as "
-                f"{CHANNEL_NAMES.get(wide, 'a control LoRA')}: it can be baked (convert_hf.py "
-                "--lora), but drawing with it is not supported yet"
-            )
 
 
 # --- checked against the base ---------------------------------------------------------------------
@@ -288,8 +275,6 @@ def load_merged(source, loras, *, merge=True, **options):
         return sources.load_transformer(merged_source(source, loras, dtype), **options)
     linears = linear_names(source.config)
     small = merged_source(source, loras, dtype, only=lambda name: name not in linears)
-    if small.config.in_channels != source.config.in_channels:
-        raise ValueError("lora.merge=false cannot widen the model's input, as a control LoRA does")
     model = sources.load_transformer(small, **options)
     return keep_apart(model, loras, linears)
 
