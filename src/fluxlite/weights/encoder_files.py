@@ -243,7 +243,7 @@ def check_encoder(encoder, where, kind):
 def check_encoder_file(file, kind):
     """Raise `ValueError`, naming the setting, where a file holds no such encoder."""
     try:
-        shown_values(open_tensors(file, kind), file, kind)
+        shown_values(encoder_tensors(file, kind), file, kind)
     except ValueError as error:
         raise ValueError(f"{kind.key}={file}: {error}") from None
 
@@ -369,7 +369,7 @@ def open_encoder(encoder, kind, tokenizer=None):
             check_plain_files(encoder)
         file = find_description(encoder, kind, tokenizer)
         said = read_description(file, kind) if file else None
-        tensors = open_tensors(encoder, kind)
+        tensors = encoder_tensors(encoder, kind)
         shown = shown_values(tensors, encoder, kind)
         check_said(said or shown, shown, file)
     except ValueError as error:
@@ -408,10 +408,11 @@ def read_description(file, kind):
     return vars(typed_description(file, kind.description, values, foreign=True))
 
 
-def open_tensors(encoder, kind):
+def encoder_tensors(encoder, kind):
     """The `Tensors` of an encoder's folder or file, by transformers' names; raises `ValueError`."""
     files = weight_files(encoder) if encoder.is_dir() else None
-    tensors = part_files.open_weights(encoder, kind.encoder, files=files, expected=kind.what)
+    tensors = tensor_files.Tensors(encoder, files)
+    tensors = part_files.own_weights(tensors, kind.encoder, expected=kind.what)
     tensors.set_aside([key for key in tensors.keys() if key.startswith(kind.other_weights)], {})
     tensors.rename({key: transformers_name(key, kind) for key in tensors.keys()})
     return tensors
