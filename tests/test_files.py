@@ -23,7 +23,8 @@ from fluxlite.train.building import open_base
 from fluxlite.train.setup import load_parts
 from fluxlite.weights import conversion, gguf_files, hub, sources
 from fluxlite.weights.encoder_files import T5, locate_encoder
-from fluxlite.weights.sources import ASSETS, open_source
+from fluxlite.weights.hub import ASSETS
+from fluxlite.weights.sources import open_source
 from fluxlite.weights.tensor_files import Tensors
 from fluxlite.weights.text_encoders import load_text_encoders
 

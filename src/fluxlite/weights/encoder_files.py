@@ -443,10 +443,10 @@ def shown_values(tensors, encoder, kind):
 def lacking_remedy(tensors, kind):
     """What to do about a file that is not a whole encoder."""
     try:
-        layout, *_ = layouts.recognise_layout(tensors.keys())
-        return f"it is {layouts.ARTICLED[layout]}, not {kind.what}"
+        part, _, _ = layouts.recognise_layout(tensors.keys())
     except ValueError:
         return "fetch it again"
+    return f"it is {layouts.ARTICLED[part]}, not {kind.what}"
 
 
 def load_model(cls, opened, dtype):

@@ -158,7 +158,7 @@ def read_blocks(data, kind, start=0, stop=None, exact=False):
     if kind.name in DTYPES:
         values = torch.from_numpy(data).view(DTYPES[kind.name])
     else:
-        values = dequantize_gguf(data, kind, torch.float32 if exact else torch.bfloat16)
+        values = dequantize_blocks(data, kind, torch.float32 if exact else torch.bfloat16)
     return values[start:stop] if flat else values
 
 
@@ -175,7 +175,7 @@ def timed_reading(where, quantised, size):
         log.info("%s: dequantised in %.1f s", where, time.monotonic() - began)
 
 
-def dequantize_gguf(data, kind, dtype):
+def dequantize_blocks(data, kind, dtype):
     """Values of quantised rows of bytes, computed in float32, some rows at a time in threads."""
     from gguf import quants
 
