@@ -33,6 +33,7 @@ from fluxlite.weights.encoder_files import CLIP, T5, locate_encoder
 from fluxlite.weights.hub import TINY
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES
+from fluxlite.weights.tensor_files import Tensors
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
@@ -599,7 +600,7 @@ def find_parts(checkpoint):
     root = path if (path / "transformer").is_dir() else path.parent
     places = {part: root / name for part, name in BESIDE_FOLDERS.items()}
     found = {part: str(place) for part, place in places.items() if place.is_dir()}
-    inside = part_files.parts_inside(path)
+    inside = part_files.list_parts(Tensors(path).keys()) if path.is_file() else ()
     found |= {part: checkpoint for part, name in BESIDE_FOLDERS.items() if name in inside}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
         found["autoencoder"] = str(root / "ae.safetensors")

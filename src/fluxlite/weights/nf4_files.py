@@ -21,7 +21,6 @@ from fluxlite.cli.descriptions import DAMAGED
 from fluxlite.cli.options import option, typed_description
 from fluxlite.nets.quantized import NF4_BLOCK, NF4_LEVELS, dequantize_rows
 from fluxlite.weights.dtypes import DTYPES
-from fluxlite.weights.scaled_fp8 import read_note
 
 log = logging.getLogger("fluxlite")
 
@@ -52,7 +51,7 @@ def attach_nf4(tensors):
     replaced, hidden = {}, []
     for key in [key for key in tensors.keys() if key.endswith(STATE)]:
         name = key.removesuffix(STATE)
-        state = typed_description(key, Nf4State, read_note(tensors, key), foreign=True)
+        state = typed_description(key, Nf4State, tensors.read_note(key), foreign=True)
         check_state(tensors, name, state)
         there = [field for field in ("", *FIELDS) if name + field in tensors.entries]
         held = {field: tensors.entries[name + field].read for field in there}

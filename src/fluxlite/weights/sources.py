@@ -102,7 +102,7 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
 
 
 def _open_tensors(path, part, given=None):
-    tensors = part_files.open_weights(path, part)
+    tensors = part_files.own_weights(tensor_files.Tensors(path), part)
     what, layout, prefix = layouts.recognise_layout(tensors.keys())
     described = tensors.without(prefix).described()
     shapes = {name: shape for name, (_, shape) in described.items()}
