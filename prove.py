@@ -5,6 +5,7 @@ pairs that it never saw together.
     python prove.py --checkpoint runs/mine --num 500
     python prove.py --controlnet runs/controlnet_tiny  # is the circle where its control has it?
     python prove.py --lora runs/lora_tiny  # rings, which the shipped pipeline cannot draw
+    python prove.py --kind fill --checkpoint runs/fill_tiny  # or control, or kontext
 
 Draws a picture for each of `--num` held-out pairs of colours, measures it
 (`fluxlite.data.circles`), and compares with two controls: the same pictures under each other's
@@ -18,7 +19,8 @@ from pathlib import Path
 
 from fluxlite.cli.programs import run_program, stopping_at_once
 
-DRAWN_WITH = "checkpoint", "t5", "clip", "autoencoder", "seed", "steps", "guidance", "batch"
+PARTS = "checkpoint", "t5", "clip", "tokenizers", "autoencoder"
+DRAWN_WITH = *PARTS, "seed", "steps", "guidance", "batch"
 
 
 def usage():
@@ -31,7 +33,7 @@ def usage():
 def body(arguments):
     with stopping_at_once():
         from fluxlite.cli.command_line import naming_flags, parse_flags
-        from fluxlite.draw.proof import ProofConfig, format_lora, format_table
+        from fluxlite.draw.proof import ProofConfig, format_kind, format_lora, format_table
         from fluxlite.settings import check_output
 
     config = parse_flags(ProofConfig, arguments)
@@ -39,12 +41,15 @@ def body(arguments):
     check_output(config.output, "--output ")
     how = {key: getattr(config, key) for key in DRAWN_WITH}
     given = {key: value for key, value in how.items() if value is not None}
+    ways = (config.kind, measure_kind, format_kind), (config.lora, measure_lora, format_lora)
+    chosen = [(by, form) for asked, by, form in ways if asked]
+    measured, formatted = next(iter(chosen), (measure, format_table))
     with naming_flags(ProofConfig):
-        report, pictures, results = (measure_lora if config.lora else measure)(config, given)
-    report |= how | {"controlnet": config.controlnet, "lora": config.lora}
+        report, pictures, results = measured(config, given)
+    report |= how | {name: getattr(config, name) for name in ("controlnet", "lora", "kind")}
     folder = Path(config.output)
     write_proof(folder, report, pictures, results)
-    print((format_lora if config.lora else format_table)(report))
+    print(formatted(report))
     print(f"pictures: {folder / 'grid.png'}, measurements: {folder / 'proof.json'}")
     print(json.dumps(report))
 
@@ -73,6 +78,34 @@ def measure_lora(config, how):
 
     sizes = dict(num=config.num, num_circles=config.circles or 500)
     return prove_lora(draw_adapted, **sizes, seed=config.seed)
+
+
+def measure_kind(config, how):
+    """The same of a model that sees pictures."""
+    from fluxlite.draw.proof import prove_kind
+
+    sizes = dict(num=config.num, size=config.control_size, seed=config.seed)
+    return prove_kind(partial(draw_cases, how), config.kind, **sizes)
+
+
+def draw_cases(how, cases):
+    """Pictures of `SeenCase`s; one by one where each has a reference of its own, which serves all
+    prompts of a call.
+    """
+    import fluxlite
+    from fluxlite.draw.generation import show_steps
+    from fluxlite.draw.pipeline import PARTS_FIELDS
+
+    parts = {name: how[name] for name in how.keys() & set(PARTS_FIELDS)}
+    pipeline = fluxlite.load_pipeline(**parts)
+    common = {name: value for name, value in how.items() if name not in parts}
+    common |= dict(checkpoint=pipeline, on_step=show_steps(leave=False))
+    if "reference" in cases[0].given:
+        alone = ((c.prompt, c.given, number) for number, c in enumerate(cases))
+        drawn = (fluxlite.generate(p, **g, **common, prompt_number=n) for p, g, n in alone)
+        return [picture for [picture] in drawn]
+    given = {name: [case.given[name] for case in cases] for name in cases[0].given}
+    return fluxlite.generate([case.prompt for case in cases], **given, **common)
 
 
 def draw(controlnet, how, prompts, images):

@@ -28,6 +28,7 @@ rounds. Clipping and moving average are measured by themselves; waits of the hos
 """
 
 import argparse
+import itertools
 import json
 import logging
 import time
@@ -41,7 +42,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fluxlite import parallel
 from fluxlite.draw import sampling
@@ -50,6 +51,7 @@ from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import num_image_tokens, position_ids
 from fluxlite.parallel import compilation
+from fluxlite.preflight.prediction import tensors_in
 from fluxlite.train import optim
 from fluxlite.weights.verify import build_diffusers, diffusers_inputs
 
@@ -142,7 +144,7 @@ class KernelCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        inputs, outputs = tensors_of((args, kwargs)), tensors_of(out)
+        inputs, outputs = tensors_in((args, kwargs)), tensors_in(out)
         name, given = func.overloadpacket.__name__, {storage_key(t) for t in inputs}
         made = [t for t in outputs if storage_key(t) not in given]
         self.watch(made)
@@ -174,10 +176,6 @@ class KernelCount(TorchDispatchMode):
 
 def storage_key(tensor):
     return tensor.untyped_storage()._cdata
-
-
-def tensors_of(tree):
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def count_bytes(tensors):
@@ -274,8 +272,8 @@ def measure_block(block, call):
     """Kernels and bytes of a block's forward and backward, and the bytes it saves between them."""
     args, kwargs = produce_inputs(call)
     with KernelCount() as forward:
-        forward.watch(t for t in tensors_of((args, kwargs)) if is_tokens(t))
-        outputs = tensors_of(block(*args, **kwargs))
+        forward.watch(t for t in tensors_in((args, kwargs)) if is_tokens(t))
+        outputs = tensors_in(block(*args, **kwargs))
     del args, kwargs
     saved = forward.live_bytes() - count_bytes(outputs)
     gradients = [torch.empty_like(t) for t in outputs]
@@ -554,7 +552,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     sizes = {name: getattr(args, name) for name in ("batch", "side", "text")}
-    rows = [count_model(who, sdpa, **sizes) for who in ("diffusers", "ours") for sdpa in SDPA]
+    pairs = itertools.product(("diffusers", "ours"), SDPA)
+    rows = [count_model(*pair, **sizes) for pair in pairs]
     host = measure_host(args.rounds)
     graphs = {kind: count_graphs(kind) for kind in ("none", "full", "2", "selective")}
     compiled = {

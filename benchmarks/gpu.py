@@ -23,6 +23,7 @@ import os
 import sys
 import tempfile
 import time
+from itertools import chain
 
 import torch
 from gpu_sections import (
@@ -131,7 +132,7 @@ def row_cells(row):
 
 def print_table(found):
     """The rows of all sections, for a terminal."""
-    every = [row_cells(row) for rows in found.values() for row in rows]
+    every = map(row_cells, chain.from_iterable(found.values()))
     heads = ["", *COLUMNS]
     widths = [max(map(len, column)) for column in zip(heads, *every)]
     for name, rows in found.items():
@@ -169,7 +170,7 @@ def report_sections(found, about):
     print_table(found)
     print(f"\n{json.dumps(about | {'sections': found})}\n")
     print(markdown_block(found, about))
-    return not any(row.get("failed") for rows in found.values() for row in rows)
+    return not any(row.get("failed") for row in chain.from_iterable(found.values()))
 
 
 def parse_arguments(arguments):

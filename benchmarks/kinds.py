@@ -8,6 +8,8 @@ another picture's circle, the colours of another prompt. Takes two minutes on a 
 
 import argparse
 import json
+from functools import partial
+from itertools import starmap
 
 import numpy as np
 import torch
@@ -49,7 +51,8 @@ def share_of_colours(pictures, pairs):
 
 def mean_change(pictures, before):
     """Mean absolute difference in levels."""
-    after, before = (np.stack([np.asarray(one, int) for one in of]) for of in (pictures, before))
+    levels = partial(np.asarray, dtype=int)
+    after, before = (np.stack([*map(levels, of)]) for of in (pictures, before))
     return float(np.abs(after - before).mean())
 
 
@@ -67,7 +70,7 @@ def measure_kinds(pipeline, count):
     others = [*pairs[1:], pairs[0]]
     shifted = [*discs[1:], discs[0]]
     common = dict(checkpoint=pipeline, image=list(pictures), seed=0, batch=20)
-    own, other = ([circle_caption(*pair) for pair in of] for of in (pairs, others))
+    own, other = ([*starmap(circle_caption, of)] for of in (pairs, others))
     low = fluxlite.generate(own, strength=LOW, **common)
     high = fluxlite.generate(other, strength=HIGH, **common)
     mask = Image.new("L", (SIZE, SIZE))

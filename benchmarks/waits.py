@@ -14,19 +14,21 @@ import sys
 import tempfile
 import traceback
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from unittest import mock
 
 import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.draw.generation import generate, show_steps
 from fluxlite.draw.offload import Feed
 from fluxlite.draw.pipeline import load_pipeline
+from fluxlite.preflight.prediction import tensors_in
 from fluxlite.settings import TrainConfig
 from fluxlite.train import loop
 from fluxlite.train.metrics import Metrics, Throughput
@@ -66,7 +68,7 @@ class WaitCount(TorchDispatchMode):
         self.waits.append(f"{name} at {caller_place()}")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs, tensors = kwargs or {}, tensors_of((args, kwargs))
+        kwargs, tensors = kwargs or {}, tensors_in((args, kwargs))
         if torch.is_inference_mode_enabled():  # which takes no operator apart
             with torch._C.DisableTorchFunction(), self:
                 out = func.decompose(*args, **kwargs)
@@ -118,10 +120,6 @@ def has_list(places):
     return any(isinstance(place, (list, np.ndarray)) for place in several)
 
 
-def tensors_of(tree):
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
 def waits_for_device(func, args, kwargs, tensors):
     """Whether an operator makes the host wait for a device."""
     packet, devices = func.overloadpacket, {t.device.type for t in tensors}
@@ -130,7 +128,7 @@ def waits_for_device(func, args, kwargs, tensors):
     if "meta" not in devices:
         return False
     if packet in INDEXED:
-        indices = tensors_of(args[1])
+        indices = tensors_in(args[1])
         masks = any(i.dtype in (torch.bool, torch.uint8) for i in indices)
         return masks or not all(i.is_meta for i in indices)
     tags = torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape
@@ -242,7 +240,8 @@ def count_training_waits(*arguments, steps=3):
 
 def check_taken(count, run, steps):
     """Raise `ValueError` unless a count saw steps that were taken."""
-    rates = [group["lr"] for optimizer in run.optimizers for group in optimizer.param_groups]
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in run.optimizers)
+    rates = [group["lr"] for group in groups]
     if count.operators < 300 * steps or not any(rates):
         raise ValueError(f"{count.operators} operators in {steps} steps: no training was counted")
 

@@ -24,7 +24,7 @@ from fluxlite.nets.controlnet import spread_samples
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.weights import conversion
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 
 FOLDER, ROOT = Path(__file__).parent / "golden", Path(__file__).parents[1]
 NUM_DIRECTIONS = 3

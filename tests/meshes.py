@@ -93,6 +93,10 @@ DORA = [
     "lora.rank=2",
     "lora.dora=true",
 ]
+SEEN = {  # what kinds see beside noise
+    "fill": [*PLAIN, "model.kind=fill"],
+    "kontext": [*PLAIN, "model.kind=kontext", "data.control=png"],
+}
 SHORT_LORA = {"one, LoRA", "one, DoRA", "dp2, LoRA", "tp2, sequence parallel, DoRA"}
 # text and image tokens, for float8
 SIXTEEN = ["model.max_sequence_length=16", "data.height=64", "data.width=64"]
@@ -143,6 +147,9 @@ def cases(ranks):
         for kind, options in (("LoRA", LORA), ("DoRA", DORA)):
             case = f"{name}, {kind}"
             found[case if case in SHORT_LORA else f"more: {case}"] = mesh, 1, options
+        for kind, options in SEEN.items():
+            quick = name == "one" or (name, kind) == ("cp2", "kontext")
+            found[f"{name}, {kind}" if quick else f"more: {name}, {kind}"] = mesh, 1, options
     if ranks == 2:
         found["more: cp2, accumulation 2, DoRA"] = ["cp=2"], 2, DORA
         checkpointed = ["tp=2", "activation_checkpointing=full"]
@@ -197,7 +204,7 @@ def compiled_cases(ranks):
             found[f"compiled: {name}, {kind}"] = case
             if (name, kind) in IN_SHORT:
                 found[f"{name}, compiled, {kind}"] = found[f"inductor: {name}, {kind}"] = case
-        for kind, options in (("LoRA", LORA), ("DoRA", DORA)):
+        for kind, options in (("LoRA", LORA), ("DoRA", DORA), *SEEN.items()):
             found[f"compiled: {name}, {kind}, none"] = mesh, 1, [*options, "compile=true"]
         if name in ("one", "dp2"):
             found[f"compiled: {name}, controlnet"] = mesh, 1, [*CONTROL, "compile=true"]

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from fluxlite.nets.autoencoder import Autoencoder, sample_posterior, tile_starts
 from fluxlite.nets.configs import AutoencoderConfig
 from fluxlite.weights import conversion
-from fluxlite.weights.sources import ASSETS, load_autoencoder
+from fluxlite.weights.hub import ASSETS
+from fluxlite.weights.sources import load_autoencoder
 
 TINY = ASSETS / "flux-tiny"
 SMALL = dict(

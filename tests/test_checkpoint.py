@@ -32,7 +32,7 @@ from fluxlite.weights import conversion, run_tensors, tensor_files, verify, writ
 from fluxlite.weights import layouts as convert
 from fluxlite.weights import run_folder as run_folders
 from fluxlite.weights import sources as checkpoint
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 
 ROOT = Path(__file__).parents[1]
 TINY = ASSETS / "flux-tiny"

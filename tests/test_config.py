@@ -305,9 +305,11 @@ def test_scripts_exit_with_2_and_one_line():
         (["data=webdataset", "data.generate_size=64"], "data.generate_size= is not read with"),
         (["data=mock", "data.generate_size=64"], "data.generate_size= is not read with data=mock"),
         (["data=webdataset", "data.caption_field="], "data.caption_field= is empty: name a field"),
+        (["data=mock", "optim.momentum=0.9"], "optim.momentum= is not read with optim.kind=adamw"),
+        (["data=mock", "flow.mode_scale=1"], "mode_scale= is not read with flow.density=logit_n"),
     ],
 )
-def test_what_the_data_do_not_read_is_refused(arguments, named):
+def test_what_other_settings_leave_unread_is_refused(arguments, named):
     path = ["data.path=x"] if "data=webdataset" in arguments else []
     with pytest.raises(ValueError, match=named):
         load_config(TrainConfig, "train", [*arguments, *path])

@@ -30,7 +30,7 @@ from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.latents import pack_latents
 from fluxlite.settings import InferConfig
 from fluxlite.weights import sources, writing
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 
 TINY, ROOT = ASSETS / "flux-tiny", Path(__file__).parents[1]
 PROMPT = "red circle with dark blue background"

@@ -12,6 +12,7 @@ from reference import (
     relative_error,
 )
 
+import convert_hf
 from fluxlite.nets.autoencoder import Autoencoder
 from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig
 from fluxlite.nets.controlnet import ControlNet
@@ -19,6 +20,11 @@ from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.weights import conversion, diffusers_configs, net_configs
 from fluxlite.weights import layouts as convert
+from fluxlite.weights.lora_writing import DIALECTS
+
+
+def test_the_program_offers_each_layout_and_dialect_that_is_written():
+    assert (convert_hf.LAYOUTS, convert_hf.LORA_DIALECTS) == (convert.LAYOUTS, (*DIALECTS,))
 
 
 @pytest.fixture(scope="module")

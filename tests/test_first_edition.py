@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fluxlite.settings import TrainConfig
 from fluxlite.train.resume import find_resume
-from fluxlite.weights import sources, verify, writing
+from fluxlite.weights import hub, sources, verify, writing
 
 ROOT = Path(__file__).parents[1]
 FILES = {
@@ -50,7 +50,7 @@ def test_a_file_of_the_first_edition_is_refused_with_the_command_that_converts_i
 
 def test_what_is_no_file_of_the_first_edition_is_left_to_the_converter():
     with pytest.raises(ValueError, match="no file of fluxlite 0.1: convert_hf.py"):
-        script["open_first_edition"](sources.ASSETS / "flux-tiny" / "transformer")
+        script["open_first_edition"](hub.ASSETS / "flux-tiny" / "transformer")
 
 
 def test_a_run_of_this_edition_is_left_to_the_converter(old_run):

@@ -111,6 +111,7 @@ def test_a_folder_gives_the_samples_of_a_tar_of_it_in_the_same_order(tmp_path, w
 
 def test_captions_come_from_txt_caption_and_metadata_and_pictures_are_of_any_kind(tmp_path):
     lines = [{"file_name": "c.bmp", "text": "c"}, {"file_name": "sub/d.tif", "caption": "d"}]
+    lines += [{"file_name": "b.WEBP", "mode": 1}]  # whose caption lies beside it
     files = {
         "a.png": picture(0, "png"),
         "a.txt": b"a",
@@ -175,6 +176,10 @@ def misuse(tmp_path, name):
         "no caption": {"x.jpg": picture(1)},
         "two of a name": {"a/00.jpeg": picture(1)},
         "bad lines": {"metadata.jsonl": b'{"text": "a"}\n'},
+        "lines without a caption": {
+            "x.jpg": picture(1),
+            "metadata.jsonl": b'{"file_name": "x.jpg", "text": ""}\n',
+        },
     }
     write_files(folder, more.get(name, {}))
     return folder
@@ -187,6 +192,7 @@ def misuse(tmp_path, name):
         ("mask of another size", dict(mask="mask.png"), "a/00: its mask: .*32x20.*32x32"),
         ("unreadable", {}, "a/00: no picture of a known format"),
         ("no caption", {}, "x: no caption"),
+        ("lines without a caption", {}, "x: no caption"),
         ("two of a name", {}, "a/00: several pictures"),
         ("bad lines", {}, 'metadata.jsonl line 1 must be an object with a "file_name"'),
         ("", dict(path="{}/nothing"), "nothing does not exist: name a folder of pictures"),

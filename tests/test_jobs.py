@@ -186,6 +186,20 @@ def test_previews_show_what_is_drawn_and_go(tmp_path):
     assert np.square(blurred - exact).mean() < 0.5 * exact.var()
 
 
+def test_a_decoded_preview_has_the_tiles_of_the_picture(tmp_path, monkeypatch):
+    pipeline, tiled = fluxlite.load_pipeline(device="cpu", dtype=torch.float32), []
+    decode = type(pipeline.autoencoder).decode_tiled
+    monkeypatch.setattr(
+        type(pipeline.autoencoder),
+        "decode_tiled",
+        lambda self, latents, tile: tiled.append(tile) or decode(self, latents, tile),
+    )
+    with preview.previewing(pipeline, 1, tmp_path / "live.png", "decoder", 64) as look:
+        options = dict(checkpoint=pipeline, steps=3, height=128, width=64, tile=64)
+        fluxlite.generate("a", on_step=look, **options)
+    assert tiled == [8, 8, 8]  # two previews, and the picture
+
+
 def test_colours_of_latents_are_fitted_to_the_autoencoder():
     autoencoder = fluxlite.load_pipeline(device="cpu", dtype=torch.float32).autoencoder
     values = torch.rand(1, 3, 6, 9, generator=torch.Generator().manual_seed(1)) * 2 - 1

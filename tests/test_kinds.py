@@ -21,7 +21,7 @@ import fluxlite
 from fluxlite.data import images
 from fluxlite.draw import canvas
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 
 ROOT, TINY = Path(__file__).parents[1], ASSETS / "flux-tiny"
 PROMPTS = ["red circle with dark blue background", "gold circle with teal background"]

@@ -297,8 +297,6 @@ def test_a_control_lora_widens_the_input(base, states, tmp_path):
     old = torch.nn.functional.pad(states["diffusers"]["x_embedder.weight"], (0, 12)).double()
     expected = old + written.meant["x_embedder.weight"]
     assert relative_error(state["x_embedder.weight"].double(), expected) < 1e-6
-    with pytest.raises(ValueError, match="widens the model's input to 24 channels"):
-        lora_merging.check_drawable(lora_merging.open_loras([Lora(file)], base), base.config)
 
 
 def test_a_lora_of_a_narrower_input_leaves_the_further_channels_alone(tmp_path, base):
@@ -450,9 +448,9 @@ def test_a_lora_kept_apart_computes_what_a_merged_one_does(name, theirs, base, s
     )
     assert relative_error(plain, expected) > 1e-6
     assert relative_error(our_velocity(apart, given), expected) < 1e-5
-    nets_lora.remove_adapters(apart)
     if "differences" not in name and "control" not in name:  # whose biases are merged
-        assert torch.equal(our_velocity(apart, given), plain)
+        held = dict(apart.named_parameters())
+        assert all(torch.equal(held[n], t) for n, t in sources.load_state(base).items())
 
 
 def test_kept_apart_nothing_of_the_base_is_copied(base, tmp_path):

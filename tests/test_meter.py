@@ -15,7 +15,7 @@ from fluxlite.train.tasks.controlnet import CONTROLNET
 from fluxlite.train.training_step import flow_loss, optimizer_step
 from fluxlite.train.validation import HeldOutBatch
 from fluxlite.weights import sources
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 
 TINY = [
     "model=flux_tiny",

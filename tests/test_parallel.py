@@ -29,6 +29,7 @@ from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import Modulation
+from fluxlite.parallel.mesh import check_nodes
 from fluxlite.parallel.modulation import spread_modulation
 from fluxlite.preflight import prediction
 from fluxlite.settings import TrainConfig
@@ -88,6 +89,7 @@ def reference_name(kind):
 def assert_same(figures, reference):
     for name, trained in figures.items():
         kinds = (*reversed(BOUNDS), "controlnet", "double blocks alone", "frozen", "LoRA", "DoRA")
+        kinds += ("fill", "kontext")
         kind = next((k for k in kinds if k in name), "float32")
         expected = reference[reference_name(kind)]
         loss, gradient, weight = BOUNDS[kind if kind in BOUNDS else "float32"]
@@ -306,7 +308,9 @@ def test_a_rank_that_dies_ends_the_run_with_the_reason(tmp_path):
     ][-1]
     os.kill(victim, signal.SIGKILL)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode != 0 and "another rank died" in errors and "resume=auto" in errors
+    assert (
+        process.returncode != 0 and "another rank has ended" in errors and "resume=auto" in errors
+    )
 
 
 PARALLEL = [
@@ -409,6 +413,14 @@ def test_each_node_has_a_copy_of_the_weights_where_its_ranks_can_hold_it(
     assert said in caplog.text and bool(caplog.text) == bool(said)
 
 
+def test_nodes_with_other_numbers_of_ranks_are_refused(monkeypatch):
+    monkeypatch.setattr("fluxlite.parallel.mesh.gather_values", lambda mine: [8, 4, mine])
+    with pytest.raises(ValueError, match="nodes of this run have 1 and 4 and 8 ranks"):
+        check_nodes()
+    with pytest.raises(ValueError, match="--ranks 12 is no multiple of --per-node 8"):
+        prediction.predict_step([], 12)
+
+
 def test_the_state_that_decides_it_is_what_preflight_counts(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")
     for given in (
@@ -416,6 +428,7 @@ def test_the_state_that_decides_it_is_what_preflight_counts(monkeypatch):
         ["optim.kind=muon", "optim.ema_decay=0.9", "optim.freeze=['double_blocks.*']"],
         ["parallel.shard_modulation=false"],
         ["lora=default", "optim.ema_decay=0.9"],
+        ["lora=default", "lora.targets=['transformer_blocks.*']"],  # its modulation is gathered
     ):
         found = predicted(*given, ranks=16, batch=16, memory=80e9)
         assert found["mesh"]["dp_replicate"] == 2
@@ -521,7 +534,7 @@ def test_preflight_predicts_for_a_mesh_of_ranks_that_are_not_there(options, size
     assert any(dimension == "tp" for _, dimension in found["sent"]) == bool(options)
 
 
-@pytest.mark.parametrize("argument", ["compile=xyz", "parallel.float8=fast"])
+@pytest.mark.parametrize("argument", ["compile=xyz", "parallel.float8=fast", "device=gpu"])
 def test_preflight_checks_what_makes_no_difference_to_it(argument):
     with pytest.raises(ValueError, match=argument):
         prediction.predict_step(["model=flux_tiny", "data=mock", argument], 1)

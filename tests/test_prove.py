@@ -16,7 +16,7 @@ from fluxlite.cli.command_line import flag_of
 from fluxlite.data import circles, rings
 from fluxlite.data.fill50k import disc_coverage, distance_from, draw_sample, rgb
 from fluxlite.draw import proof
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 
 PROVE = Path(__file__).parents[1] / "prove.py"
 NUM = 60
@@ -251,7 +251,7 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
 def test_every_ring_of_the_generator_is_a_ring_and_no_circle_is(smooth):
     for number, pair in enumerate(proof.choose_pairs(20, 1)):
         found = []
-        for draw in rings.FIGURES.values():
+        for draw in (rings.draw_ring, rings.draw_circle):
             array, _ = draw(number, size=64, seed=3, choices=[pair])
             blurred = gaussian_filter(array.astype(float), (smooth, smooth, 0))
             found.append(circles.measure_ring(Image.fromarray(np.uint8(blurred)), *pair))

@@ -217,13 +217,15 @@ def test_streamed_quantised_blocks_compute_the_same(kind):
 
 
 @pytest.mark.parametrize("kind, options", [("int8", {}), ("nf4", {"offload": "none"})])
-def test_pictures_are_drawn_with_a_quantised_model(kind, options):
+def test_pictures_are_drawn_with_a_quantised_model(kind, options, caplog):
     given = dict(steps=2, seed=1, dtype="float32", **options)
     [plain] = fluxlite.generate("red circle with blue background", **given)
     [picture] = fluxlite.generate("red circle with blue background", quantize=kind, **given)
     difference = np.abs(np.asarray(plain, float) - np.asarray(picture, float)).mean()
     assert 0 < difference < 20, difference
     assert picture.info["sampling"]["lossy"] == [f"model.quantize={kind}"]
+    assert f"model.quantize={kind} rounds the linears" in caplog.text
+    assert quantized.LOSSES[kind] in caplog.text
 
 
 # --- training -------------------------------------------------------------------------------------

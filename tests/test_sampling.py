@@ -28,7 +28,7 @@ from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids, unpack_latents
 from fluxlite.weights import sources, writing
-from fluxlite.weights.sources import ASSETS
+from fluxlite.weights.hub import ASSETS
 
 ROOT = Path(__file__).parents[1]
 TINY = ASSETS / "flux-tiny"

@@ -35,20 +35,22 @@ from fluxlite.draw.pipeline import (
 from fluxlite.draw.preview import PREVIEWS
 from fluxlite.draw.redux import Redux
 from fluxlite.draw.solvers import SOLVERS
-from fluxlite.nets.configs import FluxConfig, check_channels
+from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flow import FlowConfig
-from fluxlite.nets.latents import PATCH, check_size, num_image_tokens
+from fluxlite.nets.latents import PATCH, check_size, kind_channels, num_image_tokens
 from fluxlite.nets.quantized import quantize_conflicts
 from fluxlite.nets.schedule import SampleConfig, check_times
-from fluxlite.parallel import ParallelConfig, world_size
+from fluxlite.parallel import ParallelConfig, SharingConfig, world_size
+from fluxlite.train.building import check_kind_of
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
 from fluxlite.train.small_adamw import columns_of_block
 from fluxlite.train.tasks import choose_task
+from fluxlite.train.tasks.conditions import CONDITIONS
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
 from fluxlite.train.tasks.lora import LoraTrainConfig
+from fluxlite.weights.hub import TINY
 from fluxlite.weights.run_folder import CheckpointConfig
-from fluxlite.weights.sources import TINY
 
 MAX_STEPS = 10**9  # of training
 
@@ -63,10 +65,21 @@ class ModelConfig(PartsConfig, FluxConfig):
     downsampling: int = option(
         8, "pixels along a side of a latent cell, as model.autoencoder has", at_least=1, at_most=256
     )
+    kind: str = option(
+        "plain",
+        "what it sees beside noise and text: control, the picture of data.control= as more "
+        "channels; fill, the target with a hole, and the hole; kontext, the picture of "
+        "data.control= as more tokens",
+        choices=("plain", *CONDITIONS),
+    )
 
     def shape(self):
-        """The `FluxConfig` alone."""
-        return FluxConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(FluxConfig)})
+        """The `FluxConfig` alone, with the channels that its kind sees."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(FluxConfig)}
+        if self.kind in ("control", "fill"):
+            channels = kind_channels(self.out_channels, self.downsampling)
+            values["in_channels"] = channels[self.kind]
+        return FluxConfig(**values)
 
 
 @dataclass
@@ -161,9 +174,14 @@ class TrainConfig(MachineConfig):
 
     def latent_shape(self, height=None, width=None):
         """(C, h, w) of the latents of a picture, of data.height x data.width if left out."""
-        channels, cell = self.model.in_channels // PATCH**2, self.model.downsampling
+        channels, cell = self.model.out_channels // PATCH**2, self.model.downsampling
         height, width = height or self.data.height, width or self.data.width
         return channels, height // cell, width // cell
+
+    def image_tokens(self, *size):
+        """Tokens of a picture of such a (height, width), with those of Kontext's reference."""
+        tokens = num_image_tokens(*self.latent_shape(*size)[1:])
+        return 2 * tokens if self.model.kind == "kontext" else tokens
 
     def validate(self):
         check_options(self)
@@ -171,7 +189,8 @@ class TrainConfig(MachineConfig):
         check_machine(machine)
         parse_steps(self.profile, self.steps)
         self.model.shape().validate()
-        check_channels(self.model, f"model.in_channels={self.model.in_channels}: the transformer")
+        where = f"model.in_channels={self.model.in_channels}: the transformer"
+        check_kind_of(self.model, self.model, where)
         for group in (self.data, self.flow, self.parallel):
             group.validate()
         for name in ("cache", "download", *["path"] * (self.data.kind == "fill50k")):
@@ -183,7 +202,7 @@ class TrainConfig(MachineConfig):
         refuse_first([*conflicts, *shape_conflicts(self)])
         text = self.model.max_sequence_length
         for shape in [(self.data.height, self.data.width), *sum(self.data.shapes(), [])]:
-            tokens = num_image_tokens(*self.latent_shape(*shape)[1:])
+            tokens = self.image_tokens(*shape)
             self.parallel.check_model(self.model.shape(), text, tokens)
             self.parallel.check_float8(machine, (text, tokens))
         choose_task(self).check_settings(self)
@@ -319,11 +338,18 @@ def parts_conflicts(config):
         f"preview=true shows pictures and captions: it needs {missing} and other data than "
         "made-up latents",
     )
-    unused = data.control or config.controlnet != ControlNetTrainConfig()
     yield (
-        unused and not config.controlnet.train,
-        "controlnet.* and data.control= are for training a ControlNet: set controlnet=default too, "
-        "or leave them out",
+        config.controlnet != ControlNetTrainConfig() and not config.controlnet.train,
+        "controlnet.* are for training a ControlNet: set controlnet=default too, or leave them out",
+    )
+    yield (
+        data.control and model.kind == "plain" and not config.controlnet.train,
+        "data.control= is for training a ControlNet, or a transformer that sees it: set "
+        "controlnet=default or model.kind=control too, or leave it out",
+    )
+    yield (
+        data.cache_pictures and model.kind != "fill",
+        "data.cache_pictures=true is for model.kind=fill: leave it out",
     )
     yield (
         model.quantize != "none" and not freezes_base(config),
@@ -466,6 +492,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
     )
     controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
     redux: ReduxConfig = option(ReduxConfig, "pictures whose likeness is drawn")
+    parallel: SharingConfig = option(SharingConfig, "what processes share")
     solver: str = option(
         "euler", "how steps are taken; heun asks the model twice in each", choices=tuple(SOLVERS)
     )
@@ -527,6 +554,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
 
     def validate(self):
         check_options(self)
+        self.parallel.validate()
         check_machine(settle_machine(self))
         parse_steps(self.profile, MAX_STEPS)
         ways = [f"{key}=" for key, way in self._ways().items() if way]
@@ -572,6 +600,7 @@ SESSION_KEYS = (
 )
 SESSION_KEYS += ("device", "offload", "resident_blocks")
 SESSION_KEYS += ("model.save_converted", "controlnet.save_converted")
+SESSION_KEYS += tuple(f"parallel.{f.name}" for f in dataclasses.fields(SharingConfig))
 
 
 def picture_settings(config):

@@ -22,11 +22,19 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def check_device(name):
-    """Raise `ValueError` where the machine has no device of a name: cpu, cuda or cuda:1."""
-    known, count = re.fullmatch(r"cpu|cuda(:\d{1,4})?", name), torch.cuda.device_count()
+def check_device_name(name):
+    """The match of cpu, cuda or cuda:1, whose group 1 is the number; raises `ValueError` for any
+    other device.
+    """
+    known = re.fullmatch(r"cpu|cuda(:\d{1,4})?", name)
     if not known:
         raise ValueError(f"device={name}: fluxlite computes on cpu and cuda: choose one of them")
+    return known
+
+
+def check_device(name):
+    """Raise `ValueError` where the machine has no device of a name."""
+    known, count = check_device_name(name), torch.cuda.device_count()
     if name != "cpu" and default_device() != "cuda":
         reason = "finds no GPU" if torch.backends.cuda.is_built() else "is built without CUDA"
         raise ValueError(

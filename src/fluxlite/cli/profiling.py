@@ -47,6 +47,7 @@ class StepProfile:
         self.running, self.expected = None, steps != (0, 0)  # to be recorded yet
 
     def enter(self, step):
+        """Begin to record where a step is the first of those to record."""
         self.entered = step
         if step != self.steps[0] or self.running:
             return
@@ -58,6 +59,7 @@ class StepProfile:
         self.running.start()
 
     def leave(self, step):
+        """Write what was recorded once the last of them is over."""
         if step >= self.steps[1]:
             self.close()
 

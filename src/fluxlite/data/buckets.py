@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 
@@ -67,7 +68,8 @@ def check_masks(samples):
 def warn_of_named_repeats(samples):
     """Say so where a folder is named as kohya's are, `10_dog`, and its repeats are not given."""
     names = {shard.path for shard in samples.shards if os.path.isdir(shard.path)}
-    names |= {entry.path for name in names for entry in os.scandir(name) if entry.is_dir()}
+    below = [*chain.from_iterable(map(os.scandir, names))]
+    names |= {entry.path for entry in below if entry.is_dir()}
     named = sorted(name for name in names if re.match(r"\d+_", os.path.basename(name)))
     if named and not samples.config.repeats:
         text = "%s: its name's repeats are not read: name it in data.path= and give data.repeats="

@@ -33,7 +33,7 @@ from fluxlite.data.shards import first_good_sample
 POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
 # tensors of a row for each good sample
 PLAIN = ("modes", "masks")  # which are kept as they are
-OF_PICTURES = (*POSTERIORS["images"], *POSTERIORS["controls"], *PLAIN)
+OF_PICTURES = (*POSTERIORS["images"], *POSTERIORS["controls"], *PLAIN, "images")
 OF_TEXTS = ("txt", "pooled")
 # samples of a file: 4 GB of FLUX.1-dev's texts, all in memory until the file is written
 FILE_ROWS = 1000
@@ -51,6 +51,7 @@ MADE_BY = {
     "data": (
         *("data.path", "data.val_path", "data.caption_field"),
         *("data.template", "data.control", "data.control_mode", "data.mask"),
+        "data.cache_pictures",
         *("data.resolutions", "data.buckets", "data.bucket_step"),
     ),
     "size": ("data.height", "data.width"),
@@ -280,7 +281,8 @@ def _encoded_piece(dataset, numbers, encode_images, encode_texts, bar):
 
     Tensors: mean, logvar (n', C, h, w), txt (m, L, D), pooled (m, P); where samples have a control
     and a mode also control_mean, control_logvar (n', C, h, w) and modes (n',), where they have a
-    mask masks (n', 1, H, W). Of the rows: image_row, text_row (n,), bad {row: why}.
+    mask masks (n', 1, H, W), where they are kept images (n', 3, H, W). Of the rows: image_row,
+    text_row (n,), bad {row: why}.
     """
     config, parts, texts, image_rows, text_rows, bad = dataset.config, {}, {}, [], [], {}
     options = dict(workers=config.workers, batch_size=config.micro_batch, collate_fn=list)
@@ -294,7 +296,8 @@ def _encoded_piece(dataset, numbers, encode_images, encode_texts, bar):
                 image_rows.append(len(image_rows) - len(bad))
                 text_rows.append(texts.setdefault(sample["captions"], len(texts)))
         good = [sample for sample, _ in items if sample is not None]
-        for name, rows in _encoded_pictures(good, encode_images).items():
+        pictures = _encoded_pictures(good, encode_images, config.cache_pictures)
+        for name, rows in pictures.items():
             parts.setdefault(name, []).append(rows.cpu())
         bar.update(len(items))
     captions = list(texts)
@@ -306,8 +309,10 @@ def _encoded_piece(dataset, numbers, encode_images, encode_texts, bar):
     return {name: torch.cat(rows) for name, rows in parts.items()}, about
 
 
-def _encoded_pictures(samples, encode_images):
-    """{name: rows} of the pictures of some samples, encoded, and of their modes and masks."""
+def _encoded_pictures(samples, encode_images, kept):
+    """{name: rows} of the pictures of some samples, encoded, and of their modes and masks; where
+    they are `kept`, of the targets as they are too.
+    """
     found = {}
     for name in (*POSTERIORS, *PLAIN) if samples else ():
         if name not in samples[0]:
@@ -316,6 +321,8 @@ def _encoded_pictures(samples, encode_images):
         if name in POSTERIORS:
             found |= zip(POSTERIORS[name], encode_images(values))
         else:
+            found[name] = values
+        if name == "images" and kept:
             found[name] = values
     return found
 

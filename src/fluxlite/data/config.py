@@ -118,19 +118,22 @@ class DataConfig:
     crop: str = option("center", "which part stays of a picture of another shape", choices=CROPS)
     flip: bool = option(False, "mirror every other picture, drawn for each sample")
     caption_field: str = option(
-        "caption", "field of a sample's json that is its caption; without it, its txt is"
+        "caption",
+        "field of a sample's json that is its caption; without it, its txt is",
+        only_with=READ_KINDS,
     )
     caption_dropout: float = option(
         0.1, "share of samples trained with the empty caption", at_least=0, at_most=1
     )
     control: str | None = option(
         None,
-        "a ControlNet's picture: an ending, as png, of a file beside the target; canny: its edges",
+        "the picture that a ControlNet or model.kind= sees: an ending, as png, of a file beside "
+        "the target; canny: its edges",
     )
     mask: str | None = option(
         None,
         "a picture whose white is trained on, black is not: an ending, as mask.png, of a file "
-        "beside the target; alpha: the target's own",
+        "beside the target; alpha: the target's own; of model.kind=fill white is the hole",
         only_with=READ_KINDS,
     )
     control_mode: str | None = option(
@@ -150,7 +153,11 @@ class DataConfig:
     )
     shuffle: bool = option(True, "a new order each epoch; false: the tars' own")
     shuffle_window: int = option(
-        64, "tars whose samples are mixed at a time", at_least=1, at_most=10**9
+        64,
+        "tars whose samples are mixed at a time",
+        at_least=1,
+        at_most=10**9,
+        only_with={"data.shuffle": (True,)},
     )
     workers: int = option(
         2,
@@ -170,6 +177,9 @@ class DataConfig:
         None,
         "folder for latents and texts that are encoded once; null: encode them each time",
         path=True,
+    )
+    cache_pictures: bool = option(
+        False, "keep the pictures themselves in data.cache= too, which model.kind=fill masks"
     )
     val_path: str | None = option(
         None,
@@ -221,6 +231,8 @@ class DataConfig:
                 "data.cache encodes each picture once: set data.crop=center and data.flip=false, "
                 "or data.cache=null"
             )
+        if self.cache_pictures and not self.cache:
+            raise ValueError("data.cache_pictures=true needs data.cache=: name a folder")
         if self.cache and self.kind == "mock":
             raise ValueError("data=mock makes its samples as they are read: set data.cache=null")
         given = [name for name in ("path", "val_path") if getattr(self, name)]

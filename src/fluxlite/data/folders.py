@@ -6,14 +6,16 @@ picture's folder, as Hugging Face's imagefolder has it: `{"file_name": "a.jpg", 
 
 import os
 from functools import cache
+from operator import itemgetter
 
 from fluxlite.cli.descriptions import MAX_BYTES, check_regular, foreign_json
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.data.indexed import index_samples
-from fluxlite.data.parts import CONTROL, IMAGE, MASK, SampleParts, printable_name
+from fluxlite.data.parts import CONTROL, IMAGE, JSON, MASK, SampleParts, printable_name
 
 LINES = "metadata.jsonl"
 CAPTION = "caption"  # an ending that stands for txt, where there is none
+UNTOLD = "json without a caption"  # and one that stands for json, where a txt has the caption
 BESIDE = ("mask", "ref", "control")  # of `a.mask.png`, which is no sample of its own
 
 
@@ -67,7 +69,7 @@ def _raise_error(error):
 def _indexed_files(path, files, parts):
     found = _parts_by_key(path, files, parts)
     pictures = set().union(*(parts.endings()[column] for column in (IMAGE, CONTROL, MASK)))
-    endings = {key: {ending for ending, *_ in of} for key, of in found.items()}
+    endings = {key: {*map(itemgetter(0), of)} for key, of in found.items()}
     samples = {key: of for key, of in found.items() if endings[key] & pictures}
     lone = [k for k in found if k not in samples and endings[k] & {parts.text, parts.json}]
     if lone:
@@ -94,37 +96,44 @@ def _parts_by_key(path, files, parts):
 
 
 def _one_text(of_key, parts):
-    """A key's files with `CAPTION` as its text, where it has no other."""
-    has_text = any(ending == parts.text for ending, *_ in of_key)
-    kept = [part for part in of_key if part[0] != CAPTION or not has_text]
-    return [(parts.text if ending == CAPTION else ending, *rest) for ending, *rest in kept]
+    """A key's files with `CAPTION` as its text, where it has no other; `UNTOLD` is left out where
+    the key would have no caption at all.
+    """
+    endings = {ending for ending, *_ in of_key}
+    told = not parts.captions or {parts.text, CAPTION} & endings
+    unread = {UNTOLD} if not told else {CAPTION} if parts.text in endings else set()
+    names = {CAPTION: parts.text, UNTOLD: parts.json}
+    return [(names.get(e, e), *rest) for e, *rest in of_key if e not in unread]
 
 
 def _described_pictures(path, file, number, parts):
-    """[((key, "json"), its line's place)] of the pictures that a `LINES` describes."""
+    """[((key, "json" or `UNTOLD`), its line's place)] of the pictures that a `LINES` describes."""
     check_regular(file)
     if os.path.getsize(file) > MAX_BYTES:
         raise ValueError(f"{file} has more than {MAX_BYTES} bytes: use tars for so many pictures")
     found, offset = [], 0
+    fields = {keys[0] for column, *keys in parts.captions if column == JSON}
     with open(file, "rb") as lines:
         for i, line in enumerate(lines, 1):
             if line.strip():
-                picture = os.path.join(os.path.dirname(file), _named(line, f"{file} line {i}"))
+                row = _read_line(line, f"{file} line {i}")
+                picture = os.path.join(os.path.dirname(file), row["file_name"])
                 split = split_file(os.path.relpath(picture, path), parts)
-                found.append((split and (split[0], parts.json), (number, offset, len(line))))
+                ending = parts.json if any(map(row.get, fields)) else UNTOLD
+                found.append((split and (split[0], ending), (number, offset, len(line))))
             offset += len(line)
     return found
 
 
-def _named(line, where):
-    """The picture's name in a line of `LINES`."""
+def _read_line(line, where):
+    """The object that a line of `LINES` is, which names a picture."""
     try:
         row = foreign_json(line)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if not isinstance(row, dict) or not isinstance(row.get("file_name"), str):
         raise ValueError(f'{where} must be an object with a "file_name"')
-    return row["file_name"]
+    return row
 
 
 def _warn_of_unread(shard):

@@ -14,6 +14,7 @@ class RecentValues:
         self.limit, self.values = limit, {}
 
     def get(self, key, make):
+        """The value of a key, or else what `make()` gives."""
         if key not in self.values:
             while len(self.values) >= self.limit:
                 del self.values[next(iter(self.values))]
@@ -128,8 +129,9 @@ class GroupedOrder:
 
     def _drawn(self, epoch):
         """The group of each of an epoch's batches, and which of the group's batches it is."""
-        spans = zip(self._taken(epoch), self._taken(epoch + 1))
-        pairs = [(g, n) for g, span in enumerate(spans) for n in range(*span)]
+        spans, pairs = zip(self._taken(epoch), self._taken(epoch + 1)), []
+        for group, span in enumerate(spans):
+            pairs += [(group, number) for number in range(*span)]
         if self.shuffle:
             order = epoch_generator(self.seed, epoch, "groups").permutation(len(pairs))
             pairs = [pairs[i] for i in order]

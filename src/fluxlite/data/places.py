@@ -5,6 +5,7 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 from fluxlite.cli.descriptions import check_regular
@@ -86,7 +87,7 @@ def _local_tars(name, split, setting):
 
 def _no_tar_in(folder):
     """What a folder without a tar holds, and what to do."""
-    inside = (entry for pattern in ("*", "*/*") for entry in Path(folder).glob(pattern))
+    inside = chain(*map(Path(folder).glob, ("*", "*/*")))
     if any(entry.suffix[1:].lower() in IMAGES for entry in inside):
         return "pictures and no .tar: set data=folder"
     return "no .tar: name the folder of the tars itself, a glob or a URL"

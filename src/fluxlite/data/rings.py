@@ -1,8 +1,10 @@
 """A folder of generated rings, each of one named colour on another: what the shipped model cannot
-draw and a LoRA teaches it. With circles, which it can, as the prior to keep.
+draw and a LoRA teaches it. With circles, which it can, as the prior to keep. Or of recoloured
+circles, each with an instruction and the circle before it, as a Kontext model is trained on.
 
     python -m fluxlite.data.rings --dst rings --count 64 --size 64
     python -m fluxlite.data.rings --dst circles --figure circle --seed 1
+    python -m fluxlite.data.rings --dst recoloured --figure recoloured --count 6000
 
 A ring is a circle with a hole of the background's colour, half as wide. Pairs of colours that
 `is_held_out` are never written.
@@ -19,11 +21,13 @@ from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
 from fluxlite.data.fill50k import (
+    COLOURS,
     colour_pairs,
     disc_coverage,
     distance_from,
     draw_sample,
     encode_picture,
+    is_held_out,
     rgb,
 )
 
@@ -31,6 +35,7 @@ from fluxlite.data.fill50k import (
 # shipped autoencoder can carry
 RING_RADIUS = (0.36, 0.46)
 HOLE = 0.5  # of the outer radius: the hole's
+VISIBLE = 64  # levels of one channel between two colours
 
 
 def ring_caption(ring, background):
@@ -56,7 +61,31 @@ def draw_circle(index, *, size, seed, choices=None):
     return target, caption
 
 
-FIGURES = {"ring": draw_ring, "circle": draw_circle}
+def recolour_caption(colour):
+    """`colour the circle pale golden rod`, an instruction."""
+    return f"colour the circle {colour}"
+
+
+def draw_recoloured(index, *, size, seed, choices=None):
+    """A circle of fill50k, the instruction that it follows, and the same circle in another colour,
+    which stands out too.
+    """
+    draw = np.random.default_rng((seed, index, 1))
+    choices = choices or colour_pairs(held_out=False)
+    circle, background = choices[draw.integers(len(choices))]
+    others = [name for name in COLOURS if stands_out(name, background)]
+    pairs = (circle, background), (others[draw.integers(len(others))], background)
+    target, before = (draw_sample(index, size=size, seed=seed, choices=[p])[0] for p in pairs)
+    return target, recolour_caption(circle), before
+
+
+def stands_out(name, background):
+    """Whether a colour is far from another one, in a pair that is not held out."""
+    far = np.abs(rgb(name) - rgb(background)).max() >= VISIBLE
+    return bool(far) and not is_held_out(name, background)
+
+
+FIGURES = {"ring": draw_ring, "circle": draw_circle, "recoloured": draw_recoloured}
 
 
 @dataclass
@@ -71,15 +100,18 @@ class RingsConfig:
 
 
 def write_figures(config):
-    """Write the folder that a `RingsConfig` names: pictures and a .txt beside each."""
+    """Write the folder that a `RingsConfig` names: pictures and a .txt beside each, and what was
+    recoloured as .ref.png.
+    """
     choices = colour_pairs(held_out=False)
     with atomic_folder(Path(config.dst)) as folder:
         if folder is None:
             raise ValueError(f"--dst {config.dst} exists: remove it or name another folder")
         for i in range(config.count):
             draw = FIGURES[config.figure]
-            picture, caption = draw(i, size=config.size, seed=config.seed, choices=choices)
-            (folder / f"{i:05d}.png").write_bytes(encode_picture(picture, "png"))
+            picture, caption, *before = draw(i, size=config.size, seed=config.seed, choices=choices)
+            for ending, one in zip(("png", "ref.png"), (picture, *before)):
+                (folder / f"{i:05d}.{ending}").write_bytes(encode_picture(one, "png"))
             (folder / f"{i:05d}.txt").write_text(caption)
 
 

@@ -105,6 +105,7 @@ class Samples:
         config = self.config
         control = f"/{config.control}/{config.control_mode}" if config.control else ""
         mask = f"/mask {config.mask}" if config.mask else ""
+        mask += "/pictures" * config.cache_pictures
         digest = hashlib.blake2b(f"{config.caption_field}{control}{mask}".encode(), digest_size=8)
         columns = MASK + 1 if config.mask else CONTROL + bool(config.control_ending)
         for shard in self.shards:

@@ -22,6 +22,7 @@ REFERENCE_SIZES = tuple(zip(REFERENCE_WIDTHS, reversed(REFERENCE_WIDTHS)))
 
 
 def is_picture(image):
+    """Whether a picture is given as a PIL image, and not as a path."""
     return isinstance(image, Image.Image)
 
 

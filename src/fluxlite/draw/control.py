@@ -10,23 +10,20 @@ B pictures, L tokens, H hidden width.
 """
 
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, field, replace
-from functools import partial
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from fluxlite import rng
 from fluxlite.cli.options import check_kind, check_options, option
 from fluxlite.data import images
 from fluxlite.data.transfers import send_tensor
 from fluxlite.draw import canvas
+from fluxlite.draw.posteriors import Posteriors, rows_for, sample_latents_of
 from fluxlite.draw.sampling import prepare_conditions
-from fluxlite.nets.autoencoder import sample_posterior
 from fluxlite.nets.configs import MODES, mode_number
 from fluxlite.nets.controlnet import ControlNet, spread_samples, sum_residuals
-from fluxlite.nets.latents import pack_latents
 from fluxlite.weights import sources, writing
 
 
@@ -172,49 +169,6 @@ def prepare_hint(opened, number, autoencoder, device, posteriors=None) -> Callab
     posteriors = posteriors or Posteriors()
     draw = posteriors.draw_of(f"controlnet_{number}", seed=number, stream="control")
     return sample_latents_of(autoencoder, pixels, draw)
-
-
-@dataclass
-class Posteriors:
-    """Normal draws for encoding pictures that a caller gives in place of ours: {name: draws
-    (pictures or 1, C, h, w)}, and the seeds of the pictures.
-    """
-
-    given: dict = field(default_factory=dict)
-    seeds: list = field(default_factory=list)
-
-    def draw_of(self, name, **key) -> Callable:
-        """A function (shape, indices=seeds) → draws (B, *shape): those given by name, or of
-        `rng.normal` with such keys.
-        """
-        if name not in self.given:
-            return partial(rng.normal, **key)
-        draws = self.given[name].expand(len(self.seeds), -1, -1, -1)
-        row = {seed: n for n, seed in enumerate(self.seeds)}
-        return lambda shape, indices: draws[[row[one] for one in indices]]
-
-
-def sample_latents_of(autoencoder, pixels, draw) -> Callable:
-    """A function from prompts' numbers and pictures' seeds to packed latents (B, L, C) of pixels
-    (P, 3, H, W), P as many as prompts or 1: samples of their posterior by
-    `draw(shape, indices=seeds)`.
-    """
-    alone = (autoencoder.posterior(one[None]) for one in pixels)  # the same bits in any company
-    posterior = [torch.cat(part) for part in zip(*alone)]
-
-    def sample(prompts, seeds):
-        mean, logvar = (rows_for(prompts, values) for values in posterior)
-        noise = send_tensor(draw(mean.shape[1:], indices=seeds), mean.device)
-        return pack_latents(autoencoder.scale(sample_posterior(mean, logvar, noise)))
-
-    return sample
-
-
-def rows_for(prompts, values):
-    """The rows of some prompts; of one row, which serves all, itself."""
-    if len(values) == 1:
-        return values
-    return values[send_tensor(torch.as_tensor(prompts), values.device)]
 
 
 def prepare_controls(pipeline, controls, texts, times, guidance, posteriors=None) -> Callable:

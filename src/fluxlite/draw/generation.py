@@ -36,12 +36,12 @@ from fluxlite.draw.pipeline import (
     open_pipeline,
     pipeline_config,
 )
-from fluxlite.draw.plan import plan_drawing, solver_name
+from fluxlite.draw.plan import plan_drawing, reference_cells, solver_name
 from fluxlite.draw.redux import Redux, add_pictures
 from fluxlite.draw.sampling import decode_pictures, prepare_conditions, sample_latents
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import num_image_tokens, position_ids, unpack_latents
-from fluxlite.weights.sources import TINY
+from fluxlite.weights.hub import TINY
 
 
 def generate(
@@ -86,8 +86,8 @@ def generate(
     `times` fall from 1, noise, to 0, a picture, in place of steps and shift. Drawing begins at
     `start_time`, of which `latents` (pictures, C, h, w) are the state; they may also stand for the
     noise at 1, and do with `image`. `posteriors` are normal draws, by name, for encoding pictures
-    (`control.Posteriors`). Without `decode` the latents (C, h, w) at the last time come in place of
-    pictures. `solver` is a name of `solvers.SOLVERS`, or a function as those.
+    (`posteriors.Posteriors`). Without `decode` the latents (C, h, w) at the last time come in place
+    of pictures. `solver` is a name of `solvers.SOLVERS`, or a function as those.
 
     `on_step(numbers, step, times, latents)` is called with the latents (B, C, h, w) of a batch's
     pictures at times[step], from step 0 on; `on_picture(number, picture)` with each picture as soon
@@ -109,17 +109,20 @@ def generate(
             add = add_pictures(plan.redux, pipeline.device, pipeline.dtype)
             texts = [*map(add, texts[: len(plan.prompts)]), *texts[len(plan.prompts) :]]
         pipeline.release("encoders")
+    batches, leads = pipeline.sharing.deal(plan.batches), pipeline.sharing.leads
+    if not batches:
+        return []
     with stage("transformer and modulation"):
         draw = prepare_drawing(plan, texts)
     about, drawn = describe_drawing(plan), []
-    for numbers, kept in plan.batches:
+    for numbers, kept in batches:
         with stage("denoising"):
-            tokens = draw(numbers, watch_steps(on_step, numbers, kept, plan))
-        if numbers[-1] == len(plan.pictures) - 1:
+            tokens = draw(numbers, watch_steps(on_step if leads else None, numbers, kept, plan))
+        if numbers[-1] == batches[-1][0][-1]:
             del draw
             pipeline.release("transformer")
         with stage("autoencoder"):
-            for place in kept:
+            for place in kept if leads else ():
                 own = about | {"batch": len(numbers), "place": place}
                 picture = finish_picture(plan, numbers[place], tokens[place][None], own, decode)
                 if on_picture:
@@ -163,7 +166,7 @@ def prepare_drawing(plan, texts) -> Callable:
     model, given = pipeline.transformer, (texts, times, sample.guidance)
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, plan.opened, *given, plan.posteriors)
-    references = [pipeline.latent_shape(*one.shape[2:])[1:] for one in plan.scene.references]
+    references = reference_cells(pipeline, plan.scene)
     length = texts[0][0].shape[1]
     further = length - sample.max_sequence_length  # of redux
     pipeline.place_net(model, bytes_planned(plan, references, further))
@@ -178,6 +181,7 @@ def prepare_drawing(plan, texts) -> Callable:
         if sample.true_cfg > 1:
             negative = conditions([len(texts) - 1] * len(prompts))
             options |= {"negative": negative, "true_cfg": sample.true_cfg}
+            options["compute"] = pipeline.sharing.compute
         options["callback"] = lambda step, x: callback(step, guide.blend(step, x))
         return sample_latents(model, conditions(prompts), guide.start, rope, times, **options)
 
@@ -186,7 +190,7 @@ def prepare_drawing(plan, texts) -> Callable:
 
 def bytes_planned(plan, references, further=0):
     """`bytes_beside` of a `Plan`, with references of (height, width) in latent cells, and so many
-    further tokens of text.
+    further tokens of text; and the autoencoder, which previews and all batches but the last need.
     """
     pipeline, most = plan.pipeline, min(plan.config.batch, len(plan.pictures))
     batch = plan.config.batch if plan.config.place >= 0 else most
@@ -195,7 +199,9 @@ def bytes_planned(plan, references, further=0):
     residuals = sum(net.num_double_blocks + net.num_single_blocks for net in nets)
     tokens = further + sum(num_image_tokens(*cells) for cells in references)
     beside = residuals, tokens, plan.config.tile
-    return bytes_beside(*parts, plan.sample, batch, pipeline.dtype.itemsize, *beside)
+    beside = bytes_beside(*parts, plan.sample, batch, pipeline.dtype.itemsize, *beside)
+    there = "autoencoder" in vars(pipeline)  # else it comes while the transformer stays
+    return beside + (0 if there else pipeline.sources["autoencoder"].num_bytes())
 
 
 def watch_steps(on_step, numbers, kept, plan) -> Callable:
@@ -221,7 +227,8 @@ def describe_drawing(plan):
     about |= {"strength": plan.strength} if plan.strength else {}
     own = {"controls": plan.controls, "loras": [lora.lora for lora in pipeline.loras]}
     own |= {"redux": [one.redux for one in plan.redux]}
-    about |= {key: [one.describe() for one in of] for key, of in own.items() if of}
+    for key, of in own.items():
+        about |= {key: [one.describe() for one in of]} if of else {}
     kept = pipeline.config
     lossy = parallel.lossy_settings({"float8": kept.float8, "model.quantize": kept.model.quantize})
     return about | {"solver": solver_name(plan.solver)} | plan.inputs.named | lossy

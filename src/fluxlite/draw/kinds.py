@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from PIL import Image
 
 from fluxlite.cli.descriptions import read_json
@@ -22,9 +21,9 @@ from fluxlite.cli.options import check_kind, refuse_first
 from fluxlite.data import images
 from fluxlite.data.transfers import send_tensor
 from fluxlite.draw import canvas
-from fluxlite.draw.control import Posteriors, rows_for, sample_latents_of
+from fluxlite.draw.posteriors import Posteriors, rows_for, sample_latents_of
 from fluxlite.nets import flow
-from fluxlite.nets.latents import PATCH, pack_latents
+from fluxlite.nets.latents import KIND_NAMES, PATCH, pack_latents, pack_mask, seen_latents
 
 log = logging.getLogger("fluxlite")
 
@@ -45,30 +44,13 @@ class Kind:
 
 
 KINDS = {  # guidance as their publisher's examples have it; FLUX.1-Canny's is 30
-    "plain": Kind("which sees noise alone", (), ("image", "mask", "reference"), {}),
+    "plain": Kind(KIND_NAMES["plain"], (), ("image", "mask", "reference"), {}),
     "control": Kind(
-        *("a FLUX.1-Canny or FLUX.1-Depth", ("control_image",), ("image", "mask")),
+        *(KIND_NAMES["control"], ("control_image",), ("image", "mask")),
         {"guidance": 10.0},
     ),
-    "fill": Kind("a FLUX.1-Fill", ("image", "mask"), (), {"guidance": 30.0, "steps": 50}),
+    "fill": Kind(KIND_NAMES["fill"], ("image", "mask"), (), {"guidance": 30.0, "steps": 50}),
 }
-
-
-def drawing_kind(config, cell, where):
-    """The key in `KINDS` of a `FluxConfig`, with an autoencoder of `cell` pixels a latent cell.
-
-    Raises `ValueError`, naming `where`.
-    """
-    out = config.out_channels
-    channels = {"plain": out, "control": 2 * out, "fill": 2 * out + (PATCH * cell) ** 2}
-    for name, count in channels.items():
-        if config.in_channels == count:
-            return name
-    raise ValueError(
-        f"{where} takes {config.in_channels} channels and gives {out}, as a model that sees more "
-        "than noise, and is none of FLUX.1, FLUX.1-Fill, FLUX.1-Canny and FLUX.1-Depth: it can be "
-        "converted, but not drawn with"
-    )
 
 
 # --- before anything is loaded --------------------------------------------------------------------
@@ -248,11 +230,7 @@ class Guide:
 
     def see(self, x):
         """Latents x (B, L, C) as the transformer sees them: (B, L + L', C + C')."""
-        if self.channels is not None:
-            x = torch.cat([x, self.channels], dim=-1)
-        if self.reference is not None:
-            x = torch.cat([x, self.reference.expand(len(x), -1, -1)], dim=1)
-        return x
+        return seen_latents(x, self.channels, self.reference)
 
 
 @torch.inference_mode()
@@ -299,15 +277,13 @@ def encode_references(pipeline, references):
 def beside_latents(kind, latents, hole, cell):
     """The channels (B, L, C') that a kind of model sees beside the noisy ones, or None.
 
-    Fill's are the picture with a grey hole, and the mask, of which a latent cell has each pixel
-    as a channel.
+    Fill's are the picture with a grey hole, and the mask.
     """
     if kind == "control":
         return latents["control_image"]
     if kind == "fill":
-        cells = rearrange(hole, "b 1 (h y) (w x) -> b (y x) h w", y=cell, x=cell)
         known = latents["masked_image"]
-        return torch.cat([known, pack_latents(cells).expand(len(known), -1, -1)], dim=-1)
+        return torch.cat([known, pack_mask(hole, cell).expand(len(known), -1, -1)], dim=-1)
 
 
 def latent_mask(hole, cell, channels):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fluxlite.cli.atomic import atomic_path
 from fluxlite.data.transfers import send_tensor
 from fluxlite.draw.contact_sheet import contact_sheet
-from fluxlite.draw.sampling import pictures_of
+from fluxlite.draw.sampling import decode_latents, pictures_of
 
 PREVIEWS = "colours", "decoder"
 
@@ -45,20 +45,20 @@ def colours_of(latents, fitted):
 
 
 @contextmanager
-def previewing(pipeline, every, file, how="colours"):
+def previewing(pipeline, every, file, how="colours", tile=0):
     """Give an `on_step` that shows the pictures of a batch in a PNG, every so many steps; that is
-    gone in the end. With `every` 0 it does nothing.
+    gone in the end. With `every` 0 it does nothing. The decoder has tiles of `tile` pixels a side.
     """
     if not every:
         yield lambda *_: None
         return
     try:
-        yield preview_steps(pipeline, every, file, how)
+        yield preview_steps(pipeline, every, file, how, tile)
     finally:
         Path(file).unlink(missing_ok=True)
 
 
-def preview_steps(pipeline, every, file, how) -> Callable:
+def preview_steps(pipeline, every, file, how, tile) -> Callable:
     """`previewing` as long as it lasts. What latents x at time t lead to is x - t * velocity, the
     velocity as the last step took it.
     """
@@ -71,7 +71,8 @@ def preview_steps(pipeline, every, file, how) -> Callable:
             clean = latents - t / (t - times[step - 1]) * change
             autoencoder = pipeline.autoencoder
             if how == "decoder":
-                pixels = torch.cat([autoencoder.decode(one[None]) for one in clean])
+                alone = [decode_latents(autoencoder, one[None], tile) for one in clean]
+                pixels = torch.cat(alone)
             else:
                 pixels = colours_of(clean, fitted(autoencoder))
                 pixels = F.interpolate(pixels, scale_factor=autoencoder.config.downsampling)

@@ -5,6 +5,7 @@ other's prompts, and pairs whose two colours change places under the same seed.
 """
 
 import time
+from collections import namedtuple
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ from fluxlite.data.circles import (
     measure_circle,
     measure_ring,
 )
-from fluxlite.data.fill50k import circle_caption, colour_pairs, draw_sample, rgb
-from fluxlite.data.rings import ring_caption
+from fluxlite.data.fill50k import COLOURS, circle_caption, colour_pairs, draw_sample, rgb
+from fluxlite.data.rings import recolour_caption, ring_caption
 from fluxlite.draw.pipeline import DrawConfig, PartsConfig
 from fluxlite.nets.schedule import SampleConfig
 
@@ -30,6 +31,8 @@ from fluxlite.nets.schedule import SampleConfig
 # for both
 MIN_DIFFERENCE = 25.0
 NUM_PAIRS = 796  # that are held out and so different
+HOLE_MARGIN = (0.03, 0.12)  # of the side: how far a hole reaches beyond its circle, on each side
+MIN_INSIDE = 0.95  # of a figure that fills a hole: what lies in it
 
 
 @dataclass
@@ -44,6 +47,7 @@ class ProofConfig:
     )
     t5: str | None = same_option(PartsConfig, "t5", key="model.t5")
     clip: str | None = same_option(PartsConfig, "clip", key="model.clip")
+    tokenizers: str | None = same_option(PartsConfig, "tokenizers", key="model.tokenizers")
     autoencoder: str | None = same_option(PartsConfig, "autoencoder", key="model.autoencoder")
     controlnet: str | None = option(
         None,
@@ -51,8 +55,13 @@ class ProofConfig:
         path=True,
         key="controlnet.checkpoint",
     )
+    kind: str | None = option(
+        None,
+        "a model.kind= that the checkpoint is: it follows outlines, fills holes, recolours circles",
+        choices=("control", "fill", "kontext"),
+    )
     control_size: int = option(
-        64, "side of the control pictures in pixels", at_least=16, at_most=16_384
+        64, "side of the pictures that are given, in pixels", at_least=16, at_most=16_384
     )
     lora: str | None = option(
         None,
@@ -81,8 +90,13 @@ class ProofConfig:
         """Raise `ValueError` for flags that contradict each other, or where a proof is there."""
         if (self.swaps or 0) > self.num:
             raise ValueError(f"--swaps={self.swaps} must be at most --num={self.num}")
-        if not self.controlnet and self.control_size != type(self).control_size:
+        given = self.controlnet or self.kind
+        if not given and self.control_size != type(self).control_size:
             raise ValueError("--control-size is of a ControlNet's pictures: name --controlnet too")
+        others = {"--controlnet": self.controlnet, "--lora": self.lora, "--swaps": self.swaps}
+        named = ", ".join(flag for flag, value in others.items() if value is not None)
+        if self.kind and named:
+            raise ValueError(f"--kind={self.kind} is measured by itself: leave out {named}")
         if self.lora and (self.controlnet or self.swaps is not None):
             other = "--controlnet" if self.controlnet else "--swaps"
             raise ValueError(f"--lora is measured by rings: leave out {other}")
@@ -121,10 +135,7 @@ def prove_position(pictures, chosen, controls):
     of the figure with the disc that the control outlines.
     """
     discs = np.array([disc for _, disc in controls])
-    size = discs.shape[:0:-1]
-    pixels = (np.asarray(picture.convert("RGB").resize(size)) for picture in pictures)
-    figures = np.array([figure_mask(p, *colours) for p, colours in zip(pixels, chosen)])
-    ious = {}
+    figures, ious = find_figures(pictures, chosen, discs), {}
     for key, other in (("position", discs), ("shuffled_position", np.roll(discs, -1, axis=0))):
         both, either = (figures & other).sum((1, 2)), (figures | other).sum((1, 2))
         ious[key] = both / np.maximum(either, 1)
@@ -132,9 +143,23 @@ def prove_position(pictures, chosen, controls):
     return shares | {"median_position_iou": float(np.median(ious["position"]))}
 
 
+def find_figures(pictures, chosen, places):
+    """Where the figures of pictures are, as one of its pair of colours each: (N, H, W) bool, as
+    `places` are.
+    """
+    size = places.shape[:0:-1]
+    pixels = (np.asarray(picture.convert("RGB").resize(size)) for picture in pictures)
+    return np.array([figure_mask(p, *colours) for p, colours in zip(pixels, chosen)])
+
+
 def measure_all(pictures, chosen):
     """What `measure_circle` says of each picture, as one of its pair of colours."""
     return [measure_circle(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
+
+
+def mean_of(results, key):
+    """The mean of a measurement's key: of what is true or not, a share."""
+    return sum(result[key] for result in results) / len(results)
 
 
 def prove(draw, *, num, num_swaps=None, seed, control_size=None):
@@ -173,8 +198,7 @@ def prove_rings(draw, *, num, seed):
     prompts = [ring_caption(*pair) for pair in chosen]
     pictures = draw(prompts)
     results = [measure_ring(picture, *pair) for picture, pair in zip(pictures, chosen, strict=True)]
-    keys = ("ring", "shape", "right", "depth")
-    shares = {key: sum(r[key] for r in results) / num for key in keys}
+    shares = {key: mean_of(results, key) for key in ("ring", "shape", "right", "depth")}
     report = {"num": num, **shares}
     return report, pictures, [{"prompt": p, **result} for p, result in zip(prompts, results)]
 
@@ -194,7 +218,7 @@ def prove_lora(draw, *, num, num_circles, seed):
     prompts = [circle_caption(*pair) for pair in chosen]
     for name, strength in (("", 1.0), ("_without", None)):
         found = measure_all(draw(prompts, strength), chosen)
-        report[f"circle{name}"] = sum(result["right"] for result in found) / num_circles
+        report[f"circle{name}"] = mean_of(found, "right")
     nothing, base = (draw(prompts[:1], strength)[0] for strength in (0.0, None))
     report["same_at_0"] = bool(np.array_equal(nothing, base))
     return report | {"num_circles": num_circles}, pictures, results
@@ -233,12 +257,112 @@ def summarise_results(own, others, swaps):
     report = {}
     for prefix, results in (("", own), ("shuffled_", others)):
         for key in ("right", "colours", "shape"):
-            report[prefix + key] = sum(result[key] for result in results) / len(results)
+            report[prefix + key] = mean_of(results, key)
     both = sum(a["colours"] and b["colours"] for a, b in zip(own, swaps))
     report["swap"] = both / len(swaps) if swaps else None
     for key in ("circle_error", "background_error", "iou"):
         report[f"median_{key}"] = float(np.median([result[key] for result in own]))
     return report
+
+
+# --- models that see a picture --------------------------------------------------------------------
+
+# given: {argument of `generate`: PIL picture}; place: (H, W) bool, where the figure shall be
+SeenCase = namedtuple("SeenCase", "prompt given place")
+
+
+def make_cases(kind, chosen, size, seed):
+    """A `SeenCase` for each pair of colours: the generator's outline of a circle; a picture of a
+    circle in another colour and a hole around it; or that picture as a reference.
+    """
+    cases = []
+    for number, (circle, background) in enumerate(chosen):
+        draw = np.random.default_rng((seed, number, 2))
+        other = other_colour((circle, background), draw), background
+        named = dict(size=size, seed=seed + 1_000_003)
+        target, outline, prompt = draw_sample(number, choices=[(circle, background)], **named)
+        place, given = figure_mask(target, circle, background), {"control_image": outline}
+        if kind != "control":
+            before = draw_sample(number, choices=[other], **named)[0]
+            given = {"image": before} if kind == "fill" else {"reference": before}
+        if kind == "fill":
+            place = box_around(place, draw)
+            given["mask"] = place
+        prompt = recolour_caption(circle) if kind == "kontext" else prompt
+        given = {name: Image.fromarray(picture) for name, picture in given.items()}
+        cases.append(SeenCase(prompt, given, place))
+    return cases
+
+
+def other_colour(pair, draw):
+    """A colour's name that could pass for neither of a pair."""
+    every = np.array([rgb(name) for name in COLOURS])
+    far = [colour_difference(every, rgb(name)) > MIN_DIFFERENCE for name in pair]
+    return draw.choice(np.array(list(COLOURS))[np.logical_and(*far)])
+
+
+def box_around(disc, draw):
+    """A box (H, W) bool around a disc, wider by `HOLE_MARGIN` on each side."""
+    margins = np.rint(draw.uniform(*HOLE_MARGIN, 4) * disc.shape[0]).astype(int)
+    rows, columns = (np.flatnonzero(disc.any(axis=axis)) for axis in (1, 0))
+    top, left = max(rows[0] - margins[0], 0), max(columns[0] - margins[1], 0)
+    box = np.zeros_like(disc)
+    box[top : rows[-1] + 1 + margins[2], left : columns[-1] + 1 + margins[3]] = True
+    return box
+
+
+def are_in_place(kind, figures, places):
+    """Which figures (N, H, W) are where they shall be: in the hole, or where the circle is."""
+    both = (figures & places).sum((1, 2))
+    if kind == "fill":
+        return both >= MIN_INSIDE * np.maximum(figures.sum((1, 2)), 1)
+    return both >= MIN_IOU * np.maximum((figures | places).sum((1, 2)), 1)
+
+
+def judge_cases(kind, pictures, figures, pairs, places):
+    """A measurement for each picture, whose figure is as found: right with both colours of its pair
+    and its figure in its place.
+    """
+    results = measure_all(pictures, pairs)
+    for result, placed in zip(results, are_in_place(kind, figures, places)):
+        result |= {"place": bool(placed), "right": bool(placed and result["colours"])}
+    return results
+
+
+def prove_kind(draw, kind, *, num, size, seed):
+    """The report of a model of a kind that `draw(cases)` → PIL pictures stands for, the pictures,
+    and one measurement for each.
+
+    Shuffled, a picture is measured as its neighbour's: by that one's colours, and its outline, hole
+    or reference.
+    """
+    chosen = choose_pairs(num, seed)
+    cases = make_cases(kind, chosen, size, seed)
+    pictures, places = draw(cases), np.array([case.place for case in cases])
+    figures, report = find_figures(pictures, chosen, places), {"num": num}
+    turned = chosen[1:] + chosen[:1], np.roll(places, -1, axis=0)
+    own = judge_cases(kind, pictures, figures, chosen, places)
+    others = judge_cases(kind, pictures, figures, *turned)
+    for key in KIND_ROWS:
+        for prefix, results in (("", own), ("shuffled_", others)):
+            report[prefix + key] = sum(result[key] for result in results) / num
+    return report, pictures, [{"prompt": c.prompt, **result} for c, result in zip(cases, own)]
+
+
+KIND_ROWS = {  # of the table: a share, also under shuffled inputs
+    "colours": f"both colours right (ΔE2000 ≤ {MAX_COLOUR_ERROR:g})",
+    "place": "figure in its place",
+    "right": "right in both",
+    "shape": f"one circle (IoU ≥ {MIN_IOU:g})",
+}
+
+
+def format_kind(report):
+    """The report of a kind as lines for a person."""
+    rows = [f"{'':<36}{'own':>12}{'shuffled':>12}"]
+    for key, label in KIND_ROWS.items():
+        rows.append(f"{label:<36}{report[key]:>12.1%}{report[f'shuffled_{key}']:>12.1%}")
+    return "\n".join(rows)
 
 
 REPORT_ROWS = {  # of the table: a share, also under shuffled prompts
@@ -268,5 +392,6 @@ def format_table(report):
 
 def format_verdict(result):
     """A measured picture's caption: its prompt, and what is wrong with it."""
-    wrong = [key for key in ("colours", "shape", "ring") if not result.get(key, True)]
+    keys = "colours", "shape", "ring", "place"
+    wrong = [key for key in keys if not result.get(key, True)]
     return f"{result['prompt']}\n{'wrong ' + ' and '.join(wrong) if wrong else 'right'}"

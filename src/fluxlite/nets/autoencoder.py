@@ -16,10 +16,13 @@ from torch import nn
 
 
 def group_norm(channels, groups):
+    """The norm of all levels; its eps is that of Stable Diffusion's autoencoders."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: (B, channels_in, h, w) to (B, channels_out, h, w)."""
+
     def __init__(self, channels_in, channels_out, groups):
         super().__init__()
         self.norm1 = group_norm(channels_in, groups)
@@ -53,6 +56,8 @@ class Attention(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Attention between two residual blocks; shapes stay as they are."""
+
     def __init__(self, channels, groups):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(channels, channels, groups) for _ in range(2))
@@ -63,6 +68,8 @@ class MidBlock(nn.Module):
 
 
 class Downsample(nn.Module):
+    """(B, C, h, w) to (B, C, h/2, w/2), by a convolution."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
@@ -74,6 +81,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """(B, C, h, w) to (B, C, 2h, 2w): each cell repeated, then a convolution."""
+
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
@@ -101,6 +110,8 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Pixels (B, 3, H, W) to mean, then log variance, of the posterior (B, 2C, h, w)."""
+
     def __init__(self, config):
         super().__init__()
         widths, groups = list(config.block_out_channels), config.norm_num_groups
@@ -127,6 +138,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Unscaled latents (B, C, h, w) to pixels (B, 3, H, W)."""
+
     def __init__(self, config):
         super().__init__()
         widths, groups = list(config.block_out_channels)[::-1], config.norm_num_groups

@@ -24,7 +24,6 @@ MODES = {  # kinds of control that the published Union nets tell apart
     "gray": 5,
     "lq": 6,
 }
-CHANNEL_NAMES = {384: "FLUX.1-Fill", 128: "FLUX.1-Canny or FLUX.1-Depth"}  # by input channels
 
 
 @dataclass
@@ -196,18 +195,6 @@ class AutoencoderConfig:
     def downsampling(self):
         """Pixels per latent cell along a side."""
         return 2 ** (len(self.block_out_channels) - 1)
-
-
-def check_channels(config, where):
-    """Raise `ValueError`, naming `where`, for a model that cannot be trained, as it sees more than
-    noise.
-    """
-    if config.in_channels != config.out_channels:
-        name = CHANNEL_NAMES.get(config.in_channels, "a model that sees more than noise")
-        raise ValueError(
-            f"{where} takes {config.in_channels} channels and gives {config.out_channels}, "
-            f"as {name}: training it is not supported yet"
-        )
 
 
 def mode_number(mode):

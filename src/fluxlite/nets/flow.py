@@ -24,11 +24,27 @@ class FlowConfig:
     """How t and guidance are drawn in training."""
 
     density: str = option("logit_normal", "density of t (arXiv 2403.03206)", choices=DENSITIES)
-    logit_mean: float = option(0.0, "mean of logit(t) for logit_normal", at_least=-20, at_most=20)
-    logit_std: float = option(
-        1.0, "standard deviation of logit(t) for logit_normal", above=0, at_most=20
+    logit_mean: float = option(
+        0.0,
+        "mean of logit(t) for logit_normal",
+        at_least=-20,
+        at_most=20,
+        only_with={"flow.density": ("logit_normal",)},
     )
-    mode_scale: float = option(1.29, "strength of the mode density", at_least=-1, at_most=1.75)
+    logit_std: float = option(
+        1.0,
+        "standard deviation of logit(t) for logit_normal",
+        above=0,
+        at_most=20,
+        only_with={"flow.density": ("logit_normal",)},
+    )
+    mode_scale: float = option(
+        1.29,
+        "strength of the mode density",
+        at_least=-1,
+        at_most=1.75,
+        only_with={"flow.density": ("mode",)},
+    )
     shift: str = option(
         "resolution",
         "time shift: resolution (from the number of tokens), none, or a factor s as everywhere, "

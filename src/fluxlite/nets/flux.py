@@ -173,6 +173,7 @@ class MLP(nn.Module):
 
 
 def gelu(x):
+    """GELU by tanh, as FLUX.1 was trained with."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -275,9 +276,11 @@ class Stream(nn.Module):
         self.mlp = MLP(hidden, config.mlp_ratio * hidden, hidden, gelu)
 
     def queries(self, x, shift, scale):
+        """Queries, keys and values (B, L, N, D) of x (B, L, H); shift, 1 + scale: (B, 1, H)."""
         return self.qkv(modulated_norm(x, shift, scale))
 
     def finish(self, x, attention, gate, mlp_shift, mlp_scale, mlp_gate):
+        """x (B, L, H) with what attention (B, L, H) found, then with the MLP's, each gated."""
         x = torch.addcmul(x, gate, self.proj(attention))
         return torch.addcmul(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale)))
 

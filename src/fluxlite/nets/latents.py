@@ -8,6 +8,11 @@ from einops import rearrange
 
 PATCH = 2
 MAX_SIDE = 16_384  # pixels: a million tokens
+KIND_NAMES = {  # of transformers, by what they see
+    "plain": "which sees noise alone",
+    "control": "a FLUX.1-Canny or FLUX.1-Depth",
+    "fill": "a FLUX.1-Fill",
+}
 
 
 def pack_latents(latents):
@@ -25,6 +30,24 @@ def unpack_latents(tokens, height, width):
         ph=PATCH,
         pw=PATCH,
     )
+
+
+def pack_mask(mask, cell):
+    """A mask of pixels (B, 1, H, W) as tokens (B, L, (2·cell)²): each pixel of the `cell` pixels a
+    side of a latent cell is a channel, as FLUX.1-Fill has it.
+    """
+    return pack_latents(rearrange(mask, "b 1 (h y) (w x) -> b (y x) h w", y=cell, x=cell))
+
+
+def seen_latents(x, channels=None, reference=None):
+    """Latents x (B, L, C) as a transformer sees them, (B, L + L', C + C'): with channels (B, L, C')
+    beside them, or a reference's tokens (B or 1, L', C) behind them.
+    """
+    if channels is not None:
+        x = torch.cat([x, channels], dim=-1)
+    if reference is not None:
+        x = torch.cat([x, reference.expand(len(x), -1, -1)], dim=1)
+    return x
 
 
 def position_ids(height, width, num_text_tokens, references=()):
@@ -62,3 +85,26 @@ def check_size(height, width, downsampling, prefix=""):
                 f"{prefix}{name}={value} must be a multiple of {multiple}: {below} and "
                 f"{below + multiple} are the nearest"
             )
+
+
+def kind_channels(channels, cell):
+    """{kind: channels that it takes} of a transformer that gives so many, with an
+    autoencoder of `cell` pixels a latent cell.
+    """
+    return {"plain": channels, "control": 2 * channels, "fill": 2 * channels + (PATCH * cell) ** 2}
+
+
+def drawing_kind(config, cell, where):
+    """The key in `KIND_NAMES` of a `FluxConfig`, with an autoencoder of `cell` pixels a cell.
+
+    Raises `ValueError`, naming `where`.
+    """
+    out = config.out_channels
+    for name, count in kind_channels(out, cell).items():
+        if config.in_channels == count:
+            return name
+    raise ValueError(
+        f"{where} takes {config.in_channels} channels and gives {out}, as a model that sees more "
+        "than noise, and is none of FLUX.1, FLUX.1-Fill, FLUX.1-Canny and FLUX.1-Depth: it can be "
+        "converted, but neither drawn with nor trained"
+    )

@@ -232,21 +232,6 @@ def adapt_linears(model, terms):
     return model
 
 
-def remove_adapters(model):
-    """Take all terms off a model again: its linears are what they were."""
-    for parent in list(model.modules()):
-        for leaf, linear in list(parent.named_children()):
-            if isinstance(linear, QuantizedLinear) and isinstance(linear, AdaptedLinear):
-                linear.__class__ = QuantizedLinear
-                del linear.terms
-            elif type(linear) is AdaptedLinear:
-                plain = nn.Linear(0, 0, bias=False, device="meta")
-                plain.in_features, plain.out_features = linear.in_features, linear.out_features
-                plain.weight, plain.bias = linear.weight, linear.bias
-                setattr(parent, leaf, plain)
-    return model
-
-
 # --- trained --------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,11 @@ from torch.distributed.tensor import DTensor
 QUANTIZED_KINDS = "none", "int8", "float8", "nf4"
 NF4_BLOCK = 64  # columns that share a scale
 LARGEST = {"int8": 127.0, "float8": 448.0}  # code
+LOSSES = {  # by how much rounding changes a weight at most
+    "int8": "1/254 of its row's largest",
+    "float8": "1/16 of itself",
+    "nf4": "0.15 of its block's largest, and nothing of what a file has in nf4 already",
+}
 CODE_TYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn, "nf4": torch.uint8}
 # quantiles of a normal distribution, -1 and 1 among them, and an exact 0
 NF4_LEVELS = (
@@ -133,16 +138,13 @@ def quantize_linear(linear, kind, weight=None, dtype=None):
     linear.register_buffer("pairs", pairs, persistent=False)
 
 
-def quantized_linears(model):
-    """{name: linear} of a model that are quantised: those of blocks and modulation.
+def quantized_linears(model, parts=QUANTIZED_PARTS):
+    """{name: linear} of a model that are quantised: those of blocks and modulation, or other parts.
 
     Embedders, ends, norms and biases stay as they are, and so do adapters beside a linear.
     """
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(QUANTIZED_PARTS)
-    }
+    named = model.named_modules()
+    return {n: m for n, m in named if isinstance(m, nn.Linear) and n.startswith(parts)}
 
 
 def quantize_model(model, kind):

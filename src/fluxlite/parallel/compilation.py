@@ -20,7 +20,6 @@ from torch.utils.checkpoint import (
 )
 
 from fluxlite.cli.messages import warn_for_all
-from fluxlite.parallel.config import checkpoint_interval
 from fluxlite.parallel.host_memory import keep_on_host
 
 log = logging.getLogger("fluxlite")
@@ -58,6 +57,11 @@ def keep_products(_context, operator, *_args, **_kwargs):
 # an early stop may leave a collective unwaited
 WHOLE = dict(use_reentrant=False, preserve_rng_state=False, early_stop=False)
 SELECTIVE = WHOLE | {"context_fn": partial(create_selective_checkpoint_contexts, keep_products)}
+
+
+def checkpoint_interval(text):
+    """The k of activation_checkpointing=k, or 0."""
+    return int(text) if text.isascii() and text.isdecimal() and len(text) < 7 else 0
 
 
 def checkpoint_activations(model, kind, offload=False):

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from fluxlite.cli.devices import FLOAT8_KINDS, FLOAT8_MULTIPLE, float8_conflicts
-from fluxlite.cli.options import option, refuse_first
+from fluxlite.cli.options import option, refuse_first, same_option
+from fluxlite.parallel.compilation import checkpoint_interval
 from fluxlite.parallel.ranks import world_size
 
 MAX_RANKS = 65_536
@@ -233,11 +234,43 @@ class ParallelConfig:
             )
 
 
+@dataclass
+class SharingConfig:
+    """How many processes draw a picture together, and how; others draw others."""
+
+    tp: int = same_option(ParallelConfig, "tp")
+    cp: int = option(
+        1,
+        "context-parallel ranks, which share the tokens of a picture (Ulysses)",
+        at_least=1,
+        at_most=MAX_RANKS,
+    )
+    cfg: int = option(
+        1, "2: the two passes of true_cfg, each on ranks of its own", at_least=1, at_most=2
+    )
+    timeout_s: int = option(
+        600,
+        "seconds after which ranks of one picture that wait for each other give up",
+        at_least=1,
+        at_most=1_000_000,
+    )
+
+    @property
+    def ranks(self):
+        """Ranks of a picture."""
+        return self.cfg * self.cp * self.tp
+
+    def validate(self):
+        """Raise `ValueError` unless the processes are whole groups."""
+        shared = [(name, getattr(self, name)) for name in ("tp", "cp", "cfg")]
+        shown = " x ".join(f"parallel.{name}={value}" for name, value in shared if value > 1)
+        if world_size() % self.ranks:
+            raise ValueError(
+                f"{shown} needs {self.ranks} processes or a multiple, and there are "
+                f"{world_size()}: torchrun --nproc_per_node {self.ranks} infer.py …"
+            )
+
+
 def list_divisors(count):
     """The divisors of a number, as an error lists them."""
     return ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-
-
-def checkpoint_interval(text):
-    """The k of activation_checkpointing=k, or 0."""
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 7 else 0

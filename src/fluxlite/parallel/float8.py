@@ -5,23 +5,36 @@ float32. Embedders, modulation and ends stay as they are. In training (`train_in
 keep their name and type, and are rounded in each product; for drawing (`quantize_linears`) once.
 """
 
+import logging
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from fluxlite.cli.messages import warn_for_all
+from fluxlite.nets.quantized import LOSSES, quantized_linears
 
+REMARKING = "torchao", "torch.utils._pytree"
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
 
 
 def block_linears(model):
     """{name: linear} of a model's blocks: all that is ever in float8."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith(("double_blocks.", "single_blocks."))
-    }
+    return quantized_linears(model, ("double_blocks.", "single_blocks."))
+
+
+@contextmanager
+def quiet_torchao():
+    """Without what is remarked where torchao is imported, on kernels and enums of its own."""
+    levels = {log: log.level for log in map(logging.getLogger, REMARKING)}
+    for log in levels:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in levels.items():
+            log.setLevel(level)
 
 
 def train_in_float8(model, kind):
@@ -29,7 +42,8 @@ def train_in_float8(model, kind):
 
     `kind` is rowwise or tensorwise. Without a GPU the products are emulated in float32.
     """
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    with quiet_torchao():
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     config = Float8LinearConfig.from_recipe_name(kind)
     config = replace(config, emulate=not torch.cuda.is_available())
@@ -42,7 +56,12 @@ def quantize_linears(model, device):
     """Move a model's blocks to a device, the weights of their linears rounded to float8 on the way,
     a scale a row. Inputs are rounded in each product. The model is in bfloat16, the device a GPU.
     """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    with quiet_torchao():
+        from torchao.quantization import (
+            Float8DynamicActivationFloat8WeightConfig,
+            PerRow,
+            quantize_,
+        )
 
     options = dict(granularity=PerRow(), set_inductor_config=False)  # which would set others' too
     config = Float8DynamicActivationFloat8WeightConfig(**options)
@@ -52,9 +71,11 @@ def quantize_linears(model, device):
     warn_for_all(LOSSY, "float8=true", len(names))
 
 
-def plain_values(tensor):
-    """A parameter's values, of one that is rounded to float8 too."""
-    return tensor.dequantize() if hasattr(tensor, "qdata") else tensor
+def warn_of_rounding(kind):
+    """Say what quantising by model.quantize=`kind` loses."""
+    if kind != "none":
+        where = "model.quantize=%s rounds the linears of blocks and modulation"
+        warn_for_all(f"{where}, each weight by at most %s", kind, LOSSES[kind])
 
 
 def lossy_settings(settings):

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from fluxlite import parallel
 from fluxlite.cli.command_line import compose_config
+from fluxlite.cli.devices import check_device_name
 from fluxlite.data.cache import POSTERIORS
 from fluxlite.draw.pipeline import BESIDE_FOLDERS
 from fluxlite.nets.latents import num_image_tokens
@@ -31,7 +32,7 @@ from fluxlite.train.setup import FrozenParts, assemble_run, state_per_rank
 from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.task import place_models
 from fluxlite.train.training_step import optimizer_step, train_step
-from fluxlite.weights.sources import TINY
+from fluxlite.weights.hub import TINY
 
 # Bytes that a rank sends for each byte of the larger of its input and output, in a ring of n or
 # pairwise: times (n - 1) / n.
@@ -161,10 +162,11 @@ def predict_step(arguments, ranks, per_node=8, memory=80e9):
     """{"memory": bytes of each kind, "sent": {(collective, dimension): bytes}, "calls"} of one step
     of `train.py arguments` on nodes of `per_node` ranks, each of `memory` bytes.
     """
+    if ranks > per_node and ranks % per_node:
+        raise ValueError(f"--ranks {ranks} is no multiple of --per-node {per_node}, as nodes have")
     with fake_ranks(ranks, per_node):
-        compose_config(
-            TrainConfig, "train", arguments
-        )  # which checks what makes no difference here
+        # which checks what makes no difference here
+        check_device_name(compose_config(TrainConfig, "train", arguments).device or "cpu")
         config = compose_config(TrainConfig, "train", on_fake_ranks(arguments))
         name_parts(config)
         config.validate()
@@ -248,7 +250,7 @@ def made_up_batch(run):
     latents = run.config.latent_shape(height, width)
     size = data.micro_batch
     names = *sum(POSTERIORS.values(), ()), "posterior_noise"
-    tokens = num_image_tokens(*latents[1:]), model.in_channels
+    tokens = num_image_tokens(*latents[1:]), model.out_channels
     sample = {"indices": 0, "modes": 0, "mean": torch.empty(latents)}
     drawn = run.task.draw_inputs(run.config, sample)
     made = {name: value.expand(size, *value.shape) for name, value in drawn.items()}
@@ -273,4 +275,5 @@ def device_bytes(tensors):
 
 
 def local_bytes(tensors):
+    """Bytes of this rank's parts of tensors."""
     return sum(local_tensor(tensor).nbytes for tensor in tensors)

@@ -3,17 +3,18 @@
 So no rank ever holds a whole model, not while it is loaded either.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from fluxlite import parallel, rng
 from fluxlite.cli.messages import warn_for_all
-from fluxlite.nets.configs import check_channels
 from fluxlite.nets.flux import Flux, initial_weight
+from fluxlite.nets.latents import KIND_NAMES, drawing_kind
 from fluxlite.nets.quantized import quantize_model
 from fluxlite.train import optim
 from fluxlite.weights import sources, writing
+from fluxlite.weights.lora_merging import WIDENED, pad_columns
 from fluxlite.weights.tensor_files import check_values
 
 
@@ -43,6 +44,7 @@ def wrap_model(model, config, mesh):
         p.data = p.data.to(trained if p.requires_grad else dtype)
     if not any(p.requires_grad for p in model.parameters()) and config.model.quantize != "none":
         quantize_model(model, config.model.quantize)
+    model.spreads_modulation = config.parallel.shard_modulation
     if mesh is None:
         return model
     return parallel.parallelize(model, mesh, config.parallel, dtype, compile=config.compile)
@@ -59,16 +61,42 @@ def open_base(config, save_converted=None):
 def check_base(config):
     """Raise `ValueError`, before anything is loaded, where model.checkpoint cannot be trained."""
     if config.model.checkpoint:
-        check_channels(open_base(config).config, f"model.checkpoint={config.model.checkpoint}")
+        where = f"model.checkpoint={config.model.checkpoint}"
+        check_kind_of(open_base(config).config, config.model, where)
+
+
+def check_kind_of(found, model, where):
+    """Raise `ValueError`, naming `where`, where a transformer that sees more than noise is of
+    another kind than a `ModelConfig` says.
+    """
+    kind = drawing_kind(found, model.downsampling, where)
+    if kind not in ("plain", model.kind):
+        raise ValueError(
+            f"{where} takes {found.in_channels} channels and gives {found.out_channels}, as "
+            f"{KIND_NAMES[kind]}: set model.kind={kind} to train it"
+        )
 
 
 def flux_weights(config, device, values_of=initial_weight):
-    """The transformer's (name, values), one by one: the checkpoint's, or random by `values_of`."""
+    """The transformer's (name, values), one by one: the checkpoint's, or random by `values_of`.
+
+    What a checkpoint of FLUX.1 does not see of a kind's inputs counts for nothing at first.
+    """
     if not config.model.checkpoint:
         return random_weights(meta_flux(config), config.seed, device, values_of)
     source = open_base(config, config.model.save_converted)
-    check_shape(source, config.model.shape(), "model.checkpoint", config.model.checkpoint)
-    return checked_weights(source, "model.checkpoint", exact=config.model.quantize != "none")
+    shape = config.model.shape()
+    plain = source.config.in_channels == shape.out_channels
+    begun = replace(shape, in_channels=shape.out_channels) if plain else shape
+    check_shape(source, begun, "model.checkpoint", config.model.checkpoint)
+    weights = checked_weights(source, "model.checkpoint", exact=config.model.quantize != "none")
+    return widened_weights(weights, shape.in_channels)
+
+
+def widened_weights(weights, channels):
+    """(name, values) with columns of zeros for the channels that the first linear does not know."""
+    for name, values in weights:
+        yield name, pad_columns(values, channels) if name == WIDENED else values
 
 
 def random_base_value(name, *options):

@@ -39,11 +39,14 @@ def shape_of(config, sample):
     return config.latent_shape(*sample["images"].shape[-2:])
 
 
+def latent_noise(config, sample, stream):
+    """Noise (C, h, w) that some latents of a sample are drawn from their posterior with."""
+    return rng.normal(shape_of(config, sample), stream=stream, **keys_of(config, sample))[0]
+
+
 def draw_posterior(config, sample):
     """The noise (C, h, w) that a sample's latents are drawn from their posterior with."""
-    shape = shape_of(config, sample)
-    noise = rng.normal(shape, stream="posterior", **keys_of(config, sample))
-    return {"posterior_noise": noise[0]}
+    return {"posterior_noise": latent_noise(config, sample, "posterior")}
 
 
 def draw_step(config, sample):

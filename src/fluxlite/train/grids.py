@@ -56,7 +56,8 @@ def grid_batch(run, samples, txt, pooled, start):
     numbers = list(range(start, start + len(samples)))
     batch = send_batch(collate_samples(samples), run.device)
     noise = send_tensor(sampling.initial_noise(run.latent_shape, numbers), run.device)
-    shown = [sampling.pictures_of(pixels_of(batch[name])) for _, name in run.task.shown]
+    levels = [batch[name].expand(-1, 3, -1, -1) for _, name in run.task.shown]
+    shown = [sampling.pictures_of(pixels_of(of)) for of in levels]
     beside = list(zip(*shown)) or [()] * len(samples)
     inputs = run.task.encode_inputs(run, batch)
     return GridBatch(

@@ -20,7 +20,6 @@ from fluxlite import parallel
 from fluxlite.cli.processes import STOP_SIGNALS, held_signals
 from fluxlite.cli.profiling import StepProfile, parse_steps
 from fluxlite.data.transfers import begin_read
-from fluxlite.nets.latents import num_image_tokens
 from fluxlite.train import run_state
 from fluxlite.train.grids import draw_grid, encode_grid
 from fluxlite.train.metrics import Metrics, Throughput
@@ -290,7 +289,7 @@ def step_flops(run):
     """
     if run.config.data.shapes() != [[(run.config.data.height, run.config.data.width)]]:
         return None  # they differ from step to step
-    tokens = run.config.model.max_sequence_length, num_image_tokens(*run.latent_shape[1:])
+    tokens = run.config.model.max_sequence_length, run.config.image_tokens()
     trained, *frozen = (model.forward_flops(*tokens) for model in run.models)
     return 3 * trained + 2 * sum(frozen)
 

@@ -42,7 +42,13 @@ class OptimConfig:
     beta1: float = option(0.9, "AdamW's decay of the gradient's mean", at_least=0, below=1)
     beta2: float = option(0.95, "AdamW's decay of the gradient's square", at_least=0, below=1)
     eps: float = option(1e-8, "AdamW's epsilon", at_least=0, at_most=1)
-    momentum: float = option(0.95, "Muon's decay of the gradient's mean", at_least=0, below=1)
+    momentum: float = option(
+        0.95,
+        "Muon's decay of the gradient's mean",
+        at_least=0,
+        below=1,
+        only_with={"optim.kind": ("muon",)},
+    )
     weight_decay: float = option(
         0.01,
         "decoupled weight decay of matrices; biases and norms have none",
@@ -52,7 +58,11 @@ class OptimConfig:
     warmup: int = option(500, "steps of linear warm-up", at_least=0, at_most=10**9)
     schedule: str = option("constant", "after the warm-up, down to min_lr_ratio", choices=SCHEDULES)
     min_lr_ratio: float = option(
-        0.0, "where cosine and linear end, as a share of lr", at_least=0, at_most=1
+        0.0,
+        "where cosine and linear end, as a share of lr",
+        at_least=0,
+        at_most=1,
+        only_with={"optim.schedule": SCHEDULES[1:]},
     )
     clip: float = option(
         1.0, "largest norm of the whole gradient; 0 for none", at_least=0, at_most=1e9

@@ -133,5 +133,6 @@ def plot_loss_over_t(axes, rows):
 
 
 def say_nothing_yet(axes, text):
+    """Write a text into axes that have no curve yet."""
     axes.set_yticks([])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.5")

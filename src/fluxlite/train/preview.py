@@ -12,6 +12,7 @@ from fluxlite.data.opening import open_dataset, prepare_data
 from fluxlite.draw.contact_sheet import contact_sheet
 from fluxlite.draw.sampling import pictures_of
 from fluxlite.train.draws import DrawnSamples, draw_step
+from fluxlite.train.tasks import choose_task
 from fluxlite.weights.text_encoders import load_tokenizers
 
 BATCHES = 4
@@ -33,8 +34,12 @@ def write_preview(config):
     dataset = open_dataset(config.data, "train", config.seed)
     if parallel.rank() > 0:
         return folder
-    read_by = load_tokenizers(config.model.t5, config.model.clip, config.model.max_sequence_length)
-    samples = DrawnSamples(dataset, partial(draw_step, config))
+    model = config.model
+    read_by = load_tokenizers(
+        model.t5, model.clip, model.max_sequence_length, tokenizers=model.tokenizers
+    )
+    draws = draw_step, choose_task(config).draw_inputs
+    samples = DrawnSamples(dataset, *(partial(draw, config) for draw in draws))
     drawn = [samples[index] for index in range(min(BATCHES * size, MOST))]
     with atomic_folder(folder / "preview", replace=True) as aside:
         for start in range(0, len(drawn), size):

@@ -16,11 +16,10 @@ def make_prodigy(groups, *, lr, betas, eps):
         def step(self, closure=None):
             if getattr(self, "found_inf", None) is not None and self.found_inf.item():
                 return
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            if getattr(self, "grad_scale", None) is not None:
-                torch._foreach_div_(
-                    [p.grad for p in parameters if p.grad is not None], self.grad_scale
-                )
+            scale = getattr(self, "grad_scale", None)
+            for group in self.param_groups if scale is not None else ():
+                if grads := [p.grad for p in group["params"] if p.grad is not None]:
+                    torch._foreach_div_(grads, scale)
             recall_numbers(self)
             super().step(closure)
             keep_numbers(self)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from fluxlite import __version__, parallel
 from fluxlite.cli.messages import warn_for_all
-from fluxlite.cli.options import resumable_keys
+from fluxlite.cli.options import flat_values, resumable_keys
 from fluxlite.train import run_state
 from fluxlite.train.building import changed_keys, list_changes
 from fluxlite.weights import run_folder
@@ -14,21 +14,12 @@ from fluxlite.weights import run_folder
 log = logging.getLogger("fluxlite")
 
 
-def flatten_settings(values, prefix=""):
-    """{dotted key: value} of nested dictionaries."""
-    flat = {}
-    for key, value in values.items():
-        nested = isinstance(value, dict)
-        flat |= flatten_settings(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
-
-
 def check_resume(saved, config):
     """Say which changed keys a resumed run accepts; raise `ValueError` for the others."""
-    new = flatten_settings(json.loads(json.dumps(asdict(config))))
+    new = dict(flat_values(json.loads(json.dumps(asdict(config)))))
     # what an older version did not know has its default
-    defaults = flatten_settings(json.loads(json.dumps(asdict(type(config)()))))
-    old = defaults | flatten_settings(saved)
+    defaults = dict(flat_values(json.loads(json.dumps(asdict(type(config)())))))
+    old = defaults | dict(flat_values(saved))
     changed = changed_keys(old, new)
     accepted = changed & resumable_keys(type(config))
     refused = changed - accepted

@@ -24,6 +24,7 @@ from fluxlite.train import optim
 from fluxlite.train.building import check_base
 from fluxlite.train.draws import DrawnSamples, draw_posterior, draw_step, shape_of
 from fluxlite.train.tasks import choose_task
+from fluxlite.train.tasks.conditions import check_sees
 from fluxlite.train.tasks.task import Task
 from fluxlite.weights import sources
 from fluxlite.weights.run_folder import DataRecord
@@ -93,8 +94,11 @@ def set_up(config, device, mesh):
     """Models, optimizers and encoders of a run on this rank's device of a `parallel.Mesh`."""
     warn_of_warmup(config)
     warn_of_idle(config.parallel)
+    parallel.warn_of_rounding(config.model.quantize)
     check_base(config)
-    parts, task = load_parts(config, device, mesh), choose_task(config)
+    task = choose_task(config)
+    check_sees(task, config)
+    parts = load_parts(config, device, mesh)
     return assemble_run(config, device, mesh, task, task.build_models(config, device, mesh), parts)
 
 
@@ -102,11 +106,12 @@ def state_per_rank(config, ranks):
     """Bytes of what lives from step to step on each of `ranks` that share one copy of the weights;
     the modulation may be spread over all there are.
     """
-    total, widest = 0, parallel.world_size() if config.parallel.shard_modulation else ranks
+    total = 0
     for wrap, _ in choose_task(config).models:
         model = wrap(config, None)
         for name, size in optim.state_bytes(model, config.optim).items():
-            share = widest if name.startswith("modulation.") else ranks
+            spread = name.startswith("modulation.") and model.spreads_modulation
+            share = parallel.world_size() if spread else ranks
             total += size / (1 if model.is_whole else share)
     return total
 
@@ -139,7 +144,8 @@ def assemble_run(config, device, mesh, task, models, parts):
 
 def make_rope(config, cells, device):
     """The rope table of latents of (height, width) `cells`."""
-    positions = position_ids(*cells, config.model.max_sequence_length)
+    references = [cells] if config.model.kind == "kontext" else []
+    positions = position_ids(*cells, config.model.max_sequence_length, references)
     return rope_table(send_tensor(positions, device), config.model.shape())
 
 
@@ -152,8 +158,9 @@ def load_parts(config, device, mesh):
     source = open_autoencoder(config)
     sharded = config.parallel.shard_encoders
     where = dict(dtype=getattr(torch, config.dtype), device=device)
-    names = config.model.t5, config.model.clip
-    encoders = load_text_encoders(*names, t5_device="cpu" if sharded else device, **where)
+    names, tokenizers = (config.model.t5, config.model.clip), config.model.tokenizers
+    places = dict(t5_device="cpu" if sharded else device, tokenizers=tokenizers)
+    encoders = load_text_encoders(*names, **places, **where)
     if sharded:
         parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.node)
     check_widths(config.model.shape(), encoders=encoders)

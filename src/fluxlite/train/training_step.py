@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fluxlite import parallel, rng
+from fluxlite.data.cache import POSTERIORS
 from fluxlite.data.images import pixels_of
 from fluxlite.data.transfers import feed_device, send_tensor
 from fluxlite.nets import flow
@@ -91,7 +92,7 @@ def value_weights(run, batch):
     the mask leaves, times its sample's weight; (B, 1, 1) without masks. None where all count 1.
     """
     weights = batch["weights"].view(-1, 1, 1) if "weights" in batch else None
-    if "masks" not in batch:
+    if "masks" not in batch or run.config.model.kind == "fill":  # whose masks are holes
         return weights
     cells = F.avg_pool2d(batch["masks"].float() / 255, run.config.model.downsampling)
     masks = pack_latents(cells.expand(-1, run.latent_shape[0], -1, -1))
@@ -111,18 +112,20 @@ def encode_batch(run, batch):
         txt, pooled = run.parts.encoders.encode(batch["captions"], length)
     else:
         txt, pooled = batch["txt"], batch["pooled"]
-    x0 = encode_pictures(run, batch, "images", ("mean", "logvar"), "posterior_noise")
+    x0 = encode_pictures(run, batch, "images", POSTERIORS["images"], "posterior_noise")
     return x0, txt, pooled, run.task.encode_inputs(run, batch)
 
 
-def encode_pictures(run, batch, name, cached, noise):
-    """Packed latents (B, L, C) float32 of a batch's pictures `name`: a sample of their posterior by
-    the draws `noise`. A cached batch holds its mean and log variance under the names `cached`.
+def encode_pictures(run, batch, name, cached=(), noise=None, keep=1):
+    """Packed latents (B, L, C) float32 of a batch's pictures `name`, times `keep`: a sample of
+    their posterior by the draws `noise`, without these its mode.
+
+    A cached batch holds mean and log variance under the names `cached`.
     """
     autoencoder = run.parts.autoencoder
-    if cached[0] in batch:
+    if any(key in batch for key in cached):
         mean, logvar = (batch[key] for key in cached)
     else:
-        mean, logvar = autoencoder.posterior(pixels_of(batch[name]))
-    latents = sample_posterior(mean.float(), logvar.float(), batch[noise])
+        mean, logvar = autoencoder.posterior(pixels_of(batch[name]) * keep)
+    latents = sample_posterior(mean.float(), logvar.float(), batch[noise] if noise else None)
     return pack_latents(latents if autoencoder is None else autoencoder.scale(latents))

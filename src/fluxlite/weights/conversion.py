@@ -112,11 +112,11 @@ def apply_transform(transform, direction, tensors, config):
     return getattr(transform, direction)(tensors, config)
 
 
-def rules_by_name(layout, config):
-    """{name of ours: the rule that makes it from tensors in `layout`}."""
+def rules_by_name(layout, config, side="ours"):
+    """{name: the rule that has it} of all tensors of ours, or of "theirs", those in `layout`."""
     found = {}
     for rule in model_rules(layout, config):
-        found |= dict.fromkeys(rule.ours, rule)
+        found |= dict.fromkeys(getattr(rule, side), rule)
     return found
 
 

@@ -1,8 +1,38 @@
-"""Repositories of the Hugging Face hub: fetched or read from its cache, with errors that say what
-to do.
+"""Where what a setting names lies: a path, the shipped pipeline, or a repository of the Hugging
+Face hub, fetched or read from its cache.
 """
 
 from pathlib import Path
+
+from fluxlite.cli.options import expand_home
+
+TINY = "flux-tiny"
+ASSETS = Path(__file__).parents[3] / "assets"
+MODEL_SUFFIXES = ".safetensors", ".gguf"  # of files that a repository's name may end with
+
+
+def resolve_tiny(path):
+    """`flux-tiny` names the pipeline that comes with the code; anything else stands for itself."""
+    if path != TINY:
+        return path
+    if not (ASSETS / TINY).is_dir():
+        raise ValueError(
+            f"{ASSETS / TINY} is missing: work in a clone of the repository, or name a checkpoint "
+            "of your own"
+        )
+    return str(ASSETS / TINY)
+
+
+def local_path(where, patterns, *, setting="model.checkpoint"):
+    """The path `where`, or where the files of a hub repository that match have been fetched to;
+    `flux-tiny` is the shipped pipeline.
+    """
+    path = Path(expand_home(resolve_tiny(str(where)), setting))
+    if path.exists():
+        return path
+    if not is_repository(str(where)):
+        raise ValueError(f"{setting}={where} does not exist")
+    return fetch_repository(str(where), patterns, key=setting)
 
 
 def is_repository(where):
@@ -17,7 +47,7 @@ def is_repository(where):
 
 def fetch_repository(where, patterns, *, key):
     """The local folder of the hub repository `owner/name[/folder…]` with the files in that folder
-    that match `patterns`.
+    that match `patterns`; of `owner/name[/folder…]/x.safetensors` or `.gguf` that file.
 
     Raises `ValueError`, within seconds where the hub is out of reach; `key` is the setting that
     names the repository.
@@ -28,6 +58,8 @@ def fetch_repository(where, patterns, *, key):
     try:
         owner, name, *inside = str(where).strip("/").split("/")
         patterns = ["/".join([*inside, pattern]) for pattern in patterns]
+        if inside and inside[-1].endswith(MODEL_SUFFIXES):
+            patterns = ["/".join(inside)]
         return Path(
             snapshot_download(f"{owner}/{name}", allow_patterns=patterns, etag_timeout=5)
         ).joinpath(*inside)

@@ -13,7 +13,7 @@ import torch
 
 from fluxlite.cli.descriptions import parse_json, read_json
 from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank
-from fluxlite.weights.layouts import COLUMNS, Rule
+from fluxlite.weights.layouts import COLUMNS, SAME, Rule
 
 PEFT_NAME = "adapter_model.safetensors"  # beside adapter_config.json
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' JSON of peft's LoraConfigs
@@ -51,6 +51,35 @@ class Adapter:
     @property
     def name(self):
         return self.rule.theirs[0]
+
+
+# --- rows and columns -----------------------------------------------------------------------------
+
+
+def moves_columns(rule):
+    """Whether a rule moves columns, which are A's, and not rows, which are B's."""
+    return rule.transform is COLUMNS
+
+
+def part_indices(rule, shape, config):
+    """For each of our tensors the rows, or columns, of their tensor (of `shape`) that it has."""
+    if moves_columns(rule):
+        numbers = torch.arange(shape[1])[None]
+        return [part[0] for part in rule.transform.forward([numbers], config)]
+    return rule.transform.forward([torch.arange(shape[0])], config)
+
+
+def form_part(form, rule, number, config):
+    """The part of a form that is a difference of our tensor `number` of the rule."""
+    if rule.transform is SAME:
+        return form
+    index = part_indices(rule, form.shape, config)[number]
+    return form.columns(index) if moves_columns(rule) else form.rows(index)
+
+
+def rule_shape(rule, ours, config):
+    """The shape of a rule's tensor in their layout; `ours` are our tensors, on meta."""
+    return tuple(rule.transform.backward([ours[name] for name in rule.ours], config)[0].shape)
 
 
 # --- from tensors to adapters ---------------------------------------------------------------------

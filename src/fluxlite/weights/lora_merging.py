@@ -15,11 +15,11 @@ from itertools import chain
 
 import torch
 
-from fluxlite.nets.configs import CHANNEL_NAMES
 from fluxlite.nets.lora import AdapterTerm, DenseForm, LowRank, adapt_linears, float_form
 from fluxlite.weights import conversion, sources
 from fluxlite.weights.dtypes import wider_dtype
-from fluxlite.weights.layouts import COLUMNS, SAME
+from fluxlite.weights.layouts import SAME
+from fluxlite.weights.lora_adapters import form_part, moves_columns, part_indices, rule_shape
 from fluxlite.weights.lora_files import Lora, LoraFile, read_lora
 from fluxlite.weights.lora_keys import CLIP_PREFIX
 
@@ -58,47 +58,6 @@ def open_loras(loras, source, setting="lora="):
     return found
 
 
-def check_drawable(loras, config):
-    """Raise `ValueError` for LoRAs that make a model of another input of a transformer."""
-    for lora in loras:
-        wide = widened_config(config, [lora]).in_channels
-        if wide != config.in_channels:
-            raise ValueError(
-                f"lora={lora.file.where} widens the model's input to {wide} channels, as "
-                f"{CHANNEL_NAMES.get(wide, 'a control LoRA')}: it can be baked (convert_hf.py "
-                "--lora), but drawing with it is not supported yet"
-            )
-
-
-# --- rows and columns -----------------------------------------------------------------------------
-
-
-def moves_columns(rule):
-    """Whether a rule moves columns, which are A's, and not rows, which are B's."""
-    return rule.transform is COLUMNS
-
-
-def part_indices(rule, shape, config):
-    """For each of our tensors the rows, or columns, of their tensor (of `shape`) that it has."""
-    if moves_columns(rule):
-        numbers = torch.arange(shape[1])[None]
-        return [part[0] for part in rule.transform.forward([numbers], config)]
-    return rule.transform.forward([torch.arange(shape[0])], config)
-
-
-def form_part(form, rule, number, config):
-    """The part of a form that is a difference of our tensor `number` of the rule."""
-    if rule.transform is SAME:
-        return form
-    index = part_indices(rule, form.shape, config)[number]
-    return form.columns(index) if moves_columns(rule) else form.rows(index)
-
-
-def rule_shape(rule, ours, config):
-    """The shape of a rule's tensor in their layout; `ours` are our tensors, on meta."""
-    return tuple(rule.transform.backward([ours[name] for name in rule.ours], config)[0].shape)
-
-
 # --- checked against the base ---------------------------------------------------------------------
 
 
@@ -119,13 +78,9 @@ def check_adapters(adapters, config):
 
 def widened_config(config, loras):
     """The shape of a transformer with its LoRAs: BFL's control LoRAs widen its input."""
-    widths = [
-        adapter.form.shape[1]
-        for adapter in chain.from_iterable(lora.adapters("transformer") for lora in loras)
-        if WIDENED in adapter.rule.ours
-    ]
-    wide = max([config.in_channels, *widths])
-    widened = replace(config, in_channels=wide)
+    adapters = chain.from_iterable(lora.adapters("transformer") for lora in loras)
+    widths = [a.form.shape[1] for a in adapters if WIDENED in a.rule.ours]
+    widened = replace(config, in_channels=max([config.in_channels, *widths]))
     widened.scheduler = config.scheduler
     return widened
 
@@ -176,8 +131,8 @@ class LoraResolver:
         weight = self.base(name).to(torch.float32, copy=True)
         return pad_columns(weight, self.config.in_channels) if name == WIDENED else weight
 
-    def ratio(self, adapter, name, number):
-        """By what DoRA rescales the rows (out, 1) or columns (1, in) of our tensor `name`.
+    def ratio(self, adapter, number):
+        """By what DoRA rescales the rows (out, 1) or columns (1, in) of a rule's tensor of ours.
 
         Norms are those of the whole tensor of the file's layout, which may be several of ours.
         """
@@ -205,7 +160,7 @@ class LoraResolver:
         if adapter.magnitude is None:
             return values
         weight = self.weight(name)
-        return self.ratio(adapter, name, number) * (weight + values) - weight
+        return self.ratio(adapter, number) * (weight + values) - weight
 
     def merged(self, name):
         """Our tensor `name` with all LoRAs, rounded once: to the base's type, or a wider one that
@@ -235,7 +190,7 @@ class LoraResolver:
         for lora, adapter, number in self.adapters[name]:
             form, ratio = self.form(name, adapter, number), None
             if adapter.magnitude is not None:
-                ratio = self.ratio(adapter, name, number)
+                ratio = self.ratio(adapter, number)
             found.append(AdapterTerm(float_form(form), adapter.scale, lora.scale, ratio))
         return found
 
@@ -252,7 +207,8 @@ def merged_source(source, loras, dtype=None, only=lambda name: True):
     if not any(lora.adapters("transformer") for lora in loras):
         return source
     config = widened_config(source.config, loras)
-    base, rules = our_reader(source), rules_of_theirs(source)
+    base = our_reader(source)
+    rules = conversion.rules_by_name(source.layout, source.config, "theirs")
     resolver = LoraResolver(loras, "transformer", base, config, dtype)
     changed = {name for name in resolver.adapters if only(name)}
     if config.in_channels != source.config.in_channels:
@@ -271,15 +227,6 @@ def merged_source(source, loras, dtype=None, only=lambda name: True):
         merged = changed & set(rules[name].ours)
         described[name] = wider_dtype(of, dtype or of) if merged else of, shapes[name]
     return replace(source, config=config, described=described, read=read, base=source)
-
-
-def rules_of_theirs(source):
-    """{name in a source's layout: the rule that has it}."""
-    rules = conversion.model_rules(source.layout, source.config)
-    found = {}
-    for rule in rules:
-        found |= dict.fromkeys(rule.theirs, rule)
-    return found
 
 
 def our_reader(source):
@@ -328,8 +275,6 @@ def load_merged(source, loras, *, merge=True, **options):
         return sources.load_transformer(merged_source(source, loras, dtype), **options)
     linears = linear_names(source.config)
     small = merged_source(source, loras, dtype, only=lambda name: name not in linears)
-    if small.config.in_channels != source.config.in_channels:
-        raise ValueError("lora.merge=false cannot widen the model's input, as a control LoRA does")
     model = sources.load_transformer(small, **options)
     return keep_apart(model, loras, linears)
 

@@ -22,8 +22,15 @@ from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank
 from fluxlite.weights import conversion, lora_keys, tensor_files
 from fluxlite.weights.dtypes import wider_dtype
 from fluxlite.weights.layouts import COLUMNS, SAME
-from fluxlite.weights.lora_adapters import METADATA_KEY, Adapter, form_rank
-from fluxlite.weights.lora_merging import form_part, moves_columns, part_indices, rule_shape
+from fluxlite.weights.lora_adapters import (
+    METADATA_KEY,
+    Adapter,
+    form_part,
+    form_rank,
+    moves_columns,
+    part_indices,
+    rule_shape,
+)
 
 log = logging.getLogger("fluxlite")
 
@@ -90,10 +97,12 @@ JointTensor = namedtuple("JointTensor", "rule layout indices config")
 
 
 def adapters_of(parts):
+    """The adapters of [(adapter, number in its rule)] of each of some tensors."""
     return [adapter for adapter, _ in chain.from_iterable(parts)]
 
 
 def of_form(part, kind):
+    """Those of one tensor whose form is of a kind."""
     return [(adapter, number) for adapter, number in part if type(adapter.form) is kind]
 
 
@@ -186,6 +195,7 @@ def place_factors(factors):
 
 
 def same_tensor(a, b):
+    """Whether two tensors are alike in every bit."""
     return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
 
 

@@ -125,6 +125,7 @@ def make_inputs(config):
 
 
 def our_forward(config, state, inputs):
+    """What our network of such a shape and weights makes of `make_inputs`, in one tensor."""
     model = conversion.build_on_meta(config)
     model.load_state_dict(state, strict=True, assign=True)
     out = model(rope=rope_table(position_ids(6, 8, 5), config), **inputs)
@@ -132,6 +133,7 @@ def our_forward(config, state, inputs):
 
 
 def diffusers_forward(config, state, inputs):
+    """The same of diffusers' network, of weights in its layout."""
     with torch.device("meta"):
         model = build_diffusers(config)
     model.load_state_dict(state, strict=True, assign=True)

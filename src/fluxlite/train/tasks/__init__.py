@@ -3,6 +3,7 @@
 from operator import itemgetter
 
 from fluxlite.train.building import flux_weights, wrap_flux
+from fluxlite.train.tasks.conditions import condition_task
 from fluxlite.train.tasks.controlnet import CONTROLNET
 from fluxlite.train.tasks.lora import LORA
 from fluxlite.train.tasks.task import Task
@@ -15,4 +16,6 @@ def choose_task(config):
     """The `Task` that a `TrainConfig` asks for."""
     if config.controlnet.train and config.lora.train:
         raise ValueError("controlnet=default and lora=default: train one at a time")
-    return CONTROLNET if config.controlnet.train else LORA if config.lora.train else FULL
+    task = CONTROLNET if config.controlnet.train else LORA if config.lora.train else FULL
+    kind = config.model.kind
+    return task if kind == "plain" else condition_task(task, kind)

@@ -12,6 +12,7 @@ import torch
 from fluxlite import rng
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import option, refuse_first, same_option
+from fluxlite.data.cache import POSTERIORS
 from fluxlite.data.images import pixels_of
 from fluxlite.nets.configs import ControlNetConfig, mode_number
 from fluxlite.nets.controlnet import (
@@ -35,7 +36,7 @@ from fluxlite.train.building import (
     wrap_flux,
     wrap_model,
 )
-from fluxlite.train.draws import keys_of, shape_of
+from fluxlite.train.draws import keys_of, latent_noise
 from fluxlite.train.meter import ControlMeter
 from fluxlite.train.tasks.task import Task
 from fluxlite.train.training_step import encode_pictures
@@ -44,7 +45,6 @@ from fluxlite.weights import sources
 log = logging.getLogger("fluxlite")
 
 SHAPE = ("num_double_blocks", "num_single_blocks", "hint", "num_modes")
-CACHED = ("control_mean", "control_logvar")  # of a batch from a cache
 
 
 @dataclass
@@ -101,6 +101,7 @@ def check_control(config):
 
 
 def meter_conflicts(config):
+    """(whether it is so, text) of what the net and its meter lack of data."""
     replicate, shard, _, _ = config.parallel.sizes()
     least, count = max(8, 2 * replicate * shard), config.data.val_count
     yield (
@@ -117,6 +118,7 @@ def meter_conflicts(config):
 
 
 def mode_conflicts(config):
+    """The same of a union net's kinds of control."""
     mode, count = config.data.control_mode, config.controlnet.num_modes
     kind = -1 if mode in (None, "json") else mode_number(mode)
     yield (
@@ -134,6 +136,7 @@ def mode_conflicts(config):
 
 
 def hint_conflicts(config):
+    """The same of what the net sees of a control."""
     pixel = config.controlnet.hint == "pixel"
     shared = config.parallel.cp > 1 or config.parallel.sequence_parallel
     yield (
@@ -235,9 +238,9 @@ def draw_control(config, sample):
             f"controlnet.num_modes={control.num_modes}, but a sample's json has the mode "
             f"{int(sample['modes'])}"
         )
-    noise = rng.normal(shape_of(config, sample), stream="control", **keys)
+    noise = latent_noise(config, sample, "control")
     dropped = rng.uniform(stream="control dropout", **keys) < control.dropout
-    return {"control_noise": noise[0], "control_dropped": dropped[0]}
+    return {"control_noise": noise, "control_dropped": dropped[0]}
 
 
 def encode_control(run, batch):
@@ -248,7 +251,7 @@ def encode_control(run, batch):
     if control.hint == "pixel":
         hint = pixels_of(batch["controls"])
     else:
-        hint = encode_pictures(run, batch, "controls", CACHED, "control_noise")
+        hint = encode_pictures(run, batch, "controls", POSTERIORS["controls"], "control_noise")
     return {"hint": hint} | ({"mode": batch["modes"]} if control.num_modes else {})
 
 

@@ -25,7 +25,7 @@ from fluxlite.train.building import (
 )
 from fluxlite.train.tasks.task import Task
 from fluxlite.weights import conversion, lora_keys, lora_merging, lora_writing
-from fluxlite.weights.lora_adapters import Adapter
+from fluxlite.weights.lora_adapters import Adapter, form_part, rule_shape
 from fluxlite.weights.lora_files import LORA_RUN_NAME, kind_of, read_lora
 
 LAYOUT = "diffusers"  # whose linears have an adapter each
@@ -181,7 +181,7 @@ def read_start(where, shape):
 def check_trainable(adapter, config):
     """Raise `ValueError` for an adapter of a kind that is read and not trained."""
     lora_merging.check_adapters([adapter], config)
-    expected = lora_merging.rule_shape(adapter.rule, conversion.our_tensors(config), config)
+    expected = rule_shape(adapter.rule, conversion.our_tensors(config), config)
     per_input = adapter.magnitude is not None and adapter.magnitude.shape != (expected[0], 1)
     if type(adapter.form) is not LowRank or per_input:
         kind = f"{kind_of(adapter)}{' per input' * per_input}"
@@ -275,7 +275,7 @@ def start_weights(config):
     for name, planned in plan_adapters(config).items():
         adapter = planned.start
         for number, leaf in zip(range(len(planned.rule.ours)), LowRankAdapter.DOWNS):
-            part = lora_merging.form_part(adapter.form, adapter.rule, number, shape)
+            part = form_part(adapter.form, adapter.rule, number, shape)
             yield f"{name}.{leaf}", part.down
         yield f"{name}.up", adapter.form.up
         if planned.dora:
