@@ -40,6 +40,30 @@ def step_with(optimizers, norm, clip, skipped=0.0):
         optimizer.step()
 
 
+def test_gathered_steps_are_torchs_bit_for_bit(monkeypatch):
+    """Scaled, skipped, with fewer gradients than before, and gone on from a state."""
+    ours, options = model_with_gradients(), dict(lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    theirs = copy.deepcopy(ours)
+    optimizers = [optim.GatheredAdamW(ours.parameters(), **options)]
+    optimizers.append(torch.optim.AdamW(theirs.parameters(), fused=True, **options))
+    own, real = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a: own.append(a[0]) or real(*a))
+    for step, skipped in enumerate([0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]):
+        given = [p.grad for p in model_with_gradients(step).parameters()]
+        if step in (3, 4):
+            given[3] = None
+        for model in (ours, theirs):
+            for p, gradient in zip(model.parameters(), given):
+                p.grad = None if gradient is None else gradient.clone()
+        if step == 6:
+            optimizers[0].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+        step_with(optimizers, torch.tensor(3.0), clip=0.5, skipped=skipped)
+        assert all(map(torch.equal, ours.parameters(), theirs.parameters())), step
+        both = [[*o.state_dict()["state"].values()] for o in optimizers]
+        assert all(torch.equal(a[n], b[n]) for a, b in zip(*both) for n in a), step
+    assert own.count(optimizers[0]) == 4 and own.count(optimizers[1]) == 7
+
+
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("clip", [0.5, 1e6, 0])  # which scales, does not need to, is none
 def test_clipped_steps_are_those_of_torchs_clipping(kind, clip):

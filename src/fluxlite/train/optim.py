@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from fluxlite.cli.options import option
 from fluxlite.parallel.dealing import collect_parts, deal_tensors
 from fluxlite.parallel.weights import local_tensor
+from fluxlite.train.gathered_adamw import GatheredAdamW
 from fluxlite.train.prodigy import make_prodigy
 from fluxlite.train.small_adamw import SmallAdamW, columns_of_block
 
@@ -146,8 +147,7 @@ def make_optimizers(model, config, mesh=None):
         numbers = {p: number for number, p in enumerate(model.parameters())}
         small = dict(bits=8 if config.kind == "adamw8bit" else 32, numbers=numbers)
         return [SmallAdamW(list(groups.values()), **options, **small)]
-    options |= {"fused": True}
-    optimizers = [torch.optim.AdamW(list(groups.values()), **options)] if groups else []
+    optimizers = [GatheredAdamW(list(groups.values()), **options)] if groups else []
     if in_muon:
         matrices = [named[name] for name in named if name in in_muon]
         options = dict(lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
