@@ -6,6 +6,8 @@ and fluxlite.
   python convert_hf.py --src runs/finetune --dst finetuned.safetensors --to bfl # a run → ComfyUI
   python convert_hf.py --src nemo_flux_transformer.safetensors --dst flux.safetensors --verify
   python convert_hf.py --src FLUX.1-dev/vae --dst ae.safetensors --to bfl  # the autoencoder
+  python convert_hf.py --src flux1-dev-Q4_K_S.gguf --dst transformer --to diffusers  # dequantised
+  python convert_hf.py --src all-in-one.safetensors --part vae --dst ae.safetensors --to bfl
   python convert_hf.py --src FLUX.1-dev-Controlnet-Canny --dst canny.safetensors  # a ControlNet
   python convert_hf.py --src FLUX.1-dev --digests  # SHA-256 of every tensor
 
@@ -56,6 +58,11 @@ class ConvertConfig:
         None,
         "file that ends in .safetensors, or folder; for --to diffusers a folder",
         path=True,
+    )
+    part: str | None = option(
+        None,
+        "what is taken of a pipeline's folder or an all-in-one file, else its transformer",
+        choices=("transformer", "controlnet", "vae"),
     )
     to: str | None = option(
         None,
@@ -149,7 +156,7 @@ def exchange(args):
             f"--src {args.src} is a LoRA: choose --to {', '.join(LORA_DIALECTS)}, or name the "
             "model as --src and this as --lora"
         )
-    check_lora_output(args, ("lora", "dtype", "max_shard_size", "no_ema", "verify"))
+    check_lora_output(args, ("lora", "dtype", "max_shard_size", "no_ema", "verify", "part"))
     split = args.split_qkv or "readers"
     found = lora_files.read_lora(args.src, setting="--src ", split_qkv=split)
     lora_writing.exchange_lora(found, args.dst, args.to, **save_options(args))
@@ -162,7 +169,7 @@ def extract(args):
 
     from fluxlite.weights import lora_extract, lora_writing, sources
 
-    check_lora_output(args, ("max_shard_size", "verify"))
+    check_lora_output(args, ("max_shard_size", "verify", "part"))
     base = sources.open_part(sources.open_source(args.extract, setting="--extract"), "transformer")
     tuned = sources.open_source(args.src, setting="--src", ema=not args.no_ema)
     tuned, to = sources.open_part(tuned, "transformer"), args.to or "peft"
@@ -187,6 +194,16 @@ def with_loras(source, args, dtype):
     return lora_merging.bake_source(source, loras, dtype) if loras else source
 
 
+def print_digests(source):
+    """Print the digest of every tensor of a `Source`, and of all."""
+    from fluxlite.weights import verify
+
+    with bar(source.num_bytes(), "reading") as progress:
+        each, total = verify.digests_of(source, progress.update)
+    print("\n".join(f"{digest}  {name}" for name, digest in each.items()))
+    print(f"{total}  all {len(each)} tensors")
+
+
 def convert(args):
     with stopping_at_once():
         import torch
@@ -198,17 +215,14 @@ def convert(args):
         return extract(args)
     if args.to in LORA_DIALECTS or lora_files.is_lora(args.src):
         return exchange(args)
-    source = sources.open_source(args.src, setting="--src", ema=not args.no_ema)
+    how = dict(ema=not args.no_ema, part=args.part or "transformer")
+    source = sources.open_source(args.src, setting="--src", **how)
     dtype = args.dtype and getattr(torch, args.dtype)
     source = with_loras(source, args, dtype)
     if args.no_ema and not sources.is_run(Path(args.src)):
         raise ValueError(f"--no-ema is for runs, and --src {args.src} is none: leave it out")
     if args.digests:
-        with bar(source.num_bytes(), "reading") as progress:
-            each, total = verify.digests_of(source, progress.update)
-        print("\n".join(f"{digest}  {name}" for name, digest in each.items()))
-        print(f"{total}  all {len(each)} tensors")
-        return
+        return print_digests(source)
     to = args.to or "fluxlite"
     size = format_bytes(source.num_bytes())
     print(f"{args.src}: {source.what}, {source.layout} layout, {size}")

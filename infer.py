@@ -11,6 +11,7 @@ from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
 
+from fluxlite.cli.messages import is_first_rank
 from fluxlite.cli.programs import run_program, stopping_at_once
 
 ENCODED_JOBS = 64  # whose prompts are encoded before they are drawn: of FLUX.1 4 MB each
@@ -36,6 +37,8 @@ Draw pictures with a FLUX pipeline.
   python infer.py prompt="an owl" prompt_number=1 picture_number=3  one of many, again
   python infer.py from=outputs/an-owl.png  the same picture bit for bit
   python infer.py jobs=pictures.jsonl output=pictures  {"prompt": "an owl", "seed": 3} a line
+  torchrun --nproc_per_node 4 infer.py prompt_file=prompts.txt batch=2  spread over four
+  torchrun --nproc_per_node 4 infer.py prompt="a fox" parallel.tp=4  a picture shared by four
 
 Prompts and paths are taken as the shell gives them: no quoting for Hydra is needed.
 """
@@ -80,9 +83,10 @@ def draw_pictures(config, pipeline, stages, on_picture, prompts, seeds=None):
     from fluxlite.draw.preview import previewing
     from fluxlite.settings import MAX_STEPS
 
-    recorded = parse_steps(config.profile, MAX_STEPS)
+    recorded, sharing = parse_steps(config.profile, MAX_STEPS), pipeline.sharing
     profile = StepProfile(recorded, config.output, config.device)
-    show, file = show_steps(desc="drawing", unit="step"), Path(config.output) / "preview.live.png"
+    show = show_steps(desc="drawing", unit="step", disable=sharing.group > 0)
+    file = Path(config.output) / f"preview{sharing.group or ''}.live.png"
     shown = config.preview_every, file, config.preview, config.tile
     with closing(profile), previewing(pipeline, *shown) as look:
         return generate(
@@ -99,22 +103,29 @@ def draw_pictures(config, pipeline, stages, on_picture, prompts, seeds=None):
         )
 
 
-def draw_prompts(config, stages):
+def draw_prompts(config, sharing, stages):
     """Draw an `InferConfig`'s prompts, and show several pictures together."""
     from fluxlite.draw.contact_sheet import contact_sheet
     from fluxlite.draw.pipeline import open_pipeline
     from fluxlite.draw.saving import save_picture
+    from fluxlite.draw.sharing import warn_idle
 
-    prompts = prompts_of(config)
-    save = partial(save_drawn, config, prompts)
-    pictures = draw_pictures(config, open_pipeline(config), stages, save, prompts)
+    prompts, drawn = prompts_of(config), {}
+    warn_idle(sharing, len(prompts) * config.images_per_prompt, config.batch)
+
+    def save(number, picture):
+        save_drawn(config, prompts, number, picture)
+        drawn[number] = picture
+
+    draw_pictures(config, open_pipeline(config, sharing), stages, save, prompts)
+    pictures = sharing.gather_drawn(drawn)
     if len(pictures) > 1:
-        texts = [prompts[n // config.images_per_prompt] for n in range(len(pictures))]
-        sheet = contact_sheet(pictures, captions=texts)
+        texts = [prompts[n // config.images_per_prompt] for n in pictures]
+        sheet = contact_sheet([*pictures.values()], captions=texts)
         save_picture(sheet, Path(config.output), "contact-sheet")
 
 
-def draw_jobs(base, stages):
+def draw_jobs(base, sharing, stages):
     """Draw the pictures of a file of jobs that are not in the output yet; all are checked before
     the first is drawn.
     """
@@ -125,14 +136,15 @@ def draw_jobs(base, stages):
     jobs = [(where, job_settings(base, job, where)) for where, job in places]
     names = name_jobs([picture_settings(config) for _, config in jobs])
     paths = [Path(config.output) / name for (_, config), name in zip(jobs, names)]
-    left = [(*job, path) for job, path in zip(jobs, paths) if not path.exists()]
-    opened = [*open_jobs(left)]
+    missing = sharing.first_does(lambda: [not path.exists() for path in paths])
+    left = [(*job, path) for job, path, is_left in zip(jobs, paths, missing) if is_left]
+    opened = [*open_jobs(left, sharing)]
     logging.info("%d of %d jobs are drawn already", len(jobs) - len(left), len(jobs))
     for pipeline, group in groupby(opened, key=itemgetter(0)):
         draw_group(pipeline, [*group], stages)
 
 
-def open_jobs(jobs):
+def open_jobs(jobs, sharing):
     """(pipeline, what it encodes, place, config, path) of checked jobs (place, config, path).
 
     Jobs share a pipeline where they name the same.
@@ -146,7 +158,7 @@ def open_jobs(jobs):
         key = repr([getattr(config, f.name) for f in fields(PipelineConfig)])
         with naming_place(where):
             if key not in opened:
-                opened[key] = open_pipeline(config)
+                opened[key] = open_pipeline(config, sharing)
             drawn = dict(controls=config.controls(), given=config.pictures(), **config.sampling())
             plan = plan_drawing(opened[key], config, prompts_of(config), **drawn)
         texts = [(text, plan.sample.max_sequence_length) for text in plan.texts()]
@@ -206,18 +218,26 @@ def usage():
 
 def body(arguments):
     with stopping_at_once():
+        from fluxlite import parallel
         from fluxlite.cli.stage_times import StageTimes
+        from fluxlite.draw.sharing import REMEDY, join_sharing
         from fluxlite.settings import load_settings
 
-    config = load_settings("infer", arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    stages = StageTimes(config.device)
-    if config.jobs:
-        draw_jobs(config, stages)
-    else:
-        draw_prompts(again_settings(config, arguments) if config.again else config, stages)
-    print(stages.table(), file=sys.stderr)
+    config, first = load_settings("infer", arguments), is_first_rank()
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="%(message)s")
+    if config.again:
+        config = again_settings(config, arguments)
+    draw = draw_jobs if config.jobs else draw_prompts
+    try:
+        with parallel.watching_ranks(config.parallel, REMEDY):
+            sharing = join_sharing(config.parallel, config.device)
+            stages = StageTimes(config.device)
+            draw(config, sharing, stages)
+    finally:
+        parallel.stop_ranks()
+    if first:
+        print(stages.table(), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    run_program(body, usage=usage, ranks=False)
+    run_program(body, usage=usage)

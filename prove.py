@@ -19,7 +19,8 @@ from pathlib import Path
 
 from fluxlite.cli.programs import run_program, stopping_at_once
 
-DRAWN_WITH = "checkpoint", "t5", "clip", "autoencoder", "seed", "steps", "guidance", "batch"
+PARTS = "checkpoint", "t5", "clip", "tokenizers", "autoencoder"
+DRAWN_WITH = *PARTS, "seed", "steps", "guidance", "batch"
 
 
 def usage():

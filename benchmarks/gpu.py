@@ -5,16 +5,16 @@
 
 Needs `pip install -e '.[test]'`. Correctness comes first: `pytest -m gpu`. Then, with random
 weights made on the GPU: a step of our sampler beside diffusers', eager and compiled; a training
-step and its peak memory under each checkpointing; float8; loading; the autoencoder; FSDP2 and
-tensor parallelism where there are several GPUs. A model that does not fit is made less deep, and
-its rows say so. Each section is a process with a limit of seconds; what does not fit is named as
-skipped.
+step and its peak memory under each checkpointing, and of a LoRA; float8; loading; the autoencoder;
+FSDP2 and tensor parallelism where there are several GPUs. A model that does not fit is made less
+deep, and its rows say so. Each section is a process with a limit of seconds; what does not fit is
+named as skipped.
 
 Prints a table, a JSON line and, last, the table in Markdown for docs/performance.md. Exit code 1
 where a test failed, 2 without a GPU.
 
-TFLOP/s count two operations to a multiply-add of the forward, three forwards to a training step;
-MFU is their share of the device's dense bf16 peak.
+TFLOP/s count two operations to a multiply-add of the forward, three forwards to a training step, of
+a LoRA two; MFU is their share of the device's dense bf16 peak.
 """
 
 import argparse

@@ -289,9 +289,9 @@ def training_config(scale, checkpointing, compiled, options=()):
     )
 
 
-def measure_training(scale, who, checkpointing, compiled, options=(), note=""):
-    """A row of a training step of "ours" or "diffusers", its peak memory with weights, gradients
-    and optimizer.
+def measure_training(scale, who, checkpointing, compiled, options=(), note="", forwards=3):
+    """A row of a training step of "ours" or "diffusers", which costs as many `forwards`; its peak
+    memory with weights, gradients and optimizer.
     """
     config = training_config(scale, checkpointing, compiled, options)
     reset_peak()
@@ -303,7 +303,7 @@ def measure_training(scale, who, checkpointing, compiled, options=(), note=""):
         )
     first, loss = seconds_of(step)
     seconds = alternate_steps({who: step}, scale.repeats, scale.count)[who]
-    row = speed_of(scale, seconds, 3 * forward_tflop(scale, scale.sides[0]))
+    row = speed_of(scale, seconds, forwards * forward_tflop(scale, scale.sides[0]))
     note = join_notes(note, f"first step {first:.0f} s" if first > 1 else "")
     return row | {"gb": peak_gb(), "note": note, "loss": loss.item()}
 
@@ -335,6 +335,18 @@ def train_rows(scale, clock):
         words = f"{scale.sides[0]}², {who}", f"checkpointing {kind}"
         name = ", ".join([*words, *["compiled"] * compiled, *["flash"] * (attention == "flash")])
         variants[name] = scale, who, kind, compiled, [f"model.attention={attention}"], note
+    yield from attempt_each(variants, measure_training, clock)
+    parallel.stop_ranks()
+
+
+def lora_rows(scale, clock):
+    """A training step of a LoRA, its base in bfloat16 and in less."""
+    whole, scale, variants = scale.whole, scale.fitted(3, scale.memory), {}
+    for kind in ("none", "int8", "nf4"):
+        base = "bfloat16" if kind == "none" else f"{kind}, lossy"
+        options = ["lora=default", f"model.quantize={kind}"], scale.depth_note(whole), 2
+        name = f"{scale.sides[0]}², LoRA beside {base}, checkpointing full"
+        variants[name] = scale, "ours", "full", False, *options
     yield from attempt_each(variants, measure_training, clock)
     parallel.stop_ranks()
 
@@ -493,9 +505,10 @@ def rank_rows(scale, clock, mesh="FSDP2"):
 # name: (what yields its rows, seconds that it may take on one GPU)
 SECTIONS = {
     "tests": (test_rows, 110),
-    "forward": (forward_rows, 120),
-    "train": (train_rows, 120),
-    "float8": (float8_rows, 60),
+    "forward": (forward_rows, 105),
+    "train": (train_rows, 105),
+    "lora": (lora_rows, 45),
+    "float8": (float8_rows, 45),
     "loading": (loading_rows, 30),
     "autoencoder": (autoencoder_rows, 20),
     "meshes": (mesh_rows, 20),

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 from fluxlite import parallel
 from fluxlite.cli.command_line import load_config
 from fluxlite.draw.generation import generate, show_steps
+from fluxlite.draw.offload import Feed
 from fluxlite.draw.pipeline import load_pipeline
 from fluxlite.preflight.prediction import tensors_in
 from fluxlite.settings import TrainConfig
@@ -33,6 +34,7 @@ from fluxlite.train import loop
 from fluxlite.train.metrics import Metrics, Throughput
 from fluxlite.train.setup import assemble_run, encoded_split, find_split, load_parts
 from fluxlite.train.tasks import choose_task
+from fluxlite.train.tasks.task import place_models
 
 aten = torch.ops.aten
 INDEXED = (aten.index, aten.index_put, aten.index_put_, aten._unsafe_index)
@@ -196,8 +198,10 @@ def meta_run(*arguments):
             "_get_fused_kernels_supported_devices",
             lambda: ["meta"],
         )
-        for patch in (supported, mock.patch.object(loop, "finish_step", lambda *_: None)):
-            stack.enter_context(patch)
+        stack.enter_context(supported)
+        stack.enter_context(mock.patch.object(loop, "finish_step", lambda *_: None))
+        # weights are copied to a buffer and stay on meta: torch lets no parameter go there and back
+        stack.enter_context(mock.patch.object(Feed, "_point", lambda *_, **__: None))
         run = assemble_meta_run(config, mesh)
         monitor = start_meta_monitor(run, folder)
         stack.callback(monitor.metrics.close)
@@ -209,6 +213,7 @@ def assemble_meta_run(config, mesh):
     """A `Run` whose models, optimizers and encoders are on meta."""
     task, device = choose_task(config), torch.device("meta")
     models = [wrap(config, mesh) for wrap, _ in task.models]
+    models = place_models(models, device, config.parallel.swap_blocks)
     parts = load_parts(config, torch.device("cpu"), mesh)
     if parts.encoders is not None:
         for part in (parts.encoders.t5, parts.encoders.clip, parts.autoencoder):

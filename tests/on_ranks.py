@@ -9,7 +9,7 @@ import torch
 from fluxlite import parallel
 
 
-def on_ranks(count, body, tmp_path):
+def on_ranks(count, body, tmp_path, seconds=60):
     """What `body()` returns on each of so many forked ranks; here must be no process group."""
     assert not torch.distributed.is_initialized()
     with socket.create_server(("localhost", 0)) as server:
@@ -27,7 +27,7 @@ def on_ranks(count, body, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(seconds)
         process.kill()
     assert [process.exitcode for process in processes] == [0] * count
     return [torch.load(tmp_path / f"{rank}.pt") for rank in range(count)]

@@ -12,6 +12,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from reference import diffusers_flux, made_up_inputs, ours_from, randomise, relative_error
+from test_host_memory import FULL, steps_of
+from test_lora_drawing import draw, save_lora
 from test_parallel import BOUNDS, assert_same, run_meshes
 from test_trainer import MOCK, configure, losses, train
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,13 +21,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fluxlite
 from fluxlite import parallel
 from fluxlite.cli import devices
+from fluxlite.draw import offload
 from fluxlite.draw.offload import stream_blocks
+from fluxlite.nets import quantized
 from fluxlite.nets.autoencoder import Autoencoder
 from fluxlite.nets.configs import AutoencoderConfig, FluxConfig
 from fluxlite.nets.flux import ContiguousGradient, Flux, attend, rope_table
 from fluxlite.nets.latents import position_ids
+from fluxlite.nets.quantized import QUANTIZED_KINDS
+from fluxlite.parallel import host_memory
 from fluxlite.parallel.weights import local_tensor
-from fluxlite.train import loop, setup, training_step
+from fluxlite.train import loop, setup, small_adamw, training_step
 from fluxlite.weights import conversion
 from fluxlite.weights.verify import diffusers_inputs
 
@@ -35,6 +41,9 @@ SLOW_ON_CPU = [pytest.param("cpu", marks=pytest.mark.slow), DEVICES[1]]
 WIDE = dict(attention_head_dim=64, num_attention_heads=4, axes_dims_rope=(8, 28, 28))
 SHAPE = FluxConfig(1, 2, 256, 4, 4, 12, 12, 20, 14, True, (8, 28, 28))
 CHECKPOINTING = "none", "selective", "full", "2"
+WHOLE = ["dtype=float32", "optim.ema_decay=0", "compile=false", FULL]
+FROZEN = [*WHOLE, "lora=default", "lora.rank=4"]
+ROUNDED = ["dtype=bfloat16", "optim.weights=bfloat16"]
 
 
 def inputs_of(config, device, dtype, tokens=(16, 64)):
@@ -168,8 +177,7 @@ def run_of(device, *options):
     )
     run = setup.set_up(config, *parallel.start_ranks(config.parallel, config.device))
     whole = randomise(Flux(config.model.shape()))
-    weights = {name: p.detach().to(device) for name, p in whole.named_parameters()}
-    parallel.fill_weights(run.model, weights.items())
+    parallel.fill_weights(run.flux, ((name, p.detach()) for name, p in whole.named_parameters()))
     training, _ = setup.open_data(config, run)
     return run, run.loader(training, global_batch=2, start_index=0)
 
@@ -211,10 +219,23 @@ def assert_compiled_is_eager(device, options, bound):
         assert relative_error(gradient, theirs[name]) < bound, name
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_step_does_not_wait_for_the_device(device, alone):
+LORA = [*FROZEN[1:], "optim.ema_decay=0.9"]
+STEPS = {  # each of which takes steps without a wait
+    "all weights": ["optim.ema_decay=0.9"],
+    "8-bit moments": [*WHOLE[1:], "optim.kind=adamw8bit", *ROUNDED],
+    "LoRA": [*LORA, "lora.dropout=0.2"],
+    "DoRA on int8": [*LORA, "lora.dora=true", "model.quantize=int8"],
+    "nf4, swapped": [*LORA, "model.quantize=nf4", "parallel.swap_blocks=2"],
+    "activations on the host": [*LORA, "parallel.activation_offload=true"],
+}
+SEVERAL = [("cpu", "all weights"), *(pytest.param("cuda", n, marks=needs_gpu) for n in STEPS)]
+SEVERAL += [pytest.param("cpu", n, marks=pytest.mark.slow) for n in list(STEPS)[1:]]
+
+
+@pytest.mark.parametrize("device, name", SEVERAL)
+def test_a_step_does_not_wait_for_the_device(device, name, alone):
     """Nor does what ranks tell each other of it; its numbers are read afterwards."""
-    run, batches = run_of(device, "dtype=float32", "optim.ema_decay=0.9")
+    run, batches = run_of(device, "dtype=float32", *STEPS[name])
     launch = functools.partial(loop.launch_step, run, batches, {"number": 0})
     earlier = [launch(step) for step in (1, 2)]  # what is made once is made here
     if device == "cuda":
@@ -285,8 +306,8 @@ def test_streamed_blocks_compute_what_resident_ones_do(device, resident):
 @needs_gpu
 def test_training_with_weights_in_host_memory_is_that_with_weights_on_the_gpu(alone):
     found = []
-    for offload in ("false", "true"):
-        options = "dtype=float32", "compile=false", f"parallel.cpu_offload={offload}"
+    for offloaded in ("false", "true"):
+        options = "dtype=float32", "compile=false", f"parallel.cpu_offload={offloaded}"
         run, batches = run_of("cuda", *options, "optim.warmup=0", "optim.ema_decay=0.9")
         stepped = [step_of(run, batches, step)[0] for step in range(2)]
         parts = {name: local_tensor(p) for name, p in run.model.named_parameters()}
@@ -298,6 +319,89 @@ def test_training_with_weights_in_host_memory_is_that_with_weights_on_the_gpu(al
     for name, part in weights.items():
         assert relative_error(part, weights_there[name]) < 1e-4, name
     assert all(relative_error(*pair) < 1e-4 for pair in zip(averages, average_there))
+
+
+NF4, SWAPPED = "model.quantize=nf4", "parallel.swap_blocks=3"
+SMALL = {  # ways to train in less memory: (settings, those of the run that it is to equal, bound)
+    "LoRA": (FROZEN, FROZEN, 1e-4),
+    "swapped": ([*FROZEN, SWAPPED], FROZEN, 1e-4),
+    "on the host": ([*FROZEN, SWAPPED, "parallel.activation_offload=true"], FROZEN, 1e-4),
+    "int8": ([*FROZEN, "model.quantize=int8"],) * 2 + (1e-4,),
+    "float8": ([*FROZEN, "model.quantize=float8"],) * 2 + (1e-4,),
+    "nf4, swapped": ([*FROZEN, NF4, SWAPPED], [*FROZEN, NF4], 1e-4),
+    "prodigy": ([*FROZEN, "optim.kind=prodigy", "optim.lr=1"],) * 2 + (1e-2,),
+    # codes and rounded weights are whole steps apart where two devices' last bits differ
+    "8-bit moments": ([*WHOLE, "optim.kind=adamw8bit"],) * 2 + (1e-2,),
+    "bfloat16 weights": ([*WHOLE, *ROUNDED],) * 2 + (3e-2,),
+}
+
+
+@pytest.mark.parametrize("device", SLOW_ON_CPU)
+@pytest.mark.parametrize("name", SMALL)
+def test_training_in_little_memory_is_that_of_a_cpu(device, name, alone):
+    if name == "prodigy":
+        pytest.importorskip("prodigyopt")
+    options, plain, bound = SMALL[name]
+    found, run = steps_of(*options, device=device)
+    parallel.stop_ranks()
+    expected, _ = steps_of(*plain)
+    for (loss, norm), (their_loss, their_norm) in zip(found, expected):
+        assert loss == pytest.approx(their_loss, rel=bound)
+        assert norm == pytest.approx(their_norm, rel=10 * bound)
+    assert expected[0][0] != expected[2][0]
+    assert {p.device.type for p in run.model.parameters()} == {device}
+
+
+@needs_gpu
+def test_what_waits_in_host_memory_is_page_locked_and_off_the_gpu(alone, monkeypatch):
+    made, real = [], host_memory.host_buffer
+
+    def noted(*args, **options):
+        made.append(real(*args, **options))
+        return made[-1]
+
+    for owner in (host_memory, offload):
+        monkeypatch.setattr(owner, "host_buffer", noted)
+    ways = "parallel.swap_blocks=3", "parallel.activation_offload=true"
+    steps_of(*FROZEN, *ways, device="cuda")
+    assert len(made) == 3 + 3 * (2 + 3) and all(tensor.is_pinned() for tensor in made)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", QUANTIZED_KINDS[1:])
+def test_a_device_quantises_and_dequantises_as_a_cpu(device, kind):
+    weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(0))
+    weight *= torch.logspace(-3, 3, 96)[:, None]
+    dense = [
+        quantized.computed_weight("modulation.", w, kind, w.dtype).cpu()
+        for w in (weight, weight.to(device))
+    ]
+    assert relative_error(dense[1], dense[0]) < 1e-6
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_bits_of_stochastic_rounding_are_those_of_a_cpu(device):
+    part = slice(3, 400), slice(100, 612)
+    key, values = (1 << 61) + 12345, torch.randn(397, 512)
+    bits = [small_adamw.element_bits(part, key, place) for place in ("cpu", device)]
+    assert torch.equal(bits[0], bits[1].cpu())
+    rounded = [small_adamw.round_randomly(values.to(b.device), b).cpu() for b in bits]
+    assert torch.equal(*rounded)
+
+
+@pytest.mark.parametrize("device", SLOW_ON_CPU)
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_a_picture_with_a_lora_is_that_of_a_cpu(device, merge, quantize, tmp_path):
+    save_lora(file := tmp_path / "lora.safetensors")
+    options = dict(lora=str(file), lora_merge=merge, quantize=quantize, dtype=torch.float32)
+    drawn = [
+        draw(fluxlite.load_pipeline(device=place, compile=False, **options))
+        for place in (device, "cpu")
+    ]
+    plain = draw(fluxlite.load_pipeline(device="cpu", dtype=torch.float32))
+    ours, expected, without = (np.asarray(picture, dtype=int) for picture in (*drawn, plain))
+    assert np.abs(ours - expected).max() <= 2 and np.abs(expected - without).max() > 20
 
 
 @needs_gpu

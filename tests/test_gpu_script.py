@@ -19,6 +19,7 @@ from fluxlite.cli import devices
 from fluxlite.parallel import compilation
 
 ROOT = Path(__file__).parents[1]
+BASES = "bfloat16", "int8", "nf4"
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +72,14 @@ def test_a_model_that_does_not_fit_is_less_deep_and_its_row_says_so():
     assert all("of 4 + 8 blocks" in row["note"] for row in rows)
     assert small.fitted(2.4, small.memory).shape.num_double_blocks == 2
     assert whole.fitted(2.4, whole.memory) == whole
+
+
+@pytest.mark.slow
+def test_a_step_of_a_lora_is_measured_beside_each_base():
+    rows = rows_of("lora")
+    assert [row["what"].split("beside ")[1].split(",")[0] for row in rows] == list(BASES)
+    for row in rows:
+        assert row["ms"] > 0 and row["loss"] == pytest.approx(rows[0]["loss"], rel=0.05)
 
 
 def test_float8_is_skipped_with_its_reason_and_measured_where_it_can_be(monkeypatch):

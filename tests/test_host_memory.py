@@ -4,8 +4,10 @@ from unittest import mock
 
 import pytest
 from meshes import CONTROL, MODEL, batches_of, configure, random_weights
+from on_ranks import on_ranks
 from reference import last_of_each
 from test_checkpoint import CountedFeed
+from torch._subclasses import FakeTensorMode
 
 from fluxlite import parallel
 from fluxlite.draw import offload
@@ -23,12 +25,12 @@ def one_rank():
     parallel.stop_ranks()
 
 
-def steps_of(*options, quantize="none"):
+def steps_of(*options, quantize="none", device="cpu"):
     """(losses and norms of three steps, the run)."""
-    given = ["model.num_single_blocks=3", FULL, f"model.quantize={quantize}", *options]
-    config = configure([], 1, given)
+    given = ["model.num_single_blocks=3", FULL, f"model.quantize={quantize}", f"device={device}"]
+    config = configure([], 1, [*given, *options])
     with mock.patch.object(building, "random_weights", random_weights):
-        run = setup.set_up(config, *parallel.start_ranks(config.parallel, "cpu"))
+        run = setup.set_up(config, *parallel.start_ranks(config.parallel, device))
     batches = batches_of(config, run)
     steps = [training_step.train_step(run, next(batches), step) for step in range(3)]
     return [(loss.item(), norm.item()) for loss, norm in steps], run
@@ -75,10 +77,21 @@ def test_what_cannot_wait_on_the_host_is_refused(options, told):
         configure([], 1, options)
 
 
-def test_swapping_on_several_ranks_is_refused(monkeypatch):
+def test_swapping_what_tensor_parallelism_splits_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="set parallel.cpu_offload=true"):
-        configure([], 1, [*LORA, "parallel.swap_blocks=1", FULL])
+    with pytest.raises(ValueError, match="streams whole blocks, and parallel.tp=2 splits them"):
+        configure(["tp=2"], 1, [*LORA, "parallel.swap_blocks=1", FULL])
+
+
+def test_each_of_two_ranks_streams_the_whole_base_and_they_train_as_one(tmp_path):
+    options = [*LORA, "parallel.swap_blocks=3", "optim.clip=0"]
+    expected, _ = steps_of(*options)
+    parallel.stop_ranks()
+    both = on_ranks(2, lambda: steps_of(*options)[0], tmp_path)
+    for (loss, norm), *ranks in zip(expected, *both):
+        losses, norms = zip(*ranks)
+        assert sum(losses) / 2 == pytest.approx(loss, rel=1e-5) and losses[0] != losses[1]
+        assert norms == pytest.approx([norm, norm], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -91,7 +104,12 @@ def test_preflight_tells_what_fits_a_card_for_each_way_to_save(monkeypatch, caps
     monkeypatch.setattr(table, "ROWS", "\n".join("lora=default lora.rank=1" + way for way in ways))
     monkeypatch.setattr(table, "SIZES", (512,))
     peaks, real = [], table.peak_of
-    monkeypatch.setattr(table, "peak_of", lambda *given: peaks.append(real(*given)) or peaks[-1])
+
+    def peak_of(*given):
+        FakeTensorMode.cache_clear()  # as in a process of its own
+        return peaks.append(real(*given)) or peaks[-1]
+
+    monkeypatch.setattr(table, "peak_of", peak_of)
     table.print_table([])
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 6 and printed[-1].endswith("| 0.0 | 12 |")

@@ -8,6 +8,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,9 @@ infer = runpy.run_path(str(ROOT / "infer.py"))
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with pictures, masks, a Fill, a Canny, a Redux that is none, files of jobs."""
+    """A folder with pictures, masks, a Fill, a Canny, a Redux that is none, files of jobs; single
+    files of a pipeline's parts, and what is no FLUX.
+    """
     folder = tmp_path_factory.mktemp("place")
     for kind, channels in (("fill", 384), ("canny", 128)):
         shutil.copytree(TINY, folder / kind, ignore=shutil.ignore_patterns("controlnet"))
@@ -49,6 +52,12 @@ def place(tmp_path_factory):
     (folder / "text.png").write_text("no picture")
     (folder / "cut.png").write_bytes((folder / "photo.png").read_bytes()[:60])
     (folder / "empty").mkdir()
+    part = load_file(TINY / "text_encoder_2" / "model.safetensors")
+    save_file(part, folder / "t5.safetensors")
+    named = {f"text_encoders.t5xxl.transformer.{key}": part[key] for key in part}
+    save_file(named, folder / "encoders.safetensors")
+    (folder / "cut.gguf").write_bytes(b"GGUF\3\0\0\0\1")
+    (folder / "old.gguf").write_bytes(b"GGUF\1\0\0\0".ljust(99, b"\0"))
     jobs = {
         "none": "\n",
         "broken": '{"prompt": "a"}\n{"prompt": ',
@@ -68,6 +77,7 @@ def place(tmp_path_factory):
     return folder
 
 
+needs_gguf = pytest.mark.skipif(not find_spec("gguf"), reason="needs gguf")
 MISUSES = [
     ("mask={p}/mask.png", "mask= needs image="),
     ("strength=0.5", "strength= is read with image=: name that too"),
@@ -132,6 +142,29 @@ MISUSES = [
     ("-prompt jobs={p}/two.jsonl", "line 1: one picture is drawn here: name one prompt"),
     ("-prompt jobs={p}/session.jsonl", "line 1: output belongs to the command line"),
     ("-prompt jobs={p}/picture.jsonl", "line 2: mask= needs image="),
+    ("model.checkpoint={p}/t5.safetensors", "it is a T5 text encoder (it has encoder.block.0"),
+    ("model.checkpoint={p}/encoders.safetensors", "an all-in-one checkpoint without transformer"),
+    ("model.checkpoint={t} model.autoencoder={p}/t5.safetensors", "name it as model.t5="),
+    ("model.checkpoint={t} model.clip={p}/t5.safetensors", "it is a T5 text encoder (it has enc"),
+    (
+        "model.checkpoint={t} model.clip={t}/vae/diffusion_pytorch_model.safetensors",
+        "it is an autoencoder, not a CLIP text encoder",
+    ),
+    (
+        "model.checkpoint={t} model.t5={t}/transformer/diffusion_pytorch_model.safetensors",
+        "it is a transformer, not a T5 text encoder",
+    ),
+    ("model.checkpoint={t} model.t5={p}/t5.safetensors", "or name a pipeline's folder as model.to"),
+    (
+        "model.checkpoint={t} model.t5={p}/t5.safetensors model.tokenizers={p}/empty",
+        "model.tokenizers={p}/empty has no tokenizer: put tokenizer.json or spiece.model into",
+    ),
+    pytest.param(
+        "model.checkpoint={p}/cut.gguf", "{p}/cut.gguf is no whole GGUF file", marks=needs_gguf
+    ),
+    pytest.param(
+        "model.checkpoint={t} model.t5={p}/old.gguf", "(version 1, not 2 or 3)", marks=needs_gguf
+    ),
     ("-prompt from={p}/photo.png", "from={p}/photo.png does not say how it is drawn again"),
     ("-prompt from={p}/old.png", "from={p}/old.png does not say how it is drawn again"),
     ("-prompt from={p}/odd.png", "from={p}/odd.png: pormpt is not a key: did you mean prompt"),

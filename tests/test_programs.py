@@ -54,7 +54,7 @@ def test_the_page_for_the_library_runs_as_it_stands(tmp_path, monkeypatch):
         assert callable(getattr(fluxlite, name)), name
 
 
-@pytest.mark.parametrize("script", ["infer.py", "convert_hf.py", "prove.py"])
+@pytest.mark.parametrize("script", ["convert_hf.py", "prove.py"])
 def test_a_program_of_one_process_is_refused_under_torchrun(script):
     environment = os.environ | {"WORLD_SIZE": "2", "RANK": "0"}
     result = subprocess.run(

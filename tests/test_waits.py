@@ -62,6 +62,9 @@ CONTROL = ["controlnet=default", "controlnet.num_double_blocks=1", "controlnet.d
 CONTROL += ["data.control=canny", "controlnet.num_single_blocks=0"]
 CIRCLES = ["data=fill50k", "data.count=40", "data.generate_size=32", "data.path={folder}/data"]
 UNION = ["controlnet.num_modes=3", "data.control_mode=depth"]
+LORA = [*LATENTS, "lora=default", "lora.rank=2"]
+FULL = "parallel.activation_checkpointing=full"
+SMALL = ["optim.kind=adamw8bit", "optim.weights=bfloat16", "optim.ema_decay=0"]
 RUNS = {
     "pictures and captions": [],
     "circles": CIRCLES,
@@ -74,6 +77,11 @@ RUNS = {
     "selective": [*LATENTS, "parallel.activation_checkpointing=selective"],
     "loader processes": [*LATENTS, "data.workers=1"],
     "bad steps are skipped": [*LATENTS, "optim.nonfinite=skip"],
+    "8-bit moments": [*LATENTS, *SMALL],
+    "a LoRA": [*LORA, "lora.dropout=0.2"],
+    "a DoRA beside int8": [*LORA, "lora.dora=true", "model.quantize=int8"],
+    "swapped nf4": [*LORA, "model.quantize=nf4", "parallel.swap_blocks=2", FULL],
+    "activations on the host": [*LORA, "parallel.activation_offload=true", FULL],
     "a ControlNet": [*CONTROL, *UNION],
     "a ControlNet on latents": [*LATENTS, *CONTROL],
     "a ControlNet on pixels": [*CIRCLES, *CONTROL, "controlnet.hint=pixel"],

@@ -40,7 +40,7 @@ from fluxlite.nets.flow import FlowConfig
 from fluxlite.nets.latents import PATCH, check_size, kind_channels, num_image_tokens
 from fluxlite.nets.quantized import quantize_conflicts
 from fluxlite.nets.schedule import SampleConfig, check_times
-from fluxlite.parallel import ParallelConfig, world_size
+from fluxlite.parallel import ParallelConfig, SharingConfig, world_size
 from fluxlite.train.building import check_kind_of
 from fluxlite.train.metrics import MetricsConfig
 from fluxlite.train.optim import OptimConfig
@@ -492,6 +492,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
     )
     controlnet: ControlConfig = option(ControlConfig, "the ControlNets")
     redux: ReduxConfig = option(ReduxConfig, "pictures whose likeness is drawn")
+    parallel: SharingConfig = option(SharingConfig, "what processes share")
     solver: str = option(
         "euler", "how steps are taken; heun asks the model twice in each", choices=tuple(SOLVERS)
     )
@@ -553,6 +554,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
 
     def validate(self):
         check_options(self)
+        self.parallel.validate()
         check_machine(settle_machine(self))
         parse_steps(self.profile, MAX_STEPS)
         ways = [f"{key}=" for key, way in self._ways().items() if way]
@@ -598,6 +600,7 @@ SESSION_KEYS = (
 )
 SESSION_KEYS += ("device", "offload", "resident_blocks")
 SESSION_KEYS += ("model.save_converted", "controlnet.save_converted")
+SESSION_KEYS += tuple(f"parallel.{f.name}" for f in dataclasses.fields(SharingConfig))
 
 
 def picture_settings(config):

@@ -4,15 +4,17 @@ import copy
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from fuzzing import BOTH, try_cases
 from reference import diffusers_flux
 from safetensors.torch import save_file
 from test_convert import in_layout
+from test_files import write_gguf
 
 from fluxlite.nets.schedule import SampleConfig, times_for
-from fluxlite.weights import sources, writing
+from fluxlite.weights import sources, tensor_files, writing
 from fluxlite.weights.hub import ASSETS
 from fluxlite.weights.text_encoders import load_text_encoders
 
@@ -192,6 +194,28 @@ def test_mutated_models_are_refused_or_whole(originals, count, tmp_path):
             shard = rng.choice(sorted((place / "pipe" / "transformer").glob("*.safetensors")))
             rng.choice([change_header, cut_short, swap_for_link])(shard, rng)
         return check_source(place / "pipe", config, state)
+
+    verdicts = [verdict for verdict, _ in try_cases(count, case)]
+    assert verdicts.count("refused") > count / 3 and verdicts.count("accepted") > count / 20
+
+
+@pytest.mark.parametrize("count", BOTH)
+def test_mutated_gguf_files_are_refused_or_whole(count, tmp_path):
+    """Their values are free, so what is accepted has the file's shapes, in numbers that are
+    there.
+    """
+    pytest.importorskip("gguf")
+    blocks = np.arange(4 * 34, dtype=np.uint8).reshape(2, 68)
+    tensors = {"a": (blocks, "Q8_0"), "b": (np.ones((3, 4), np.float32), "F32")}
+    whole = write_gguf(tmp_path / "whole.gguf", tensors).read_bytes()
+
+    def case(rng):
+        (tmp_path / "x.gguf").write_bytes(mutate_bytes(whole, rng))
+        found = tensor_files.Tensors(tmp_path / "x.gguf")
+        for name, (dtype, shape) in found.described().items():
+            read = found.read(name)
+            assert (read.dtype, tuple(read.shape)) == (dtype, shape)
+        return len(found.keys())
 
     verdicts = [verdict for verdict, _ in try_cases(count, case)]
     assert verdicts.count("refused") > count / 3 and verdicts.count("accepted") > count / 20

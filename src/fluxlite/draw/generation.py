@@ -36,7 +36,7 @@ from fluxlite.draw.pipeline import (
     open_pipeline,
     pipeline_config,
 )
-from fluxlite.draw.plan import plan_drawing, solver_name
+from fluxlite.draw.plan import plan_drawing, reference_cells, solver_name
 from fluxlite.draw.redux import Redux, add_pictures
 from fluxlite.draw.sampling import decode_pictures, prepare_conditions, sample_latents
 from fluxlite.nets.flux import rope_table
@@ -109,17 +109,20 @@ def generate(
             add = add_pictures(plan.redux, pipeline.device, pipeline.dtype)
             texts = [*map(add, texts[: len(plan.prompts)]), *texts[len(plan.prompts) :]]
         pipeline.release("encoders")
+    batches, leads = pipeline.sharing.deal(plan.batches), pipeline.sharing.leads
+    if not batches:
+        return []
     with stage("transformer and modulation"):
         draw = prepare_drawing(plan, texts)
     about, drawn = describe_drawing(plan), []
-    for numbers, kept in plan.batches:
+    for numbers, kept in batches:
         with stage("denoising"):
-            tokens = draw(numbers, watch_steps(on_step, numbers, kept, plan))
-        if numbers[-1] == len(plan.pictures) - 1:
+            tokens = draw(numbers, watch_steps(on_step if leads else None, numbers, kept, plan))
+        if numbers[-1] == batches[-1][0][-1]:
             del draw
             pipeline.release("transformer")
         with stage("autoencoder"):
-            for place in kept:
+            for place in kept if leads else ():
                 own = about | {"batch": len(numbers), "place": place}
                 picture = finish_picture(plan, numbers[place], tokens[place][None], own, decode)
                 if on_picture:
@@ -163,7 +166,7 @@ def prepare_drawing(plan, texts) -> Callable:
     model, given = pipeline.transformer, (texts, times, sample.guidance)
     conditions = prepare_conditions(model, *given, keep=pipeline.keeps_parts)
     attach = prepare_controls(pipeline, plan.opened, *given, plan.posteriors)
-    references = [pipeline.latent_shape(*one.shape[2:])[1:] for one in plan.scene.references]
+    references = reference_cells(pipeline, plan.scene)
     length = texts[0][0].shape[1]
     further = length - sample.max_sequence_length  # of redux
     pipeline.place_net(model, bytes_planned(plan, references, further))
@@ -178,6 +181,7 @@ def prepare_drawing(plan, texts) -> Callable:
         if sample.true_cfg > 1:
             negative = conditions([len(texts) - 1] * len(prompts))
             options |= {"negative": negative, "true_cfg": sample.true_cfg}
+            options["compute"] = pipeline.sharing.compute
         options["callback"] = lambda step, x: callback(step, guide.blend(step, x))
         return sample_latents(model, conditions(prompts), guide.start, rope, times, **options)
 

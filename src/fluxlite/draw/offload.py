@@ -42,10 +42,10 @@ def stream_blocks(net, device, resident=0, *, training=False):
     staying = () if training else net.conditioning
     for name, child in net.named_children():
         if name not in (*staying, "double_blocks", "single_blocks"):
-            child.to(device)
+            move_module(child, device)
     staying = resident_blocks(len(blocks), resident)
     for number in staying:
-        blocks[number].to(device)
+        move_module(blocks[number], device)
     streamed = [block for number, block in enumerate(blocks) if number not in staying]
     feed = Feed(streamed, device, training) if streamed else None
     for number, block in enumerate(streamed):
@@ -54,6 +54,14 @@ def stream_blocks(net, device, resident=0, *, training=False):
         if training:
             block.register_forward_hook(partial(feed.follow, number))
     return net
+
+
+def move_module(module, device):
+    """Move a module unless it is there: torch refuses some fake tensors that stay where they are
+    (`preflight`).
+    """
+    if any(tensor.device != device for tensor in (*module.parameters(), *module.buffers())):
+        module.to(device)
 
 
 def resident_blocks(count, resident):
@@ -169,14 +177,11 @@ class Feed:
             return
         slot, home = 1 - self.slot, self.homes[number]
         self.holds[slot] = number
-        if not self.cuda:
-            self.buffers[slot][: home.numel()].copy_(home)
-            return
-        with torch.cuda.stream(self.side):
+        with torch.cuda.stream(self.side):  # of None, the current one
             if self.used[slot] is not None:
                 self.side.wait_event(self.used[slot])  # the block that has the buffer must be done
             self.buffers[slot][: home.numel()].copy_(home, non_blocking=True)
-            self.copied[slot] = self.side.record_event()
+            self.copied[slot] = self.side.record_event() if self.cuda else None
 
     def enter(self, number, backward=False):
         """Give a block its weights, and send for the next block's."""

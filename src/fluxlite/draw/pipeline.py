@@ -22,12 +22,14 @@ from fluxlite.cli.options import (
 )
 from fluxlite.draw import kinds
 from fluxlite.draw.offload import OFFLOAD, fitting_blocks, free_memory, place_steps, stream_blocks
+from fluxlite.draw.sharing import Sharing, split_conflicts
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.flux import ATTENTION
 from fluxlite.nets.latents import PATCH, drawing_kind
-from fluxlite.nets.quantized import QUANTIZED_KINDS, quantize_conflicts
+from fluxlite.nets.quantized import QUANTIZED_KINDS
 from fluxlite.nets.schedule import SCHNELL_SCHEDULER, SampleConfig, is_schnell
-from fluxlite.weights import hub, lora_files, lora_merging, run_folder, sources, writing
+from fluxlite.weights import hub, lora_files, lora_merging, part_files, run_folder, sources, writing
+from fluxlite.weights.encoder_files import CLIP, T5, locate_encoder
 from fluxlite.weights.hub import TINY
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES
@@ -38,6 +40,7 @@ log = logging.getLogger("fluxlite")
 PIPELINE_FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "scheduler"
 PIPELINE_FILES = [*(f"{folder}/*" for folder in PIPELINE_FOLDERS), "model_index.json"]
 BESIDE_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
+NAMED_PARTS = *BESIDE_FOLDERS, "tokenizers"
 DIFFUSERS_NAMES = {  # a name of diffusers' pipelines: ours
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
@@ -74,12 +77,18 @@ class PartsConfig:
     )
     t5: str | None = option(
         None,
-        "T5 encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        "T5 encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
         path=True,
     )
     clip: str | None = option(
         None,
-        "CLIP text encoder: a folder, a pipeline folder or a hub id; flux-tiny is shipped",
+        "CLIP text encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
+        path=True,
+    )
+    tokenizers: str | None = option(
+        None,
+        "pipeline folder or hub id whose tokenizer and tokenizer_2 are read, for encoders in files "
+        "that have none beside them",
         path=True,
     )
     autoencoder: str | None = option(
@@ -321,11 +330,13 @@ class Pipeline:
     dtype: torch.dtype
     loras: list = field(default_factory=list)  # `OpenLora`s: `use_loras`
     known_texts: dict = field(default_factory=dict)  # `remember_texts`
+    sharing: Sharing = field(default_factory=Sharing)
 
     @cached_property
     def encoders(self):
-        paths = self.sources["t5"], self.sources["clip"]
-        encoders = load_text_encoders(*paths, device=self.device, dtype=self.dtype)
+        paths, tokenizers = (self.sources["t5"], self.sources["clip"]), self.sources["tokenizers"]
+        where = dict(device=self.device, dtype=self.dtype, tokenizers=tokenizers)
+        encoders = load_text_encoders(*paths, **where)
         check_widths(self.model_config, encoders=encoders)
         return lora_merging.merge_encoders(encoders, self.loras)
 
@@ -335,7 +346,10 @@ class Pipeline:
         if self.loras:
             own = dict(loras=self.loras, merge=self.config.lora.merge)
             load = partial(lora_merging.load_merged, **own)
-        return self.load_net(load, self.sources["transformer"])
+        net, ranks = self.load_net(load, self.sources["transformer"]), self.sharing.part("cp")
+        if ranks is not None:
+            parallel.share_velocity(net, ranks)
+        return net
 
     @cached_property
     def autoencoder(self):
@@ -383,9 +397,13 @@ class Pipeline:
 
     @torch.inference_mode()
     def encode_text(self, prompt, length):
-        """(txt (1, L, D), pooled (1, W)) of a prompt, alone: the same bits in any company."""
+        """(txt (1, L, D), pooled (1, W)) of a prompt, alone: the same bits in any company. Of
+        several ranks the first encodes.
+        """
         known = self.known_texts.get((prompt, length))
-        return self.encoders.encode([prompt], length) if known is None else known
+        if known is not None:
+            return known
+        return self.sharing.first_makes(lambda: self.encoders.encode([prompt], length), self.device)
 
     def use_loras(self, *loras):
         """Draw with these LoRAs from now on, and no others: paths or `Lora`s; with none, with the
@@ -420,7 +438,9 @@ class Pipeline:
         kind = self.config.model.quantize
         small = kind != "none" and self.config.offload != "all"  # it is quantised where it lies
         place = self.device if self.keeps_parts or small else "cpu"
-        own = dict(dtype=self.dtype, device=place, quantize=kind)
+        own, ranks = dict(dtype=self.dtype, device=place, quantize=kind), self.sharing.part("tp")
+        if ranks is not None:
+            own["fill"] = partial(parallel.split_weights, ranks)
         net = load(source, attention=self.config.model.attention, **own)
         if self.config.float8 and self.keeps_parts:
             parallel.quantize_linears(net, self.device)
@@ -479,23 +499,24 @@ def pipeline_config(checkpoint=TINY, *, expected=(), device=None, dtype=None, **
     return replace(config, device=device, dtype=dtype, lora=LoraConfig(loras, merge=merge))
 
 
-def open_pipeline(config: PipelineConfig) -> Pipeline:
+def open_pipeline(config: PipelineConfig, sharing: Sharing | None = None) -> Pipeline:
     """The `Pipeline` of a pipeline folder, a transformer or a run; nothing of it is loaded yet.
 
     Parts that are not named are looked for beside it. They are checked to fit together, as far as
-    that can be seen. Raises `ValueError` that names the missing key.
+    that can be seen. Of `sharing`, all its ranks draw with it. Raises `ValueError` that names the
+    missing key.
     """
+    sharing = sharing or Sharing()
     config, own = settle_base(settle_machine(config))
     device, dtype = torch.device(config.device), sources.named_dtype(config.dtype)
     found = find_sources(config.model)
     check_float8(config, dtype, found["transformer"])
-    width, how = found["transformer"].config.hidden_size, config.model.quantize
-    refuse_first(quantize_conflicts(how, width))
-    parallel.warn_of_rounding(how)
+    refuse_first(split_conflicts(sharing, config, found["transformer"].config))
+    parallel.warn_of_rounding(config.model.quantize)
     settings = default_settings(found["transformer"]) | own
     if config.model.max_sequence_length:
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
-    pipeline = Pipeline(config, found, settings, device, dtype)
+    pipeline = Pipeline(config, found, settings, device, dtype, sharing=sharing)
     pipeline.use_loras(*config.lora.loras())
     pipeline.settings = kinds.KINDS[pipeline.kind].settings | settings
     return pipeline
@@ -546,8 +567,9 @@ def find_sources(model):
     options = dict(ema=model.ema, given=expected)
     transformer = sources.open_part(checkpoint, "transformer", **options)
     check_expected(transformer.config, expected, checkpoint)
-    named = {part: getattr(model, part) for part in BESIDE_FOLDERS}
-    parts = find_parts(checkpoint) | {part: where for part, where in named.items() if where}
+    named = {part: getattr(model, part) for part in NAMED_PARTS}
+    found = {"tokenizers": None} | find_parts(checkpoint)
+    parts = found | {part: where for part, where in named.items() if where}
     missing = [f"model.{part}=" for part in BESIDE_FOLDERS if part not in parts]
     if missing:
         raise ValueError(
@@ -556,6 +578,9 @@ def find_sources(model):
         )
     vae = sources.open_part(parts["autoencoder"], "autoencoder")
     check_widths(transformer.config, vae)
+    for where, kind in ((parts["t5"], T5), (parts["clip"], CLIP)):
+        if Path(where).is_file():
+            locate_encoder(where, kind, parts["tokenizers"])
     drawing_kind(transformer.config, vae.config.downsampling, f"model.checkpoint={checkpoint}")
     if model.save_converted:
         transformer = writing.open_converted(checkpoint, model.save_converted, **options)
@@ -570,10 +595,12 @@ def find_parts(checkpoint):
     if sources.is_run(path):
         folder = run_folder.last_checkpoint(path)
         saved = run_folder.saved_parts(folder, run_folder.read_meta(folder))
-        return {part: where for part in BESIDE_FOLDERS if (where := getattr(saved, part))}
+        return {part: where for part in NAMED_PARTS if (where := getattr(saved, part))}
     root = path if (path / "transformer").is_dir() else path.parent
     places = {part: root / name for part, name in BESIDE_FOLDERS.items()}
     found = {part: str(place) for part, place in places.items() if place.is_dir()}
+    inside = part_files.parts_inside(path)
+    found |= {part: checkpoint for part, name in BESIDE_FOLDERS.items() if name in inside}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
         found["autoencoder"] = str(root / "ae.safetensors")
     return found

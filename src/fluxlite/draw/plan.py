@@ -23,6 +23,7 @@ from fluxlite.draw.pipeline import (
 from fluxlite.draw.posteriors import Posteriors
 from fluxlite.draw.redux import Redux, open_redux
 from fluxlite.draw.sampling import initial_noise
+from fluxlite.draw.sharing import picture_conflicts
 from fluxlite.draw.solvers import SOLVERS
 from fluxlite.nets.latents import PATCH, num_image_tokens, pack_latents
 from fluxlite.nets.schedule import SampleConfig, check_times, cut_times, strength_times, times_for
@@ -92,6 +93,9 @@ def plan_drawing(
         kinds.warn_untrained(pipeline.sources["transformer"].where)
     sample = settle_sample(pipeline, config, inputs.size)
     scene = settle_scene(pipeline, config, inputs, sample)
+    cells = [pipeline.latent_shape(sample.height, sample.width)[1:]]
+    cells += reference_cells(pipeline, scene)
+    refuse_first(picture_conflicts(pipeline.sharing, sample, cells, redux))
     strength = None
     if times_given.get("start_time") is None:
         strength = kinds.settle_strength(pipeline.kind, inputs, config)
@@ -151,6 +155,11 @@ def settle_scene(pipeline, config, inputs, sample):
     own = typed_options(SampleConfig, pipeline.settings)
     size, area = (sample.height, sample.width), own.height * own.width
     return kinds.frame_inputs(inputs, config, size, area, PATCH * pipeline.cell)
+
+
+def reference_cells(pipeline, scene):
+    """(height, width) of a `Scene`'s references, in latent cells."""
+    return [pipeline.latent_shape(*one.shape[2:])[1:] for one in scene.references]
 
 
 def settle_times(pipeline, config, sample, times=None, start_time=None, strength=None):

@@ -47,6 +47,7 @@ class ProofConfig:
     )
     t5: str | None = same_option(PartsConfig, "t5", key="model.t5")
     clip: str | None = same_option(PartsConfig, "clip", key="model.clip")
+    tokenizers: str | None = same_option(PartsConfig, "tokenizers", key="model.tokenizers")
     autoencoder: str | None = same_option(PartsConfig, "autoencoder", key="model.autoencoder")
     controlnet: str | None = option(
         None,

@@ -21,7 +21,7 @@ from fluxlite.data import images
 from fluxlite.data.transfers import send_tensor
 from fluxlite.draw import canvas
 from fluxlite.weights import hub, tensor_files
-from fluxlite.weights.encoder_files import SIGLIP, load_model, quiet_transformers
+from fluxlite.weights.encoder_files import SIGLIP, load_model, open_encoder, quiet_transformers
 
 FILES = ["image_encoder/*", "image_embedder/*"]
 
@@ -103,7 +103,8 @@ def picture_tokens(opened, device, dtype):
     with quiet_transformers():
         from transformers import SiglipVisionModel
 
-        encoder = load_model(SiglipVisionModel, opened.folder / "image_encoder", SIGLIP, dtype)
+        siglip = open_encoder(opened.folder / SIGLIP.encoder, SIGLIP)
+        encoder = load_model(SiglipVisionModel, siglip, dtype)
     size = encoder.config.image_size
     square = opened.picture.resize((size, size), Image.Resampling.BICUBIC)
     pixels = send_tensor(images.picture_pixels(square)[None], device).to(dtype)

@@ -119,6 +119,7 @@ def sample_latents(
     negative=None,
     residuals=None,
     see=lambda x: x,
+    compute=lambda passes: [one() for one in passes],
     callback=lambda step, x: x,
     solver=sample_euler,
 ):
@@ -128,7 +129,8 @@ def sample_latents(
     `negative` are the conditions of the negative prompts, perhaps shorter, for true_cfg > 1;
     `residuals(x, i, rope)` those of ControlNets at step i, or None. As in diffusers, those for the
     prompt serve the negative prompt too. `see(x)` is x as the model sees it, with channels beside
-    it and tokens behind it (`kinds.Guide`). `solver` and `callback` are as in `sample_euler`.
+    it and tokens behind it (`kinds.Guide`). `compute(passes)` calls those of a step: the prompt's,
+    and the negative prompt's. `solver` and `callback` are as in `sample_euler`.
     Raises `ValueError` where latents are not finite.
     """
     finite = []  # looked at in the end: in the loop the device is not waited for
@@ -142,10 +144,11 @@ def sample_latents(
     def velocity(x, i):
         seen, added = see(x), residuals(x, i, own_rope) if residuals else None
         added = pad_residuals(added, seen.shape[1] - x.shape[1])
-        positive = velocity_for(conditions, seen, i, added)
+        positive = partial(velocity_for, conditions, seen, i, added)
         if negative is None:
-            return positive
-        away = velocity_for(negative, seen, i, added).float()
+            return positive()
+        positive, away = compute([positive, partial(velocity_for, negative, seen, i, added)])
+        away = away.float()
         return away + true_cfg * (positive.float() - away)
 
     def watch_step(step, x):

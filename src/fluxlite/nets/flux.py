@@ -47,12 +47,12 @@ def sinusoid(x):
 
 
 def rope_table(ids, config):
-    """Rotations for positions ids (L, axes): the `pair_tables` of float64 angles."""
+    """Rotations for positions ids (L, axes): the `pair_tables` (L, 1, D) of float64 angles."""
     angles = []
     for axis, width in enumerate(config.rope_axes):
         exponents = torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width
         angles.append(ids[:, axis, None].double() * config.rope_theta**-exponents)
-    return pair_tables(torch.cat(angles, dim=-1))
+    return pair_tables(torch.cat(angles, dim=-1)[:, None])
 
 
 def pair_tables(angles):
@@ -115,13 +115,12 @@ class ContiguousGradient(torch.autograd.Function):
 
 
 def attend(q, k, v, rope, backend="auto"):
-    """Attention of normed q, k and v (B, L, N, D) after rotation by tables (L, D): (B, L, N·D).
+    """Attention of normed q, k and v (B, L, N, D) after rotation by tables (L, 1, D): (B, L, N·D).
 
     Tokens come before heads in memory, as cuDNN and flash lay out their output: nothing is copied.
     """
-    cos, sin = (table[:, None] for table in rope)
     chosen = ATTENTION[backend]
-    heads = [x.transpose(1, 2) for x in (*rotate(q, k, cos, sin), v)]
+    heads = [x.transpose(1, 2) for x in (*rotate(q, k, *rope), v)]
     with sdpa_kernel(chosen) if chosen is not None else nullcontext():
         out = F.scaled_dot_product_attention(*heads)
     out = out.transpose(1, 2).flatten(2)
@@ -193,9 +192,10 @@ def can_fuse_gelu(linear, x):
 
 def is_plain_linear(linear):
     """Whether a linear is x·Wᵀ + b and no more: no adapter, no hook, no sharded weight."""
-    plain = type(linear) is nn.Linear and type(linear.weight) in (nn.Parameter, torch.Tensor)
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-    return plain and not hooked
+    if type(linear) is not nn.Linear or "forward" in linear.__dict__:
+        return False
+    hooked = linear._forward_hooks or linear._forward_pre_hooks
+    return not hooked and type(linear._parameters["weight"]) in (nn.Parameter, torch.Tensor)
 
 
 class FanOut(torch.autograd.Function):
@@ -216,22 +216,38 @@ class FanOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):
         x, *weights = ctx.saved_tensors
-        rows, dx, found = x.flatten(0, -2), None, []
-        for i, (gradient, weight) in enumerate(zip(gradients, weights)):
-            gradient = gradient.reshape(len(rows), -1)
-            if ctx.needs_input_grad[0]:  # in place: a sum elsewhere would be copied there first
-                dx = gradient @ weight if dx is None else dx.addmm_(gradient, weight)
-            trains_weight, trains_bias = ctx.needs_input_grad[2 + 2 * i : 4 + 2 * i]
-            found.append(gradient.t() @ rows if trains_weight else None)
-            found.append(gradient.sum(0) if trains_bias else None)
-        return (dx if dx is None else dx.view_as(x), None, *found)
+        rows, trained = x.flatten(0, -2), ctx.needs_input_grad[2:]
+        gradients, dx = [g.reshape(len(rows), -1) for g in gradients], None
+        if ctx.needs_input_grad[0]:
+            for gradient, weight in zip(gradients, weights):
+                # in place: a sum elsewhere would be copied there first
+                dx = gradient.mm(weight) if dx is None else dx.addmm_(gradient, weight)
+            dx = dx.view_as(x)
+        of_each = by_joining if x.ndim == 2 else one_by_one
+        of_weights = of_each(lambda g: g.t().mm(rows), gradients, trained[::2])
+        of_biases = of_each(lambda g: g.sum(0), gradients, trained[1::2])
+        return dx, None, *itertools.chain.from_iterable(zip(of_weights, of_biases))
+
+
+def one_by_one(differentiate, gradients, trained):
+    """What `differentiate` makes of each gradient (rows, features); None for what is frozen."""
+    return [differentiate(g) if wanted else None for g, wanted in zip(gradients, trained)]
+
+
+def by_joining(differentiate, gradients, trained):
+    """`one_by_one` at once, for rows so few that joining them costs less than many kernels."""
+    chosen = [g for g, wanted in zip(gradients, trained) if wanted]
+    if not chosen:
+        return [None] * len(trained)
+    parts = iter(differentiate(torch.cat(chosen, dim=1)).split([g.shape[1] for g in chosen]))
+    return [next(parts) if wanted else None for wanted in trained]
 
 
 def fan_out(x, linears, last=(-1,)):
     """What each of some linears makes of x (…, H), with the last dimensions `last`: a tuple."""
     if torch.is_grad_enabled() and all(map(is_plain_linear, linears)):
-        parameters = (p for linear in linears for p in (linear.weight, linear.bias))
-        return FanOut.apply(x, last, *parameters)
+        parameters = (linear._parameters.values() for linear in linears)  # weight and bias
+        return FanOut.apply(x, last, *itertools.chain.from_iterable(parameters))
     return tuple(linear(x).view(*x.shape[:-1], *last) for linear in linears)
 
 

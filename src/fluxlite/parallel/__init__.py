@@ -19,28 +19,38 @@ they find for shared weights is summed.
 
 from fluxlite.parallel.adapters import attach_adapters, average_gradients, shard_adapters
 from fluxlite.parallel.compilation import checkpoint_activations, compile_blocks
-from fluxlite.parallel.config import ParallelConfig
+from fluxlite.parallel.config import ParallelConfig, SharingConfig
+from fluxlite.parallel.exchange import compute_apart
 from fluxlite.parallel.float8 import (
     block_linears,
     lossy_settings,
-    plain_values,
     quantize_linears,
     train_in_float8,
     warn_of_rounding,
 )
-from fluxlite.parallel.mesh import Mesh, make_mesh, settle_copies, start_ranks, stop_ranks
+from fluxlite.parallel.mesh import (
+    Mesh,
+    make_mesh,
+    settle_copies,
+    share_ranks,
+    start_ranks,
+    stop_ranks,
+)
 from fluxlite.parallel.plan import (
     parallelize,
     reduce_gradients,
     reshard,
     shard_frozen,
+    split_weights,
 )
 from fluxlite.parallel.ranks import (
     first_rank_does,
+    gather_on_first,
     gather_values,
     rank,
     wait_for_all,
     watching_ranks,
     world_size,
 )
-from fluxlite.parallel.weights import fill_weights, local_part, whole_tensor
+from fluxlite.parallel.tokens import share_velocity
+from fluxlite.parallel.weights import fill_weights, local_part, plain_values, whole_tensor

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from fluxlite.cli.devices import FLOAT8_KINDS, FLOAT8_MULTIPLE, float8_conflicts
-from fluxlite.cli.options import option, refuse_first
+from fluxlite.cli.options import option, refuse_first, same_option
 from fluxlite.parallel.compilation import checkpoint_interval
 from fluxlite.parallel.ranks import world_size
 
@@ -85,7 +85,8 @@ class ParallelConfig:
     swap_blocks: int = option(
         0,
         "blocks of a frozen transformer whose weights lie in host memory and pass through two "
-        "buffers on the GPU, forward and backward; on one rank, with activation_checkpointing=full",
+        "buffers on the GPU, forward and backward; each rank has all of it, with "
+        "activation_checkpointing=full",
         at_least=0,
         at_most=1000,
     )
@@ -137,9 +138,8 @@ class ParallelConfig:
             "forward again while its weights are there",
         )
         yield (
-            self.swap_blocks and world_size() > 1,
-            f"{key} is for one GPU: on several ranks set parallel.cpu_offload=true, by which each "
-            "keeps its part in host memory",
+            self.swap_blocks and self.tp > 1,
+            f"{key} streams whole blocks, and parallel.tp={self.tp} splits them: leave one out",
         )
         yield (
             self.swap_blocks and self.cpu_offload,
@@ -231,6 +231,43 @@ class ParallelConfig:
                 f"{key} needs micro-batches of a multiple of {FLOAT8_MULTIPLE} text and image "
                 f"tokens on a rank, and {micro} x {tokens[0]} and {micro} x {tokens[1]} are not: "
                 f"set data.micro_batch={FLOAT8_MULTIPLE // math.gcd(common, FLOAT8_MULTIPLE)}"
+            )
+
+
+@dataclass
+class SharingConfig:
+    """How many processes draw a picture together, and how; others draw others."""
+
+    tp: int = same_option(ParallelConfig, "tp")
+    cp: int = option(
+        1,
+        "context-parallel ranks, which share the tokens of a picture (Ulysses)",
+        at_least=1,
+        at_most=MAX_RANKS,
+    )
+    cfg: int = option(
+        1, "2: the two passes of true_cfg, each on ranks of its own", at_least=1, at_most=2
+    )
+    timeout_s: int = option(
+        600,
+        "seconds after which ranks of one picture that wait for each other give up",
+        at_least=1,
+        at_most=1_000_000,
+    )
+
+    @property
+    def ranks(self):
+        """Ranks of a picture."""
+        return self.cfg * self.cp * self.tp
+
+    def validate(self):
+        """Raise `ValueError` unless the processes are whole groups."""
+        shared = [(name, getattr(self, name)) for name in ("tp", "cp", "cfg")]
+        shown = " x ".join(f"parallel.{name}={value}" for name, value in shared if value > 1)
+        if world_size() % self.ranks:
+            raise ValueError(
+                f"{shown} needs {self.ranks} processes or a multiple, and there are "
+                f"{world_size()}: torchrun --nproc_per_node {self.ranks} infer.py …"
             )
 
 

@@ -4,6 +4,7 @@ B batch, L tokens, C channels, H hidden width.
 """
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 
 
@@ -24,6 +25,16 @@ def gather_rows(vec, mesh):
     """The rows (B, H) of all ranks, (ranks·B, H); each rank's gradient is the sum of theirs."""
     gather = newest_name("all_gather_single_autograd", "all_gather_tensor_autograd")
     return gather(vec.contiguous(), 0, mesh)
+
+
+def compute_apart(mesh, passes):
+    """What some functions without arguments return, alike in shape: each rank of `mesh` calls its
+    own, and has them all.
+    """
+    own = passes[mesh.get_local_rank()]().contiguous()
+    found = [torch.empty_like(own) for _ in passes]
+    dist.all_gather(found, own, group=mesh.get_group())
+    return found
 
 
 class JoinTokens(torch.autograd.Function):

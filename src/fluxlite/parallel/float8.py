@@ -78,11 +78,6 @@ def warn_of_rounding(kind):
         warn_for_all(f"{where}, each weight by at most %s", kind, LOSSES[kind])
 
 
-def plain_values(tensor):
-    """A parameter's values, of one that is rounded to float8 too."""
-    return tensor.dequantize() if hasattr(tensor, "qdata") else tensor
-
-
 def lossy_settings(settings):
     """What a run's config and a picture's metadata say of {key: value} that round: {"lossy":
     [setting, …]} or {}.

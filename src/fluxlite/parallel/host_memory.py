@@ -33,13 +33,12 @@ def send_to_host(tensor):
     if tensor.ndim != 3:
         return None, tensor
     there = host_buffer(tensor.shape, tensor.dtype, pinned=tensor.is_cuda)
-    if not tensor.is_cuda:
-        return tensor.device, there.copy_(tensor)
-    side = host_stream(tensor.device)
-    side.wait_stream(torch.cuda.current_stream(tensor.device))
-    with torch.cuda.stream(side):
+    side = host_stream(tensor.device) if tensor.is_cuda else None
+    if side:
+        side.wait_stream(torch.cuda.current_stream(tensor.device))
+        tensor.record_stream(side)
+    with torch.cuda.stream(side):  # of None, the current one
         there.copy_(tensor, non_blocking=True)
-    tensor.record_stream(side)
     return tensor.device, there
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fluxlite.cli.devices import memory_bytes
-from fluxlite.parallel.ranks import gather_values, num_nodes, world_size
+from fluxlite.parallel.ranks import gather_values, num_nodes, patient_group, world_size
 
 log = logging.getLogger("fluxlite")
 
@@ -95,11 +95,24 @@ def start_ranks(config, device, state_of=None):
 
     `state_of` is as in `settle_copies`, which is asked where it is given.
     """
+    timeout = timedelta(seconds=config.timeout_s)
+    device = join_group(device, timeout)
+    if state_of:
+        config = settle_copies(config, state_of, least_memory(device, config.cpu_offload))
+    mesh = make_mesh(config, device)
+    for part in (mesh.fsdp, mesh.cp, mesh.tp, mesh.shards, mesh.node, mesh.world):
+        limit_waits(part, timeout)
+    return device, mesh
+
+
+def join_group(device, timeout):
+    """Join torchrun's process group, or make one of this process alone; returns this process's
+    device.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         device = own_gpu()
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
         backend = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}[device.type]
         alone = dict(store=dist.HashStore(), rank=0, world_size=1)
@@ -108,14 +121,13 @@ def start_ranks(config, device, state_of=None):
             alone = {}
         dist.init_process_group(backend, timeout=timeout, **alone)
     check_nodes()
-    if state_of:
-        config = settle_copies(config, state_of, least_memory(device, config.cpu_offload))
-    mesh = make_mesh(config, device)
-    for part in (mesh.fsdp, mesh.cp, mesh.tp, mesh.shards, mesh.node, mesh.world):
-        for group in part.get_all_groups():
-            # new groups have their backend's default
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
-    return device, mesh
+    return device
+
+
+def limit_waits(mesh, timeout):
+    """Have ranks of a mesh wait so long for each other: new groups have their backend's default."""
+    for group in mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def own_gpu():
@@ -129,11 +141,31 @@ def own_gpu():
     return torch.device("cuda", number)
 
 
-def make_mesh(config, device):
-    """The `Mesh` of a process group that exists."""
-    # DTensor's remarks on gloo, and on its own use of two meshes
+def silence_remarks():
+    """Keep DTensor's remarks to itself: on gloo, and on its own use of two meshes."""
     for name in ("_collective_utils", "_redistribute"):
         logging.getLogger(f"torch.distributed.tensor.{name}").setLevel(logging.ERROR)
+
+
+def share_ranks(config, device):
+    """Join the process group as ranks that draw, of a `SharingConfig`: a mesh of groups x cfg x cp
+    x tp, and a group of all ranks that waits as long as it takes.
+
+    Ranks that share a picture wait `timeout_s` for each other. But one may have drawn all of its
+    pictures long before the others.
+    """
+    silence_remarks()
+    timeout = timedelta(seconds=config.timeout_s)
+    device = join_group(device, timeout)
+    sizes = (world_size() // config.ranks, config.cfg, config.cp, config.tp)
+    mesh = init_device_mesh(device.type, sizes, mesh_dim_names=("groups", "cfg", "cp", "tp"))
+    limit_waits(mesh, timeout)
+    return mesh, patient_group()
+
+
+def make_mesh(config, device):
+    """The `Mesh` of a process group that exists."""
+    silence_remarks()
     replicate, shard, cp, tp = config.sizes()
     by_tokens = init_device_mesh(
         device.type, (replicate * shard, cp, tp), mesh_dim_names=("dp", "cp", "tp")

@@ -4,6 +4,7 @@ import warnings
 from functools import partial
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -11,13 +12,16 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
+from torch.distributed.tensor import DTensor
 
+from fluxlite.nets.quantized import quantize_model
 from fluxlite.parallel.compilation import blocks_of, checkpoint_activations, compile_blocks
 from fluxlite.parallel.exchange import SumGradient
 from fluxlite.parallel.float8 import train_in_float8
 from fluxlite.parallel.modulation import spread_modulation, stored_dtype
 from fluxlite.parallel.tensor_parallel import shard_heads
 from fluxlite.parallel.tokens import share_tokens
+from fluxlite.parallel.weights import fill_weights, local_part
 
 
 def parallelize(model, mesh, config, dtype, *, compile=False):
@@ -28,14 +32,17 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
     in `dtype`; trained weights and gradients stay float32. `fill_weights` then gives a model on
     meta its weights.
     """
-    if config.float8 != "none" and any(p.requires_grad for p in model.parameters()):
+    trained = any(p.requires_grad for p in model.parameters())
+    streamed = config.swap_blocks > 0 and not trained  # whole on each rank, from its host's memory
+    if config.float8 != "none" and trained:
         train_in_float8(model, config.float8)
     if mesh.tp.size() > 1:
         shard_heads(model, mesh.tp, sequence=config.sequence_parallel)
     if mesh.cp.size() > 1 or config.sequence_parallel:
         share_tokens(model, mesh.cp, mesh.tp if config.sequence_parallel else None)
-    alone = mesh.fsdp.size() == 1 and not config.cpu_offload  # FSDP2 does the offloading
-    spread = config.shard_modulation and mesh.world.size() > 1
+    # FSDP2 does the offloading
+    alone = streamed or mesh.fsdp.size() == 1 and not config.cpu_offload
+    spread = config.shard_modulation and mesh.world.size() > 1 and not streamed
     if spread:
         spread_modulation(model.modulation, mesh.world, dtype)
     checkpointing = config.activation_checkpointing
@@ -50,6 +57,52 @@ def parallelize(model, mesh, config, dtype, *, compile=False):
             lambda _module, _args, out: SumGradient.apply(out, mesh.tp)
         )
     return model if alone else shard_weights(model, mesh.fsdp, config, dtype, spread)
+
+
+# --- drawing -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def split_weights(mesh, model, weights, *, dtype, device, quantize="none"):
+    """Give a model on meta its weights, split over `mesh` by `shard_heads`, to draw with.
+
+    `weights` yields (name, whole values). This rank's part is a view of the mapped file, rows and
+    columns alike, where its type and device are the file's: all ranks of a machine then share the
+    pages. Else it is a copy of the part alone.
+    """
+    model.to(dtype)
+    if quantize != "none":
+        quantize_model(model, quantize)
+    shard_heads(model, mesh, sequence=False)
+    for block in (*model.double_blocks, *model.single_blocks):
+        block.forward = partial(without_gradients, block.forward)
+    if quantize != "none":
+        fill_weights(model, weights, device)
+        return
+    parameters = dict(model.named_parameters())
+    for name, values in weights:
+        place, _, leaf = name.rpartition(".")
+        own = own_parameter(parameters[name], values, device, dtype)
+        model.get_submodule(place).register_parameter(leaf, own)
+
+
+def without_gradients(forward, *args):
+    """A forward in no_grad's mode: in inference mode DTensor takes each linear apart in Python,
+    which costs a first step seconds.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return forward(*args)
+
+
+def own_parameter(parameter, values, device, dtype):
+    """This rank's part of whole values, as a parameter that lies as another on meta does."""
+    mapped = not values.untyped_storage().resizable()  # else a view would keep the whole in memory
+    part = values[local_part(parameter)].to(device, dtype, copy=not mapped)
+    if isinstance(parameter, DTensor):
+        shaped = dict(shape=parameter.shape, stride=parameter.stride())
+        where = parameter.device_mesh, parameter.placements
+        part = DTensor.from_local(part, *where, run_check=False, **shaped)
+    return nn.Parameter(part, requires_grad=False)
 
 
 # --- FSDP2 ---------------------------------------------------------------------------------------

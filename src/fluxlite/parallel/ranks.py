@@ -34,7 +34,7 @@ GLOO_FAILURE = re.compile(
 
 
 @contextmanager
-def watching_ranks(config):
+def watching_ranks(config, remedy="resume=auto goes on from the last checkpoint."):
     """Turn the failure of a collective, which tells little, into a `ValueError` that says what has
     happened and what to do.
     """
@@ -48,7 +48,7 @@ def watching_ranks(config):
         what = waited if re.search("time(d )?out", text, re.I) else "another rank has ended"
         raise ValueError(
             f"{what}: it says why, above or in torchrun's list (exit code -9: killed, as where "
-            "memory runs out). resume=auto goes on from the last checkpoint. "
+            f"memory runs out). {remedy} "
             f"({text.split('. ')[0]})"
         ) from error
 
@@ -67,8 +67,8 @@ def gather_values(value):
     return values
 
 
-def first_rank_does(work):
-    """What `work()` returns on rank 0, on every rank; collective.
+def first_rank_does(work, group=None):
+    """What `work()` returns on rank 0, on every rank, told in a group of all; collective.
 
     What a disk can cause there, `ValueError`, `OSError` or `MemoryError`, is raised on every rank.
     """
@@ -80,15 +80,29 @@ def first_rank_does(work):
             told = [(work(), None)]
         except (ValueError, OSError, MemoryError) as error:
             told = [(None, error)]
-    dist.broadcast_object_list(told)
+    dist.broadcast_object_list(told, group=group)
     result, error = told[0]
     if error is not None:
         raise error
     return result
 
 
+def gather_on_first(value, group):
+    """On rank 0 what each rank of a group of all has as `value`, as a list in their order; on
+    others None. Collective.
+    """
+    values = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values, group=group)
+    return values
+
+
+def patient_group():
+    """A group of all ranks that wait for each other for as long as it takes."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))
+
+
 def wait_for_all():
     """Wait for the other ranks for as long as it takes: set-up may be much slower on one node than
     on another.
     """
-    dist.barrier(group=dist.new_group(backend="gloo", timeout=timedelta(days=7)))
+    dist.barrier(group=patient_group())

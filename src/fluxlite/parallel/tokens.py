@@ -45,6 +45,27 @@ def share_tokens(model, cp, tp):
             model.register_forward_hook(lambda _module, _args, out: JoinTokens.apply(out, cp))
 
 
+def share_velocity(model, cp):
+    """Let ranks of `cp` share the tokens of each `Flux.velocity`, which is whole on all of them.
+
+    So are what it is given and its residuals.
+    """
+    model.attend = partial(attend_by_heads, model.attend, cp)
+    model.velocity = partial(velocity_by_tokens, model.velocity, cp)
+
+
+def velocity_by_tokens(velocity, cp, img, txt, rope, modulation, residuals=None):
+    """`Flux.velocity`, of whose tokens this rank computes its part."""
+
+    def own_tokens(x):
+        return x.chunk(cp.size(), dim=1)[cp.get_local_rank()]
+
+    tables = reorder_tables(rope, txt.shape[1], cp.size())
+    parts = [list(map(own_tokens, of_kind)) for of_kind in residuals or ()]
+    own = velocity(own_tokens(img), own_tokens(txt), tables, modulation, parts or None)
+    return JoinTokens.apply(own, cp)
+
+
 def reorder_tables(rope, num_text_tokens, parts):
     """Tables for (text | image), reordered to (text, image) of each of so many parts in turn."""
     if parts == 1:

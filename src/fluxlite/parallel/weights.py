@@ -11,6 +11,11 @@ def local_tensor(tensor):
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
+def plain_values(tensor):
+    """This rank's values of a parameter, of one that is rounded to float8 too."""
+    return tensor.dequantize() if hasattr(tensor, "qdata") else local_tensor(tensor)
+
+
 def whole_tensor(tensor):
     """All of a tensor, which may be a DTensor, in host memory. Collective."""
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()

@@ -293,7 +293,7 @@ def gradient_norm(groups, loss=0.0):
     for share, parameters in groups:
         parts = local_gradients(parameters)
         if parts:
-            norms = torch.stack(torch._foreach_norm(parts, dtype=torch.float32))
+            norms = torch.stack(torch._foreach_norm(join_vectors(parts), dtype=torch.float32))
             total = total + share * norms.dot(norms).to(device)
     dist.all_reduce(total)
     return total.sqrt_()
@@ -309,6 +309,12 @@ def local_gradients(parameters):
         if p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
     return [p.grad.to_local() for p in found]
+
+
+def join_vectors(parts):
+    """The tensors, all vectors as one: biases and scales are more than half of them, and small."""
+    vectors = [part for part in parts if part.ndim == 1]
+    return [part for part in parts if part.ndim != 1] + ([torch.cat(vectors)] if vectors else [])
 
 
 def clip_scale(norm, clip):

@@ -34,7 +34,10 @@ def write_preview(config):
     dataset = open_dataset(config.data, "train", config.seed)
     if parallel.rank() > 0:
         return folder
-    read_by = load_tokenizers(config.model.t5, config.model.clip, config.model.max_sequence_length)
+    model = config.model
+    read_by = load_tokenizers(
+        model.t5, model.clip, model.max_sequence_length, tokenizers=model.tokenizers
+    )
     draws = draw_step, choose_task(config).draw_inputs
     samples = DrawnSamples(dataset, *(partial(draw, config) for draw in draws))
     drawn = [samples[index] for index in range(min(BATCHES * size, MOST))]

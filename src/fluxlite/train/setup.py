@@ -158,8 +158,9 @@ def load_parts(config, device, mesh):
     source = open_autoencoder(config)
     sharded = config.parallel.shard_encoders
     where = dict(dtype=getattr(torch, config.dtype), device=device)
-    names = config.model.t5, config.model.clip
-    encoders = load_text_encoders(*names, t5_device="cpu" if sharded else device, **where)
+    names, tokenizers = (config.model.t5, config.model.clip), config.model.tokenizers
+    places = dict(t5_device="cpu" if sharded else device, tokenizers=tokenizers)
+    encoders = load_text_encoders(*names, **places, **where)
     if sharded:
         parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.node)
     check_widths(config.model.shape(), encoders=encoders)

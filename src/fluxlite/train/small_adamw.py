@@ -14,6 +14,7 @@ import math
 import torch
 from torch.distributed.tensor import DTensor
 
+from fluxlite.data.transfers import send_tensor
 from fluxlite.parallel.weights import local_part, local_tensor
 
 LARGEST_BLOCK, SMALLEST_BLOCK = 128, 16  # columns that share a scale
@@ -27,7 +28,7 @@ def columns_of_block(shape):
     return block if block >= SMALLEST_BLOCK else 0
 
 
-def dynamic_levels(signed, device="cpu"):
+def dynamic_levels(signed):
     """The 256 values of a byte, sorted: seven decades, each with twice the values of the one below;
     0 and 1.
     """
@@ -36,7 +37,7 @@ def dynamic_levels(signed, device="cpu"):
         edges = torch.linspace(0.1, 1, 2**decade * (1 if signed else 2) + 1)
         means = 10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2
         found += [means, -means] if signed else [means]
-    return torch.cat(found).sort().values.to(device)
+    return torch.cat(found).sort().values
 
 
 def encode_moments(values, block, levels):
@@ -106,8 +107,8 @@ class SmallAdamW(torch.optim.Optimizer):
     def levels_on(self, device):
         """{moment: its `dynamic_levels`} on a device."""
         if device not in self.levels:
-            found = {name: dynamic_levels(name == "mean", device) for name in MOMENTS}
-            self.levels[device] = found
+            found = {name: dynamic_levels(name == "mean") for name in MOMENTS}
+            self.levels[device] = {name: send_tensor(f, device) for name, f in found.items()}
         return self.levels[device]
 
     def block_of(self, p):

@@ -1,17 +1,23 @@
 """Text encoders on a disk or the hub: found, checked whole, and loaded by transformers.
 
 Either encoder is named by a folder (a whole pipeline, or an encoder with its tokenizer inside it or
-beside it) or by a repository of the Hugging Face hub, `owner/name[/folder]`.
+beside it), by a repository of the Hugging Face hub, `owner/name[/folder]`, or by one file:
+safetensors, all-in-one or GGUF, which has no tokenizer in it.
 """
 
 import contextlib
+import logging
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from fluxlite.cli.descriptions import check_regular, read_json
 from fluxlite.cli.options import expand_home, option, shortened, typed_description
-from fluxlite.weights import hub, layouts, tensor_files
+from fluxlite.weights import foreign, gguf_files, hub, layouts, part_files, tensor_files
 from fluxlite.weights.hub import first_line, resolve_tiny
+
+log = logging.getLogger("fluxlite")
 
 
 @dataclass
@@ -65,7 +71,27 @@ class EncoderKind:
     prefix: str  # of the weights below, which some versions of transformers leave out
     blocks: tuple  # the number of blocks in config.json, and their names
     shapes: tuple  # (tensors, of which one is there, {dimension: what config.json calls it})
+    what: str  # as `foreign` calls it
+    # of files without a config.json: ({name: value} that shapes show, `Tensors`) → further ones
+    infer: Callable = lambda shown, tensors: {}
+    renames: tuple = ()  # (in llama.cpp's names, here)
 
+
+def infer_t5(shown, tensors):
+    """What shapes do not name of a T5's config.json, of version 1.1."""
+    rows, _ = tensors.shape(T5_QUERIES)
+    return {"d_kv": rows // shown["num_heads"], "feed_forward_proj": "gated-gelu"}
+
+
+def infer_clip(shown, tensors):
+    """What shapes do not show of a CLIP's config.json, as OpenAI's of width 768 has it."""
+    heads = max(1, shown["hidden_size"] // CLIP_HEAD_WIDTH)
+    return {"num_attention_heads": heads, "hidden_act": "quick_gelu", "eos_token_id": ARGMAX_EOS}
+
+
+T5_QUERIES = "encoder.block.0.layer.0.SelfAttention.q.weight"
+CLIP_HEAD_WIDTH = 64
+ARGMAX_EOS = 2  # what CLIP's first configurations say: transformers then pools at the largest token
 
 T5 = EncoderKind(
     key="model.t5",
@@ -73,7 +99,7 @@ T5 = EncoderKind(
     tokenizer="tokenizer_2",
     tokenizer_files=("tokenizer.json", "spiece.model"),
     model_types=("t5",),
-    other_weights=("decoder.", "lm_head."),
+    other_weights=("decoder.", "lm_head.", "dec.", "output.", "spiece_model"),
     description=T5Description,
     prefix="",
     blocks=("num_layers", "encoder.block.{i}"),
@@ -84,6 +110,21 @@ T5 = EncoderKind(
             {0: "relative_attention_num_buckets", 1: "num_heads"},
         ),
         (("encoder.block.0.layer.1.DenseReluDense.wo.weight",), {0: "d_model", 1: "d_ff"}),
+        ((T5_QUERIES,), {1: "d_model"}),
+    ),
+    what=foreign.T5,
+    infer=infer_t5,
+    renames=(
+        (r"^token_embd\.", "shared."),
+        (r"^enc\.output_norm\.", "encoder.final_layer_norm."),
+        (r"^enc\.blk\.", "encoder.block."),
+        (r"\.attn_rel_b\.", ".layer.0.SelfAttention.relative_attention_bias."),
+        (r"\.attn_norm\.", ".layer.0.layer_norm."),
+        (r"\.attn_([qkvo])\.", r".layer.0.SelfAttention.\1."),
+        (r"\.ffn_norm\.", ".layer.1.layer_norm."),
+        (r"\.ffn_gate\.", ".layer.1.DenseReluDense.wi_0."),
+        (r"\.ffn_up\.", ".layer.1.DenseReluDense.wi_1."),
+        (r"\.ffn_down\.", ".layer.1.DenseReluDense.wo."),
     ),
 )
 CLIP = EncoderKind(
@@ -110,6 +151,8 @@ CLIP = EncoderKind(
         (("embeddings.token_embedding.weight",), {0: "vocab_size"}),
         (("encoder.layers.0.mlp.fc1.weight",), {0: "intermediate_size"}),
     ),
+    what=foreign.CLIP,
+    infer=infer_clip,
 )
 SIGLIP = EncoderKind(
     key="redux.checkpoint",
@@ -125,14 +168,16 @@ SIGLIP = EncoderKind(
         (("embeddings.position_embedding.weight",), {1: "hidden_size"}),
         (("encoder.layers.0.mlp.fc1.weight",), {0: "intermediate_size"}),
     ),
+    what=foreign.IMAGE_ENCODER,
 )
 
 
 # --- where the files are --------------------------------------------------------------------------
 
 
-def locate_encoder(where, kind):
-    """The folder of the encoder and of its tokenizer: inside it, beside it or in the pipeline.
+def locate_encoder(where, kind, tokenizers=None):
+    """The folder or file of the encoder, and the folder of its tokenizer: inside it, beside it or
+    in the pipeline; or in that whose folder or hub repository is `tokenizers`.
 
     Raises `ValueError`, naming the setting, where one of them is not there.
     """
@@ -142,24 +187,37 @@ def locate_encoder(where, kind):
             "repository"
         )
     folder = Path(expand_home(resolve_tiny(str(where)), kind.key))
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(
-            f"{kind.key}={where} is a file, and an encoder in one file is not supported yet: name "
-            f"a folder with config.json, the weights and a tokenizer, as {kind.encoder} of a "
-            "pipeline"
-        )
-    folder = folder if folder.is_dir() else download_encoder(str(where), kind)
+    folder = folder if folder.exists() else download_encoder(str(where), kind)
+    if folder.is_file():
+        check_encoder_file(folder, kind)
+        places = [root / kind.tokenizer for root in (folder.parent, folder.parent.parent)]
+        return folder, find_tokenizer(places, where, kind, tokenizers)
     root = folder if (folder / kind.encoder).is_dir() else folder.parent
     encoder = folder / kind.encoder if root == folder else folder
     check_encoder(encoder, where, kind)
-    for tokenizer in (encoder, root / kind.tokenizer):
-        if any((tokenizer / name).is_file() for name in kind.tokenizer_files):
-            return encoder, tokenizer
-    files = " or ".join(kind.tokenizer_files)
+    return encoder, find_tokenizer([encoder, root / kind.tokenizer], where, kind, tokenizers)
+
+
+def find_tokenizer(places, where, kind, tokenizers=None):
+    """The first of some folders that holds a tokenizer, or the pipeline's that `tokenizers` names;
+    raises `ValueError`.
+    """
+    key = TOKENIZERS if tokenizers else kind.key
+    if tokenizers:
+        patterns = [f"{kind.tokenizer}/*", f"{kind.encoder}/config.json"]
+        root = hub.local_path(tokenizers, patterns, setting=TOKENIZERS)
+        where, places = tokenizers, [root / kind.tokenizer]
+    for place in places:
+        if any((place / name).is_file() for name in kind.tokenizer_files):
+            return place
+    files, folders = (" or ".join(kind.tokenizer_files), " or into ".join(map(str, places)))
     raise ValueError(
-        f"{kind.key}={where} has no tokenizer: put {files} into {encoder} or into "
-        f"{root / kind.tokenizer}"
+        f"{key}={where} has no tokenizer: put {files} into {folders}, or name a pipeline's folder "
+        f"as {TOKENIZERS}="
     )
+
+
+TOKENIZERS = "model.tokenizers"
 
 
 def check_encoder(encoder, where, kind):
@@ -182,6 +240,14 @@ def check_encoder(encoder, where, kind):
         raise ValueError(f"{kind.key}={where} has no weights: {encoder} needs .safetensors files")
 
 
+def check_encoder_file(file, kind):
+    """Raise `ValueError`, naming the setting, where a file holds no such encoder."""
+    try:
+        shown_values(encoder_tensors(file, kind), file, kind)
+    except ValueError as error:
+        raise ValueError(f"{kind.key}={file}: {error}") from None
+
+
 READ_SUFFIXES = (".json", ".model", ".safetensors", ".txt")
 # Of a repository of one encoder; never *.safetensors, which in a pipeline's root are other models.
 ROOT_FILES = """config.json tokenizer.json tokenizer_config.json special_tokens_map.json
@@ -190,7 +256,11 @@ ROOT_FILES = """config.json tokenizer.json tokenizer_config.json special_tokens_
 
 
 def download_encoder(where, kind):
-    """Fetch an encoder and its tokenizer from the hub or its cache, `owner/name[/folder]`."""
+    """Fetch an encoder and its tokenizer from the hub or its cache, `owner/name[/folder]`; of
+    `owner/name/x.safetensors` that file.
+    """
+    if where.endswith(hub.MODEL_SUFFIXES) and hub.is_repository(where):
+        return hub.fetch_repository(where, [], key=kind.key)
     owner, name, *inside = [*where.split("/"), "", ""][: max(2, where.count("/") + 1)]
     if not hub.is_repository(where) or len(inside) > 1:
         raise ValueError(
@@ -265,7 +335,6 @@ def check_tokens(tokenizer, config, folder, kind):
 
 
 PROBE_LENGTH = 8  # tokens
-ARGMAX_EOS = 2  # what CLIP's first configurations say: transformers then pools at the largest token
 
 
 def weight_files(folder):
@@ -278,53 +347,132 @@ def weight_files(folder):
     raise ValueError(f"{folder} has no model.safetensors and no index of its shards")
 
 
-def check_description(folder, kind):
-    """What config.json says; raises `ValueError` where it promises other than the weights have.
+@dataclass
+class OpenEncoder:
+    """An encoder on a disk, checked: its tensors, by transformers' names, and what it is."""
+
+    where: Path  # folder or file
+    kind: EncoderKind
+    tensors: tensor_files.Tensors
+    file: Path | None  # config.json
+    values: dict  # of the kind's description; without a config.json all that makes the model
+
+
+def open_encoder(encoder, kind, tokenizer=None):
+    """The `OpenEncoder` of a folder or file; raises `ValueError` where config.json promises other
+    than the weights have.
 
     transformers would make room for it first, however much it is.
     """
-    check_plain_files(folder)
-    file, values = folder / "config.json", read_json(folder / "config.json")
+    try:
+        if encoder.is_dir():
+            check_plain_files(encoder)
+        file = find_description(encoder, kind, tokenizer)
+        said = read_description(file, kind) if file else None
+        tensors = encoder_tensors(encoder, kind)
+        shown = shown_values(tensors, encoder, kind)
+        check_said(said or shown, shown, file)
+    except ValueError as error:
+        raise ValueError(f"{kind.key}: the weights do not load whole: {error}") from None
+    return OpenEncoder(encoder, kind, tensors, file, said or shown | kind.infer(shown, tensors))
+
+
+def check_said(said, shown, file):
+    """Raise `ValueError` where the config.json `file` says other than the weights show."""
+    for name, value in shown.items():
+        if said[name] != value:
+            raise ValueError(
+                f"{file} says {name}={shortened(said[name])}, and the weights have {value}: fetch "
+                "both again"
+            )
+
+
+def find_description(encoder, kind, tokenizer=None):
+    """The config.json of a folder; of a file that beside it or in its tokenizer's pipeline, None
+    where there is none.
+    """
+    if encoder.is_dir():
+        return encoder / "config.json"
+    folders = [encoder.parent, *([tokenizer.parent / kind.encoder] if tokenizer else [])]
+    files = [folder / "config.json" for folder in folders]
+    there = (file for file in files if file.is_file())
+    return next((f for f in there if read_json(f).get("model_type") in kind.model_types), None)
+
+
+def read_description(file, kind):
+    """{name: value} of an encoder's config.json; raises `ValueError`."""
+    values = read_json(file)
     if values.get("quantization_config"):
         raise ValueError(f"{file} says that it is quantised, which is not supported yet")
     values = values.get("text_config") or values if values.get("model_type") == "clip" else values
-    described = typed_description(file, kind.description, values, foreign=True)
-    tensors = tensor_files.Tensors(folder, weight_files(folder))
+    return vars(typed_description(file, kind.description, values, foreign=True))
+
+
+def encoder_tensors(encoder, kind):
+    """The `Tensors` of an encoder's folder or file, by transformers' names; raises `ValueError`."""
+    files = weight_files(encoder) if encoder.is_dir() else None
+    tensors = part_files.open_weights(encoder, kind.encoder, files=files, expected=kind.what)
+    tensors.set_aside([key for key in tensors.keys() if key.startswith(kind.other_weights)], {})
+    tensors.rename({key: transformers_name(key, kind) for key in tensors.keys()})
+    return tensors
+
+
+def transformers_name(key, kind):
+    """What transformers calls a tensor, which may have llama.cpp's name."""
+    for pattern, name in kind.renames:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def shown_values(tensors, encoder, kind):
+    """{name: value} of config.json that an encoder's shapes show; raises `ValueError` where it is
+    none.
+    """
+    tensors.described()  # of types that are weights'
     prefix = kind.prefix if any(key.startswith(kind.prefix) for key in tensors.keys()) else ""
     shown = {kind.blocks[0]: layouts.count_blocks(tensors.keys(), prefix + kind.blocks[1])}
     for names, dimensions in kind.shapes:
         shape = next(filter(None, (tensors.shape(prefix + name) for name in names)), None)
         if shape is None or len(shape) != 2:
-            raise ValueError(f"{folder} lacks {prefix}{names[0]}: fetch it again")
+            raise ValueError(f"{encoder} lacks {prefix}{names[0]}: {lacking_remedy(tensors, kind)}")
         shown |= {name: shape[axis] for axis, name in dimensions.items()}
-    for name, value in shown.items():
-        if getattr(described, name) != value:
-            said = shortened(getattr(described, name))
-            raise ValueError(
-                f"{file} says {name}={said}, and the weights have {value}: fetch both again"
-            )
-    return described
+    return shown
 
 
-def load_model(cls, folder, kind, dtype):
-    """The transformers model `cls` in `folder`, every weight accounted for, and frozen."""
+def lacking_remedy(tensors, kind):
+    """What to do about a file that is not a whole encoder."""
     try:
-        check_description(folder, kind)
-    except ValueError as error:
-        raise ValueError(f"{kind.key}: the weights do not load whole: {error}") from None
-    with library_errors(kind, "encoder", folder):
-        whole = dict(use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True)
-        model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **whole)
-    unexpected = [k for k in info["unexpected_keys"] if not k.startswith(kind.other_weights)]
+        part, _, _ = layouts.recognise_layout(tensors.keys())
+    except ValueError:
+        return "fetch it again"
+    return f"it is {layouts.ARTICLED[part]}, not {kind.what}"
+
+
+def load_model(cls, opened, dtype):
+    """The transformers model `cls` of an `OpenEncoder`, every weight accounted for, and frozen."""
+    kind, where, tensors = opened.kind, opened.where, opened.tensors
+    size = tensor_files.num_bytes(tensors.described())
+    if not opened.file:
+        log.info("%s has no config.json: what its shapes do not show is as in FLUX.1", where)
+    with library_errors(kind, "encoder", where):
+        config = cls.config_class(**opened.values)
+        if opened.file:
+            config = cls.config_class.from_pretrained(opened.file.parent, local_files_only=True)
+        with gguf_files.timed_reading(where, tensors.metadata.get(gguf_files.TYPES), size):
+            state = {name: tensors.read(name).to(dtype) for name in tensors.keys()}
+        whole = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+        model, info = cls.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, **whole
+        )
     faults = {
         "missing": sorted(info["missing_keys"]),
-        "unexpected": sorted(unexpected),
+        "unexpected": sorted(info["unexpected_keys"]),
         "of another shape": sorted(str(key) for key, *_ in info["mismatched_keys"]),
     }
     for fault, names in faults.items():
         if names:
             raise ValueError(
-                f"{kind.key}: {folder} has {len(names)} weights {fault} for its config.json, "
+                f"{kind.key}: {where} has {len(names)} weights {fault} for its config.json, "
                 f"{names[0]} among them"
             )
     return model.eval().requires_grad_(False)

@@ -9,8 +9,8 @@ from fluxlite.cli import file_kinds
 
 OTHER_MODEL = "fluxlite knows FLUX.1's transformers, ControlNets and autoencoders"
 QUANTIZED_REMEDY = "it is not supported yet: fetch a version in bfloat16, fp8 or nf4"
-PART_REMEDY = "name a file or folder with the transformer alone"
-ENCODER_REMEDY = "the transformer is model.checkpoint=; name the encoder's folder as "
+TRANSFORMER_REMEDY = "and the transformer as model.checkpoint="
+T5, CLIP, IMAGE_ENCODER = "a T5 text encoder", "a CLIP text encoder", "an image encoder"
 
 # A pattern of keys, what holds them, and what to do. The first that matches counts: what was made
 # of a model comes before the models.
@@ -58,20 +58,20 @@ TELLTALE_KEYS = (
     (
         r"^(text_encoders|cond_stage_model|conditioner|first_stage_model|vae)\.",
         "an all-in-one checkpoint with text encoders or an autoencoder, as ComfyUI loads them",
-        f"it is not supported yet: {PART_REMEDY}",
+        "name it as model.checkpoint=, and here the file of one part",
     ),
     (
-        r"(^|\.)encoder\.block\.\d+\.layer\.|\.SelfAttention\.q\.",
-        "a T5 text encoder",
-        f"{ENCODER_REMEDY}model.t5=",
+        r"(^|\.)encoder\.block\.\d+\.layer\.|\.SelfAttention\.q\.|^enc\.blk\.",
+        T5,
+        f"name it as model.t5=, {TRANSFORMER_REMEDY}",
     ),
     (
-        r"(^|\.)text_model\.|(^|\.)resblocks\.",
-        "a CLIP text encoder",
-        f"{ENCODER_REMEDY}model.clip=",
+        r"(^|\.)text_model\.|(^|\.)resblocks\.|^embeddings\.token_",
+        CLIP,
+        f"name it as model.clip=, {TRANSFORMER_REMEDY}",
     ),
-    (r"(^|\.)vision_model\.", "an image encoder", "name a transformer"),
-    (r"(^|\.)layers\.\d+\.self_attn\.q_proj", "a language model", OTHER_MODEL),
+    (r"(^|\.)vision_model\.|^embeddings\.patch_", IMAGE_ENCODER, "name a transformer"),
+    (r"(^|\.)layers\.\d+\.self_attn\.q_proj|^blk\.\d", "a language model", OTHER_MODEL),
     (r"^(post_)?quant_conv\.", "an autoencoder, but not FLUX.1's", "fetch FLUX.1's ae.safetensors"),
     (r"^(encoder|decoder)\.layers\.\d|^taesd_", "a tiny autoencoder (TAE)", "fetch ae.safetensors"),
     (r"^(clip_l|clip_g|emb_params|t5xxl)$", "a textual inversion", "name a transformer"),
@@ -81,7 +81,6 @@ MAX_KEYS = 1 << 14  # FLUX.1 has 1,446 in diffusers' layout
 PICKLE_REMEDY = "pickles run code when they are opened, so they never are: fetch .safetensors"
 SAVED_REMEDY = "it was saved in place of the file: fetch it again"
 KIND_REMEDIES = {
-    file_kinds.GGUF: "it is not supported yet: fetch .safetensors",
     file_kinds.ZIP: PICKLE_REMEDY,
     file_kinds.PICKLE: PICKLE_REMEDY,
     file_kinds.LFS_POINTER: "run `git lfs pull`",
@@ -93,12 +92,16 @@ KIND_REMEDIES = {
 }
 
 
-def check_keys(keys):
-    """Raise `ValueError`, with a remedy, where keys are those of something else."""
+def check_keys(keys, expected=None):
+    """Raise `ValueError`, with a remedy, where keys are those of something else, and that is not
+    `expected`.
+    """
     if len(keys) > MAX_KEYS:
         raise ValueError(f"it has {len(keys)} tensors, more than any FLUX model: {OTHER_MODEL}")
     for pattern, what, remedy in TELLTALE_KEYS:
         found = next((key for key in keys if re.search(pattern, key)), None)
+        if found is not None and what == expected:
+            return
         if found is not None:
             raise ValueError(f"it is {what} (it has {found[:120]}): {remedy}")
 

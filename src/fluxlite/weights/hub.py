@@ -8,6 +8,7 @@ from fluxlite.cli.options import expand_home
 
 TINY = "flux-tiny"
 ASSETS = Path(__file__).parents[3] / "assets"
+MODEL_SUFFIXES = ".safetensors", ".gguf"  # of files that a repository's name may end with
 
 
 def resolve_tiny(path):
@@ -46,7 +47,7 @@ def is_repository(where):
 
 def fetch_repository(where, patterns, *, key):
     """The local folder of the hub repository `owner/name[/folder…]` with the files in that folder
-    that match `patterns`.
+    that match `patterns`; of `owner/name[/folder…]/x.safetensors` or `.gguf` that file.
 
     Raises `ValueError`, within seconds where the hub is out of reach; `key` is the setting that
     names the repository.
@@ -57,6 +58,8 @@ def fetch_repository(where, patterns, *, key):
     try:
         owner, name, *inside = str(where).strip("/").split("/")
         patterns = ["/".join([*inside, pattern]) for pattern in patterns]
+        if inside and inside[-1].endswith(MODEL_SUFFIXES):
+            patterns = ["/".join(inside)]
         return Path(
             snapshot_download(f"{owner}/{name}", allow_patterns=patterns, etag_timeout=5)
         ).joinpath(*inside)

@@ -260,6 +260,11 @@ FIRST_EDITION = (
     "python scripts/convert_first_edition.py --src OLD --dst NEW.safetensors converts them "
     "(what save_converted kept may be removed instead)"
 )
+ARTICLED = {
+    "transformer": "a transformer",
+    "controlnet": "a ControlNet",
+    "autoencoder": "an autoencoder",
+}
 PREFIXES = ("", "model.diffusion_model.")  # the second: BFL's layout as ComfyUI saves it
 
 

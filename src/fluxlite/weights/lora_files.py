@@ -180,11 +180,10 @@ def _read_adapters(tensors, path, config):
 
 def read_values(tensors, key, meaning):
     """A tensor of the file; raises `ValueError` where it can be no part of an adapter."""
-    part = tensors.handles[key].get_slice(key)
-    spelled, shape = part.get_dtype(), tuple(part.get_shape())
+    spelled, shape = tensors.header(key)
     if not math.prod(shape):
         raise ValueError(f"{key} has no values (shape {list(shape)}): the file is damaged")
-    tensor = tensors.handles[key].get_tensor(key)
+    tensor = tensors.read(key)
     if meaning.role in ("alpha", "shape"):
         return tensor
     if spelled not in DTYPES:

@@ -54,9 +54,11 @@ def attach_nf4(tensors):
         name = key.removesuffix(STATE)
         state = typed_description(key, Nf4State, read_note(tensors, key), foreign=True)
         check_state(tensors, name, state)
-        read = partial(read_nf4, tensors.handles[name], name, state)
+        there = [field for field in ("", *FIELDS) if name + field in tensors.entries]
+        held = {field: tensors.entries[name + field].read for field in there}
+        read = partial(read_nf4, held, name, state)
         replaced[name] = SPELLED_TYPES[state.dtype], tuple(state.shape), read
-        hidden += [name + field for field in FIELDS if tensors.shape(name + field)]
+        hidden += [name + field for field in there[1:]]
     tensors.set_aside(hidden, replaced)
     return tensors
 
@@ -76,7 +78,7 @@ def check_state(tensors, name, state):
         expected[".nested_absmax"] = "F32", -(-blocks // nested)
         expected[".nested_quant_map"] = "F32", 256
     for field, (spelled, size) in expected.items():
-        there = name + field in tensors.handles
+        there = name + field in tensors.entries
         found = tensors.header(name + field) if there else (None, (0,))
         if (found[0], torch.Size(found[1]).numel()) != (spelled, size):
             raise ValueError(
@@ -85,28 +87,29 @@ def check_state(tensors, name, state):
             )
 
 
-def read_nf4(handle, name, state, start, stop, exact=False):
+def read_nf4(held, name, state, start=0, stop=None, exact=False):
     """Rows of an NF4 weight from start to stop: in its type, or with `exact` in float32.
 
+    `held` has for each field of the weight what reads it.
     What is read exactly gives the file's own codes and scales when it is quantised to nf4 again. A
     warning counts the blocks of which that is not so.
     """
     rows, columns = state.shape
-    scales = read_scales(handle, name, state).view(rows, -1)[start:stop]
-    codes = handle.get_tensor(name).view(rows, columns // 2)[start:stop]
-    levels = handle.get_tensor(f"{name}.quant_map")
+    scales = read_scales(held, state).view(rows, -1)[start:stop]
+    codes = held[""]().view(rows, columns // 2)[start:stop]
+    levels = held[".quant_map"]()
     if exact:
         warn_of_lost(name, state, codes, scales, levels)
     dtype = torch.float32 if exact else DTYPES[SPELLED_TYPES[state.dtype]]
     return dequantize_rows(codes, scales, torch.cartesian_prod(levels, levels), dtype)
 
 
-def read_scales(handle, name, state):
+def read_scales(held, state):
     """The scales of all blocks of a weight, float32."""
-    scales = handle.get_tensor(f"{name}.absmax")
+    scales = held[".absmax"]()
     if not state.nested_blocksize:
         return scales
-    levels, factors = (handle.get_tensor(f"{name}.nested_{x}") for x in ("quant_map", "absmax"))
+    levels, factors = (held[f".nested_{x}"]() for x in ("quant_map", "absmax"))
     factors = factors.repeat_interleave(state.nested_blocksize)[: len(scales)]
     return levels[scales.int()] * factors + state.nested_offset
 

@@ -125,6 +125,7 @@ class SavedParts:
     t5: str | None = None
     clip: str | None = None
     autoencoder: str | None = None
+    tokenizers: str | None = None
 
 
 def saved_parts(folder, meta):

@@ -108,13 +108,12 @@ def read_note(tensors, key):
 
 def scaled_weight(tensors, weight, scale):
     """(type, shape, read) of a weight in fp8, whose scale is the tensor of that name."""
-    held = [(tensors.handles[name], name) for name in (weight, scale)]
+    read_weight, read_scale = (tensors.entries[name].read for name in (weight, scale))
 
-    def read(start, stop, exact=False):
-        rows, factors = (handle.get_tensor(name) for handle, name in held)
-        factors = factors.float().reshape(-1, 1)
+    def read(start=0, stop=None, exact=False):
+        factors = read_scale().float().reshape(-1, 1)
         factors = factors if len(factors) == 1 else factors[start:stop]
-        product = rows[start:stop].float() * factors
+        product = read_weight(start, stop).float() * factors
         return product if exact else product.to(torch.bfloat16)
 
     return "BF16", tensors.shape(weight), read

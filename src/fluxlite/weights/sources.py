@@ -25,13 +25,12 @@ from fluxlite.nets.quantized import quantize_linear, quantized_linears
 from fluxlite.nets.schedule import read_scheduler
 from fluxlite.weights import (
     conversion,
-    foreign,
+    gguf_files,
     hub,
     layouts,
     net_configs,
-    nf4_files,
+    part_files,
     run_folder,
-    scaled_fp8,
     tensor_files,
 )
 from fluxlite.weights.run_folder import is_run, last_checkpoint
@@ -64,6 +63,8 @@ class Source:
     # for sampling, where the checkpoint has some of its own: {field of SampleConfig: value}
     settings: dict
     averaged: bool = False  # whether it is the moving average of a run
+    # of a GGUF file: how many tensors are of which types, and dequantised when they are read
+    quantised: str = ""
     # raises `ValueError` where a run's files are not as they were written
     check_whole: Callable = lambda: None
     base: object = None  # the `Source` that this one is with LoRAs in it: digests are the base's
@@ -80,10 +81,10 @@ class Source:
 def open_source(where, *, setting="model.checkpoint", ema=True, part="transformer", given=None):
     """The `Source` that a path or hub repository holds, recognised by its keys and files.
 
-    A pipeline's folder stands for its `part` (transformer, controlnet or vae); of a run, `ema`
-    chooses the moving average where it has one. `given` are {field: value} of the rotations, for
-    weights without a configuration. Raises `ValueError`, naming `setting`, for what is not exactly
-    a transformer, a ControlNet or an autoencoder.
+    A pipeline's folder or an all-in-one file stands for its `part` (transformer, controlnet or
+    vae); of a run, `ema` chooses the moving average where it has one. `given` are {field: value} of
+    the rotations, for weights without a configuration. Raises `ValueError`, naming `setting`, for
+    what is not exactly a transformer, a ControlNet or an autoencoder.
     """
     loose = ["*.safetensors"] if part == "controlnet" else []  # as XLabs publishes
     files = [f"{part}/*", "config.json", "diffusion_pytorch_model*", f"scheduler/{SCHEDULER_FILE}"]
@@ -92,7 +93,7 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
         raise ValueError(f"{setting}={where} cannot be read: no permission")
     path = path / part if (path / part).is_dir() else path
     try:
-        source = _open_run(path, ema) if is_run(path) else _open_tensors(path, given)
+        source = _open_run(path, ema) if is_run(path) else _open_tensors(path, part, given)
         shapes = {name: shape for name, (_, shape) in source.described.items()}
         conversion.check_layout(source.layout, source.config, shapes)
     except ValueError as error:
@@ -100,11 +101,8 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
     return source
 
 
-def _open_tensors(path, given=None):
-    tensors = tensor_files.Tensors(path)
-    nf4_files.attach_nf4(tensors)
-    foreign.check_keys(tensors.keys())
-    scaled_fp8.attach_scales(tensors)
+def _open_tensors(path, part, given=None):
+    tensors = part_files.open_weights(path, part)
     what, layout, prefix = layouts.recognise_layout(tensors.keys())
     described = tensors.without(prefix).described()
     shapes = {name: shape for name, (_, shape) in described.items()}
@@ -117,7 +115,7 @@ def _open_tensors(path, given=None):
         settings = sampling_settings(path, about)
         config.scheduler = scheduler_of(path, about)
     found = str(path), what, layout, config, described, tensors.read, about, tensors.files
-    return Source(*found, settings)
+    return Source(*found, settings, quantised=tensors.metadata.get(gguf_files.TYPES, ""))
 
 
 def sampling_settings(path, about):
@@ -232,8 +230,9 @@ def weights_of(source, exact=False):
     """A source's tensors in our layout, a few linears at a time: (name, values); with `exact` those
     that the file has quantised are float32.
     """
-    read = partial(source.read, exact=exact)
-    return conversion.convert_weights(read, source.layout, "fluxlite", source.config)
+    read, told = partial(source.read, exact=exact), (source.where, source.quantised)
+    with gguf_files.timed_reading(*told, source.num_bytes()):
+        yield from conversion.convert_weights(read, source.layout, "fluxlite", source.config)
 
 
 def named_dtype(dtype):
@@ -245,11 +244,18 @@ def named_dtype(dtype):
     return dtype
 
 
-def _load(source, dtype, device, *options, quantize="none"):
-    """The network of a `Source`, frozen, in evaluation mode; raises `ValueError`."""
+def _load(source, dtype, device, *options, quantize="none", fill=None):
+    """The network of a `Source`, frozen, in evaluation mode; raises `ValueError`.
+
+    `fill(model, weights, dtype=, device=, quantize=)` may give a model on meta its weights.
+    """
     check_device(str(device))
     dtype = named_dtype(dtype)
     model = conversion.build_on_meta(source.config, *options)
+    if fill:
+        weights = weights_of(source, exact=quantize != "none")
+        fill(model, weights, dtype=dtype, device=device, quantize=quantize)
+        return model.eval().requires_grad_(False)
     if quantize != "none":
         load_quantized(model, weights_of(source, exact=True), quantize, dtype, device)
         return model.eval().requires_grad_(False)
@@ -275,11 +281,6 @@ PART_KEYS = {  # that name them
     "controlnet": "controlnet.checkpoint",
     "autoencoder": "model.autoencoder",
 }
-ARTICLED = {
-    "transformer": "a transformer",
-    "controlnet": "a ControlNet",
-    "autoencoder": "an autoencoder",
-}
 
 
 def open_part(where, part, **options):
@@ -292,27 +293,29 @@ def open_part(where, part, **options):
         where = open_source(where, setting=key, part=PART_FOLDERS[part], **options)
     if where.what != part:
         raise ValueError(
-            f"{key}={where.where} holds the wrong part, {where.what}: name {ARTICLED[part]}"
+            f"{key}={where.where} holds the wrong part, {where.what}: name {layouts.ARTICLED[part]}"
         )
     return where
 
 
 def load_transformer(
-    where, *, ema=True, attention="auto", dtype=None, device="cpu", quantize="none"
+    where, *, ema=True, attention="auto", dtype=None, device="cpu", quantize="none", fill=None
 ):
     """A Flux from what `open_source` takes, or from a `Source`.
 
     `dtype` is a torch type or its name; None for the checkpoint's own. `quantize` is int8, float8
-    or nf4: how its linears lie in memory. Raises `ValueError`.
+    or nf4: how its linears lie in memory; `fill` as in `_load`. Raises `ValueError`.
     """
     source = open_part(where, "transformer", ema=ema)
-    return _load(source, dtype, device, attention, quantize=quantize)
+    return _load(source, dtype, device, attention, quantize=quantize, fill=fill)
 
 
-def load_controlnet(where, *, attention="auto", dtype=None, device="cpu", quantize="none"):
+def load_controlnet(
+    where, *, attention="auto", dtype=None, device="cpu", quantize="none", fill=None
+):
     """A ControlNet, as `load_transformer` loads a Flux; raises `ValueError`."""
     source = open_part(where, "controlnet")
-    return _load(source, dtype, device, attention, quantize=quantize)
+    return _load(source, dtype, device, attention, quantize=quantize, fill=fill)
 
 
 def load_autoencoder(where, *, dtype=None, device="cpu"):

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import struct
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from fluxlite.cli.atomic import atomic_folder, atomic_path
 from fluxlite.cli.descriptions import DAMAGED, check_regular, inside_folder, parse_json, read_json
-from fluxlite.weights import foreign
+from fluxlite.weights import foreign, gguf_files
 from fluxlite.weights.dtypes import DTYPES, SPELLED
 
 WRITE_ERRORS = {
@@ -42,15 +43,15 @@ BYTE_UNITS = "bytes", "kB", "MB", "GB", "TB"
 
 
 def files_of(path):
-    """The safetensors files of a file or folder, those of its index where it has one; raises
-    `ValueError`.
+    """The safetensors files of a file or folder, those of its index where it has one; GGUF files
+    where there are no others. Raises `ValueError`.
     """
     path = Path(path)
     if not path.is_dir():
         return [path]
     indices = sorted(path.glob("*.safetensors.index.json"))
     if not indices:
-        found = sorted(path.glob("*.safetensors"))
+        found = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.gguf"))
         if not found:
             others = sorted(p.name for p in path.iterdir() if p.suffix in OTHER_SUFFIXES)
             beside = f" but {others[0]}, which is not read" if others else ""
@@ -65,7 +66,7 @@ def files_of(path):
     return indexed_files(indices[0])
 
 
-OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".onnx")
+OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx")
 
 
 def indexed_files(index):
@@ -91,7 +92,6 @@ def check_file(file):
 
     The library that maps it checks types and offsets; a file that is cut later kills the process.
     """
-    check_regular(file)
     with open(file, "rb") as opened:
         size, start = os.fstat(opened.fileno()).st_size, opened.read(512)
         foreign.check_bytes(file, start)
@@ -109,97 +109,112 @@ def check_file(file):
         raise ValueError(f"{file}'s header is no text in UTF-8: {DAMAGED}") from None
 
 
-class Tensors:
-    """The tensors of one file or a folder's files, mapped and read one by one, named without their
-    common `prefix`.
+def open_tensors(file):
+    """({name: (type, shape, read)} of a file, its metadata), by its first bytes: safetensors or
+    GGUF; raises `ValueError`.
     """
+    check_regular(file)
+    with open(file, "rb") as opened:
+        if opened.read(4) == gguf_files.MAGIC:
+            return gguf_files.open_gguf(file)
+    check_file(file)
+    try:
+        handle = safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is no whole safetensors file ({error}): fetch it again") from None
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
+    return {name: _open_mapped(handle, name) for name in handle.keys()}, handle.metadata() or {}
+
+
+def _open_mapped(handle, name):
+    """(type, shape, read) of a tensor in a mapped safetensors file."""
+    part = handle.get_slice(name)
+
+    def read(start=0, stop=None, exact=False):
+        tensor = handle.get_tensor(name)
+        return tensor[start:stop] if tensor.ndim else tensor
+
+    return part.get_dtype(), tuple(part.get_shape()), read
+
+
+# type: as safetensors spells it; read(start=0, stop=None, exact=False) gives rows
+Entry = namedtuple("Entry", "type shape read file")
+
+
+class Tensors:
+    """The tensors of one file or a folder's files, mapped and read one by one."""
 
     def __init__(self, path, files=None):
-        self.files, self.handles, self.metadata, self.prefix = files or files_of(path), {}, {}, ""
-        self.places = {}  # of each tensor its file, for errors
-        # of weights that are not as they lie: (type, shape, read(start, stop, exact=))
-        self.replaced = {}
+        self.files, self.entries, self.metadata = files or files_of(path), {}, {}
         for file in self.files:
-            check_file(file)
-            try:
-                handle = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(
-                    f"{file} is no whole safetensors file ({error}): fetch it again"
-                ) from None
-            except OSError as error:
-                raise ValueError(f"{file} cannot be read: {error.strerror or error}") from None
-            self.metadata |= handle.metadata() or {}
-            twice = self.handles.keys() & handle.keys()
+            found, metadata = open_tensors(file)
+            twice = self.entries.keys() & found.keys()
             if twice:
                 raise ValueError(
                     f"{file.parent} has {min(twice)} in several files: name one of them"
                 )
-            self.handles |= dict.fromkeys(handle.keys(), handle)
-            self.places |= dict.fromkeys(handle.keys(), file)
+            self.entries |= {name: Entry(*values, file) for name, values in found.items()}
+            self.metadata |= metadata
 
     def keys(self):
-        return [name[len(self.prefix) :] for name in self.handles if name.startswith(self.prefix)]
+        return list(self.entries)
 
     def read(self, name, start=0, stop=None, exact=False):
         """A tensor, or its rows from start to stop: a view of the mapped file, or what stands for
         it; with `exact` not rounded to its type.
         """
-        name = self.prefix + name
-        if name in self.replaced:
-            return self.replaced[name][2](start, stop, exact=exact)
-        return self.handles[name].get_tensor(name)[start:stop]
+        return self.entries[name].read(start, stop, exact=exact)
 
     def set_aside(self, names, replaced):
-        """Hide some tensors; of others, {name: (type, shape, read(start, stop, exact=))}, it is
-        told how they are read.
+        """Hide some tensors; of others, {name: (type, shape, read)}, it is told how they are
+        read.
         """
-        self.replaced |= replaced
-        self.handles = {n: handle for n, handle in self.handles.items() if n not in set(names)}
+        for name, found in replaced.items():
+            self.entries[name] = Entry(*found, self.entries[name].file)
+        hidden = set(names)
+        self.entries = {name: e for name, e in self.entries.items() if name not in hidden}
+
+    def rename(self, names):
+        """Keep the tensors of {old name: new name} alone, under their new names."""
+        self.entries = {new: self.entries[old] for old, new in names.items()}
 
     def without(self, prefix):
         """The same with names that lose `prefix`; raises `ValueError` where some do not have it."""
-        odd = [name for name in self.handles if not name.startswith(prefix)]
+        odd = [name for name in self.entries if not name.startswith(prefix)]
         if odd:
             raise ValueError(
                 f"{self.files[0]} has {len(odd)} keys without the others' prefix {prefix}: "
                 f"{odd[0]} first"
             )
-        self.prefix = prefix
+        self.rename({name: name.removeprefix(prefix) for name in self.entries})
         return self
 
     def shape(self, name):
         """A tensor's shape, of whatever type it is; None where there is none of that name."""
-        return self.header(name)[1] if self.prefix + name in self.handles else None
+        return self.entries[name].shape if name in self.entries else None
 
     def header(self, name):
         """(type as it is spelled, shape) of a tensor."""
-        if self.prefix + name in self.replaced:
-            return self.replaced[self.prefix + name][:2]
-        part = self.handles[self.prefix + name].get_slice(self.prefix + name)
-        return part.get_dtype(), tuple(part.get_shape())
+        return self.entries[name][:2]
 
     def described(self):
         """{name: (dtype, shape)}, from the headers alone."""
-        found = {}
-        for name in self.keys():
-            spelled, shape = self.header(name)
-            found[name] = self._described(name, spelled, shape)
-        return found
+        return {name: self._described(name, entry) for name, entry in self.entries.items()}
 
-    def _described(self, name, spelled, shape):
-        where = f"{self.places[self.prefix + name]}: {name}"
-        if spelled not in DTYPES:
+    def _described(self, name, entry):
+        where = f"{entry.file}: {name}"
+        if entry.type not in DTYPES:
             raise ValueError(
-                f"{where} is of type {spelled}, which no weights have: quantised "
+                f"{where} is of type {entry.type}, which no weights have: quantised "
                 "weights are not supported yet, fetch a version in bfloat16"
             )
-        if not torch.Size(shape).numel():
+        if not torch.Size(entry.shape).numel():
             raise ValueError(
-                f"{where} has no values (shape {list(shape)}), a placeholder that "
+                f"{where} has no values (shape {list(entry.shape)}), a placeholder that "
                 "DeepSpeed ZeRO-3 leaves: gather the weights before they are saved"
             )
-        return DTYPES[spelled], shape
+        return DTYPES[entry.type], entry.shape
 
 
 # --- digests --------------------------------------------------------------------------------------

@@ -20,11 +20,11 @@ from fluxlite.weights.encoder_files import (
     CLIP,
     READ_SUFFIXES,
     T5,
-    check_description,
     check_tokens,
     load_model,
     load_tokenizer,
     locate_encoder,
+    open_encoder,
     quiet_transformers,
 )
 
@@ -34,10 +34,10 @@ log = logging.getLogger("fluxlite")
 class TextEncoders:
     """A T5 encoder and a CLIP text model with their tokenizers; made by `load_text_encoders`."""
 
-    def __init__(self, t5, t5_tokenizer, clip, clip_tokenizer, folders):
+    def __init__(self, t5, t5_tokenizer, clip, clip_tokenizer, places):
         self.t5, self.t5_tokenizer = t5, t5_tokenizer
         self.clip, self.clip_tokenizer = clip, clip_tokenizer
-        self.folders = folders
+        self.places = places  # files and folders
         self.text_width = t5.config.d_model
         self.pooled_width = clip.config.hidden_size
         self._reported = set()
@@ -84,8 +84,10 @@ class TextEncoders:
         Reads every file once, some ten seconds for T5-XXL.
         """
         total = hashlib.sha256()
-        for folder in self.folders:
-            for path in sorted(p for p in folder.iterdir() if p.suffix in READ_SUFFIXES):
+        for place in self.places:
+            inside = place.iterdir() if place.is_dir() else ()
+            read = [p for p in inside if p.suffix in READ_SUFFIXES]
+            for path in sorted(read) if place.is_dir() else [place]:
                 total.update(f"{path.name} {path.stat().st_size}\n".encode())
                 with open(path, "rb") as file:
                     while block := file.read(1 << 22):
@@ -93,37 +95,46 @@ class TextEncoders:
         return total.hexdigest()[:16]
 
 
-def load_text_encoders(t5, clip, *, device, dtype, t5_device=None):
-    """The encoders in `t5` and `clip`, each a folder or a hub repository, frozen, in `dtype`.
+def open_encoders(t5, clip, tokenizers=None):
+    """[(`OpenEncoder`, folder of its tokenizer)] of T5 and of CLIP, as `load_text_encoders` takes
+    them; nothing is loaded. Raises `ValueError`.
+    """
+    named = (t5, T5), (clip, CLIP)
+    places = [(*locate_encoder(where, kind, tokenizers), kind) for where, kind in named]
+    return [(open_encoder(place, kind, folder), folder) for place, folder, kind in places]
 
-    T5, by far the larger, may go to a `t5_device` of its own.
+
+def load_text_encoders(t5, clip, *, device, dtype, t5_device=None, tokenizers=None):
+    """The encoders in `t5` and `clip`, each a folder, a file or a hub repository, frozen, in
+    `dtype`.
+
+    T5, by far the larger, may go to a `t5_device` of its own. `tokenizers` is a pipeline whose
+    tokenizers are taken, for files that have none beside them.
     Raises `ValueError` that names `model.t5` or `model.clip` where one cannot be found, fetched or
     loaded whole.
     """
-    t5_folder, t5_tokenizer_folder = locate_encoder(t5, T5)
-    clip_folder, clip_tokenizer_folder = locate_encoder(clip, CLIP)
+    (of_t5, t5_folder), (of_clip, clip_folder) = open_encoders(t5, clip, tokenizers)
     with quiet_transformers():
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-        t5_tokenizer = load_tokenizer(T5TokenizerFast, t5_tokenizer_folder, T5)
-        clip_tokenizer = load_tokenizer(CLIPTokenizer, clip_tokenizer_folder, CLIP)
-        t5 = load_model(T5EncoderModel, t5_folder, T5, dtype).to(t5_device or device)
-        clip = load_model(CLIPTextModel, clip_folder, CLIP, dtype).to(device)
-    check_tokens(t5_tokenizer, t5.config, t5_tokenizer_folder, T5)
-    check_tokens(clip_tokenizer, clip.config, clip_tokenizer_folder, CLIP)
-    folders = (t5_folder, t5_tokenizer_folder, clip_folder, clip_tokenizer_folder)
-    return TextEncoders(t5, t5_tokenizer, clip, clip_tokenizer, folders)
+        t5_tokenizer = load_tokenizer(T5TokenizerFast, t5_folder, T5)
+        clip_tokenizer = load_tokenizer(CLIPTokenizer, clip_folder, CLIP)
+        t5 = load_model(T5EncoderModel, of_t5, dtype).to(t5_device or device)
+        clip = load_model(CLIPTextModel, of_clip, dtype).to(device)
+    check_tokens(t5_tokenizer, t5.config, t5_folder, T5)
+    check_tokens(clip_tokenizer, clip.config, clip_folder, CLIP)
+    places = (of_t5.where, t5_folder, of_clip.where, clip_folder)
+    return TextEncoders(t5, t5_tokenizer, clip, clip_tokenizer, places)
 
 
-def load_tokenizers(t5, clip, max_sequence_length):
+def load_tokenizers(t5, clip, max_sequence_length, tokenizers=None):
     """{"t5", "clip": a function of a text} → its tokens, how many of them the encoder reads, and
     the text that it then reads.
 
     Raises `ValueError` as `load_text_encoders` does; no weights are loaded.
     """
-    _, t5_folder = locate_encoder(t5, T5)
-    clip_model, clip_folder = locate_encoder(clip, CLIP)
-    positions = check_description(clip_model, CLIP).max_position_embeddings
+    (_, t5_folder), (clip, clip_folder) = open_encoders(t5, clip, tokenizers)
+    positions = clip.values["max_position_embeddings"]
     with quiet_transformers():
         from transformers import CLIPTokenizer, T5TokenizerFast
 

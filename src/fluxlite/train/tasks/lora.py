@@ -113,7 +113,14 @@ def plan_adapters(config):
 
 def linear_rules(shape):
     """{diffusers' name: rule} of all linears of a transformer."""
-    linears, found = lora_merging.linear_names(shape), {}
+    return rules_of(tuple(asdict(shape).items()))
+
+
+@cache
+def rules_of(fields):
+    """`linear_rules` of a shape's (field, value) pairs: they are asked for with each sample."""
+    shape, found = FluxConfig(**dict(fields)), {}
+    linears = lora_merging.linear_names(shape)
     for rule in lora_keys.adapter_rules(LAYOUT, shape):
         if linears.issuperset(rule.ours):
             found[lora_keys.split_leaf(rule.theirs[0])[0]] = rule
