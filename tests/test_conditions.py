@@ -233,6 +233,9 @@ def test_a_run_is_previewed_validated_cached_and_drawn_with_as_what_it_is(
     if kind != "kontext":
         with pytest.raises(ValueError, match="it needs "):
             fluxlite.generate("a", checkpoint=folder)
+    if kind == "control":
+        with pytest.raises(ValueError, match="lora.merge=false cannot widen the model's input"):
+            fluxlite.load_pipeline(folder, lora_merge=False)
 
 
 CP = ["parallel.cp=2", "model.max_sequence_length=6", "data.micro_batch=1", "model.num_heads=2"]
