@@ -97,7 +97,7 @@ def read_nf4(held, name, state, start=0, stop=None, exact=False):
     scales = read_scales(held, state).view(rows, -1)[start:stop]
     codes = held[""]().view(rows, columns // 2)[start:stop]
     levels = held[".quant_map"]()
-    if exact:
+    if exact == "nf4":
         warn_of_lost(name, state, codes, scales, levels)
     dtype = torch.float32 if exact else DTYPES[SPELLED_TYPES[state.dtype]]
     return dequantize_rows(codes, scales, torch.cartesian_prod(levels, levels), dtype)
