@@ -335,6 +335,7 @@ class Pipeline:
 
     @cached_property
     def encoders(self):
+        """The `TextEncoders`, with what LoRAs change of them."""
         paths, tokenizers = (self.sources["t5"], self.sources["clip"]), self.sources["tokenizers"]
         where = dict(device=self.device, dtype=self.dtype, tokenizers=tokenizers)
         encoders = load_text_encoders(*paths, **where)
@@ -343,6 +344,7 @@ class Pipeline:
 
     @cached_property
     def transformer(self):
+        """The `Flux` with its LoRAs, as this rank holds it."""
         load = sources.load_transformer
         if self.loras:
             own = dict(loras=self.loras, merge=self.config.lora.merge)
@@ -354,6 +356,7 @@ class Pipeline:
 
     @cached_property
     def autoencoder(self):
+        """The `Autoencoder`."""
         source = self.sources["autoencoder"]
         return sources.load_autoencoder(source, dtype=self.dtype, device=self.device)
 
@@ -364,6 +367,7 @@ class Pipeline:
 
     @property
     def keeps_parts(self):
+        """Whether parts stay in memory when their turn is over."""
         return self.config.offload == "none"
 
     @property
@@ -378,6 +382,7 @@ class Pipeline:
 
     @property
     def where(self):
+        """How errors name what is drawn with."""
         return f"model.checkpoint={self.config.model.checkpoint}"
 
     def release(self, part):
