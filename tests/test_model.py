@@ -234,13 +234,14 @@ def test_impossible_shapes_are_refused():
         run_ours(ours, img, txt, pooled, t, None, ids)
 
 
-def test_linears_that_read_the_same_have_autograds_gradients_whatever_is_frozen():
+@pytest.mark.parametrize("shape", [(2, 3, 6), (4, 6)], ids=["tokens", "vectors"])
+def test_linears_that_read_the_same_have_autograds_gradients_whatever_is_frozen(shape):
     torch.manual_seed(0)
     linears = [torch.nn.Linear(6, width, dtype=torch.float64) for width in (4, 5, 6)]
     linears[1].weight.requires_grad_(False)
     linears[2].bias.requires_grad_(False)
     for wanted in (True, False):
-        x = torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=wanted)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=wanted)
         grads = {}
         for apply in (fan_out, lambda x, some: tuple(linear(x) for linear in some)):
             outs = apply(x, linears)
