@@ -25,7 +25,7 @@ from fluxlite.draw import proof
 from fluxlite.preflight.prediction import predict_step
 from fluxlite.train import loop, training_step
 from fluxlite.train.draws import DrawnSamples
-from fluxlite.train.tasks.conditions import draw_hole
+from fluxlite.train.tasks.conditions import draw_hole, encode_hole
 from fluxlite.weights import lora_merging, sources
 from fluxlite.weights.lora_files import Lora
 
@@ -186,6 +186,23 @@ def test_a_mask_of_the_users_is_the_hole_and_weighs_no_loss():
     assert training_step.value_weights(run, {"masks": mask[None]}) is None
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_what_a_fill_sees_is_grey_in_the_hole_though_the_whole_is_cached(cached):
+    seen, latents = [], torch.zeros(1, 3, 2, 2)
+    encoder = mock.Mock(scale=lambda x: x)
+    encoder.posterior = lambda pixels: (seen.append(pixels), (latents, latents))[1]
+    run = mock.Mock(config=configure(*MOCK, "model.kind=fill"), dtype=torch.float32)
+    run.parts.autoencoder = encoder
+    mask = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
+    mask[..., 3:11, 5:] = 255
+    white = torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)
+    batch = {"images": white, "masks": mask, "hole_noise": latents}
+    batch |= {"mean": latents + 1, "logvar": latents} if cached else {}
+    channels = encode_hole(run, batch)["channels"]
+    assert torch.equal(seen[0], 1 - mask.expand(-1, 3, -1, -1) / 255)
+    assert channels.shape == (1, 1, 12 + 256) and channels[..., 12:].sum() == (mask > 0).sum()
+
+
 # --- whole runs -----------------------------------------------------------------------------------
 
 TINY = [
@@ -233,6 +250,9 @@ def test_a_run_is_previewed_validated_cached_and_drawn_with_as_what_it_is(
     if kind != "kontext":
         with pytest.raises(ValueError, match="it needs "):
             fluxlite.generate("a", checkpoint=folder)
+    if kind == "control":
+        with pytest.raises(ValueError, match="lora.merge=false cannot widen the model's input"):
+            fluxlite.load_pipeline(folder, lora_merge=False)
 
 
 CP = ["parallel.cp=2", "model.max_sequence_length=6", "data.micro_batch=1", "model.num_heads=2"]

@@ -201,7 +201,7 @@ def test_ranks_that_would_wait_are_told_what_to_set(caplog):
     for count, batch in ((8, 8), (8, 2), (1, 8)):
         sharing.warn_idle(sharing.Sharing(mesh), count, batch)
     [record] = caplog.records
-    assert record.getMessage().endswith("with batch=2 all would draw")
+    assert record.getMessage().endswith("without work: set batch=2")
 
 
 # --- what goes together ---------------------------------------------------------------------------
@@ -304,6 +304,25 @@ def test_four_ranks_of_a_wide_model_map_its_weights_once(way, wide, tmp_path):
     print(f"{way}: {[f'{each / 1e6:.0f} MB' for each in grown]} of {size / 1e6:.0f} MB")
     assert len(one["one"]) == 5 and all(0 < each < size / 10 for each in grown)
     assert farthest(drawn(tmp_path / "four"), one["one"]) <= (0 if not way else 1)
+
+
+def refusal_of(folder, arguments):
+    with pytest.raises(ValueError) as error:
+        draw_ways(folder, {"out": arguments})
+    return str(error.value)
+
+
+@pytest.mark.slow
+def test_a_weight_that_is_not_finite_is_named_by_each_rank(tmp_path):
+    """Of a row that the second alone has."""
+    shutil.copytree(write.TINY, tmp_path / "tiny")
+    [file] = (tmp_path / "tiny" / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["transformer_blocks.1.attn.to_q.weight"][200, 3] = torch.nan
+    save_file(tensors, file)
+    options = [PROMPTS[0], f"model.checkpoint={tmp_path}/tiny", "parallel.tp=2"]
+    for said in on_ranks(2, partial(refusal_of, tmp_path, options), tmp_path):
+        assert "after step 1 of 2, and double_blocks.1.img.qkv.q.weight holds some" in said, said
 
 
 def wait_for_first():

@@ -24,13 +24,12 @@ from tqdm import tqdm
 from fluxlite.cli.atomic import atomic_file, naming_setting
 from fluxlite.cli.descriptions import read_json
 from fluxlite.cli.options import expand_home, option, typed_description
-from fluxlite.data.images import BadSample
+from fluxlite.data.images import POSTERIORS, BadSample
 from fluxlite.data.loading import load_batches
 from fluxlite.data.order import RecentValues
 from fluxlite.data.rows import RowFile, write_rows
 from fluxlite.data.shards import first_good_sample
 
-POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
 # tensors of a row for each good sample
 PLAIN = ("modes", "masks")  # which are kept as they are
 OF_PICTURES = (*POSTERIORS["images"], *POSTERIORS["controls"], *PLAIN, "images")

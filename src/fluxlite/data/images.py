@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+# of a sample's pictures, in their place where they are encoded: mean and log variance
+POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
 

@@ -33,6 +33,7 @@ from fluxlite.weights.encoder_files import CLIP, T5, locate_encoder
 from fluxlite.weights.hub import TINY
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES
+from fluxlite.weights.tensor_files import Tensors
 from fluxlite.weights.text_encoders import load_text_encoders
 
 log = logging.getLogger("fluxlite")
@@ -334,6 +335,7 @@ class Pipeline:
 
     @cached_property
     def encoders(self):
+        """The `TextEncoders`, with what LoRAs change of them."""
         paths, tokenizers = (self.sources["t5"], self.sources["clip"]), self.sources["tokenizers"]
         where = dict(device=self.device, dtype=self.dtype, tokenizers=tokenizers)
         encoders = load_text_encoders(*paths, **where)
@@ -342,6 +344,7 @@ class Pipeline:
 
     @cached_property
     def transformer(self):
+        """The `Flux` with its LoRAs, as this rank holds it."""
         load = sources.load_transformer
         if self.loras:
             own = dict(loras=self.loras, merge=self.config.lora.merge)
@@ -353,6 +356,7 @@ class Pipeline:
 
     @cached_property
     def autoencoder(self):
+        """The `Autoencoder`."""
         source = self.sources["autoencoder"]
         return sources.load_autoencoder(source, dtype=self.dtype, device=self.device)
 
@@ -363,6 +367,7 @@ class Pipeline:
 
     @property
     def keeps_parts(self):
+        """Whether parts stay in memory when their turn is over."""
         return self.config.offload == "none"
 
     @property
@@ -377,6 +382,7 @@ class Pipeline:
 
     @property
     def where(self):
+        """How errors name what is drawn with."""
         return f"model.checkpoint={self.config.model.checkpoint}"
 
     def release(self, part):
@@ -599,7 +605,7 @@ def find_parts(checkpoint):
     root = path if (path / "transformer").is_dir() else path.parent
     places = {part: root / name for part, name in BESIDE_FOLDERS.items()}
     found = {part: str(place) for part, place in places.items() if place.is_dir()}
-    inside = part_files.parts_inside(path)
+    inside = part_files.list_parts(Tensors(path).keys()) if path.is_file() else ()
     found |= {part: checkpoint for part, name in BESIDE_FOLDERS.items() if name in inside}
     if "autoencoder" not in found and (root / "ae.safetensors").is_file():
         found["autoencoder"] = str(root / "ae.safetensors")

@@ -271,27 +271,22 @@ def summarise_results(own, others, swaps):
 SeenCase = namedtuple("SeenCase", "prompt given place")
 
 
-def make_cases(kind, chosen, size, seed):
-    """A `SeenCase` for each pair of colours: the generator's outline of a circle; a picture of a
-    circle in another colour and a hole around it; or that picture as a reference.
+def make_case(kind, number, pair, size, seed):
+    """The `SeenCase` of a pair of colours: the generator's outline of a circle; a picture of it in
+    another colour, and a hole around it; or that picture as a reference.
     """
-    cases = []
-    for number, (circle, background) in enumerate(chosen):
-        draw = np.random.default_rng((seed, number, 2))
-        other = other_colour((circle, background), draw), background
-        named = dict(size=size, seed=seed + 1_000_003)
-        target, outline, prompt = draw_sample(number, choices=[(circle, background)], **named)
-        place, given = figure_mask(target, circle, background), {"control_image": outline}
-        if kind != "control":
-            before = draw_sample(number, choices=[other], **named)[0]
-            given = {"image": before} if kind == "fill" else {"reference": before}
-        if kind == "fill":
-            place = box_around(place, draw)
-            given["mask"] = place
-        prompt = recolour_caption(circle) if kind == "kontext" else prompt
-        given = {name: Image.fromarray(picture) for name, picture in given.items()}
-        cases.append(SeenCase(prompt, given, place))
-    return cases
+    draw = np.random.default_rng((seed, number, 2))
+    named = dict(size=size, seed=seed + 1_000_003)
+    target, outline, prompt = draw_sample(number, choices=[pair], **named)
+    disc = figure_mask(target, *pair)
+    if kind == "control":
+        return SeenCase(prompt, {"control_image": Image.fromarray(outline)}, disc)
+    other = other_colour(pair, draw), pair[1]
+    before = Image.fromarray(draw_sample(number, choices=[other], **named)[0])
+    if kind == "kontext":
+        return SeenCase(recolour_caption(pair[0]), {"reference": before}, disc)
+    hole = box_around(disc, draw)
+    return SeenCase(prompt, {"image": before, "mask": Image.fromarray(hole)}, hole)
 
 
 def other_colour(pair, draw):
@@ -337,7 +332,7 @@ def prove_kind(draw, kind, *, num, size, seed):
     or reference.
     """
     chosen = choose_pairs(num, seed)
-    cases = make_cases(kind, chosen, size, seed)
+    cases = [make_case(kind, number, pair, size, seed) for number, pair in enumerate(chosen)]
     pictures, places = draw(cases), np.array([case.place for case in cases])
     figures, report = find_figures(pictures, chosen, places), {"num": num}
     turned = chosen[1:] + chosen[:1], np.roll(places, -1, axis=0)

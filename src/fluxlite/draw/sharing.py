@@ -95,12 +95,11 @@ def join_sharing(config, device):
 
 
 def warn_idle(sharing, count, batch):
-    """Say where so many pictures are fewer batches than there are groups."""
+    """Say where so many pictures are too few batches for all groups."""
     batches, groups = -(-count // batch), sharing.size("groups")
     if batches < min(groups, count):
-        own = -(-count // groups)
-        text = "%d pictures are %d batches for %d groups of ranks: with batch=%d all would draw"
-        warn_for_all(text, *(count, batches, groups, own))
+        text = "%d pictures at batch=%d leave some of %d groups of ranks without work: set batch=%d"
+        warn_for_all(text, *(count, batch, groups, max(1, count // groups)))
 
 
 # --- what cannot be shared ------------------------------------------------------------------------

@@ -12,8 +12,8 @@ def local_tensor(tensor):
 
 
 def plain_values(tensor):
-    """This rank's values of a parameter, of one that is rounded to float8 too."""
-    return tensor.dequantize() if hasattr(tensor, "qdata") else local_tensor(tensor)
+    """All of a parameter's values, of one that is rounded to float8 too. Collective."""
+    return tensor.dequantize() if hasattr(tensor, "qdata") else whole_tensor(tensor)
 
 
 def whole_tensor(tensor):

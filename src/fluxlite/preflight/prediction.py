@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from fluxlite import parallel
 from fluxlite.cli.command_line import compose_config
 from fluxlite.cli.devices import check_device_name
-from fluxlite.data.cache import POSTERIORS
+from fluxlite.data.images import POSTERIORS
 from fluxlite.draw.pipeline import BESIDE_FOLDERS
 from fluxlite.nets.latents import num_image_tokens
 from fluxlite.parallel.host_memory import HOST_TENSORS

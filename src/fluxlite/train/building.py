@@ -89,7 +89,7 @@ def flux_weights(config, device, values_of=initial_weight):
     plain = source.config.in_channels == shape.out_channels
     begun = replace(shape, in_channels=shape.out_channels) if plain else shape
     check_shape(source, begun, "model.checkpoint", config.model.checkpoint)
-    weights = checked_weights(source, "model.checkpoint", exact=config.model.quantize != "none")
+    weights = checked_weights(source, "model.checkpoint", config.model.quantize)
     return widened_weights(weights, shape.in_channels)
 
 
@@ -114,11 +114,11 @@ def frozen_weights(config, device):
     return flux_weights(config, device, random_base_value)
 
 
-def checked_weights(source, setting, exact=False):
+def checked_weights(source, setting, quantize="none"):
     """`weights_of` a source; raises `ValueError`, naming the setting and the tensor, where one is
     not finite.
     """
-    for name, values in sources.weights_of(source, exact):
+    for name, values in sources.weights_of(source, quantize):
         check_values(f"{setting}={source.where}: {name}", values)
         yield name, values
 

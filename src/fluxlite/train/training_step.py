@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fluxlite import parallel, rng
-from fluxlite.data.cache import POSTERIORS
-from fluxlite.data.images import pixels_of
+from fluxlite.data.images import POSTERIORS, pixels_of
 from fluxlite.data.transfers import feed_device, send_tensor
 from fluxlite.nets import flow
 from fluxlite.nets.autoencoder import sample_posterior
@@ -112,20 +111,21 @@ def encode_batch(run, batch):
         txt, pooled = run.parts.encoders.encode(batch["captions"], length)
     else:
         txt, pooled = batch["txt"], batch["pooled"]
-    x0 = encode_pictures(run, batch, "images", POSTERIORS["images"], "posterior_noise")
+    x0 = encode_pictures(run, batch, "images", "posterior_noise")
     return x0, txt, pooled, run.task.encode_inputs(run, batch)
 
 
-def encode_pictures(run, batch, name, cached=(), noise=None, keep=1):
-    """Packed latents (B, L, C) float32 of a batch's pictures `name`, times `keep`: a sample of
-    their posterior by the draws `noise`, without these its mode.
+def encode_pictures(run, batch, name, noise=None, keep=None):
+    """Packed latents (B, L, C) float32 of a batch's pictures `name`: a sample of their posterior by
+    the draws `noise`, without these its mode.
 
-    A cached batch holds mean and log variance under the names `cached`.
+    With `keep` (B, 1, H, W) of the pixels' product with it, where there are pixels.
     """
-    autoencoder = run.parts.autoencoder
-    if any(key in batch for key in cached):
+    autoencoder, cached = run.parts.autoencoder, POSTERIORS[name]
+    if cached[0] in batch and (keep is None or name not in batch):
         mean, logvar = (batch[key] for key in cached)
     else:
-        mean, logvar = autoencoder.posterior(pixels_of(batch[name]) * keep)
+        pixels = pixels_of(batch[name])
+        mean, logvar = autoencoder.posterior(pixels if keep is None else pixels * keep)
     latents = sample_posterior(mean.float(), logvar.float(), batch[noise] if noise else None)
     return pack_latents(latents if autoencoder is None else autoencoder.scale(latents))

@@ -411,7 +411,8 @@ def read_description(file, kind):
 def encoder_tensors(encoder, kind):
     """The `Tensors` of an encoder's folder or file, by transformers' names; raises `ValueError`."""
     files = weight_files(encoder) if encoder.is_dir() else None
-    tensors = part_files.open_weights(encoder, kind.encoder, files=files, expected=kind.what)
+    tensors = tensor_files.Tensors(encoder, files)
+    tensors = part_files.own_weights(tensors, kind.encoder, expected=kind.what)
     tensors.set_aside([key for key in tensors.keys() if key.startswith(kind.other_weights)], {})
     tensors.rename({key: transformers_name(key, kind) for key in tensors.keys()})
     return tensors

@@ -21,7 +21,6 @@ from fluxlite.cli.descriptions import DAMAGED
 from fluxlite.cli.options import option, typed_description
 from fluxlite.nets.quantized import NF4_BLOCK, NF4_LEVELS, dequantize_rows
 from fluxlite.weights.dtypes import DTYPES
-from fluxlite.weights.scaled_fp8 import read_note
 
 log = logging.getLogger("fluxlite")
 
@@ -52,7 +51,7 @@ def attach_nf4(tensors):
     replaced, hidden = {}, []
     for key in [key for key in tensors.keys() if key.endswith(STATE)]:
         name = key.removesuffix(STATE)
-        state = typed_description(key, Nf4State, read_note(tensors, key), foreign=True)
+        state = typed_description(key, Nf4State, tensors.read_note(key), foreign=True)
         check_state(tensors, name, state)
         there = [field for field in ("", *FIELDS) if name + field in tensors.entries]
         held = {field: tensors.entries[name + field].read for field in there}
@@ -98,7 +97,7 @@ def read_nf4(held, name, state, start=0, stop=None, exact=False):
     scales = read_scales(held, state).view(rows, -1)[start:stop]
     codes = held[""]().view(rows, columns // 2)[start:stop]
     levels = held[".quant_map"]()
-    if exact:
+    if exact == "nf4":
         warn_of_lost(name, state, codes, scales, levels)
     dtype = torch.float32 if exact else DTYPES[SPELLED_TYPES[state.dtype]]
     return dequantize_rows(codes, scales, torch.cartesian_prod(levels, levels), dtype)

@@ -4,7 +4,7 @@ All-in-one files, as ComfyUI saves them, hold a pipeline's parts, told apart by 
 begin with.
 """
 
-from fluxlite.weights import foreign, nf4_files, scaled_fp8, tensor_files
+from fluxlite.weights import foreign, nf4_files, scaled_fp8
 
 PREFIXES = {  # of a part, named as its folder in a pipeline; ComfyUI's for FLUX first
     "transformer": ("model.diffusion_model.",),
@@ -27,19 +27,13 @@ def list_parts(keys):
     return found
 
 
-def parts_inside(path):
-    """The parts that an all-in-one file holds; none for any other path."""
-    return [*list_parts(tensor_files.Tensors(path).keys())] if path.is_file() else []
-
-
-def open_weights(path, part, *, files=None, expected=None):
-    """The `Tensors` of a part, named as its folder in a pipeline is: of an all-in-one file its own,
-    and without their prefix; read dequantised.
+def own_weights(tensors, part, expected=None):
+    """`Tensors` of a part, named as its folder in a pipeline is: of an all-in-one file its own, and
+    without their prefix; read dequantised.
 
     Raises `ValueError`, saying what the file is, where it is none of this project's, nor what is
     `expected`.
     """
-    tensors = tensor_files.Tensors(path, files)
     keys = tensors.keys()
     parts = list_parts(keys)
     if parts and part in PREFIXES and part not in parts:

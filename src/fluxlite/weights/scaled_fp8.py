@@ -20,7 +20,6 @@ MARKER = "scaled_fp8"
 METADATA = "_quantization_metadata"
 FORMATS = "float8_e4m3fn", "float8_e5m2"
 FP8_TYPES = "F8_E4M3", "F8_E5M2"
-LONGEST_NOTE = 4096  # bytes
 
 
 def attach_scales(tensors):
@@ -88,7 +87,7 @@ def check_formats(tensors, notes):
     layers = parse_json(said, METADATA).get("layers") if said else {}
     if not isinstance(layers, dict):
         raise ValueError(f"{METADATA} lists no layers: {DAMAGED}")
-    layers = layers | {key: read_note(tensors, key) for key in notes}
+    layers = layers | {key: tensors.read_note(key) for key in notes}
     for name, layer in layers.items():
         kind = layer.get("format") if isinstance(layer, dict) else None
         if kind not in FORMATS:
@@ -96,14 +95,6 @@ def check_formats(tensors, notes):
                 f"{name} is in the format {shortened(kind)}, which is not supported yet: fetch a "
                 "version in bfloat16 or fp8"
             )
-
-
-def read_note(tensors, key):
-    """The JSON object that a tensor of bytes spells; raises `ValueError`."""
-    spelled, shape = tensors.header(key)
-    if spelled != "U8" or len(shape) != 1 or shape[0] > LONGEST_NOTE:
-        raise ValueError(f"{key} is {spelled} of shape {list(shape)}, not a short text: {DAMAGED}")
-    return parse_json(bytes(tensors.read(key).tolist()).decode(errors="replace"), key)
 
 
 def scaled_weight(tensors, weight, scale):

@@ -56,7 +56,7 @@ class Source:
     config: FluxConfig | ControlNetConfig | AutoencoderConfig
     described: dict  # {name: (dtype, shape)}
     # (name, start=0, stop=None, exact=False) → a tensor, or its rows from start to stop; with
-    # `exact` not rounded to its type, where the file has it quantised
+    # `exact`, which may name what it is quantised to, not rounded to its type
     read: Callable
     metadata: dict
     files: list
@@ -102,7 +102,7 @@ def open_source(where, *, setting="model.checkpoint", ema=True, part="transforme
 
 
 def _open_tensors(path, part, given=None):
-    tensors = part_files.open_weights(path, part)
+    tensors = part_files.own_weights(tensor_files.Tensors(path), part)
     what, layout, prefix = layouts.recognise_layout(tensors.keys())
     described = tensors.without(prefix).described()
     shapes = {name: shape for name, (_, shape) in described.items()}
@@ -226,10 +226,11 @@ def load_state(source):
     return dict(weights_of(source))
 
 
-def weights_of(source, exact=False):
-    """A source's tensors in our layout, a few linears at a time: (name, values); with `exact` those
-    that the file has quantised are float32.
+def weights_of(source, quantize="none"):
+    """A source's tensors in our layout, a few linears at a time: (name, values); where they are to
+    be quantised, those that the file has quantised are float32.
     """
+    exact = quantize != "none" and quantize
     read, told = partial(source.read, exact=exact), (source.where, source.quantised)
     with gguf_files.timed_reading(*told, source.num_bytes()):
         yield from conversion.convert_weights(read, source.layout, "fluxlite", source.config)
@@ -253,11 +254,11 @@ def _load(source, dtype, device, *options, quantize="none", fill=None):
     dtype = named_dtype(dtype)
     model = conversion.build_on_meta(source.config, *options)
     if fill:
-        weights = weights_of(source, exact=quantize != "none")
+        weights = weights_of(source, quantize)
         fill(model, weights, dtype=dtype, device=device, quantize=quantize)
         return model.eval().requires_grad_(False)
     if quantize != "none":
-        load_quantized(model, weights_of(source, exact=True), quantize, dtype, device)
+        load_quantized(model, weights_of(source, quantize), quantize, dtype, device)
         return model.eval().requires_grad_(False)
     model.load_state_dict(load_state(source), strict=True, assign=True)
     return model.to(device=device, dtype=dtype).eval().requires_grad_(False)

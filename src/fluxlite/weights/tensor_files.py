@@ -35,6 +35,7 @@ WRITE_ERRORS = {
     errno.ENOTDIR: "a file lies where a folder must be",
 }
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
+LONGEST_NOTE = 4096  # bytes
 DIGEST_BYTES = 1 << 26  # read at a time
 BYTE_UNITS = "bytes", "kB", "MB", "GB", "TB"
 
@@ -165,6 +166,14 @@ class Tensors:
         it; with `exact` not rounded to its type.
         """
         return self.entries[name].read(start, stop, exact=exact)
+
+    def read_note(self, name):
+        """The JSON object that a tensor of bytes spells; raises `ValueError`."""
+        spelled, shape = self.header(name)
+        if spelled != "U8" or len(shape) != 1 or shape[0] > LONGEST_NOTE:
+            found = f"{spelled} of shape {list(shape)}"
+            raise ValueError(f"{name} is {found}, not a short text: {DAMAGED}")
+        return parse_json(bytes(self.read(name).tolist()).decode(errors="replace"), name)
 
     def set_aside(self, names, replaced):
         """Hide some tensors; of others, {name: (type, shape, read)}, it is told how they are

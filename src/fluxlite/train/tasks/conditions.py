@@ -15,7 +15,6 @@ import torch
 
 from fluxlite import rng
 from fluxlite.cli.options import refuse_first
-from fluxlite.data.cache import POSTERIORS
 from fluxlite.data.holes import random_hole
 from fluxlite.nets.latents import pack_mask, seen_latents
 from fluxlite.train.building import open_base
@@ -43,7 +42,7 @@ def draw_follow(config, sample):
 
 def encode_follow(run, batch):
     """A picture to follow as channels (B, L, C)."""
-    latents = encode_pictures(run, batch, "controls", POSTERIORS["controls"], "control_noise")
+    latents = encode_pictures(run, batch, "controls", "control_noise")
     return {"channels": latents.to(run.dtype)}
 
 
@@ -63,15 +62,14 @@ def encode_hole(run, batch):
     Made-up latents, of no picture, stay whole.
     """
     holes = (batch["masks"] >= 128).float()
-    cached = () if "images" in batch else POSTERIORS["images"]
-    known = encode_pictures(run, batch, "images", cached, "hole_noise", keep=1 - holes)
+    known = encode_pictures(run, batch, "images", "hole_noise", keep=1 - holes)
     mask = pack_mask(holes, run.config.model.downsampling)
     return {"channels": torch.cat([known, mask], dim=-1).to(run.dtype)}
 
 
 def encode_reference(run, batch):
     """A reference as tokens (B, L, C): the mode of its posterior, as drawing has it."""
-    latents = encode_pictures(run, batch, "controls", POSTERIORS["controls"])
+    latents = encode_pictures(run, batch, "controls")
     return {"reference": latents.to(run.dtype)}
 
 

@@ -12,7 +12,6 @@ import torch
 from fluxlite import rng
 from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import option, refuse_first, same_option
-from fluxlite.data.cache import POSTERIORS
 from fluxlite.data.images import pixels_of
 from fluxlite.nets.configs import ControlNetConfig, mode_number
 from fluxlite.nets.controlnet import (
@@ -251,7 +250,7 @@ def encode_control(run, batch):
     if control.hint == "pixel":
         hint = pixels_of(batch["controls"])
     else:
-        hint = encode_pictures(run, batch, "controls", POSTERIORS["controls"], "control_noise")
+        hint = encode_pictures(run, batch, "controls", "control_noise")
     return {"hint": hint} | ({"mode": batch["modes"]} if control.num_modes else {})
 
 
