@@ -18,7 +18,7 @@ from fluxlite.nets.configs import FluxConfig
 
 SIZES = dict(batch=1, side=1024, text=512)
 FIGURES = {  # kernels and GB forward, kernels and GB backward, GB saved: none, selective, full
-    "ours": (1520, 73.8, 3705, 129.2, 31.3, 17.8, 1.6),
+    "ours": (1520, 73.8, 3648, 129.2, 31.3, 17.8, 1.6),
     "diffusers": (2584, 143.7, 4389, 180.9, 32.4, 16.7, 1.6),
 }
 
