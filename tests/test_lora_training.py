@@ -9,6 +9,7 @@ import shutil
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import lora_writers as write
@@ -62,6 +63,26 @@ def save_base(folder, singles=3, **options):
     theirs = diffusers_flux(singles=singles, **options)
     theirs.save_pretrained(folder)
     return theirs
+
+
+def spans_of(folder):
+    """(begin, end) of what this process has mapped of a folder's files."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    found = [line.split()[0].split("-") for line in lines if f" {folder}/" in line]
+    return [(int(begin, 16), int(end, 16)) for begin, end in found]
+
+
+def test_the_frozen_base_stays_in_its_mapped_files(tmp_path):
+    save_base(tmp_path / "base")
+    base = ["model.num_single_blocks=3", f"model.checkpoint={tmp_path}/base", "dtype=float32"]
+    with ready_run(*FROM_FILE, *base) as (made, batches):
+        spans = spans_of(tmp_path / "base")
+        frozen = {n: p for n, p in made.models[-1].named_parameters() if not p.requires_grad}
+        outside = [n for n, p in frozen.items() if not any(a <= p.data_ptr() < b for a, b in spans)]
+        assert len(frozen) > 40 and not outside
+        before = {name: p.clone() for name, p in frozen.items()}
+        training_step.train_step(made, next(batches), 0)
+        assert all(torch.equal(p, before[name]) for name, p in frozen.items())
 
 
 # --- beside peft ----------------------------------------------------------------------------------

@@ -45,8 +45,9 @@ def local_part(tensor, coordinate=None):
 def fill_weights(model, weights, device=None):
     """Give a parallelized model its weights, on `device` where it is on meta yet; returns it.
 
-    `weights` yields (name, whole values): no more than a few are whole in memory, on each rank. Of
-    quantised linears each rank quantises its own rows.
+    `weights` yields (name, whole values): no more than a few are whole in memory, on each rank.
+    What is frozen and whole stays where it is, a view of a mapped file, if that is of its type and
+    on its device. Of quantised linears each rank quantises its own rows.
     """
     if device is not None:
         model.to_empty(device=device)
@@ -56,8 +57,12 @@ def fill_weights(model, weights, device=None):
         if isinstance(linears.get(name), QuantizedLinear):
             fill_codes(linears[name], values)
         else:
-            p = parameters[name]
-            local_tensor(p).copy_(values[local_part(p)])
+            p, part = parameters[name], values[local_part(parameters[name])]
+            plain = not (p.requires_grad or isinstance(p, DTensor))
+            if plain and (part.dtype, part.device) == (p.dtype, p.device):
+                p.data = part
+            else:
+                local_tensor(p).copy_(part)
     return model
 
 
