@@ -274,6 +274,7 @@ def test_recipes_have_the_customary_figures():
     for kind, guidance in (("control", "30"), ("fill", "30"), ("kontext", "1.0")):
         config = configure(f"recipe={kind}", "data.path=photos", *parts)
         assert (config.model.kind, config.flow.guidance) == (kind, guidance)
+        assert kind == "kontext" or config.sample.guidance == float(guidance)
         assert config.lora.train == (kind == "kontext")
         assert configure(f"recipe={kind}_tiny").model.kind == kind
 

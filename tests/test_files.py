@@ -169,6 +169,8 @@ def test_training_and_the_converter_take_an_all_in_one_file(states, tmp_path):
         ours, plain = (Tensors(place / part) for place in (tmp_path, TINY))
         assert sorted(ours.keys()) == sorted(plain.keys())
         assert equal([ours.read(k) for k in plain.keys()], [plain.read(k) for k in plain.keys()])
+    with pytest.raises(ValueError, match="--part vae: --src .* is one transformer, and no pipel"):
+        convert(["--src", f"{tmp_path}/transformer", "--part", "vae", "--dst", f"{tmp_path}/x"])
 
 
 def test_a_part_that_an_all_in_one_file_lacks_is_named(states, tmp_path):
