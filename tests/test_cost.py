@@ -18,7 +18,7 @@ from fluxlite.nets.configs import FluxConfig
 
 SIZES = dict(batch=1, side=1024, text=512)
 FIGURES = {  # kernels and GB forward, kernels and GB backward, GB saved: none, selective, full
-    "ours": (1520, 73.8, 3705, 129.2, 31.3, 17.8, 1.6),
+    "ours": (1520, 73.8, 3648, 129.2, 31.3, 17.8, 1.6),
     "diffusers": (2584, 143.7, 4389, 180.9, 32.4, 16.7, 1.6),
 }
 
@@ -49,8 +49,8 @@ def test_full_checkpointing_saves_the_tokens_alone():
 
 
 COMPILED = {  # kernels and GB forward, kernels and GB backward, as inductor plans them for a CPU
-    "none": (665, 37.5, 1349, 89.1),
-    "selective": (513, 36.4, 1596, 112.1),
+    "none": (513, 37.5, 1254, 89.2),
+    "selective": (513, 36.4, 1558, 112.0),
 }
 
 

@@ -111,7 +111,7 @@ def test_ten_steps_are_those_of_peft_on_diffusers_transformer(dora, tmp_path):
     theirs, given = save_base(tmp_path / "base"), []
     trained = inject_peft(theirs, use_dora=dora)
     file = save_peft(theirs, tmp_path / "start.safetensors")
-    options = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    options = dict(lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     optimizer, real = torch.optim.AdamW(trained, **options), training_step.flow_loss
 
     def recorded(made, x0, txt, pooled, **drawn):
@@ -119,7 +119,7 @@ def test_ten_steps_are_those_of_peft_on_diffusers_transformer(dora, tmp_path):
         return real(made, x0, txt, pooled, **drawn)
 
     arguments = [*FROM_FILE, "model.num_single_blocks=3", f"model.checkpoint={tmp_path}/base"]
-    arguments += [f"lora.checkpoint={file}", "optim.lr=1e-2", "optim.warmup=0", "optim.clip=0.1"]
+    arguments += [f"lora.checkpoint={file}", "optim.lr=3e-3", "optim.warmup=0", "optim.clip=0.1"]
     with (
         ready_run(*arguments, "optim.weight_decay=0", "data.global_batch=2") as (made, batches),
         mock.patch.object(training_step, "flow_loss", recorded),

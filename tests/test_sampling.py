@@ -699,7 +699,7 @@ def test_flux_dev_at_1024_takes_less_than_18_gb_of_a_card(monkeypatch):
         model.drop_conditioning()
         conditions = torch.empty(28, sum(config.modulation_chunks), 1, 1, hidden, **half)
         txt, img = torch.empty(1, 512, hidden, **half), torch.empty(1, 64 * 64, 64)
-        rope = torch.empty(tokens, 128), torch.empty(tokens, 128)
+        rope = torch.empty(tokens, 1, 128), torch.empty(tokens, 1, 128)
         held = sum(memory.alive.values())
         assert held == pytest.approx(17.29e9, rel=1e-3)
         memory.peak = 0

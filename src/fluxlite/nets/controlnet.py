@@ -80,7 +80,7 @@ class ControlNet(Trunk):
 
         rope is the base's; a union net's mode token has the position of the first text token.
         """
-        mods = iter(modulation.split(self.config.modulation_chunks))
+        mods = self.split_modulation(modulation)
         if self.config.num_modes:
             rope = tuple(torch.cat([table[:1], table]) for table in rope)
         img, after_double, after_single = self.img_in(self.cast(img)) + hint, [], []

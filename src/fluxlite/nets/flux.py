@@ -294,9 +294,10 @@ class DoubleBlock(nn.Module):
         self.txt = Stream(config)
 
     def forward(self, img, txt, modulation, rope, attend=attend):
-        """img (B, L_img, H), txt (B, L_txt, H); modulation (12, B, 1, H): first the image's six."""
-        vectors = modulation.unbind()  # once: each slice would have a backward of its own
-        img_mod, txt_mod = vectors[:6], vectors[6:]
+        """img (B, L_img, H), txt (B, L_txt, H); modulation: (B, 1, H) twelve times, first the
+        image's six.
+        """
+        img_mod, txt_mod = modulation[:6], modulation[6:]
         txt_qkv, img_qkv = self.txt.queries(txt, *txt_mod[:2]), self.img.queries(img, *img_mod[:2])
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv))
         lengths = [txt_qkv[0].shape[1], img_qkv[0].shape[1]]
@@ -318,7 +319,7 @@ class SingleBlock(nn.Module):
         self.enter, self.leave = nn.Identity(), nn.Identity()
 
     def forward(self, x, modulation, rope, attend=attend):
-        """x (B, L, H), modulation (3, B, 1, H)."""
+        """x (B, L, H), modulation: (B, 1, H) three times."""
         shift, scale, gate = modulation
         h = self.enter(modulated_norm(x, shift, scale))
         out = self.leave(self.proj(attend(*self.qkv(h), rope)) + self.mlp(h))
@@ -378,7 +379,7 @@ class Trunk(nn.Module):
     def modulate(self, t, pooled, guidance=None):
         """Every shift, 1 + scale and gate of the network for B steps or samples: (chunks, B, 1, H).
 
-        `split(config.modulation_chunks)` gives each block its part, and the end its own.
+        `split_modulation` gives each block its part, and the end its own.
         """
         if self.modulation is None:
             raise ValueError(
@@ -394,6 +395,13 @@ class Trunk(nn.Module):
         features = self.modulation(F.silu(vec))
         chunks = rearrange(features, "b (m h) -> m b 1 h", h=self.config.hidden_size)
         return chunks + self.scale_offsets(chunks)
+
+    def split_modulation(self, modulation):
+        """The vectors (B, 1, H) of each block in turn, then of the end. They are taken apart once:
+        each slice would have a backward of its own.
+        """
+        vectors = iter(modulation.unbind())
+        return (tuple(itertools.islice(vectors, n)) for n in self.config.modulation_chunks)
 
     def scale_offsets(self, chunks):
         """1 for each scale among the chunks, else 0: (chunks, 1, 1, 1)."""
@@ -461,7 +469,7 @@ class Flux(Trunk):
 
     def velocity(self, img, txt, rope, modulation, residuals=None):
         """`forward` from txt (B, L_txt, H) of `txt_in` and the modulation of `modulate`."""
-        mods = iter(modulation.split(self.config.modulation_chunks))  # one a block, then the end's
+        mods = self.split_modulation(modulation)
         after_double, after_single = residuals or ((), ())
         img = self.img_in(self.cast(img))
         for i, (block, mod) in enumerate(zip(self.double_blocks, mods)):

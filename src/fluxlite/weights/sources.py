@@ -175,7 +175,7 @@ def _open_run(path, ema):
     settings = run_folder.run_settings(folder, meta)
     config.scheduler = scheduler_beside(run_folder.saved_parts(folder, meta).checkpoint, config)
     found = str(path), meta.what, "fluxlite", config, described, read, metadata, files, settings
-    return Source(*found, bool(averaged), check_whole)
+    return Source(*found, bool(averaged), check_whole=check_whole)
 
 
 def _run_config(folder, meta, tensors):
