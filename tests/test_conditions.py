@@ -23,6 +23,7 @@ from fluxlite.data.loading import make_loader
 from fluxlite.data.mock import MockPictures
 from fluxlite.draw import proof
 from fluxlite.preflight.prediction import predict_step
+from fluxlite.settings import load_settings
 from fluxlite.train import loop, training_step
 from fluxlite.train.draws import DrawnSamples
 from fluxlite.train.tasks.conditions import draw_hole, encode_hole
@@ -253,6 +254,15 @@ def test_a_run_is_previewed_validated_cached_and_drawn_with_as_what_it_is(
     if kind == "control":
         with pytest.raises(ValueError, match="lora.merge=false cannot widen the model's input"):
             fluxlite.load_pipeline(folder, lora_merge=False)
+
+
+def test_beside_a_lora_of_the_shipped_pipeline_a_picture_to_follow_is_the_transformers(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    given = ["prompt=a", "device=cpu", f"control_image={tmp_path}/a.png"]
+    for more, nets in (([], 1), (["lora=x.safetensors"], 0)):
+        config = load_settings("infer", [*given, *more])
+        assert len(config.controls()) == nets
+        assert len(config.pictures()["control_image"]) == 1 - nets
 
 
 CP = ["parallel.cp=2", "model.max_sequence_length=6", "data.micro_batch=1", "model.num_heads=2"]
