@@ -322,6 +322,10 @@ MISUSES = {
     "no reference": (["model.kind=kontext"], "sees a picture: set data.control=ref.jpg"),
     "no control": (["model.kind=control"], "sees a picture: set data.control=control.png"),
     "a control of a Fill": ([*FILL, "data.control=png"], "leave data.control= out"),
+    "a mask of what is there": (
+        [*PICTURES, *FILL, "data.mask=alpha"],
+        "data.mask=alpha marks what is there: name an ending, as mask.png",
+    ),
     "a control of nobody": (["data.control=png"], "controlnet=default or model.kind=control too"),
     "a kind of nobody": (["model.kind=redux"], "choose one of plain, control, fill, kontext"),
     "beside a ControlNet": ([*KONTEXT, "controlnet=default"], "beside a plain transformer"),
