@@ -182,6 +182,20 @@ def extract(args):
     print(f"{args.dst}: rank {args.rank}, {made.describe()}")
 
 
+def open_asked(args):
+    """The `Source` of --src; raises `ValueError` where it is not the --part that is asked for."""
+    from fluxlite.weights import sources
+
+    how = dict(ema=not args.no_ema, part=args.part or "transformer")
+    source = sources.open_source(args.src, setting="--src", **how)
+    if args.part and args.part != sources.PART_FOLDERS[source.what]:
+        raise ValueError(
+            f"--part {args.part}: --src {args.src} is one {source.what}, and no pipeline nor "
+            "all-in-one file: leave --part out, or name another --src"
+        )
+    return source
+
+
 def with_loras(source, args, dtype):
     """A `Source` with the LoRAs of --lora in it; itself without any."""
     from fluxlite.weights import lora_merging
@@ -215,8 +229,7 @@ def convert(args):
         return extract(args)
     if args.to in LORA_DIALECTS or lora_files.is_lora(args.src):
         return exchange(args)
-    how = dict(ema=not args.no_ema, part=args.part or "transformer")
-    source = sources.open_source(args.src, setting="--src", **how)
+    source = open_asked(args)
     dtype = args.dtype and getattr(torch, args.dtype)
     source = with_loras(source, args, dtype)
     if args.no_ema and not sources.is_run(Path(args.src)):

@@ -23,6 +23,7 @@ from fluxlite.data.loading import make_loader
 from fluxlite.data.mock import MockPictures
 from fluxlite.draw import proof
 from fluxlite.preflight.prediction import predict_step
+from fluxlite.settings import load_settings
 from fluxlite.train import loop, training_step
 from fluxlite.train.draws import DrawnSamples
 from fluxlite.train.tasks.conditions import draw_hole, encode_hole
@@ -255,6 +256,15 @@ def test_a_run_is_previewed_validated_cached_and_drawn_with_as_what_it_is(
             fluxlite.load_pipeline(folder, lora_merge=False)
 
 
+def test_beside_a_lora_of_the_shipped_pipeline_a_picture_to_follow_is_the_transformers(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    given = ["prompt=a", "device=cpu", f"control_image={tmp_path}/a.png"]
+    for more, nets in (([], 1), (["lora=x.safetensors"], 0)):
+        config = load_settings("infer", [*given, *more])
+        assert len(config.controls()) == nets
+        assert len(config.pictures()["control_image"]) == 1 - nets
+
+
 CP = ["parallel.cp=2", "model.max_sequence_length=6", "data.micro_batch=1", "model.num_heads=2"]
 CP += ["model.rope_axes=[8,8,8]"]
 
@@ -274,6 +284,7 @@ def test_recipes_have_the_customary_figures():
     for kind, guidance in (("control", "30"), ("fill", "30"), ("kontext", "1.0")):
         config = configure(f"recipe={kind}", "data.path=photos", *parts)
         assert (config.model.kind, config.flow.guidance) == (kind, guidance)
+        assert kind == "kontext" or config.sample.guidance == float(guidance)
         assert config.lora.train == (kind == "kontext")
         assert configure(f"recipe={kind}_tiny").model.kind == kind
 
@@ -311,6 +322,10 @@ MISUSES = {
     "no reference": (["model.kind=kontext"], "sees a picture: set data.control=ref.jpg"),
     "no control": (["model.kind=control"], "sees a picture: set data.control=control.png"),
     "a control of a Fill": ([*FILL, "data.control=png"], "leave data.control= out"),
+    "a mask of what is there": (
+        [*PICTURES, *FILL, "data.mask=alpha"],
+        "data.mask=alpha marks what is there: name an ending, as mask.png",
+    ),
     "a control of nobody": (["data.control=png"], "controlnet=default or model.kind=control too"),
     "a kind of nobody": (["model.kind=redux"], "choose one of plain, control, fill, kontext"),
     "beside a ControlNet": ([*KONTEXT, "controlnet=default"], "beside a plain transformer"),

@@ -2,6 +2,7 @@
 plain files are, or refused in a line that says what it is.
 """
 
+import logging
 import re
 import runpy
 import shutil
@@ -22,7 +23,7 @@ from fluxlite.settings import TrainConfig
 from fluxlite.train.building import open_base
 from fluxlite.train.setup import load_parts
 from fluxlite.weights import conversion, gguf_files, hub, sources
-from fluxlite.weights.encoder_files import T5, locate_encoder
+from fluxlite.weights.encoder_files import T5, locate_encoder, quiet_transformers
 from fluxlite.weights.hub import ASSETS
 from fluxlite.weights.sources import open_source
 from fluxlite.weights.tensor_files import Tensors
@@ -169,6 +170,8 @@ def test_training_and_the_converter_take_an_all_in_one_file(states, tmp_path):
         ours, plain = (Tensors(place / part) for place in (tmp_path, TINY))
         assert sorted(ours.keys()) == sorted(plain.keys())
         assert equal([ours.read(k) for k in plain.keys()], [plain.read(k) for k in plain.keys()])
+    with pytest.raises(ValueError, match="--part vae: --src .* is one transformer, and no pipel"):
+        convert(["--src", f"{tmp_path}/transformer", "--part", "vae", "--dst", f"{tmp_path}/x"])
 
 
 def test_a_part_that_an_all_in_one_file_lacks_is_named(states, tmp_path):
@@ -241,6 +244,14 @@ def test_what_no_config_says_is_as_in_flux(states, tmp_path, caplog):
     assert equal(ours, encodings(tmp_path / "named", tmp_path / "named"))
     told = [r.getMessage() for r in caplog.records if "has no config.json" in r.getMessage()]
     assert len(told) == 2 and str(tmp_path / "t5") in told[0]
+
+
+def test_what_torchao_remarks_is_kept_from_who_loads_encoders(caplog):
+    log = logging.getLogger("torchao.kernel")
+    with quiet_transformers():
+        log.warning("within")
+    log.warning("after")
+    assert [record.getMessage() for record in caplog.records] == ["after"]
 
 
 # --- GGUF -----------------------------------------------------------------------------------------

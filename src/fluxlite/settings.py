@@ -526,16 +526,23 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
     def controls(self):
         """The `Control`s to draw with; the shipped pipeline has a net of its own."""
         nets = self.controlnet
-        if self.control_image and not nets.checkpoint and self.model.checkpoint == TINY:
+        if self.control_image and self._takes_shipped():
             nets = dataclasses.replace(nets, checkpoint=[TINY])
         return nets.controls(self.control_image[self._owns_control() :])
+
+    def _takes_shipped(self):
+        """Whether a picture to follow is for the shipped ControlNet; beside a LoRA, which may make
+        the transformer one that follows it, that net is named.
+        """
+        named = self.controlnet.checkpoint or self.lora.file
+        return not named and self.model.checkpoint == TINY
 
     def _owns_control(self):
         """Whether the first picture to follow is the transformer's own: there is a net for each of
         the others.
         """
-        tiny = not self.controlnet.checkpoint and self.model.checkpoint == TINY
-        return not tiny and len(self.control_image) == len(self.controlnet.checkpoint) + 1
+        count = len(self.controlnet.checkpoint) + 1
+        return not self._takes_shipped() and len(self.control_image) == count
 
     def pictures(self):
         """What is drawn beside the prompts, by argument of `generate`."""

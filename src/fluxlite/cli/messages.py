@@ -5,8 +5,10 @@ Imports nothing heavy.
 
 import logging
 import os
+from contextlib import contextmanager
 
 LONGEST = 1500  # characters of an error
+REMARKING = "torchao", "torch.utils._pytree"
 
 
 def is_first_rank():
@@ -18,6 +20,21 @@ def warn_for_all(text, *values):
     """Log a warning that all ranks come to: rank 0 says it for all."""
     logger = logging.getLogger("fluxlite")
     logger.log(logging.WARNING if is_first_rank() else logging.DEBUG, text, *values)
+
+
+@contextmanager
+def quiet_torchao():
+    """Without what is remarked where torchao is imported, by transformers too, on kernels and enums
+    of its own.
+    """
+    levels = {log: log.level for log in map(logging.getLogger, REMARKING)}
+    for log in levels:
+        log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for log, level in levels.items():
+            log.setLevel(level)
 
 
 def on_rank():

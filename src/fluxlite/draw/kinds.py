@@ -7,7 +7,6 @@ channels beside them, tokens behind them, what is put back after each step. `Gui
 B pictures, P prompts, L tokens, C channels of a token, h and w in latent cells.
 """
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +16,7 @@ import torch
 from PIL import Image
 
 from fluxlite.cli.descriptions import read_json
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import check_kind, refuse_first
 from fluxlite.data import images
 from fluxlite.data.transfers import send_tensor
@@ -24,8 +24,6 @@ from fluxlite.draw import canvas
 from fluxlite.draw.posteriors import Posteriors, rows_for, sample_latents_of
 from fluxlite.nets import flow
 from fluxlite.nets.latents import KIND_NAMES, PATCH, pack_latents, pack_mask, seen_latents
-
-log = logging.getLogger("fluxlite")
 
 # What is drawn of pictures, each from its stream.
 PICTURE_DRAWS = ("image", "masked_image", "control_image")
@@ -151,7 +149,7 @@ def warn_untrained(transformer):
     file = Path(transformer).parent / "model_index.json"
     name = read_json(file).get("_class_name") if file.is_file() else None
     if name and "Kontext" not in str(name):
-        log.warning("%s is a %s: trained without references, it may ignore reference=", file, name)
+        warn_for_all("%s is a %s: trained without references, it may ignore reference=", file, name)
 
 
 @dataclass

@@ -5,36 +5,20 @@ float32. Embedders, modulation and ends stay as they are. In training (`train_in
 keep their name and type, and are rounded in each product; for drawing (`quantize_linears`) once.
 """
 
-import logging
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import nn
 
-from fluxlite.cli.messages import warn_for_all
+from fluxlite.cli.messages import quiet_torchao, warn_for_all
 from fluxlite.nets.quantized import LOSSES, quantized_linears
 
-REMARKING = "torchao", "torch.utils._pytree"
 LOSSY = "%s: %d linears of the blocks multiply in float8, which is lossy"
 
 
 def block_linears(model):
     """{name: linear} of a model's blocks: all that is ever in float8."""
     return quantized_linears(model, ("double_blocks.", "single_blocks."))
-
-
-@contextmanager
-def quiet_torchao():
-    """Without what is remarked where torchao is imported, on kernels and enums of its own."""
-    levels = {log: log.level for log in map(logging.getLogger, REMARKING)}
-    for log in levels:
-        log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for log, level in levels.items():
-            log.setLevel(level)
 
 
 def train_in_float8(model, kind):

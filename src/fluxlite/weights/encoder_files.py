@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxlite.cli.descriptions import check_regular, read_json
+from fluxlite.cli.messages import quiet_torchao
 from fluxlite.cli.options import expand_home, option, shortened, typed_description
 from fluxlite.weights import foreign, gguf_files, hub, layouts, part_files, tensor_files
 from fluxlite.weights.hub import first_line, resolve_tiny
@@ -490,7 +491,8 @@ def quiet_transformers():
     their_log.set_verbosity_error()
     their_log.disable_progress_bar()
     try:
-        yield
+        with quiet_torchao():
+            yield
     finally:
         their_log.set_verbosity(verbosity)
         if bars:

@@ -15,6 +15,7 @@ from dataclasses import MISSING, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import check_kind, check_options, expand_home, expand_path, option
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank, float_form
@@ -264,7 +265,7 @@ def set_split_strength(found, split_qkv):
         for adapter in split:
             adapter.scale *= adapter.split
     others = "3 and 4 times" if split_qkv == "training" else "1/3 and 1/4 of"
-    log.warning(
+    warn_for_all(
         "%s: %d fused modules were trained in parts (split_qkv); lora.split_qkv=%s gives q, k, v "
         "and linear1 %s the strength that %s",
         *(found.where, len(split), split_qkv, others),

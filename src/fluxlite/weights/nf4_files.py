@@ -11,18 +11,16 @@ rounded once to the type that the file names: bitsandbytes' own bits (backends/d
 0.50.1).
 """
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from fluxlite.cli.descriptions import DAMAGED
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import option, typed_description
 from fluxlite.nets.quantized import NF4_BLOCK, NF4_LEVELS, dequantize_rows
 from fluxlite.weights.dtypes import DTYPES
-
-log = logging.getLogger("fluxlite")
 
 STATE = ".quant_state.bitsandbytes__nf4"
 FIELDS = ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", STATE
@@ -124,6 +122,6 @@ def warn_of_lost(name, state, codes, scales, levels):
         kept = torch.zeros_like(kept)
     if not kept.all():
         lost = kept.numel() - int(kept.sum())
-        log.warning(
+        warn_for_all(
             "%s: quantised to nf4, %d of %d blocks are rounded again", name, lost, kept.numel()
         )

@@ -6,7 +6,6 @@ like make a network of it. `writing` writes one.
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -18,6 +17,7 @@ from torch import nn
 
 from fluxlite.cli.descriptions import parse_json, read_json
 from fluxlite.cli.devices import check_device
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import check_bounds, check_kind, shortened, typed_description
 from fluxlite.nets import schedule
 from fluxlite.nets.configs import NET_CONFIGS, AutoencoderConfig, ControlNetConfig, FluxConfig
@@ -34,8 +34,6 @@ from fluxlite.weights import (
     tensor_files,
 )
 from fluxlite.weights.run_folder import is_run, last_checkpoint
-
-log = logging.getLogger("fluxlite")
 
 COMPUTE_DTYPES = "float32", "bfloat16"
 SCHEDULER_FILE = "scheduler_config.json"
@@ -212,7 +210,7 @@ def scheduler_beside(checkpoint, config):
     try:
         return open_source(checkpoint, given=asdict(config)).config.scheduler
     except ValueError as error:
-        log.warning("the scheduler of a run's base is not known (%s): FLUX.1's is assumed", error)
+        warn_for_all("the scheduler of a run's base is not known (%s): FLUX.1's is assumed", error)
         return None
 
 

@@ -138,6 +138,10 @@ def condition_conflicts(config):
         data.control and not needs,
         f"{key} sees the target itself, with a hole: leave data.control= out",
     )
+    yield (
+        not needs and data.mask == "alpha",
+        f"{key} fills holes, and data.mask=alpha marks what is there: name an ending, as mask.png",
+    )
     yield data.control_mode, f"data.control_mode= is for a union ControlNet, not for {key}"
     yield (
         not needs and data.cache and not data.cache_pictures,
