@@ -86,8 +86,9 @@ def widened_config(config, loras):
 
 
 def pad_columns(tensor, width):
-    """A matrix with columns of zeros up to `width`."""
-    return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+    """A matrix with columns of zeros up to `width`; itself where it has as many."""
+    more = width - tensor.shape[1]
+    return torch.nn.functional.pad(tensor, (0, more)) if more else tensor
 
 
 def pad_form(form, width):
