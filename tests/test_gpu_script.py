@@ -39,6 +39,7 @@ def rows_of(section, scale=sections.TINY, seconds=300):
     return rows
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_beside_diffusers_eager_and_compiled():
     rows = rows_of("forward")
     sides, suffixes = sections.TINY.sides, ("", ", compiled")
@@ -82,6 +83,7 @@ def test_a_step_of_a_lora_is_measured_beside_each_base():
         assert row["ms"] > 0 and row["loss"] == pytest.approx(rows[0]["loss"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_float8_is_skipped_with_its_reason_and_measured_where_it_can_be(monkeypatch):
     [row] = rows_of("float8")
     assert "needs a GPU of compute capability 8.9" in row["note"]
