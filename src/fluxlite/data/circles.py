@@ -158,7 +158,8 @@ def measure_ring(picture, ring, background):
     picture = np.asarray(picture.convert("RGB"))
     mask = figure_mask(picture, ring, background)
     whole = binary_fill_holes(mask)
-    depth = hole_depth(picture, whole, ring, background)
+    outer = fit_circle(whole)
+    depth = hole_depth(picture, outer, ring, background)
     hole = whole & ~mask
     masks = {"figure": mask, "background": ~whole, "hole": hole}
     wanted = {"figure": ring, "background": background, "hole": background}
@@ -166,35 +167,34 @@ def measure_ring(picture, ring, background):
     for name, region in masks.items():
         difference = colour_difference(inner_colour(picture, region), rgb(wanted[name]))
         errors[f"{name}_error"] = float(difference)
-    shape = len(connected_pieces(mask)) == 1 and has_ring_shape(whole, hole)
+    shape = len(connected_pieces(mask)) == 1 and has_ring_shape(whole, outer, hole)
     around = surrounds_picture(~whole) and errors["background_error"] <= MAX_COLOUR_ERROR
     is_ring = bool(shape and around and errors["hole_error"] <= MAX_COLOUR_ERROR)
     right = is_ring and errors["figure_error"] <= MAX_COLOUR_ERROR
     return {"shape": shape, "ring": is_ring, "right": right, "depth": depth, **errors}
 
 
-def hole_depth(picture, whole, ring, background):
+def hole_depth(picture, outer, ring, background):
     """How far the middle of a figure is on the way from the colour of the ring, 0, to the other, 1.
 
-    The middle is the disc that the hole of a ring would be, about the centre of the circle that
-    fits the filled figure `whole` best; pixels past either end count as there, and no figure as 0.
+    The middle is the disc that the hole of a ring would be in the circle `outer` that fits the
+    filled figure best; pixels past either end count as there, and no figure, None, as 0.
     """
-    fit = fit_circle(whole)
-    if fit is None:
+    if outer is None:
         return 0.0
-    centre, radius, _ = fit
-    y, x = np.mgrid[: whole.shape[0], : whole.shape[1]] + 0.5
+    centre, radius, _ = outer
+    y, x = np.mgrid[: picture.shape[0], : picture.shape[1]] + 0.5
     middle = np.hypot(x - centre[0], y - centre[1]) < HOLE * radius - 1  # within its soft rim
     away = rgb(background) - rgb(ring)
     shares = (picture[middle] - rgb(ring)) @ away / (away @ away)
     return float(shares.clip(0, 1).mean()) if len(shares) else 0.0
 
 
-def has_ring_shape(whole, hole):
-    """Whether the mask `whole` is a circle of a ring's size, and `hole` one within it, as the
-    generator draws them.
+def has_ring_shape(whole, outer, hole):
+    """Whether the mask `whole`, which the circle `outer` fits best, is a circle of a ring's size,
+    and `hole` one within it, as the generator draws them.
     """
-    outer, inner = fit_circle(whole), fit_circle(hole)
+    inner = fit_circle(hole)
     if not (outer and inner) or len(connected_pieces(hole)) > 1:
         return False
     (centre, radius, iou), (middle, hole_radius, hole_iou) = outer, inner

@@ -340,7 +340,7 @@ def prove_kind(draw, kind, *, num, size, seed):
     others = judge_cases(kind, pictures, figures, *turned)
     for key in KIND_ROWS:
         for prefix, results in (("", own), ("shuffled_", others)):
-            report[prefix + key] = sum(result[key] for result in results) / num
+            report[prefix + key] = mean_of(results, key)
     return report, pictures, [{"prompt": c.prompt, **result} for c, result in zip(cases, own)]
 
 

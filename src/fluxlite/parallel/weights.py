@@ -58,8 +58,10 @@ def fill_weights(model, weights, device=None):
             fill_codes(linears[name], values)
         else:
             p, part = parameters[name], values[local_part(parameters[name])]
-            plain = not (p.requires_grad or isinstance(p, DTensor))
-            if plain and (part.dtype, part.device) == (p.dtype, p.device):
+            stays = not (
+                p.requires_grad or isinstance(p, DTensor) or 0 in part.stride()
+            )  # expanded
+            if stays and (part.dtype, part.device) == (p.dtype, p.device):
                 p.data = part
             else:
                 local_tensor(p).copy_(part)

@@ -148,8 +148,7 @@ def random_weights(model, seed, device, values_of=initial_weight):
     """Initial values of each parameter of a model, keyed by the seed: the same on any mesh."""
     generator = device_generator(seed, "weights", device)
     shapes = {name: p.shape for name, p in model.named_parameters()}
-    made = ((name, values_of(name, shape, device, generator)) for name, shape in shapes.items())
-    return ((name, values.contiguous()) for name, values in made)  # not one value, expanded
+    return ((name, values_of(name, shape, device, generator)) for name, shape in shapes.items())
 
 
 def device_generator(seed, stream, device):

@@ -53,6 +53,7 @@ def take_count(file, code, what):
 
 
 def take_text(file):
+    """The next text of a file; raises `ValueError` for one that is no UTF-8."""
     return file.read(take_count(file, "Q", "bytes")).decode()
 
 
