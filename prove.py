@@ -20,7 +20,7 @@ from pathlib import Path
 from fluxlite.cli.programs import run_program, stopping_at_once
 
 PARTS = "checkpoint", "t5", "clip", "tokenizers", "autoencoder"
-DRAWN_WITH = *PARTS, "seed", "steps", "guidance", "batch"
+DRAWN_WITH = *PARTS, "seed", "steps", "guidance", "true_cfg", "batch"
 
 
 def usage():

@@ -283,18 +283,18 @@ def start_weights(config):
 
 
 def unchanging_weights(config, net, device):
-    """up 0, down as torch initialises a linear (so do peft and kohya), and as magnitudes the norms
-    of the base's rows.
+    """up 0, down as torch initialises a linear (so do peft and kohya), drawn on the host and so the
+    same on any device, and as magnitudes the norms of the base's rows.
     """
     norms = base_norms(config, net, device) if config.lora.dora else {}
-    generator = device_generator(config.seed, "weights", device)
+    generator = device_generator(config.seed, "weights", "cpu")
     for name, adapter in net.each.items():
         bound = sum(down.shape[1] for down in adapter.downs()) ** -0.5
         for leaf, p in adapter.named_parameters():
-            values = torch.zeros(p.shape, device=device)
+            values = torch.zeros(p.shape)
             if leaf.startswith("down"):
                 values.uniform_(-bound, bound, generator=generator)
-            yield f"{name}.{leaf}", norms[name] if leaf == "magnitude" else values
+            yield f"{name}.{leaf}", norms[name] if leaf == "magnitude" else values.to(device)
 
 
 def base_norms(config, net, device):
