@@ -137,6 +137,20 @@ def test_prompts_may_be_given_several_times():
     assert infer("prompt=a", "prompt=b, c").prompt == ["a", "b, c"]
 
 
+@pytest.mark.parametrize("given", [["[1, 0.5]"], ["[1,0.5]"], ["1", "0.5"], ["[1]", "[0.5]"]])
+def test_a_list_of_numbers_takes_the_place_of_the_recipes(given):
+    config = train("recipe=lora_tiny", *[f"data.repeats={value}" for value in given])
+    assert config.data.repeats == [1.0, 0.5]
+    assert train("recipe=lora_tiny").data.repeats == [1.0, 0.25]
+    assert train("recipe=lora_tiny", "data.repeats=[]").data.repeats == []
+
+
+@pytest.mark.parametrize("given", ["[1, x]", "1, 2", "[1", "much"])
+def test_what_is_no_list_of_numbers_is_refused_with_the_form_of_one(given):
+    with pytest.raises(ValueError, match=r"must be a number, or several as \[1, 0.5\]"):
+        train("recipe=lora_tiny", f"data.repeats={given}")
+
+
 @pytest.mark.parametrize(
     "arguments,named",
     [

@@ -60,21 +60,29 @@ def compose_config(cls, name, argv, others=()):
     overrides, kept = _split_arguments(cls, name, argv, others)
     values = _composed(name, overrides)
     check_sources(cls, values, "a YAML file of configs")
-    lists = {key: f for key, f in option_fields(cls).items() if typing.get_origin(f.type) is list}
-    for key, value in kept:
+    for key, value in _joined_lists(cls, kept).items():
         at = values
         *path, last = key.split(".")
         for part in path:
             at = at.setdefault(part, {})
-        if key in lists:
-            nothing = value == "null" and lists[key].metadata.get("path")
-            more = [] if nothing else [_element(key, value, lists[key])]
-            at[last] = [*(at.get(last) or []), *more]
-        else:
-            at[last] = value
+        at[last] = value
     config = typed_options(cls, values)
     _refuse_unread(cls, config, argv)
     return config
+
+
+def _joined_lists(cls, kept):
+    """{key: value} of (key, value) pairs: a list's values joined, in place of what a recipe has."""
+    lists = {key: f for key, f in option_fields(cls).items() if typing.get_origin(f.type) is list}
+    joined = {}
+    for key, value in kept:
+        if key not in lists:
+            joined[key] = value
+            continue
+        nothing = value == "null" and lists[key].metadata.get("path")
+        more = [] if nothing else _elements(key, value, lists[key])
+        joined[key] = [*joined.get(key, []), *more]
+    return joined
 
 
 def full_keys(cls, argv):
@@ -189,14 +197,17 @@ def _verbatim(f):
     return f.metadata.get("verbatim") or f.metadata.get("path")
 
 
-def _element(key, text, f):
-    """One value of a key that may be given several times."""
+def _elements(key, text, f):
+    """The value of a key that may be given several times; of numbers, [1, 0.5] too."""
     if typing.get_args(f.type)[0] is not float:
-        return text
+        return [text]
+    whole = text.strip()
+    bracketed = whole[:1] + whole[-1:] == "[]"
+    parts = [part for part in whole[1:-1].split(",") if part] if bracketed else [whole]
     try:
-        return float(text)
+        return [float(part) for part in parts]
     except ValueError:
-        raise ValueError(f"{key}={text} must be a number") from None
+        raise ValueError(f"{key}={text} must be a number, or several as [1, 0.5]") from None
 
 
 def help_text(cls, name, usage, everything=False):
