@@ -279,6 +279,38 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("fails", ["validation_losses", "draw_grid"])
+@pytest.mark.parametrize("last", [2, 4])
+def test_a_step_that_was_due_for_saving_survives_what_fails_while_it_is_looked_at(
+    fails, last, pictures, tmp_path, monkeypatch
+):
+    often = [f"{key}=2" for key in ("checkpoint.every", "validate_every", "sample.every")]
+    common = [*pictures, *often, "steps=4"]
+    whole, folder = train(*common, f"output={tmp_path}/whole"), tmp_path / "run"
+    real = getattr(loop, fails)
+
+    def failing(run, *args):
+        if (folder / f"checkpoints/step-{last:06d}").exists():
+            raise RuntimeError("out of memory")
+        return real(run, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, fails, failing)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            train(*common, f"output={folder}")
+    assert run_folder.read_meta(folder / "checkpoints/last").step == last
+    assert not (folder / f"images/grid-{last:06d}.png").exists()
+    drawn, draw = [], loop.draw_grid
+    monkeypatch.setattr(loop, "draw_grid", lambda *args: drawn.append(1) or draw(*args))
+    train(*common, f"output={folder}", "resume=auto")
+    assert losses(folder) == losses(whole)
+    for step in (2, 4):
+        name = f"images/grid-{step:06d}.png"
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    train(*common, f"output={folder}", "resume=auto")
+    assert len(drawn) == {2: 2, 4: 1}[last]  # none twice
+
+
 def test_two_processes_equal_one_and_resume_each_other(tmp_path):
     common = [
         *MOCK,

@@ -22,7 +22,7 @@ from fluxlite.cli.profiling import StepProfile, parse_steps
 from fluxlite.data.transfers import begin_read
 from fluxlite.train import run_state
 from fluxlite.train.grids import draw_grid, encode_grid
-from fluxlite.train.metrics import Metrics, Throughput
+from fluxlite.train.metrics import Metrics, Throughput, seen_of_step
 from fluxlite.train.plots import plot_losses
 from fluxlite.train.preview import write_preview
 from fluxlite.train.resume import describe_data, describe_run, find_resume, warn_of_changed_data
@@ -58,6 +58,8 @@ def train(config):
         last = find_resume(config)
         run, monitor, batches, start = start_run(config, device, mesh, last)
         with held_signals() as caught, closing(monitor.metrics), closing(batches):
+            if start:
+                complete_step(run, monitor, start)
             if config.compile and start < config.steps:
                 monitor.metrics.announce("compiling: the first step takes longer")
             take_steps(run, monitor, batches, start, caught)
@@ -223,18 +225,24 @@ def describe_bad_step(launched, norm):
 
 
 def finish_step(run, monitor, step, stopped_by):
-    """Validate, draw and save where step `step` is due for it.
+    """Save, validate and draw where step `step` is due for it, or was told to stop.
 
-    A run that was told to stop saves first: it may be killed before a picture is drawn.
+    It is saved first: what fails or is killed while it validates or draws has lost no step, and a
+    run that goes on makes up for it (`complete_step`).
     """
-    if stopped_by:
+    if stopped_by or is_due(run, step, run.config.checkpoint.every):
         save_checkpoint(run, step)
+    if stopped_by:
         log.info(
             "stopped by %s after step %d, which is saved; resume=auto goes on", stopped_by, step
         )
     validate_and_draw(run, monitor, step)
-    if not stopped_by and is_due(run, step, run.config.checkpoint.every):
-        save_checkpoint(run, step)
+
+
+def complete_step(run, monitor, step):
+    """Validate and draw what step `step` was due for and the run was killed before. Collective."""
+    seen = parallel.first_rank_does(partial(seen_of_step, run.config.output, step))
+    validate_and_draw(run, monitor, step, seen)
 
 
 def is_due(run, step, every):
@@ -305,13 +313,15 @@ def log_step(run, monitor, launched, loss, norm):
     monitor.metrics.progress(step, values)
 
 
-def validate_and_draw(run, monitor, step):
-    """Measure, validate and draw, with the averaged weights, where step `step` is due for it."""
+def validate_and_draw(run, monitor, step, seen=()):
+    """Measure, validate and draw, with the averaged weights, where step `step` is due for it and
+    what it gives is not `seen` already.
+    """
     config, metrics, meter = run.config, monitor.metrics, monitor.meter
-    if meter and is_due(run, step, meter.every):
+    if meter and "control/gain" not in seen and is_due(run, step, meter.every):
         metrics.log(step, meter.measure(step))
-    validate = is_due(run, step, config.validate_every)
-    draw = monitor.grid and is_due(run, step, config.sample.every)
+    validate = "val/loss" not in seen and is_due(run, step, config.validate_every)
+    draw = monitor.grid and "grid" not in seen and is_due(run, step, config.sample.every)
     if not (validate or draw):
         return
     with averaged_weights(run):

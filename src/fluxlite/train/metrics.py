@@ -122,6 +122,13 @@ def read_metrics(folder):
     return rows
 
 
+def seen_of_step(folder, step):
+    """What a run's folder has of a step: the names of its rows' values and of its pictures."""
+    rows = [row for row in read_metrics(folder) if row["step"] == step]
+    pictures = Path(folder, "images").glob(f"*-{step:06d}.png")
+    return {path.name.rpartition("-")[0] for path in pictures}.union(*rows)
+
+
 def parse_row(line):
     """One line of metrics.jsonl as {name: number}."""
     row = json.loads(line)
