@@ -209,6 +209,16 @@ def test_text_parts_are_exchanged_too(tmp_path):
 # --- programs -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_reference_to_what_no_reference_trained_is_warned_of_but_a_lora_may_have(
+    adapted, pipeline, files, caplog
+):
+    pipeline.use_loras(*files[:adapted])
+    draw(pipeline, reference=Image.new("RGB", (64, 64), "red"))
+    pipeline.use_loras()
+    assert ("it may ignore reference=" in caplog.text) is not adapted
+
+
 def drawn_settings(folder):
     [file] = folder.glob("red*.png")
     return json.loads(Image.open(file).text["fluxlite"]), pixels(Image.open(file))

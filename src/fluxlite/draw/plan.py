@@ -89,7 +89,7 @@ def plan_drawing(
     seeds = settle_seeds(given.pop("seeds", None), config, len(prompts))
     inputs = kinds.open_inputs(len(prompts), **given)
     kinds.check_inputs(pipeline.kind, inputs, config, pipeline.where)
-    if inputs.reference:
+    if inputs.reference and not pipeline.loras:  # a LoRA may have been trained with them
         kinds.warn_untrained(pipeline.sources["transformer"].where)
     sample = settle_sample(pipeline, config, inputs.size)
     scene = settle_scene(pipeline, config, inputs, sample)

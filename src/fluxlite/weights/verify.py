@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from fluxlite.cli.messages import quiet_torchao
 from fluxlite.nets.configs import ControlNetConfig
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
@@ -149,7 +150,9 @@ def build_diffusers(config):
 
     values = config_to_diffusers(config)
     own = {name: value for name, value in values.items() if not name.startswith("_")}
-    return getattr(diffusers, values["_class_name"])(**own)
+    with quiet_torchao():
+        cls = getattr(diffusers, values["_class_name"])
+    return cls(**own)
 
 
 DIFFUSERS_INPUTS = {  # ours → what diffusers' forward calls them
