@@ -80,6 +80,26 @@ def check_meant(found, meant):
         assert meant[name].any() and error < 1e-6, (name, float(error))
 
 
+@pytest.mark.parametrize("rows", [5, 1 << 20])
+def test_what_is_merged_some_rows_at_a_time_is_the_sum(rows, base, states, tmp_path, monkeypatch):
+    """Of a float32 base and of a bfloat16 one, which is rounded once."""
+    monkeypatch.setattr(lora_merging, "ROWS_AT_ONCE", rows)
+    file = save(write.kohya(), tmp_path)
+    added = differences(file, base, scale=0.7)
+    opened = lora_merging.open_loras([Lora(file, 0.7)], base)
+    for dtype in (torch.float32, torch.bfloat16):
+        state = {name: value.to(dtype) for name, value in sources.load_state(base).items()}
+        resolver = lora_merging.LoraResolver(opened, "transformer", state.__getitem__, base.config)
+        merged = {name: resolver.merged(name) for name in resolver.adapters}
+        assert {value.dtype for value in merged.values()} == {dtype}
+        whole = conversion.from_fluxlite(state | merged, base.config, "diffusers")
+        plain = conversion.from_fluxlite(state, base.config, "diffusers")
+        bound = 1e-6 if dtype == torch.float32 else 2**-8
+        for name, values in whole.items():
+            wanted = plain[name].double() + added[name].double()
+            assert (values.double() - wanted).abs().max() <= bound * wanted.abs().max(), name
+
+
 FILES = {
     "PEFT": lambda states: write.peft(),
     "PEFT, alpha and patterns in the header": lambda states: write.peft_metadata(False),

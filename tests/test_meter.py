@@ -164,6 +164,8 @@ def test_a_run_leaves_pictures_plots_metrics_and_a_net_that_draws(data, tmp_path
     train(*parts, "steps=2")
     a, b = losses(folder), losses(train(*parts, "steps=4", "resume=auto"))
     assert all(b[k] == a[k] for k in a if k[0] in (3, 4))
+    text = (tmp_path / "parts/metrics.jsonl").read_text()
+    assert text.count('"control/gain"') == 3  # after steps 0, 2 and 4, and none twice
 
 
 def encode_blank_control(run, batch):

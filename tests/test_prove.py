@@ -226,7 +226,8 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
         "generate",
         lambda prompts, on_step, **how: asked.append(how) or perfect(prompts),
     )
-    arguments = ["--num", "6", "--swaps", "2", "--steps", "3", "--output", str(tmp_path / "proof")]
+    drawn = ["--steps", "3", "--true-cfg", "2"]
+    arguments = ["--num", "6", "--swaps", "2", *drawn, "--output", str(tmp_path / "proof")]
     runpy.run_path(str(PROVE))["body"](arguments)
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     saved = json.loads((tmp_path / "proof" / "proof.json").read_text())
@@ -236,7 +237,7 @@ def test_script_writes_its_report_and_ends_in_a_json_line(tmp_path, monkeypatch,
         and len(saved["pictures"]) == 6
     )
     assert Image.open(tmp_path / "proof" / "grid.png").width == 8 + 6 * (128 + 8)
-    assert asked == [{"controls": [], "seed": 0, "steps": 3, "batch": 50}] * 2
+    assert asked == [{"controls": [], "seed": 0, "steps": 3, "true_cfg": 2.0, "batch": 50}] * 2
     with pytest.raises(ValueError, match="proof.json exists: pass --overwrite, or another --out"):
         runpy.run_path(str(PROVE))["body"](arguments)
     assert len(asked) == 2, "nothing is drawn for a proof that cannot be kept"

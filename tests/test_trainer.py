@@ -25,6 +25,7 @@ from fluxlite.nets.flux import Flux
 from fluxlite.parallel import ParallelConfig, plan
 from fluxlite.settings import TrainConfig
 from fluxlite.train import building, loop, optim, setup
+from fluxlite.train.metrics import read_metrics
 from fluxlite.train.tasks import FULL
 from fluxlite.weights import run_folder, sources, writing
 
@@ -309,6 +310,8 @@ def test_a_step_that_was_due_for_saving_survives_what_fails_while_it_is_looked_a
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     train(*common, f"output={folder}", "resume=auto")
     assert len(drawn) == {2: 2, 4: 1}[last]  # none twice
+    rows = [row["step"] for row in read_metrics(folder) if "val/loss" in row]
+    assert rows == [2, 4]
 
 
 def test_two_processes_equal_one_and_resume_each_other(tmp_path):

@@ -253,7 +253,7 @@ class DataConfig:
                     "places: give it once for each, or once for all"
                 )
         for text in self.template:
-            if not text.strip() or re.search("[{}]", text.replace("{}", "")):
+            if text.strip() in ("", "[]") or re.search("[{}]", text.replace("{}", "")):
                 raise ValueError(
                     f"data.template={text}: write a caption, with {{}} where a picture's own goes"
                 )

@@ -81,7 +81,12 @@ class ProofConfig:
     )
     steps: int | None = same_option(SampleConfig, "steps", default=None)
     guidance: float | None = same_option(SampleConfig, "guidance", default=None)
-    true_cfg: float | None = same_option(SampleConfig, "true_cfg", default=None)
+    true_cfg: float | None = same_option(
+        SampleConfig,
+        "true_cfg",
+        default=None,
+        help="classifier-free guidance away from the empty caption; null: the checkpoint's own",
+    )
     seed: int = same_option(DrawConfig, "seed", help="of the choice of pairs and of the noise")
     batch: int = same_option(DrawConfig, "batch", default=50)
     output: str = option("outputs/proof", "folder for proof.json and grid.png", path=True)

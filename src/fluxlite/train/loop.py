@@ -59,7 +59,8 @@ def train(config):
         run, monitor, batches, start = start_run(config, device, mesh, last)
         with held_signals() as caught, closing(monitor.metrics), closing(batches):
             if start:
-                complete_step(run, monitor, start)
+                with monitor.speed.paused():
+                    complete_step(run, monitor, start)
             if config.compile and start < config.steps:
                 monitor.metrics.announce("compiling: the first step takes longer")
             take_steps(run, monitor, batches, start, caught)
@@ -107,7 +108,7 @@ def start_run(config, device, mesh, last):
     if last:
         warn_of_changed_data(last, run.data)
     if start >= config.steps:
-        log.info("step %d of steps=%d is taken already: nothing is left to do", start, config.steps)
+        log.info("step %d of steps=%d is taken already: no step is left", start, config.steps)
     elif last:
         log.info(
             "resuming after step %d with sample %d, the very next one, whatever the mesh and the "
@@ -116,7 +117,8 @@ def start_run(config, device, mesh, last):
             start * size,
         )
     elif monitor.meter:
-        monitor.metrics.log(0, monitor.meter.measure(0))
+        with monitor.speed.paused():
+            monitor.metrics.log(0, monitor.meter.measure(0))
     batches = run.loader(
         training, global_batch=size, start_index=start * size, workers=config.data.workers
     )

@@ -58,6 +58,7 @@ PEAK_TFLOPS = (
     ("RTX 4090", 165),
     ("RTX 3090", 71),
 )
+PICTURE_NAME = re.compile(r".+-(\d{6,})\.png")  # of a step
 # How `progress` shows what it knows, in this order.
 SHOWN = (
     ("loss", "loss {:.4f}"),
@@ -149,13 +150,17 @@ def format_row(row):
 
 
 def rewind_metrics(folder, step):
-    """Drop the rows later than `step`, which a killed run wrote after its last checkpoint; all of
-    them where `step` is 0.
+    """Drop the rows and pictures later than `step`, which a killed run left after its last
+    checkpoint; all of them where `step` is 0.
     """
     path = Path(folder) / "metrics.jsonl"
     rows = [row for row in read_metrics(folder) if 0 < step >= row["step"]]
     with atomic_weights(path, overwrite=True) as part, open(part, "w") as file:
         file.writelines(format_row(row) for row in rows)
+    for picture in Path(folder, "images").glob("*.png"):
+        number = PICTURE_NAME.fullmatch(picture.name)
+        if number and not 0 < step >= int(number[1]):
+            picture.unlink()
 
 
 class Metrics:
@@ -256,13 +261,16 @@ class Metrics:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
         elif step % self.config.log_every == 0 or step == self.total_steps:
-            left = (
-                (time.perf_counter() - self.began)
-                / max(1, step - self.start_step)
-                * (self.total_steps - step)
-            )
-            parts = [f"step {step}/{self.total_steps}", text, f"{tqdm.format_interval(left)} left"]
+            parts = [f"step {step}/{self.total_steps}", text, self.time_left(step)]
             print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
+
+    def time_left(self, step):
+        """`01:30 left`, as fast as until now; empty before the first step."""
+        taken = step - self.start_step
+        if not taken:
+            return ""
+        each = (time.perf_counter() - self.began) / taken
+        return f"{tqdm.format_interval(each * (self.total_steps - step))} left"
 
     def announce(self, text):
         """Show why the next step takes long, until it is done."""

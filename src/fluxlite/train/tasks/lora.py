@@ -294,7 +294,7 @@ def unchanging_weights(config, net, device):
             values = torch.zeros(p.shape)
             if leaf.startswith("down"):
                 values.uniform_(-bound, bound, generator=generator)
-            yield f"{name}.{leaf}", norms[name] if leaf == "magnitude" else values.to(device)
+            yield f"{name}.{leaf}", norms[name] if leaf == "magnitude" else values
 
 
 def base_norms(config, net, device):
