@@ -295,7 +295,8 @@ def gradient_norm(groups, loss=0.0):
         if parts:
             norms = torch.stack(torch._foreach_norm(join_vectors(parts), dtype=torch.float32))
             total = total + share * norms.dot(norms).to(device)
-    dist.all_reduce(total)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(total)
     return total.sqrt_()
 
 
