@@ -26,7 +26,6 @@ from fluxlite.weights.lora_keys import CLIP_PREFIX
 log = logging.getLogger("fluxlite")
 
 WIDENED = "img_in.weight"  # the one linear whose inputs a LoRA may widen: BFL's control LoRAs
-ROWS_AT_ONCE = 128  # of a matrix that is merged: 1.5 to 6 MB of float32
 
 
 @dataclass
@@ -109,11 +108,6 @@ def form_values(form):
     return float_form(form).dense()
 
 
-def is_low_rank(adapter):
-    """Whether what an adapter adds is a product of two factors and nothing else."""
-    return type(adapter.form) is LowRank and adapter.magnitude is None and not adapter.replaces
-
-
 class LoraResolver:
     """The LoRAs of one model, resolved against its weights: `base(name)` gives one of ours.
 
@@ -176,33 +170,23 @@ class LoraResolver:
         """Our tensor `name` with all LoRAs, rounded once: to the base's type, or a wider one that
         is computed in.
         """
-        base, adapters = self.base(name), [adapter for _, adapter, _ in self.adapters[name]]
-        dtype = wider_dtype(base.dtype, self.dtype or base.dtype)
-        if name != WIDENED and all(map(is_low_rank, adapters)):
-            return self.merged_rows(name, base, dtype)
-        total = self.weight(name, base)
+        base = self.base(name)
+        dtype, total = wider_dtype(base.dtype, self.dtype or base.dtype), self.weight(name, base)
         for _, adapter, number in self.adapters[name]:
             if adapter.replaces:
                 total = form_values(self.form(name, adapter, number)).clone()
         for lora, adapter, number in self.adapters[name]:
             if not adapter.replaces:
-                total.add_(self.difference(name, adapter, number), alpha=lora.scale)
+                self.add_difference(total, lora.scale, name, adapter, number)
         return total.to(dtype)
 
-    def merged_rows(self, name, base, dtype):
-        """The same of differences of low rank, some rows at a time: float32 stays in a cache."""
-        factors = []
-        for lora, adapter, number in self.adapters[name]:
+    def add_difference(self, total, strength, name, adapter, number):
+        """Add a difference to the float32 `total` in place: of low rank in one pass over it."""
+        if type(adapter.form) is LowRank and adapter.magnitude is None:
             down, up = float_form(self.form(name, adapter, number))
-            factors.append((down, up, adapter.scale * lora.scale))
-        made = torch.empty(base.shape, dtype=dtype)
-        for first in range(0, len(made), ROWS_AT_ONCE):
-            rows = slice(first, first + ROWS_AT_ONCE)
-            total = base[rows].to(torch.float32, copy=True)
-            for down, up, strength in factors:
-                total.addmm_(up[rows], down, alpha=strength)
-            made[rows] = total
-        return made
+            total.addmm_(up, down, alpha=adapter.scale * strength)
+        else:
+            total.add_(self.difference(name, adapter, number), alpha=strength)
 
     def terms(self, name):
         """The same as `AdapterTerm`s to keep beside a linear, in the base's type."""
