@@ -85,10 +85,26 @@ def measure_kind(config, how):
     from fluxlite.draw.proof import prove_kind
 
     sizes = dict(num=config.num, size=config.control_size, seed=config.seed)
-    return prove_kind(partial(draw_cases, how), config.kind, **sizes)
+    return prove_kind(partial(draw_cases, how, config.kind), config.kind, **sizes)
 
 
-def draw_cases(how, cases):
+def check_kind(pipeline, kind):
+    """Raise `ValueError` where the channels of a pipeline's transformer are another kind's.
+
+    A Kontext's are a plain model's. A plain model can fill too, by inpainting: that is said.
+    """
+    from fluxlite.cli.messages import warn_for_all
+
+    if pipeline.kind not in {"fill": ("fill", "plain"), "kontext": ("plain",)}.get(kind, (kind,)):
+        raise ValueError(
+            f"--kind={kind}: {pipeline.where} is of kind {pipeline.kind}: name with --checkpoint "
+            f"one that was trained with model.kind={kind}"
+        )
+    if kind == "fill" != pipeline.kind:
+        warn_for_all("%s is no Fill: what is measured is inpainting", pipeline.where)
+
+
+def draw_cases(how, kind, cases):
     """Pictures of `SeenCase`s; one by one where each has a reference of its own, which serves all
     prompts of a call.
     """
@@ -98,6 +114,7 @@ def draw_cases(how, cases):
 
     parts = {name: how[name] for name in how.keys() & set(PARTS_FIELDS)}
     pipeline = fluxlite.load_pipeline(**parts)
+    check_kind(pipeline, kind)
     common = {name: value for name, value in how.items() if name not in parts}
     common |= dict(checkpoint=pipeline, on_step=show_steps(leave=False))
     if "reference" in cases[0].given:

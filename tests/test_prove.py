@@ -5,6 +5,7 @@ import re
 import runpy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -348,3 +349,20 @@ def test_rings_are_proven_with_pairs_that_no_training_sees(tmp_path):
     assert len(captions) > 25 and not captions & {result["prompt"] for result in results}
     with pytest.raises(ValueError, match="--dst .*rings exists"):
         rings.write_figures(rings.RingsConfig(str(tmp_path / "rings")))
+
+
+# --- kinds ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["control", "fill", "kontext"])
+@pytest.mark.parametrize("there", ["plain", "control", "fill"])
+def test_a_kind_is_measured_of_its_own_models_and_filling_of_plain_ones_too(kind, there, caplog):
+    pipeline = SimpleNamespace(kind=there, where="--checkpoint=runs/a")
+    check = runpy.run_path(str(PROVE))["check_kind"]
+    fits = {"control": ["control"], "fill": ["fill", "plain"], "kontext": ["plain"]}[kind]
+    if there not in fits:
+        with pytest.raises(ValueError, match=f"--kind={kind}: --checkpoint=runs/a is of kind"):
+            check(pipeline, kind)
+        return
+    check(pipeline, kind)
+    assert ("is no Fill" in caplog.text) == ((kind, there) == ("fill", "plain"))

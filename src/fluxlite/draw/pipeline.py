@@ -226,7 +226,8 @@ class LoraConfig:
         count = len(self.file)
         if self.scale and (not count or len(self.scale) not in (1, count)):
             raise ValueError(
-                f"lora.scale= is given {len(self.scale)} times, and lora= {count} times"
+                f"lora.scale= is given {len(self.scale)} times, and lora= {count} times: give "
+                "lora= once for each LoRA, and lora.scale= once for each or once for all"
             )
         scales = [*self.scale, *self.scale[:1] * count] if self.scale else [1.0] * count
         found = [

@@ -244,7 +244,19 @@ def finish_step(run, monitor, step, stopped_by):
 def complete_step(run, monitor, step):
     """Validate and draw what step `step` was due for and the run was killed before. Collective."""
     seen = parallel.first_rank_does(partial(seen_of_step, run.config.output, step))
+    if due := due_after(run, monitor, step, seen):
+        log.info("step %d was saved before it was looked at; now first: %s", step, ", ".join(due))
     validate_and_draw(run, monitor, step, seen)
+
+
+def due_after(run, monitor, step, seen):
+    """Of {what: every how many steps} what is due after a step and what it gives is not `seen`."""
+    every = {"val/loss": run.config.validate_every}
+    if monitor.meter:
+        every["control/gain"] = monitor.meter.every
+    if monitor.grid:
+        every["grid"] = run.config.sample.every
+    return [what for what, often in every.items() if what not in seen and is_due(run, step, often)]
 
 
 def is_due(run, step, every):
@@ -319,19 +331,17 @@ def validate_and_draw(run, monitor, step, seen=()):
     """Measure, validate and draw, with the averaged weights, where step `step` is due for it and
     what it gives is not `seen` already.
     """
-    config, metrics, meter = run.config, monitor.metrics, monitor.meter
-    if meter and "control/gain" not in seen and is_due(run, step, meter.every):
-        metrics.log(step, meter.measure(step))
-    validate = "val/loss" not in seen and is_due(run, step, config.validate_every)
-    draw = monitor.grid and "grid" not in seen and is_due(run, step, config.sample.every)
-    if not (validate or draw):
+    metrics, due = monitor.metrics, due_after(run, monitor, step, seen)
+    if "control/gain" in due:
+        metrics.log(step, monitor.meter.measure(step))
+    if not {"val/loss", "grid"}.intersection(due):
         return
     with averaged_weights(run):
-        if validate:
+        if "val/loss" in due:
             values = validation_losses(run, monitor.held_out)
             metrics.log(step, values)
             metrics.progress(step, {"val": values["val/loss"]})
-        if draw:
+        if "grid" in due:
             metrics.image(step, "grid", draw_grid(run, monitor.grid))
 
 

@@ -251,7 +251,8 @@ class Metrics:
         """
         if not (self.enabled and self.config.progress):
             return
-        self.shown.update(values or {})
+        values = values or {}
+        self.shown.update(values)
         text = ", ".join(
             form.format(self.shown[name])
             for name, form in SHOWN
@@ -260,7 +261,7 @@ class Metrics:
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
-        elif step % self.config.log_every == 0 or step == self.total_steps:
+        elif step % self.config.log_every == 0 or step == self.total_steps or "val" in values:
             parts = [f"step {step}/{self.total_steps}", text, self.time_left(step)]
             print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
