@@ -200,7 +200,7 @@ def misuse(tmp_path, name):
         ("", dict(val_count=4), "holds 4 samples: set data.val_count below that"),
         ("", dict(repeats=[1.0, 2.0]), "data.repeats= is given 2 times, and data.path= names 1"),
         ("", dict(template=["sks {caption}"]), "data.template=sks {caption}: write a caption"),
-        ("", dict(template=["[]"]), "data.template=[]: write a caption"),
+        ("", dict(template=["[]"]), r"data.template=\[\]: write a caption"),
         ("", dict(mask="white"), "data.mask=white: choose an ending"),
         ("", dict(mask="png", control="png"), "data.mask=png is data.control= too"),
         ("", dict(buckets=True), "data.bucket_step=64 is wider than a picture"),
