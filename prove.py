@@ -88,7 +88,7 @@ def measure_kind(config, how):
     return prove_kind(partial(draw_cases, how, config.kind), config.kind, **sizes)
 
 
-def check_kind(pipeline, kind):
+def check_proof_kind(pipeline, kind):
     """Raise `ValueError` where the channels of a pipeline's transformer are another kind's.
 
     A Kontext's are a plain model's. A plain model can fill too, by inpainting: that is said.
@@ -100,7 +100,7 @@ def check_kind(pipeline, kind):
             f"--kind={kind}: {pipeline.where} is of kind {pipeline.kind}: name with --checkpoint "
             f"one that was trained with model.kind={kind}"
         )
-    if kind == "fill" != pipeline.kind:
+    if kind == "fill" and pipeline.kind == "plain":
         warn_for_all("%s is no Fill: what is measured is inpainting", pipeline.where)
 
 
@@ -114,7 +114,7 @@ def draw_cases(how, kind, cases):
 
     parts = {name: how[name] for name in how.keys() & set(PARTS_FIELDS)}
     pipeline = fluxlite.load_pipeline(**parts)
-    check_kind(pipeline, kind)
+    check_proof_kind(pipeline, kind)
     common = {name: value for name, value in how.items() if name not in parts}
     common |= dict(checkpoint=pipeline, on_step=show_steps(leave=False))
     if "reference" in cases[0].given:

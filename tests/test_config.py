@@ -145,7 +145,7 @@ def test_a_list_of_numbers_takes_the_place_of_the_recipes(given):
     assert train("recipe=lora_tiny", "data.repeats=[]").data.repeats == []
 
 
-@pytest.mark.parametrize("given", ["[1, x]", "1, 2", "[1", "much"])
+@pytest.mark.parametrize("given", ["[1, x]", "[1,,2]", "1, 2", "[1", "much"])
 def test_what_is_no_list_of_numbers_is_refused_with_the_form_of_one(given):
     with pytest.raises(ValueError, match=r"must be a number, or several as \[1, 0.5\]"):
         train("recipe=lora_tiny", f"data.repeats={given}")

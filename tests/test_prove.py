@@ -358,7 +358,7 @@ def test_rings_are_proven_with_pairs_that_no_training_sees(tmp_path):
 @pytest.mark.parametrize("there", ["plain", "control", "fill"])
 def test_a_kind_is_measured_of_its_own_models_and_filling_of_plain_ones_too(kind, there, caplog):
     pipeline = SimpleNamespace(kind=there, where="--checkpoint=runs/a")
-    check = runpy.run_path(str(PROVE))["check_kind"]
+    check = runpy.run_path(str(PROVE))["check_proof_kind"]
     fits = {"control": ["control"], "fill": ["fill", "plain"], "kontext": ["plain"]}[kind]
     if there not in fits:
         with pytest.raises(ValueError, match=f"--kind={kind}: --checkpoint=runs/a is of kind"):

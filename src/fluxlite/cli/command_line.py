@@ -202,8 +202,10 @@ def _elements(key, text, f):
     if typing.get_args(f.type)[0] is not float:
         return [text]
     whole = text.strip()
-    bracketed = whole[:1] + whole[-1:] == "[]"
-    parts = [part for part in whole[1:-1].split(",") if part] if bracketed else [whole]
+    if whole == "[]":
+        return []
+    listed = whole.startswith("[") and whole.endswith("]")
+    parts = whole[1:-1].split(",") if listed else [whole]
     try:
         return [float(part) for part in parts]
     except ValueError:

@@ -229,8 +229,8 @@ def describe_bad_step(launched, norm):
 def finish_step(run, monitor, step, stopped_by):
     """Save, validate and draw where step `step` is due for it, or was told to stop.
 
-    It is saved first: what fails or is killed while it validates or draws has lost no step, and a
-    run that goes on makes up for it (`complete_step`).
+    A step that is due for saving is saved first: a failure or a kill while it validates or draws
+    then loses no step, and a run that goes on makes up for it (`complete_step`).
     """
     if stopped_by or is_due(run, step, run.config.checkpoint.every):
         save_checkpoint(run, step)
@@ -250,7 +250,7 @@ def complete_step(run, monitor, step):
 
 
 def due_after(run, monitor, step, seen):
-    """Of {what: every how many steps} what is due after a step and what it gives is not `seen`."""
+    """What is due after a step and not `seen` yet: val/loss, control/gain, grid."""
     every = {"val/loss": run.config.validate_every}
     if monitor.meter:
         every["control/gain"] = monitor.meter.every
