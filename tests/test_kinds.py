@@ -323,6 +323,16 @@ def test_a_size_that_is_left_out_follows_the_picture(ours, photo):
     assert drawn(ours, prompts="a", image=photo)[0].size == (WIDTH, HEIGHT)
 
 
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1), (2, 1000), (1, 1)])
+def test_a_picture_of_a_few_pixels_is_seen_and_pasted_into(size):
+    """Where a part of it with the drawing's proportions has less than a pixel a side."""
+    picture, white = Image.new("RGB", size, (200, 0, 0)), Image.new("RGB", size, "white")
+    opened = canvas.open_canvas(picture, white, 32, 128)
+    assert (opened.pixels()[0] > 0.5).all() and opened.holes().all()
+    pasted = np.asarray(opened.paste(Image.new("RGB", (128, 32), "blue")))
+    assert pasted.shape[1::-1] == size and (pasted == (0, 0, 255)).all(-1).any()
+
+
 def test_references_are_sized_as_kontext_was_trained():
     theirs = diffusers.pipelines.flux.pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS
     assert list(canvas.REFERENCE_SIZES) == theirs

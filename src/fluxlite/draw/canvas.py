@@ -116,8 +116,14 @@ def open_canvas(picture, mask, height, width, padding=-1):
     if padding >= 0:
         box = mask_box(mask, height, width, padding)
     else:
-        box = tuple(map(round, images.choose_frame(picture.size, height, width).box))
+        box = whole_box(images.choose_frame(picture.size, height, width).box)
     return Canvas(picture, box, height, width, mask)
+
+
+def whole_box(box):
+    """A box in whole pixels, at least one: in a small picture it may round to none."""
+    left, top, right, bottom = map(round, box)
+    return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
 def fitted_mask(mask, size):
