@@ -23,10 +23,12 @@ from fluxlite.data.images import (
     BadSample,
     canny_edges,
     choose_frame,
+    decode_alpha,
     decode_picture,
     picture_levels,
     pixels_of,
     resize_crop,
+    to_rgb,
 )
 from fluxlite.data.loading import make_loader
 from fluxlite.data.mock import MockPictures, MockSamples
@@ -346,6 +348,27 @@ def test_transparent_palettes_lie_on_white():
     stream = io.BytesIO()
     image.save(stream, "png", transparency=0)
     assert np.array(decode_picture(stream.getvalue())).min() == 255
+
+
+def test_transparency_of_16_bits_lies_on_white():
+    image, stream = Image.new("I;16", (8, 8), 300), io.BytesIO()
+    image.putpixel((0, 0), 0)
+    image.save(stream, "png", transparency=300)
+    levels = np.array(decode_picture(stream.getvalue()))
+    assert (levels[0, 0] == 0).all() and (levels[1:] == 255).all()
+    assert decode_alpha(stream.getvalue()).getcolors() == [(63, 0), (1, 255)]
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_a_profile_stays_with_the_colours_that_it_is_of(mode):
+    image, stream = Image.new(mode, (8, 8)), io.BytesIO()
+    image.save(stream, "jpeg", icc_profile=b"profile")
+    assert ("icc_profile" in decode_picture(stream.getvalue()).info) == (mode == "RGB")
+
+
+def test_a_picture_without_pixels_is_refused():
+    with pytest.raises(BadSample, match="without pixels"):
+        to_rgb(Image.new("RGB", (0, 4)))
 
 
 def test_exif_rotation_is_applied():

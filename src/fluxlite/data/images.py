@@ -50,6 +50,7 @@ def decode_alpha(data):
     """
     try:
         image = ImageOps.exif_transpose(open_picture(io.BytesIO(data)))
+        image = _of_eight_bits(image) if image.mode.startswith("I") else image
         return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     except BadSample:
         raise
@@ -64,6 +65,8 @@ def to_rgb(image):
     """
     try:
         image.load()
+        if not all(image.size):
+            raise BadSample("a picture without pixels")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = _of_eight_bits(image)
@@ -72,7 +75,10 @@ def to_rgb(image):
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        rgb = image.convert("RGB")
+        if image.mode not in ("RGB", "P"):  # CMYK's or a grey's would be saved with it
+            rgb.info.pop("icc_profile", None)
+        return rgb
     except BadSample:
         raise
     except Exception as error:  # as above: struct.error, KeyError, RecursionError, …
@@ -80,8 +86,12 @@ def to_rgb(image):
 
 
 def _of_eight_bits(image):
-    values = np.rint(np.asarray(image, np.float64) / 257).clip(0, 255)
-    return Image.fromarray(values.astype(np.uint8))
+    levels = np.asarray(image, np.float64)
+    found = Image.fromarray(np.rint(levels / 257).clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:  # one of the levels
+        opaque = levels != image.info["transparency"]
+        found.putalpha(Image.fromarray(opaque.astype(np.uint8) * 255))
+    return found
 
 
 def _reason(error):
