@@ -66,6 +66,9 @@ def place(tmp_path_factory):
         "bounds": '{"prompt": "a"}\n\n{"prompt": "a", "steps": 0}',
         "two": '{"prompt": ["a", "b"]}',
         "session": '{"prompt": "a", "output": "x"}',
+        "nested": '{"prompt": "a", "model": {"save_converted": "x"}}',
+        "hollow": '{"prompt": "a", "seed": {}}',
+        "spelled": '{"prompt": "a", "lora": "x", "lora.file": "y"}',
         "picture": '{"prompt": "a"}\n{"prompt": "a", "mask": "MASK"}',
     }
     for name, text in jobs.items():
@@ -141,6 +144,9 @@ MISUSES = [
     ("-prompt jobs={p}/bounds.jsonl", "line 3: steps=0 must be at least 1"),
     ("-prompt jobs={p}/two.jsonl", "line 1: one picture is drawn here: name one prompt"),
     ("-prompt jobs={p}/session.jsonl", "line 1: output belongs to the command line"),
+    ("-prompt jobs={p}/nested.jsonl", "line 1: model.save_converted belongs to the command line"),
+    ("-prompt jobs={p}/hollow.jsonl", "line 1: seed={{}} must be int, not dict"),
+    ("-prompt jobs={p}/spelled.jsonl", "line 1: lora.file is there twice: name it once"),
     ("-prompt jobs={p}/picture.jsonl", "line 2: mask= needs image="),
     ("model.checkpoint={p}/t5.safetensors", "it is a T5 text encoder (it has encoder.block.0"),
     ("model.checkpoint={p}/encoders.safetensors", "an all-in-one checkpoint without transformer"),

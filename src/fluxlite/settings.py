@@ -15,6 +15,7 @@ from fluxlite.cli.devices import settle_machine
 from fluxlite.cli.options import (
     change_options,
     check_options,
+    flat_values,
     naming_place,
     option,
     option_fields,
@@ -629,8 +630,9 @@ def job_settings(base, job, where):
     `where`.
     """
     with naming_place(where):
+        given = {key for key, _ in flat_values(job)}
         for key in SESSION_KEYS:
-            if key in job:
+            if key in given:
                 raise ValueError(f"{key} belongs to the command line: leave it out")
         config = change_options(dataclasses.replace(base, jobs=None, again=None), job)
         config.validate()

@@ -96,12 +96,15 @@ def change_options(config, values):
 
     Raises `ValueError` that names the key.
     """
-    fields, changed = option_fields(type(config)), dataclasses.asdict(config)
+    fields, changed, seen = option_fields(type(config)), dataclasses.asdict(config), set()
     full = {f.metadata["short"]: key for key, f in fields.items() if "short" in f.metadata}
     for key, value in flat_values(values):
         key = full.get(key, key)
         if key not in fields:
             raise ValueError(f"{key} is not a key{nearest_key(key, fields)}")
+        if key in seen:
+            raise ValueError(f"{key} is there twice: name it once")
+        seen.add(key)
         several = typing.get_origin(fields[key].type) is list and not isinstance(value, list)
         *path, last = key.split(".")
         at = functools.reduce(dict.__getitem__, path, changed)
@@ -110,9 +113,9 @@ def change_options(config, values):
 
 
 def flat_values(values, prefix=""):
-    """(dotted key, value) of nested dictionaries."""
+    """(dotted key, value) of nested dictionaries; one that is empty is a value."""
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             yield from flat_values(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
