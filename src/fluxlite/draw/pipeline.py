@@ -322,12 +322,12 @@ class Pipeline:
     """The parts of a FLUX pipeline, found and checked; each is loaded when it is first used.
 
     `sources` has a `Source` of the transformer and the autoencoder, a path of "t5" and "clip";
-    `settings` are {field of SampleConfig: value} that suit the checkpoint.
+    `own_settings` are {field of SampleConfig: value} that suit the checkpoint without LoRAs.
     """
 
     config: PipelineConfig
     sources: dict
-    settings: dict
+    own_settings: dict
     device: torch.device
     dtype: torch.dtype
     loras: list = field(default_factory=list)  # `OpenLora`s: `use_loras`
@@ -380,6 +380,11 @@ class Pipeline:
     def kind(self):
         """What the transformer sees beside noise: a key in `kinds.KINDS`; raises `ValueError`."""
         return drawing_kind(self.model_config, self.cell, self.where)
+
+    @property
+    def settings(self):
+        """{field of SampleConfig: value} that suit the checkpoint with its LoRAs."""
+        return kinds.KINDS[self.kind].settings | self.own_settings
 
     @property
     def where(self):
@@ -525,7 +530,6 @@ def open_pipeline(config: PipelineConfig, sharing: Sharing | None = None) -> Pip
         settings = settings | {"max_sequence_length": config.model.max_sequence_length}
     pipeline = Pipeline(config, found, settings, device, dtype, sharing=sharing)
     pipeline.use_loras(*config.lora.loras())
-    pipeline.settings = kinds.KINDS[pipeline.kind].settings | settings
     return pipeline
 
 
