@@ -330,6 +330,40 @@ def test_a_lora_of_a_narrower_input_leaves_the_further_channels_alone(tmp_path, 
     assert merged[:, :12].any() and not merged[:, 12:].any()
 
 
+@pytest.mark.parametrize("per_output", [True, False])
+@pytest.mark.parametrize("wide", [True, False])
+def test_a_dora_of_a_narrower_input_changes_the_channels_that_it_knows(
+    wide, per_output, base, theirs, states, tmp_path
+):
+    """Of a base that sees more, or beside a control LoRA that widens the base."""
+    weight = states["diffusers"]["x_embedder.weight"]
+    written = write.dora(
+        {"x_embedder": weight.shape}, write.dotted("transformer."), states["diffusers"], per_output
+    )
+    loras, old, meant = [Lora(save(written, tmp_path), 0.6)], weight, 0
+    if wide:
+        further = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+        old = torch.cat([weight, further], 1)
+        tensors = {
+            n: old if n == "x_embedder.weight" else t for n, t in theirs.state_dict().items()
+        }
+        save_file(tensors, tmp_path / "wide.safetensors")
+        base = sources.open_source(tmp_path / "wide.safetensors", given={"rope_axes": (4, 6, 6)})
+    else:
+        control = write.bfl_control(channels=2 * write.CHANNELS)
+        loras.append(Lora(save(control, tmp_path, "control.safetensors")))
+        old = torch.nn.functional.pad(weight, (0, write.CHANNELS))
+        meant = control.meant["x_embedder.weight"]
+    changed = torch.nn.functional.pad(written.meant["x_embedder.weight"], (0, write.CHANNELS))
+    expected = old.double() + 0.6 * changed + meant
+    state, _ = merged_state(base, *loras)
+    assert relative_error(state["x_embedder.weight"].double(), expected) < 1e-6
+    if wide:
+        apart = lora_merging.load_merged(base, lora_merging.open_loras(loras, base), merge=False)
+        columns = apart.img_in(torch.eye(2 * write.CHANNELS)) - apart.img_in.bias
+        assert relative_error(columns.T.double(), expected) < 1e-6
+
+
 @pytest.mark.parametrize("name", ["kohya", "DoRA per output, fused", "LoKr of kohya"])
 def test_a_merged_weight_is_rounded_once(name, states, base, tmp_path):
     """Two LoRAs in a base in bfloat16: the nearest to the exact sum."""
@@ -450,6 +484,60 @@ def test_dora_is_pefts(theirs, base, tmp_path):
     assert (
         relative_error(our_velocity(lora_merging.load_merged(base, opened), given), expected) < 1e-5
     )
+
+
+PEFTS_OTHERS = {
+    "LoHa": peft.LoHaConfig(r=4, alpha=6, init_weights=False),
+    "LoKr, whole factors": peft.LoKrConfig(r=64, alpha=96, init_weights=False),
+    "LoKr": peft.LoKrConfig(r=2, alpha=6, init_weights=False, decompose_both=True),
+}
+
+
+@pytest.mark.parametrize("name", PEFTS_OTHERS)
+def test_a_loha_or_lokr_of_peft_is_pefts(name, theirs, base, tmp_path):
+    """Whose alpha has another name in the settings, and is that of whole factors too."""
+    model, target = copy.deepcopy(theirs), "transformer_blocks.0.attn.to_q"
+    config = replace(PEFTS_OTHERS[name], target_modules=[target])
+    peft.inject_adapter_in_model(config, model)
+    meant = model.get_submodule(target).get_delta_weight("default").detach().double()
+    state = peft.get_peft_model_state_dict(model)
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"r": config.r, "alpha": config.alpha})
+    )
+    tensors = {f"base_model.model.{key}": tensor for key, tensor in state.items()}
+    file = save(write.Written(tensors, {}, {}), tmp_path, "adapter_model.safetensors")
+    check_meant(differences(file, base), {f"{target}.weight": meant})
+    lora_writing.exchange_lora(read_lora(file), tmp_path / "out.safetensors", "comfy")
+    check_meant(differences(tmp_path / "out.safetensors", base), {f"{target}.weight": meant})
+
+
+def test_what_peft_would_make_up_is_not_written_for_it(states, tmp_path):
+    """Magnitudes of linears that are no DoRA beside others that are."""
+    key, names = write.dotted("transformer."), [*DOUBLE][:2]
+    tensors = write.low_rank_file({names[0]: DOUBLE[names[0]]}, key, write.AB).tensors
+    dora = write.dora({names[1]: DOUBLE[names[1]]}, key, states["diffusers"], True, write.AB)
+    file = save(dora._replace(tensors=tensors | dora.tensors), tmp_path)
+    with pytest.raises(ValueError, match=f"{names[0]}.weight is no DoRA and others are.*comfy"):
+        lora_writing.exchange_lora(read_lora(file), tmp_path / "out.safetensors", "peft")
+
+
+def test_what_was_read_for_another_model_is_refused(base, tmp_path):
+    """A `LoraFile` of a deeper one: the file itself would be refused by its keys."""
+    deep = replace(base.config, num_double_blocks=3)
+    linears = {"transformer_blocks.2.attn.to_out.0": (48, 48)}
+    file = save(write.low_rank_file(linears, write.dotted("transformer."), write.AB), tmp_path)
+    with pytest.raises(ValueError, match="2.attn.to_out.0.weight changes .*, which this model has"):
+        lora_merging.open_loras([Lora(read_lora(file, deep))], base)
+
+
+@pytest.mark.parametrize("role", ["lora_A.weight", "alpha"])
+def test_a_type_that_torch_has_not_is_one_line(role, base, tmp_path):
+    key, file = f"transformer.proj_out.{role}", tmp_path / "lora.safetensors"
+    about = {key: {"dtype": "F6_E2M3", "shape": [4, 8], "data_offsets": [0, 24]}}
+    header = json.dumps(about).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    with pytest.raises(ValueError, match=f"{key} is of type F6_E2M3, which no adapter has"):
+        read_lora(file, base.config)
 
 
 # --- kept apart -----------------------------------------------------------------------------------

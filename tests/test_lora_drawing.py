@@ -104,6 +104,17 @@ def test_a_lora_acts_in_a_loaded_pipeline_as_in_generate(pipeline, files):
     assert np.abs(pixels(draw(apart)) - pixels(loaded)).max() <= 1
 
 
+def test_a_control_lora_takes_its_settings_with_it(pipeline, tmp_path):
+    """The guidance that suits a FLUX.1-Depth, and then again the checkpoint's own."""
+    before, linears = pipeline.settings, {"img_in": (256, 128)}
+    made = write.low_rank_file(linears, write.dotted("diffusion_model."), write.AB)
+    save_file(made.tensors, tmp_path / "control.safetensors")
+    pipeline.use_loras(tmp_path / "control.safetensors")
+    assert pipeline.kind == "control" and pipeline.settings == {"guidance": 10.0} | before
+    pipeline.use_loras()
+    assert pipeline.kind == "plain" and pipeline.settings == before
+
+
 @pytest.mark.parametrize("merge", [True, False])
 def test_a_lora_acts_beside_a_controlnet_offload_and_true_cfg(files, merge, tmp_path):
     """Each of them draws otherwise without it, and streamed as kept."""
@@ -336,17 +347,27 @@ def garbage(tmp_path, name):
         "embedding": (good | {"bundle_emb.fox.t5": torch.ones(2, 2)}, "textual inversion"),
         "alpha": ({f"transformer.{double}.alpha": torch.tensor(1.0)}, "alpha alone"),
         "patterns": (good, "says rank 9"),
+        "began": (good, "init_lora_weights=pissa_niter_4: it adds to weights that peft had"),
+        "reshaped": (good | {"diffusion_model.img_in.lora_A.weight": torch.ones(4, 64),
+                             "diffusion_model.img_in.lora_B.weight": torch.ones(256, 4),
+                             "diffusion_model.img_in.reshape_weight": torch.tensor([256, 128])},
+                     "img_in.reshape_weight is [256, 128], and its factors make [256, 64]"),
+        "a shape alone": ({"diffusion_model.img_in.reshape_weight": torch.tensor([256, 128])},
+                          "img_in has shape alone"),
     }  # fmt: skip
     tensors, said = cases[name]
-    about = {"transformer.r": 9, "transformer.lora_alpha": 9}
-    metadata = {"lora_adapter_metadata": json.dumps(about)} if name == "patterns" else None
+    about = {
+        "patterns": {"transformer.r": 9, "transformer.lora_alpha": 9},
+        "began": {"transformer.init_lora_weights": "pissa_niter_4"},
+    }
+    metadata = {"lora_adapter_metadata": json.dumps(about[name])} if name in about else None
     save_file(tensors, file, metadata=metadata)
     return file, said
 
 
 GARBAGE = (
     *("empty", "nan", "wide", "ranks", "half", "unknown", "model", "sdxl", "sd", "wan", "flux2"),
-    *("chroma", "oft", "embedding", "alpha", "patterns"),
+    *("chroma", "oft", "embedding", "alpha", "patterns", "began", "reshaped", "a shape alone"),
 )
 
 

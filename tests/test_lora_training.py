@@ -476,6 +476,9 @@ def bad_file(folder, name):
     if name == "text":
         of_clip = {"text_model.encoder.layers.0.mlp.fc1": (64, 64)}
         tensors |= write.low_rank_file(of_clip, write.dotted("text_encoder."), write.AB).tensors
+    if name == "part":
+        two = write.low_rank_file({"proj_out": (64, 256)}, key, write.AB).tensors
+        tensors |= two | {"transformer.proj_out.dora_scale": torch.ones(64, 1)}
     save_file({} if name == "none" else tensors, folder / f"{name}.safetensors")
     return folder / f"{name}.safetensors"
 
@@ -511,6 +514,7 @@ MISUSES = {
     "NaN": (["lora.checkpoint=nan"], "NaN or infinite"),
     "no tensors": (["lora.checkpoint=none"], "holds no tensors"),
     "with text encoders": (["lora.checkpoint=text"], "also changes clip"),
+    "DoRA in part": (["lora.checkpoint=part"], "cannot be gone on from: .*to_q.* is no DoRA and"),
     "a rank beside a file": (["lora.checkpoint=good", "lora.rank=4"], "lora.rank= is not read"),
 }
 
@@ -518,7 +522,7 @@ MISUSES = {
 @pytest.mark.parametrize("name", MISUSES)
 def test_misuses_are_one_line(name, tmp_path):
     arguments, said = MISUSES[name]
-    for file in ("good", "wide", "nan", "none", "text"):
+    for file in ("good", "wide", "nan", "none", "text", "part"):
         if any(a.endswith(f"checkpoint={file}") for a in arguments):
             arguments = [a.replace(f"={file}", f"={bad_file(tmp_path, file)}") for a in arguments]
     with pytest.raises(ValueError, match=said) as refused:

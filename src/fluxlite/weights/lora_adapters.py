@@ -17,6 +17,8 @@ from fluxlite.weights.layouts import COLUMNS, SAME, Rule
 
 PEFT_NAME = "adapter_model.safetensors"  # beside adapter_config.json
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' JSON of peft's LoraConfigs
+# how peft began adapters that it first took out of the base's weights
+CHANGED_BASES = "pissa", "corda", "olora", "loftq", "lora_ga"
 FACTORS = {  # forms by the roles of their tensors; a `Kronecker` has some of its six
     LowRank: ("down", "up"),
     Hadamard: tuple(f"hada_{name}" for name in Hadamard._fields),
@@ -99,8 +101,13 @@ def make_adapters(part, name, values, module, peft):
         rule = module.rules["weight"]
         made.append(Adapter(rule, module.layout, form, scale, magnitude, split=split))
     for (role, leaf), tensor in values.items():
-        if form is None and role in ("magnitude", "alpha", "up_bias"):
+        if form is None and role in ("magnitude", "alpha", "up_bias", "shape"):
             raise ValueError(f"{name} has {role} alone: the file is damaged")
+        if role == "shape" and tuple(tensor.flatten().tolist()) != tuple(form.shape):
+            raise ValueError(
+                f"{name}.reshape_weight is {tensor.tolist()}, and its factors make "
+                f"{list(form.shape)}: the file is damaged"
+            )
         if role in WHOLE_ROLES:
             own = dict(scale=scale if role == "up_bias" else 1.0, replaces=WHOLE_ROLES[role])
             made.append(Adapter(module.rules[leaf], module.layout, DenseForm(tensor), **own))
@@ -167,13 +174,13 @@ def module_scale(name, form, of, settings):
     """alpha / rank of a module, or what PEFT's settings say; 1 without either.
 
     A Kronecker product of two whole factors has no rank: its alpha (ai-toolkit's is 10¹⁰, and
-    overflows in float16) means nothing.
+    overflows in float16) means nothing, but PEFT divides its own by the r of the settings.
     """
     rank = form_rank(form)
-    if rank is None:
-        return 1.0
     if "alpha" not in of:
         return peft_scale(settings, name, rank)
+    if rank is None:
+        return 1.0
     if of["alpha"].numel() != 1:
         raise ValueError(f"{name}.alpha has {of['alpha'].numel()} values, not one")
     alpha = float(of["alpha"])
@@ -219,21 +226,34 @@ def peft_settings(metadata, path):
     if not isinstance(values, dict):
         raise ValueError(f"its {METADATA_KEY} is no object with named values")
     found = {part: values_below(values, prefix) for part, prefix in prefixes.items()}
-    return found if any(found.values()) else {"transformer": values}
+    found = found if any(found.values()) else {"transformer": values}
+    for settings in found.values():
+        began = str(settings.get("init_lora_weights")).lower()
+        if began.startswith(CHANGED_BASES):
+            raise ValueError(
+                f"init_lora_weights={began}: it adds to weights that peft had changed before, and "
+                "not to the model's; have peft's save_pretrained convert it"
+            )
+    return found
 
 
 def peft_scale(settings, name, rank):
-    """alpha / r by peft's settings, or alpha / √r; 1 without any. Raises `ValueError`."""
+    """alpha / r by peft's settings, or alpha / √r; 1 without any. `rank` is that of the factors, or
+    None. Raises `ValueError`.
+    """
     if not settings:
         return 1.0
     r = _of_pattern(settings, "rank_pattern", name, settings.get("r", rank))
-    alpha = _of_pattern(settings, "alpha_pattern", name, settings.get("lora_alpha", r))
+    if r is None:
+        return 1.0
+    alpha = settings.get("lora_alpha", settings.get("alpha", r))  # the second of a LoHa or LoKr
+    alpha = _of_pattern(settings, "alpha_pattern", name, alpha)
     numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (r, alpha))
     if not numbers or not math.isfinite(alpha):
         raise ValueError(f"its {METADATA_KEY} says r={r}, lora_alpha={alpha} of {name}")
-    if r != rank:
+    if r != (r if rank is None else rank) or r <= 0:
         raise ValueError(f"its {METADATA_KEY} says rank {r} of {name}, which has rank {rank}")
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+    return alpha / math.sqrt(r) if settings.get("use_rslora") else alpha / r
 
 
 def _of_pattern(settings, key, name, otherwise):

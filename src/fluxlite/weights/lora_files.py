@@ -32,6 +32,7 @@ LORA_RUN_NAME = "lora.safetensors"  # in a checkpoint of a run that trains one
 LORA_NAMES = ("pytorch_lora_weights.safetensors", PEFT_NAME)
 ADAPTER_KEYS = r"(?i)lora|\.hada_|\.lokr_|\.dora_scale|\.diff(_b)?$|\.set_weight$"
 LORA_SPLITS = ("readers", "training")
+WHOLE_NUMBERS = ("I64", "I32", "I16", "I8", "U8")  # types of an alpha or a shape, besides floats
 
 
 @dataclass
@@ -184,11 +185,12 @@ def read_values(tensors, key, meaning):
     spelled, shape = tensors.header(key)
     if not math.prod(shape):
         raise ValueError(f"{key} has no values (shape {list(shape)}): the file is damaged")
-    tensor = tensors.read(key)
-    if meaning.role in ("alpha", "shape"):
-        return tensor
-    if spelled not in DTYPES:
+    number = meaning.role in ("alpha", "shape")
+    if spelled not in DTYPES and not (number and spelled in WHOLE_NUMBERS):
         raise ValueError(f"{key} is of type {spelled}, which no adapter has")
+    tensor = tensors.read(key)
+    if number:
+        return tensor
     check_values(key, tensor)
     return tensor if tensor.dtype.itemsize > 1 else tensor.float()  # of fp8 torch computes little
 

@@ -65,6 +65,9 @@ def check_adapters(adapters, config):
     """Raise `ValueError` for the first adapter whose shape does not fit a transformer."""
     ours = conversion.our_tensors(config)
     for adapter in adapters:
+        lacks = [name for name in adapter.rule.ours if name not in ours]
+        if lacks:
+            raise ValueError(f"{adapter.name} changes {lacks[0]}, which this model has not")
         if WIDENED in adapter.rule.ours:
             shape, expected = adapter.form.shape[:1], (config.hidden_size,)
         else:
@@ -153,18 +156,20 @@ class LoraResolver:
         """magnitude / ‖W + scale·ΔW‖ of a DoRA; 1 where there is nothing to rescale."""
         parts = [self.weight(name) for name in adapter.rule.ours]
         [whole] = adapter.rule.transform.backward(parts, self.config)
-        whole = whole + adapter.scale * form_values(adapter.form)
+        columns = adapter.form.shape[1]  # fewer than a wider input has
+        whole = whole[:, :columns] + adapter.scale * form_values(adapter.form)
         per_output = adapter.magnitude.shape[0] == whole.shape[0]
         norm = whole.norm(dim=1 if per_output else 0, keepdim=True)
         return torch.where(norm > 0, adapter.magnitude.float() / norm, 1.0)
 
     def difference(self, name, adapter, number):
         """What an adapter at strength 1 adds to our tensor `name`, in float32."""
-        values = adapter.scale * form_values(self.form(name, adapter, number))
         if adapter.magnitude is None:
-            return values
-        weight = self.weight(name)
-        return self.ratio(adapter, number) * (weight + values) - weight
+            return adapter.scale * form_values(self.form(name, adapter, number))
+        form, weight = form_part(adapter.form, adapter.rule, number, self.config), self.weight(name)
+        known = weight[:, : form.shape[1]]
+        changed = self.ratio(adapter, number) * (known + adapter.scale * form_values(form))
+        return pad_columns(changed - known, weight.shape[1])
 
     def merged(self, name):
         """Our tensor `name` with all LoRAs, rounded once: to the base's type, or a wider one that
@@ -192,10 +197,12 @@ class LoraResolver:
         """The same as `AdapterTerm`s to keep beside a linear, in the base's type."""
         found = []
         for lora, adapter, number in self.adapters[name]:
-            form, ratio = self.form(name, adapter, number), None
-            if adapter.magnitude is not None:
+            form, scale, ratio = self.form(name, adapter, number), adapter.scale, None
+            if adapter.magnitude is not None and form.shape[1] > adapter.form.shape[1]:
+                form, scale = DenseForm(self.difference(name, adapter, number)), 1.0
+            elif adapter.magnitude is not None:
                 ratio = self.ratio(adapter, number)
-            found.append(AdapterTerm(float_form(form), adapter.scale, lora.scale, ratio))
+            found.append(AdapterTerm(float_form(form), scale, lora.scale, ratio))
         return found
 
 

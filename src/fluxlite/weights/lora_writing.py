@@ -266,6 +266,7 @@ def write_adapters(adapters, to, config):
         biases = {a.name: a for a in of_part if a.name.endswith(".bias")}
         if to == "peft":
             check_biases(of_part)
+            check_doras(of_part)
         for adapter in of_part:
             made = write_adapter(adapter, part, to, biases)
             twice = made.keys() & tensors.keys()
@@ -293,6 +294,18 @@ def check_biases(adapters):
                 f"{bias.name} changes without a low-rank change of its weight, which PEFT's keys "
                 "do not hold: choose --to comfy"
             )
+
+
+def check_doras(adapters):
+    """Raise `ValueError` where some linears are DoRAs and others are not: of PEFT all of a part are
+    one or the other, and it makes up the magnitudes that a file lacks.
+    """
+    plain = [a for a in adapters if type(a.form) is LowRank and a.magnitude is None]
+    if plain and any(a.magnitude is not None for a in adapters):
+        raise ValueError(
+            f"{plain[0].name} is no DoRA and others are, which PEFT's keys do not hold: choose "
+            "--to comfy"
+        )
 
 
 def regroup_for(adapters, to, config):
@@ -339,6 +352,8 @@ def factor_tensors(adapter, dialect):
         return {f"hada_{name}": tensor for name, tensor in form._asdict().items()}
     if form.row_index is not None or form.column_index is not None:
         raise ValueError(f"{adapter.name} is a part of a Kronecker product: choose --to comfy")
+    if form_rank(form) is None and adapter.scale != 1.0:  # which readers take no alpha of
+        form = form._replace(w1=form.w1.float() * adapter.scale)
     return {f"lokr_{name}": t for name, t in form._asdict().items() if t is not None}
 
 

@@ -199,14 +199,15 @@ def check_lora(config):
     thin = meta_adapters(config, rank=1)
     optim.freeze_parameters(thin, config.optim)
     values = {name: torch.zeros(p.shape) for name, p in thin.named_parameters()}
-    for to in config.lora.write:
-        adapters = {"transformer": file_adapters(thin, values)}
+    adapters = {"transformer": file_adapters(thin, values)}
+    for to in ["peft"] * bool(config.lora.checkpoint) + config.lora.write:
         try:
             lora_writing.write_adapters(adapters, to, thin.config)
         except ValueError as error:
-            raise ValueError(
-                f"lora.write={to} cannot hold this LoRA, leave it out: {error}"
-            ) from None
+            where = f"lora.write={to} cannot hold this LoRA, leave it out"
+            if to == "peft":
+                where = f"lora.checkpoint={config.lora.checkpoint} cannot be gone on from"
+            raise ValueError(f"{where}: {error}") from None
 
 
 def lora_conflicts(config):
