@@ -191,16 +191,22 @@ def test_a_part_that_an_all_in_one_file_lacks_is_named(states, tmp_path):
 # --- encoders in one file -------------------------------------------------------------------------
 
 
+SAVED = {"logit_scale": torch.tensor(4.6)}  # beside T5 by ComfyUI's CLIPSave
+
+
 def test_encoders_in_files_are_those_in_folders(states, tmp_path):
     files = [tmp_path / "t5xxl_fp16.safetensors", tmp_path / "clip_l.safetensors"]
     t5 = states["text_encoder_2"]
     t5 = {"encoder.embed_tokens.weight": t5["shared.weight"].clone()} | t5
-    save_file(t5 | {"spiece_model": torch.zeros(9, dtype=torch.uint8)}, files[0])
+    save_file(t5 | {"spiece_model": torch.zeros(9, dtype=torch.uint8)} | SAVED, files[0])
     clip = states["text_encoder"] | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     save_file(clip | {"text_projection.weight": torch.zeros(128, 128)}, files[1])
     theirs = encodings(TINY, TINY)
     assert equal(encodings(*files, tokenizers=TINY), theirs)
     assert equal(encodings(TINY / "text_encoder_2" / "model.safetensors", files[1], TINY), theirs)
+    bare = {key.removeprefix("text_model."): tensor for key, tensor in clip.items()}
+    save_file(bare, files[1])
+    assert equal(encodings(*files, tokenizers=TINY), theirs)
     for name in ("tokenizer", "tokenizer_2", "text_encoder"):
         shutil.copytree(TINY / name, tmp_path / name)
     (tmp_path / "text_encoder" / "model.safetensors").unlink()

@@ -6,6 +6,7 @@ The files are written by `lora_writers`, which knows nothing of the reader.
 import copy
 import json
 import logging
+import re
 from dataclasses import replace
 
 import lora_writers as write
@@ -528,6 +529,39 @@ def test_what_was_read_for_another_model_is_refused(base, tmp_path):
     file = save(write.low_rank_file(linears, write.dotted("transformer."), write.AB), tmp_path)
     with pytest.raises(ValueError, match="2.attn.to_out.0.weight changes .*, which this model has"):
         lora_merging.open_loras([Lora(read_lora(file, deep))], base)
+
+
+MISSHAPEN = {  # (key, shape, what is said) in a file of double blocks whose all else is right
+    "a factor of another width": (
+        "transformer.transformer_blocks.1.attn.to_v.lora_B.weight",
+        (49, 4),
+        "transformer_blocks.1.attn.to_v.weight is of shape [49, 48], and the model's weight of",
+    ),
+    "a factor that is no matrix": (
+        "transformer.transformer_blocks.0.ff.net.2.lora_A.weight",
+        (4,),
+        "transformer_blocks.0.ff.net.2 has a factor of shape [4], not a matrix",
+    ),
+    "a difference that is no matrix": (
+        "diffusion_model.img_in.diff",
+        (48,),
+        "img_in.weight is of shape [48], and the model's weight of [48, 12]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISSHAPEN)
+def test_a_shape_that_is_none_of_a_models_is_one_line(name, base, tmp_path):
+    """Whether it is drawn with, or written in another dialect without a base."""
+    key, shape, said = MISSHAPEN[name]
+    made = write.low_rank_file(DIFFUSERS, write.dotted("transformer."), write.AB)
+    file = save(made._replace(tensors=made.tensors | {key: torch.ones(shape)}), tmp_path)
+    for use in (
+        lambda: lora_merging.open_loras([Lora(file)], base),
+        lambda: lora_writing.exchange_lora(read_lora(file), tmp_path / "out.safetensors", "comfy"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            use()
 
 
 @pytest.mark.parametrize("role", ["lora_A.weight", "alpha"])

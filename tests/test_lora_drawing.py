@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import pickle
+import re
 import runpy
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import fluxlite
 from fluxlite import Lora
+from fluxlite.draw import pipeline as draw_pipeline
 from fluxlite.weights import lora_merging, sources
 from fluxlite.weights.lora_files import read_lora
 
@@ -188,6 +190,37 @@ def test_text_encoders_are_merged_under_every_name(dialect, pipeline, tmp_path):
         assert changed.endswith(f"{module}.weight")
         expected = before[changed].double() + 0.5 * change
         assert (after[changed].double() - expected).abs().max() < 1e-7
+
+
+UNFIT = {  # (key, shape of its difference, options, what is said)
+    "another CLIP": (
+        "text_encoders.clip_l.transformer.text_model.encoder.layers.1.mlp.fc1.diff",
+        (3072, 768),
+        {},
+        "encoder.layers.1.mlp.fc1.weight of shape [3072, 768] is for another text encoder: mode",
+    ),
+    "another T5": (
+        "text_encoders.t5xxl.transformer.encoder.block.23.layer.0.SelfAttention.q.diff",
+        (2, 2),
+        {},
+        "model.t5 has no such weight",
+    ),
+    "a weight that is replaced": (
+        "diffusion_model.img_in.set_weight",
+        (256, 64),
+        {"lora_merge": False},
+        "lora.merge=false: img_in.weight is replaced, not added to",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(name, tmp_path):
+    key, shape, options, said = UNFIT[name]
+    save_file({key: torch.ones(shape)}, tmp_path / "unfit.safetensors")
+    config = draw_pipeline.pipeline_config(lora=tmp_path / "unfit.safetensors", **options)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        draw_pipeline.open_pipeline(config)
 
 
 def test_a_lora_of_text_alone_draws_another_picture_and_is_taken_off(pipeline, tmp_path):

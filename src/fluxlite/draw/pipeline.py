@@ -34,7 +34,7 @@ from fluxlite.weights.hub import TINY
 from fluxlite.weights.lora_files import Lora, LoraFile
 from fluxlite.weights.sources import COMPUTE_DTYPES
 from fluxlite.weights.tensor_files import Tensors
-from fluxlite.weights.text_encoders import load_text_encoders
+from fluxlite.weights.text_encoders import load_text_encoders, open_encoders
 
 log = logging.getLogger("fluxlite")
 
@@ -425,12 +425,22 @@ class Pipeline:
         given = [lora if isinstance(lora, Lora) else Lora(lora) for lora in loras]
         opened = lora_merging.open_loras(given, self.sources["transformer"])
         self.check_widened(opened)
+        self.check_texts(opened)
         changed = set().union(*(lora.file.adapters for lora in [*opened, *self.loras]))
         self.loras = opened
         if "transformer" in changed:
             vars(self).pop("transformer", None)
         if changed & {"clip", "t5"}:
             vars(self).pop("encoders", None)
+
+    def check_texts(self, opened):
+        """Raise `ValueError` where LoRAs change other text encoders than these; none is loaded."""
+        parts = [part for part in ("t5", "clip") if any(one.adapters(part) for one in opened)]
+        if parts:
+            names = ("t5", "clip", "tokenizers")
+            found = dict(zip(names, open_encoders(*(self.sources[name] for name in names))))
+        for part in parts:
+            lora_merging.check_text_files(opened, part, found[part][0].tensors)
 
     def check_widened(self, opened):
         """Raise `ValueError` where LoRAs make a transformer that cannot be drawn with."""
@@ -442,6 +452,8 @@ class Pipeline:
                 "lora.merge=false cannot widen the model's input, as a control LoRA does: leave it "
                 "out"
             )
+        if not self.config.lora.merge:
+            lora_merging.check_apart(opened, base)
 
     def load_net(self, load, source):
         """A net on its device, or where parts are freed on the CPU, mapped: `place_net` then moves

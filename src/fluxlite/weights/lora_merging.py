@@ -68,7 +68,7 @@ def check_adapters(adapters, config):
         lacks = [name for name in adapter.rule.ours if name not in ours]
         if lacks:
             raise ValueError(f"{adapter.name} changes {lacks[0]}, which this model has not")
-        if WIDENED in adapter.rule.ours:
+        if WIDENED in adapter.rule.ours and len(adapter.form.shape) == 2:
             shape, expected = adapter.form.shape[:1], (config.hidden_size,)
         else:
             shape, expected = adapter.form.shape, rule_shape(adapter.rule, ours, config)
@@ -284,6 +284,7 @@ def load_merged(source, loras, *, merge=True, **options):
     dtype = sources.named_dtype(options.get("dtype"))
     if merge:
         return sources.load_transformer(merged_source(source, loras, dtype), **options)
+    check_apart(loras, source.config)
     linears = linear_names(source.config)
     small = merged_source(source, loras, dtype, only=lambda name: name not in linears)
     model = sources.load_transformer(small, **options)
@@ -293,6 +294,14 @@ def load_merged(source, loras, *, merge=True, **options):
 def linear_names(config):
     """Our names of the weights of linears."""
     return {name for name, t in conversion.our_tensors(config).items() if t.ndim == 2}
+
+
+def check_apart(loras, config):
+    """Raise `ValueError` for the first adapter that cannot be kept beside a linear."""
+    linears = linear_names(config)
+    for adapter in chain.from_iterable(lora.adapters("transformer") for lora in loras):
+        if adapter.replaces and not linears.isdisjoint(adapter.rule.ours):
+            raise ValueError(f"lora.merge=false: {adapter.name} is replaced, not added to")
 
 
 def keep_apart(model, loras, linears):
@@ -306,9 +315,6 @@ def keep_apart(model, loras, linears):
     terms = {}
     for name in resolver.adapters:
         if name in linears:
-            whole = [a for _, a, _ in resolver.adapters[name] if a.replaces]
-            if whole:
-                raise ValueError(f"lora.merge=false: {whole[0].name} is replaced, not added to")
             terms[name.removesuffix(".weight")] = resolver.terms(name)
     return adapt_linears(model, terms)
 
@@ -328,20 +334,29 @@ def merge_encoders(encoders, loras):
 def merge_encoder(model, loras, part):
     """Merge those of a part into one transformers model."""
     named = {name.removeprefix(CLIP_PREFIX): p for name, p in model.named_parameters()}
-    for lora in loras:
-        for adapter in lora.adapters(part):
-            check_encoder_adapter(adapter, named, lora, part)
+    check_text_adapters(loras, part, {name: p.shape for name, p in named.items()})
     resolver = LoraResolver(loras, part, lambda name: named[name].detach().cpu())
     for name in resolver.adapters:
         named[name].copy_(resolver.merged(name))
 
 
-def check_encoder_adapter(adapter, named, lora, part):
-    """Raise `ValueError` where an adapter of a text encoder matches none of its weights."""
-    there = named.get(adapter.name)
-    if there is None or tuple(there.shape) != tuple(adapter.form.shape):
-        shape = "no such weight" if there is None else f"a weight of {list(there.shape)}"
-        raise ValueError(
-            f"lora={lora.file.where}: {adapter.name} of shape {list(adapter.form.shape)} is for "
-            f"another text encoder: model.{part} has {shape}"
-        )
+def check_text_adapters(loras, part, shapes):
+    """Raise `ValueError` where one of LoRAs' adapters of a text encoder matches none of its weights
+    {name: shape}.
+    """
+    pairs = ((lora, adapter) for lora in loras for adapter in lora.adapters(part))
+    for lora, adapter in pairs:
+        shape, own = shapes.get(adapter.name), list(adapter.form.shape)
+        if shape is None or list(shape) != own:
+            there = "no such weight" if shape is None else f"a weight of {list(shape)}"
+            raise ValueError(
+                f"lora={lora.file.where}: {adapter.name} of shape {own} is for another text "
+                f"encoder: model.{part} has {there}"
+            )
+
+
+def check_text_files(loras, part, tensors):
+    """`check_text_adapters` of the `Tensors` of a text encoder that is not loaded."""
+    shapes = {name.removeprefix(CLIP_PREFIX): tensors.shape(name) for name in tensors.keys()}
+    embedding = shapes.get("encoder.embed_tokens.weight")  # of T5, which may have it as `shared`
+    check_text_adapters(loras, part, {"shared.weight": embedding} | shapes)

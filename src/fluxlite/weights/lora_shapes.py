@@ -86,7 +86,7 @@ def linear_shapes(tensors, config):
         module = meaning.module
         sides = found.setdefault(module.name, (module.rules["weight"], {}))[1]
         for side, axis in SIDES.get(meaning.role, {}).items():
-            if meaning.leaf == "weight":
+            if meaning.leaf == "weight" and axis < len(shape):
                 sides.setdefault(side, []).append(shape[axis])
     for _, sides in found.values():
         sides |= {side: math.prod(of) for side, of in sides.items()}

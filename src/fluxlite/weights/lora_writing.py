@@ -19,7 +19,7 @@ import torch
 
 from fluxlite import __version__
 from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank
-from fluxlite.weights import conversion, lora_keys, tensor_files
+from fluxlite.weights import conversion, lora_keys, lora_merging, tensor_files
 from fluxlite.weights.dtypes import wider_dtype
 from fluxlite.weights.layouts import COLUMNS, SAME
 from fluxlite.weights.lora_adapters import (
@@ -461,5 +461,8 @@ def write_lora(adapters, dst, to, config, **options):
 
 
 def exchange_lora(found, dst, to, **options):
-    """Write a `LoraFile` in another dialect; raises `ValueError` for what that cannot hold."""
+    """Write a `LoraFile` in another dialect; raises `ValueError` for what that cannot hold, and for
+    shapes that are of no one model.
+    """
+    lora_merging.check_adapters(found.adapters.get("transformer", []), found.config)
     write_lora(found.adapters, dst, to, found.config, **options)
