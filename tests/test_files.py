@@ -470,6 +470,10 @@ BROKEN = {
     "9999999 dimensions": HEADER + struct.pack("<Q", 1) + b"a" + struct.pack("<I", 9999999),
     "1099511627776 bytes": HEADER + struct.pack("<Q", 1 << 40),
     "can't decode": HEADER + struct.pack("<Q", 1) + b"\xff",
+    "a is there twice": b"GGUF"
+    + struct.pack("<IQQ", 3, 2, 0)
+    + 2 * (TENSOR + struct.pack("<IQ", 0, 0))
+    + bytes(99),
     "999 is not a valid": HEADER + TENSOR + struct.pack("<IQ", 999, 0),
     "a has 32 bytes of which 31": (HEADER + TENSOR + struct.pack("<IQ", 0, 0)).ljust(95, b"\0"),
     "a has 32 bytes of which 0": HEADER + TENSOR + struct.pack("<IQ", 0, 2**64 - 1),

@@ -295,7 +295,7 @@ def merged_state(base, *loras):
     ), merged
 
 
-def test_scales_of_norms_replace_the_bases(base, states, tmp_path):
+def test_scales_of_norms_replace_the_bases(base, states, tmp_path, caplog):
     written, scales = write.bfl_control(), write.norm_scales()
     tensors = written.tensors | {key: values for key, (values, _) in scales.items()}
     file = save(written._replace(tensors=tensors), tmp_path)
@@ -304,6 +304,11 @@ def test_scales_of_norms_replace_the_bases(base, states, tmp_path):
         assert torch.equal(state[name], values) and not torch.equal(
             states["diffusers"][name], values
         )
+    others = {key: 2 * values for key, (values, _) in scales.items()}
+    second = save(write.Written(others | write.kohya().tensors, {}, {}), tmp_path, "b.safetensors")
+    state, _ = merged_state(base, Lora(file), Lora(second, scale=0.5))
+    assert all(torch.equal(state[name], 2 * values) for values, name in scales.values())
+    assert "10 tensors, double_blocks.0.img.qkv.k_norm.weight first, are replaced by" in caplog.text
     whole, _ = merged_state(base, Lora(file, scale=0.0))
     assert all(torch.equal(whole[name], tensor) for name, tensor in states["diffusers"].items())
 

@@ -86,6 +86,9 @@ def read_header(file):
     counts = [take_count(file, "Q", what) for what in ("tensors", "values")]
     pairs = [(take_text(file), take_value(file, take_number(file, "I"))) for _ in range(counts[1])]
     tensors = [take_tensor(file) for _ in range(counts[0])]
+    twice = [name for name, count in Counter(name for name, *_ in tensors).items() if count > 1]
+    if twice:
+        raise ValueError(f"{twice[0][:80]} is there twice")
     values = dict(pairs)
     step = values.get(ALIGNMENT, 32)
     if type(step) is not int or step < 8 or step % 8:

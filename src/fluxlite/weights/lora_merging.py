@@ -9,12 +9,13 @@ once. Nothing of the base is changed: without the LoRAs the source is what it wa
 
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
 
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.lora import AdapterTerm, DenseForm, LowRank, adapt_linears, float_form
 from fluxlite.weights import conversion, sources
 from fluxlite.weights.dtypes import wider_dtype
@@ -55,7 +56,19 @@ def open_loras(loras, source, setting="lora="):
         except ValueError as error:
             raise ValueError(f"{setting}{file.where}: {error}") from None
         found.append(OpenLora(file, lora))
+    warn_replaced(found)
     return found
+
+
+def warn_replaced(loras):
+    """Say where several LoRAs replace one tensor, of which the last counts."""
+    adapters = chain.from_iterable(lora.adapters("transformer") for lora in loras)
+    counts = Counter(name for a in adapters if a.replaces for name in a.rule.ours)
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice:
+        named = ", ".join(lora.file.where for lora in loras)
+        told = len(twice), twice[0], named
+        warn_for_all("%d tensors, %s first, are replaced by several of %s: the last counts", *told)
 
 
 # --- checked against the base ---------------------------------------------------------------------
