@@ -49,6 +49,7 @@ def place(tmp_path_factory):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (0, 0, 8, 8))
     mask.save(folder / "mask.png")
+    Image.new("L", (1, 70_000)).save(folder / "thin.png")
     (folder / "text.png").write_text("no picture")
     (folder / "cut.png").write_bytes((folder / "photo.png").read_bytes()[:60])
     (folder / "empty").mkdir()
@@ -121,6 +122,10 @@ MISUSES = [
     (
         "model.checkpoint={t} control_image={p}/photo.png",
         "control_image= is not for model.checkpoint={t}, which sees noise alone: name controlnet.c",
+    ),
+    (
+        "image={p}/thin.png",
+        "in the proportions of a picture of 1x70000 pixels: height=16928 must be at least 16 and",
     ),
     ("reference={p}/none.png", "reference={p}/none.png is not a file"),
     ("redux={p}/photo.png", "redux= and redux.checkpoint= belong together"),

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fluxlite.cli.options import refuse_first, shortened, typed_options
+from fluxlite.cli.options import (
+    check_options,
+    naming_place,
+    refuse_first,
+    shortened,
+    typed_options,
+)
 from fluxlite.draw import canvas, kinds
 from fluxlite.draw.control import Control, open_control
 from fluxlite.draw.pipeline import (
@@ -138,6 +144,8 @@ def settle_sample(pipeline, config, picture=None):
         area, multiple = sample.height * sample.width, PATCH * pipeline.cell
         height, width = canvas.fitting_size(picture, area, multiple)
         sample = replace(sample, height=height, width=width)
+        with naming_place("in the proportions of a picture of {}x{} pixels".format(*picture)):
+            check_options(sample)
     check_negative(config.negative_prompt, sample.true_cfg)
     check_tile(config.tile, pipeline.cell)
     sample.validate(pipeline.cell)
