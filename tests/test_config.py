@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -6,14 +7,18 @@ from pathlib import Path
 
 import pytest
 
+import fluxlite
 from fluxlite.cli.command_line import (
     compose_config,
     flag_of,
+    group_choices,
     help_text,
     load_config,
     parse_flags,
 )
 from fluxlite.cli.options import option_fields, resumable_keys
+from fluxlite.cli.other_names import OTHER_NAMES
+from fluxlite.draw.pipeline import DRAW_FIELDS, LOAD_OPTIONS
 from fluxlite.draw.proof import ProofConfig
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.preflight import __main__ as preflight
@@ -228,11 +233,25 @@ def test_compilation_without_a_compiler_is_refused(monkeypatch):
         ("train", "prompt=a", "prompt is a key of infer.py"),
         ("train", "images_per_prompt=4", "images_per_prompt is a key of infer.py"),
         ("train", "optim.lrr=4", "optim.lrr is not a key: did you mean optim.lr"),
+        ("train", "trainer.max_steps=9", "trainer.max_steps is not a key: did you mean steps"),
+        ("train", "guidance_scale=1", "guidance_scale is not a key: did you mean flow.guidance"),
+        ("infer", "guidance_scale=1", "guidance_scale is not a key: did you mean guidance"),
+        ("infer", "mask_image=a.png", "mask_image is not a key: did you mean mask"),
+        ("train", "--network_dim", "--network_dim: arguments .*: did you mean lora.rank"),
+        ("train", "--yes", "--yes: arguments have the form key=value; --help lists the keys"),
     ],
 )
 def test_a_key_of_the_other_program_is_told_from_a_mistake(name, argument, named):
     with pytest.raises(ValueError, match=f"^{named}"):
         load_settings(name, [argument])
+
+
+def test_what_other_programs_call_a_setting_is_a_setting_here():
+    known = {*inspect.signature(fluxlite.generate).parameters, *DRAW_FIELDS, *LOAD_OPTIONS}
+    for name, cls in PROGRAMS.items():
+        known |= {*option_fields(cls), *group_choices(name)}
+    named = {ours for text in OTHER_NAMES.values() for ours in text.split()}
+    assert named <= known and not OTHER_NAMES.keys() & known
 
 
 @pytest.mark.parametrize("name,arguments", [("train", []), ("infer", ["prompt=a"])])

@@ -129,9 +129,10 @@ def _split_arguments(cls, name, argv, others):
         check_text(argument)
         key, equals, value = argument.partition("=")
         if not equals:
-            raise ValueError(
-                f"{argument}: arguments have the form key=value; --help lists the keys"
-            )
+            flag = argument.startswith("--")  # of another program
+            near = nearest_key(argument, [*fields, *choices]) if flag else ""
+            remedy = near or "; --help lists the keys"
+            raise ValueError(f"{argument}: arguments have the form key=value{remedy}")
     _refuse_twice(cls, argv)
     for argument in argv:
         key, _, value = argument.partition("=")

@@ -22,6 +22,8 @@ import types
 import typing
 from dataclasses import field
 
+from fluxlite.cli.other_names import OTHER_NAMES
+
 RANGES = {  # name of the bound: what holds, and how an error says it
     "at_least": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
@@ -142,9 +144,12 @@ def same_option(cls, name, **changes):
 
 
 def nearest_key(key, known, otherwise=""):
-    """`: did you mean …?` for a key that is unknown; `otherwise` where none is like it."""
+    """`: did you mean …?` for a key that is unknown: what is ours of another program's, else the
+    nearest; `otherwise` where none is like it.
+    """
     tail, tails = key.split(".")[-1], [k.split(".")[-1] for k in known]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    ours = OTHER_NAMES.get(tail.lstrip("-"), "").split()
+    close = [k for k in ours if k in known] or difflib.get_close_matches(key, known, 1, 0.6)
     like = [tail] if tail in tails else difflib.get_close_matches(tail, tails, n=1, cutoff=0.8)
     if like and (not close or ("." not in key and tail in tails)):
         close = [k for k, of in zip(known, tails) if of == like[0]]
