@@ -192,6 +192,9 @@ def test_what_is_no_list_of_numbers_is_refused_with_the_form_of_one(given):
         (["resume=yes"], "auto"),
         (["model.rope_axes=[16,56,50]"], "rope_axes"),
         (["seed="], "seed"),
+        (["data.resolutions=512"], "data.resolutions=512 must be a list, as [a,b]"),
+        (["data.resolutions=512,768"], "'data.resolutions=512,768': write one value or a list"),
+        (["lora.targets=[a[0]]"], "lora.targets=[a[0]] cannot be read: write one value or a list"),
     ],
 )
 def test_mistakes_are_refused_and_named(arguments, named, monkeypatch):

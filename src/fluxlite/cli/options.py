@@ -287,6 +287,8 @@ def typed_value(value, hint, key):
 
 
 def _name_of(kind):
+    if typing.get_origin(kind) is list:
+        return "a list, as [a,b]"
     return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
 
 
