@@ -577,21 +577,26 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
             )
         if not all(text.strip() for text in self.prompt):
             raise ValueError("prompt= is empty: name what to draw, or leave it out")
-        check_negative(self.negative_prompt, self.true_cfg or 1.0)
-        if self.times:
-            check_times(self.times)
         if self.preview != "colours" and not self.preview_every:
             raise ValueError(f"preview={self.preview} needs preview_every=: steps between previews")
-        self.controls()
-        self.redux.pictures()
-        self.lora.loras()
-        if self.lora != LoraConfig() and not self.lora.file:
-            raise ValueError("lora.* are for drawing with LoRAs: name lora= too, or leave them out")
         if not self.model.checkpoint:
             raise ValueError(
                 "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "
                 "run"
             )
+        if not (self.jobs or self.again):  # checked with what those add
+            self._check_drawing()
+
+    def _check_drawing(self):
+        """Raise `ValueError` for keys of a drawing that do not go together."""
+        check_negative(self.negative_prompt, self.true_cfg or 1.0)
+        if self.times:
+            check_times(self.times)
+        self.controls()
+        self.redux.pictures()
+        self.lora.loras()
+        if self.lora != LoraConfig() and not self.lora.file:
+            raise ValueError("lora.* are for drawing with LoRAs: name lora= too, or leave them out")
 
 
 # Of `infer.py`: what is no part of a picture, so that no job has it and no picture's name.
