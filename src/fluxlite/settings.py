@@ -310,7 +310,7 @@ def prodigy_conflicts(config):
     chosen = optim.kind == "prodigy"
     yield (
         chosen and importlib.util.find_spec("prodigyopt") is None,
-        "optim.kind=prodigy needs prodigyopt: pip install 'fluxlite[prodigy]', or choose adamw",
+        "optim.kind=prodigy needs prodigyopt: pip install prodigyopt, or choose adamw",
     )
     yield (
         chosen and optim.lr < 0.1,

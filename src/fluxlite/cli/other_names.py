@@ -51,6 +51,8 @@ OTHER_NAMES = {
     "sigmas": "times",
     "t5_version": "model.t5",
     "tensor_model_parallel_size": "parallel.tp",
+    "text_encoder": "clip",
+    "text_encoder_2": "t5",
     "torch_dtype": "dtype",
     "train_batch_size": "data.micro_batch",
     "train_data_dir": "data.path",
