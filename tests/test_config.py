@@ -16,8 +16,7 @@ from fluxlite.cli.command_line import (
     load_config,
     parse_flags,
 )
-from fluxlite.cli.options import option_fields, resumable_keys
-from fluxlite.cli.other_names import OTHER_NAMES
+from fluxlite.cli.options import OTHER_NAMES, option_fields, resumable_keys
 from fluxlite.draw.pipeline import DRAW_FIELDS, LOAD_OPTIONS
 from fluxlite.draw.proof import ProofConfig
 from fluxlite.nets.configs import FluxConfig

@@ -22,8 +22,6 @@ import types
 import typing
 from dataclasses import field
 
-from fluxlite.cli.other_names import OTHER_NAMES
-
 RANGES = {  # name of the bound: what holds, and how an error says it
     "at_least": (operator.ge, "at least"),
     "above": (operator.gt, "above"),
@@ -141,6 +139,67 @@ def same_option(cls, name, **changes):
     f = next(f for f in dataclasses.fields(cls) if f.name == name)
     default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
     return option(**{"default": default, **f.metadata, **changes})
+
+
+# A name in diffusers, NeMo or sd-scripts: ours, of which the first that is known counts.
+OTHER_NAMES = {
+    "blocks_to_swap": "parallel.swap_blocks",
+    "callback_on_step_end": "on_step",
+    "checkpointing_steps": "checkpoint.every",
+    "ckpt_path": "model.checkpoint",
+    "clip_version": "model.clip",
+    "conditioning_scale": "controlnet.scale",
+    "context_parallel_size": "parallel.cp",
+    "control_guidance_end": "controlnet.end controls",
+    "control_guidance_start": "controlnet.start controls",
+    "control_mode": "controlnet.mode controls",
+    "controlnet_conditioning_scale": "controlnet.scale controls",
+    "discrete_flow_shift": "flow.shift",
+    "factory": "recipe",
+    "flux_ckpt": "model.checkpoint",
+    "fp8_base": "model.quantize",
+    "generator": "seed",
+    "gradient_checkpointing": "parallel.activation_checkpointing",
+    "guidance_scale": "flow.guidance guidance",
+    "image_dir": "data.path",
+    "inference_steps": "sample.steps steps",
+    "instance_data_dir": "data.path",
+    "instance_prompt": "data.template",
+    "learning_rate": "optim.lr",
+    "lr_scheduler": "optim.schedule",
+    "lr_warmup_steps": "optim.warmup",
+    "mask_image": "mask",
+    "max_grad_norm": "optim.clip",
+    "max_steps": "steps",
+    "max_train_steps": "steps",
+    "mixed_precision": "dtype",
+    "network_alpha": "lora.alpha",
+    "network_dim": "lora.rank",
+    "network_weights": "lora.checkpoint",
+    "num_images_per_prompt": "images_per_prompt",
+    "num_inference_steps": "sample.steps steps",
+    "num_joint_layers": "model.num_double_blocks",
+    "num_repeats": "data.repeats",
+    "optimizer_type": "optim.kind",
+    "output_type": "decode",
+    "padding_mask_crop": "crop",
+    "pretrained_model_name_or_path": "model.checkpoint",
+    "quantization_config": "quantize",
+    "resume_from_checkpoint": "resume",
+    "sample_every_n_steps": "sample.every",
+    "save_every_n_steps": "checkpoint.every",
+    "sigmas": "times",
+    "t5_version": "model.t5",
+    "tensor_model_parallel_size": "parallel.tp",
+    "text_encoder": "clip",
+    "text_encoder_2": "t5",
+    "torch_dtype": "dtype",
+    "train_batch_size": "data.micro_batch",
+    "train_data_dir": "data.path",
+    "true_cfg_scale": "true_cfg",
+    "vae": "autoencoder",
+    "vae_ckpt": "model.autoencoder",
+}
 
 
 def nearest_key(key, known, otherwise=""):
