@@ -274,6 +274,25 @@ def test_missing_encoders_are_named_all_at_once():
         train("model=flux_dev", "data=fill50k")
 
 
+def test_parts_that_are_not_named_are_those_beside_the_transformer(tmp_path):
+    def parts(*arguments):
+        model = train("model=flux_dev", *arguments).model
+        return model.t5, model.clip, model.autoencoder
+
+    for folder in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        (tmp_path / folder).mkdir()
+    beside = tuple(f"{tmp_path}/{name}" for name in ("text_encoder_2", "text_encoder", "vae"))
+    data, own = "data=fill50k", f"model.checkpoint={tmp_path}"
+    assert parts(data, own) == parts(data, f"{own}/transformer") == beside
+    assert parts(data, own, "model.t5=t5xxl.safetensors") == ("t5xxl.safetensors", *beside[1:])
+    assert parts(data, "model.checkpoint=owner/name") == ("owner/name",) * 3
+    assert parts(data, "model.checkpoint=owner/name/transformer") == ("owner/name",) * 3
+    assert parts("data=mock", own) == (None,) * 3
+    for nowhere in ("owner/name/flux1-dev.safetensors", f"{tmp_path}/missing"):
+        with pytest.raises(ValueError, match="model.t5=, .* as model.checkpoint="):
+            parts(data, f"model.checkpoint={nowhere}")
+
+
 def test_help_lists_the_prompt_first_and_what_a_checkpoint_decides_only_where_all_is_asked():
     def keys(**options):
         lines = help_text(InferConfig, "infer", "", **options).split("Keys, set")[1].splitlines()

@@ -65,12 +65,13 @@ class PartsConfig:
     )
     t5: str | None = option(
         None,
-        "T5 encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
+        "T5 encoder, if not that beside the transformer: a folder, a pipeline folder, a file or a "
+        "hub id",
         path=True,
     )
     clip: str | None = option(
         None,
-        "CLIP text encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
+        "CLIP text encoder, likewise: a folder, a pipeline folder, a file or a hub id",
         path=True,
     )
     tokenizers: str | None = option(
@@ -81,7 +82,7 @@ class PartsConfig:
     )
     autoencoder: str | None = option(
         None,
-        "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped",
+        "autoencoder, likewise: ae.safetensors, a vae/ folder, a pipeline folder or a hub id",
         path=True,
     )
     ema: bool = option(True, "use the moving average of a run, where it has one")
