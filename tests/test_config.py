@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -6,14 +7,17 @@ from pathlib import Path
 
 import pytest
 
+import fluxlite
 from fluxlite.cli.command_line import (
     compose_config,
     flag_of,
+    group_choices,
     help_text,
     load_config,
     parse_flags,
 )
-from fluxlite.cli.options import option_fields, resumable_keys
+from fluxlite.cli.options import OTHER_NAMES, option_fields, resumable_keys
+from fluxlite.draw.pipeline import DRAW_FIELDS, LOAD_OPTIONS
 from fluxlite.draw.proof import ProofConfig
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.preflight import __main__ as preflight
@@ -187,6 +191,9 @@ def test_what_is_no_list_of_numbers_is_refused_with_the_form_of_one(given):
         (["resume=yes"], "auto"),
         (["model.rope_axes=[16,56,50]"], "rope_axes"),
         (["seed="], "seed"),
+        (["data.resolutions=512"], "data.resolutions=512 must be a list, as [a,b]"),
+        (["data.resolutions=512,768"], "'data.resolutions=512,768': write one value or a list"),
+        (["lora.targets=[a[0]]"], "lora.targets=[a[0]] cannot be read: write one value or a list"),
     ],
 )
 def test_mistakes_are_refused_and_named(arguments, named, monkeypatch):
@@ -228,11 +235,25 @@ def test_compilation_without_a_compiler_is_refused(monkeypatch):
         ("train", "prompt=a", "prompt is a key of infer.py"),
         ("train", "images_per_prompt=4", "images_per_prompt is a key of infer.py"),
         ("train", "optim.lrr=4", "optim.lrr is not a key: did you mean optim.lr"),
+        ("train", "trainer.max_steps=9", "trainer.max_steps is not a key: did you mean steps"),
+        ("train", "guidance_scale=1", "guidance_scale is not a key: did you mean flow.guidance"),
+        ("infer", "guidance_scale=1", "guidance_scale is not a key: did you mean guidance"),
+        ("infer", "mask_image=a.png", "mask_image is not a key: did you mean mask"),
+        ("train", "--network_dim", "--network_dim: arguments .*: did you mean lora.rank"),
+        ("train", "--yes", "--yes: arguments have the form key=value; --help lists the keys"),
     ],
 )
 def test_a_key_of_the_other_program_is_told_from_a_mistake(name, argument, named):
     with pytest.raises(ValueError, match=f"^{named}"):
         load_settings(name, [argument])
+
+
+def test_what_other_programs_call_a_setting_is_a_setting_here():
+    known = {*inspect.signature(fluxlite.generate).parameters, *DRAW_FIELDS, *LOAD_OPTIONS}
+    for name, cls in PROGRAMS.items():
+        known |= {*option_fields(cls), *group_choices(name)}
+    named = {ours for text in OTHER_NAMES.values() for ours in text.split()}
+    assert named <= known and not OTHER_NAMES.keys() & known
 
 
 @pytest.mark.parametrize("name,arguments", [("train", []), ("infer", ["prompt=a"])])
@@ -251,6 +272,25 @@ def test_checking_changes_nothing_and_what_is_left_open_is_the_machines(name, ar
 def test_missing_encoders_are_named_all_at_once():
     with pytest.raises(ValueError, match="model.t5=, model.clip=, model.autoencoder="):
         train("model=flux_dev", "data=fill50k")
+
+
+def test_parts_that_are_not_named_are_those_beside_the_transformer(tmp_path):
+    def parts(*arguments):
+        model = train("model=flux_dev", *arguments).model
+        return model.t5, model.clip, model.autoencoder
+
+    for folder in ("transformer", "text_encoder", "text_encoder_2", "vae"):
+        (tmp_path / folder).mkdir()
+    beside = tuple(f"{tmp_path}/{name}" for name in ("text_encoder_2", "text_encoder", "vae"))
+    data, own = "data=fill50k", f"model.checkpoint={tmp_path}"
+    assert parts(data, own) == parts(data, f"{own}/transformer") == beside
+    assert parts(data, own, "model.t5=t5xxl.safetensors") == ("t5xxl.safetensors", *beside[1:])
+    assert parts(data, "model.checkpoint=owner/name") == ("owner/name",) * 3
+    assert parts(data, "model.checkpoint=owner/name/transformer") == ("owner/name",) * 3
+    assert parts("data=mock", own) == (None,) * 3
+    for nowhere in ("owner/name/flux1-dev.safetensors", f"{tmp_path}/missing"):
+        with pytest.raises(ValueError, match="model.t5=, .* as model.checkpoint="):
+            parts(data, f"model.checkpoint={nowhere}")
 
 
 def test_help_lists_the_prompt_first_and_what_a_checkpoint_decides_only_where_all_is_asked():

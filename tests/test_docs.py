@@ -34,7 +34,7 @@ FLAGS = {
 # of other programs, and arguments of the networks
 OTHERS = """num_inference_steps guidance_scale sigmas output_type callback_on_step_end mask_image
     torch_dtype padding_mask_crop prompt_embeds_scale prediction_type use_flow_sigmas generator
-    image_reference dora_wd NCCL_DEBUG FLUXLITE_TRACEBACK t pooled hint""".split()
+    image_reference weight_name dora_wd NCCL_DEBUG FLUXLITE_TRACEBACK t pooled hint""".split()
 THEIRS = "scripts/flux"  # a folder of NeMo's
 
 

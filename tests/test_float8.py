@@ -287,7 +287,7 @@ def test_without_a_gpu_that_can_float8_is_refused():
 
 def test_without_torchao_float8_names_the_extra(able, monkeypatch):
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'fluxlite[float8]'" in refusal()
+    assert "pip install torchao" in refusal()
 
 
 def test_float8_is_refused_with_what_it_does_not_work_with(able, monkeypatch):

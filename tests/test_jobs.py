@@ -19,6 +19,7 @@ from PIL import Image
 import fluxlite
 from fluxlite.draw import pipeline as draw_pipeline
 from fluxlite.draw import preview
+from fluxlite.settings import job_settings, load_settings
 from fluxlite.weights import sources
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +104,16 @@ def test_jobs_are_drawn_once_each_whatever_is_moved_or_added(tmp_path, capsys):
     [alone] = saved(tmp_path / "b")
     [same] = [p for p in saved(tmp_path / "out") if about(p)["seed"] == 1]
     assert (pixels(alone) == pixels(same)).all()
+
+
+def test_what_the_command_line_gives_is_checked_with_each_line_of_jobs(tmp_path):
+    (tmp_path / "jobs.jsonl").write_text("{}")
+    given = [f"jobs={tmp_path}/jobs.jsonl", "controlnet.checkpoint=net", "lora.scale=0.5"]
+    base, line = load_settings("infer", given), {"prompt": "a", "lora": "style.safetensors"}
+    config = job_settings(base, line | {"control_image": "a.png"}, "line 1")
+    assert config.controls()[0].checkpoint == "net" and config.lora.loras()[0].scale == 0.5
+    with pytest.raises(ValueError, match="line 2: controlnet.checkpoint= is given 1 times"):
+        job_settings(base, line, "line 2")
 
 
 def test_jobs_of_one_pipeline_encode_their_prompts_once(tmp_path, monkeypatch):

@@ -164,7 +164,7 @@ PRODIGY = ["dtype=float32", "optim.kind=prodigy", "optim.lr=1", "lora=default", 
 
 def test_prodigy_is_refused_by_what_it_needs(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'fluxlite\[prodigy\]'"):
+    with pytest.raises(ValueError, match=r"pip install prodigyopt"):
         configure([], 1, PRODIGY)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     with pytest.raises(ValueError, match="set optim.lr=1"):

@@ -27,11 +27,13 @@ from fluxlite.cli.profiling import parse_steps
 from fluxlite.data.config import DataConfig
 from fluxlite.draw.control import Control
 from fluxlite.draw.pipeline import (
+    BESIDE_FOLDERS,
     DrawConfig,
     LoraConfig,
     PartsConfig,
     PipelineConfig,
     check_negative,
+    find_parts,
 )
 from fluxlite.draw.preview import PREVIEWS
 from fluxlite.draw.redux import Redux
@@ -50,6 +52,7 @@ from fluxlite.train.tasks import choose_task
 from fluxlite.train.tasks.conditions import CONDITIONS
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
 from fluxlite.train.tasks.lora import LoraTrainConfig
+from fluxlite.weights import hub
 from fluxlite.weights.hub import TINY
 from fluxlite.weights.run_folder import CheckpointConfig
 
@@ -184,6 +187,10 @@ class TrainConfig(MachineConfig):
         tokens = num_image_tokens(*self.latent_shape(*size)[1:])
         return 2 * tokens if self.model.kind == "kontext" else tokens
 
+    def settled(self):
+        """A copy with what the machine has, and where the pipeline's parts are."""
+        return dataclasses.replace(settle_machine(self), model=placed_parts(self))
+
     def validate(self):
         check_options(self)
         machine = settle_machine(self)
@@ -311,7 +318,7 @@ def prodigy_conflicts(config):
     chosen = optim.kind == "prodigy"
     yield (
         chosen and importlib.util.find_spec("prodigyopt") is None,
-        "optim.kind=prodigy needs prodigyopt: pip install 'fluxlite[prodigy]', or choose adamw",
+        "optim.kind=prodigy needs prodigyopt: pip install prodigyopt, or choose adamw",
     )
     yield (
         chosen and optim.lr < 0.1,
@@ -325,14 +332,33 @@ def prodigy_conflicts(config):
     )
 
 
+def placed_parts(config):
+    """The `ModelConfig` whose parts that are not named are those beside model.checkpoint.
+
+    Made-up latents (data=mock) need none.
+    """
+    model = config.model
+    if not model.checkpoint or config.data.kind == "mock":
+        return model
+    if Path(model.checkpoint).exists():
+        found = find_parts(model.checkpoint)
+    elif model.checkpoint == TINY or hub.is_pipeline(model.checkpoint):
+        found = dict.fromkeys(BESIDE_FOLDERS, "/".join(model.checkpoint.split("/")[:2]))
+    else:
+        found = {}
+    named = {part: getattr(model, part) or where for part, where in found.items()}
+    return dataclasses.replace(model, **named)
+
+
 def parts_conflicts(config):
     """The same of the model's parts and the data."""
-    model, data = config.model, config.data
-    parts = [part for part in ("t5", "clip", "autoencoder") if not getattr(model, part)]
+    model, data = placed_parts(config), config.data
+    parts = [part for part in BESIDE_FOLDERS if not getattr(model, part)]
     missing = ", ".join(f"model.{part}=" for part in parts)
     yield (
         missing and (data.kind != "mock" or len(parts) < 3),
-        f"data={data.kind} needs {missing}: name a folder or a hub id for each",
+        f"data={data.kind} needs {missing}: name a folder or a hub id for each, or a whole "
+        "pipeline's as model.checkpoint=",
     )
     yield (
         config.preview and missing,
@@ -578,21 +604,26 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
             )
         if not all(text.strip() for text in self.prompt):
             raise ValueError("prompt= is empty: name what to draw, or leave it out")
-        check_negative(self.negative_prompt, self.true_cfg or 1.0)
-        if self.times:
-            check_times(self.times)
         if self.preview != "colours" and not self.preview_every:
             raise ValueError(f"preview={self.preview} needs preview_every=: steps between previews")
-        self.controls()
-        self.redux.pictures()
-        self.lora.loras()
-        if self.lora != LoraConfig() and not self.lora.file:
-            raise ValueError("lora.* are for drawing with LoRAs: name lora= too, or leave them out")
         if not self.model.checkpoint:
             raise ValueError(
                 "model.checkpoint= is missing: name the folder of a pipeline, a transformer or a "
                 "run"
             )
+        if not (self.jobs or self.again):  # checked with what those add
+            self._check_drawing()
+
+    def _check_drawing(self):
+        """Raise `ValueError` for keys of a drawing that do not go together."""
+        check_negative(self.negative_prompt, self.true_cfg or 1.0)
+        if self.times:
+            check_times(self.times)
+        self.controls()
+        self.redux.pictures()
+        self.lora.loras()
+        if self.lora != LoraConfig() and not self.lora.file:
+            raise ValueError("lora.* are for drawing with LoRAs: name lora= too, or leave them out")
 
 
 # Of `infer.py`: what is no part of a picture, so that no job has it and no picture's name.

@@ -30,6 +30,7 @@ from fluxlite.cli.options import (
 CONFIGS = Path(__file__).parents[3] / "configs"
 # characters of a value in Hydra's grammar, whose parser is slow and recursive
 LONGEST_VALUE = 10_000
+LIST_REMEDY = """write one value or a list, as key=[a,b] or "key=['a[0-9]','b']\""""
 
 
 def group_choices(name):
@@ -96,15 +97,19 @@ def full_keys(cls, argv):
 def _composed(name, overrides):
     """Nested dictionaries that Hydra composes."""
     from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return OmegaConf.to_container(compose(name, overrides), resolve=True)
+    except OverrideParseException as error:
+        raise ValueError(f"{error.override.lstrip('+')} cannot be read: {LIST_REMEDY}") from None
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(str(error).split("\n")[0][:500]) from None
+        text = str(error).split("\n")[0][:500].replace("'++", "'")
+        remedy = f": {LIST_REMEDY}" if text.startswith("Ambiguous") else ""
+        raise ValueError(text + remedy) from None
     except RecursionError:
         raise ValueError("a value is nested too deeply: write a number, a word or a list") from None
 
@@ -129,9 +134,10 @@ def _split_arguments(cls, name, argv, others):
         check_text(argument)
         key, equals, value = argument.partition("=")
         if not equals:
-            raise ValueError(
-                f"{argument}: arguments have the form key=value; --help lists the keys"
-            )
+            flag = argument.startswith("--")  # of another program
+            near = nearest_key(argument, [*fields, *choices]) if flag else ""
+            remedy = near or "; --help lists the keys"
+            raise ValueError(f"{argument}: arguments have the form key=value{remedy}")
     _refuse_twice(cls, argv)
     for argument in argv:
         key, _, value = argument.partition("=")

@@ -106,7 +106,7 @@ def float8_conflicts(key, device, dtype, hidden_size):
     """
     yield (
         importlib.util.find_spec("torchao") is None,
-        f"{key} needs torchao: pip install 'fluxlite[float8]', or leave it out",
+        f"{key} needs torchao: pip install torchao, or leave it out",
     )
     yield (
         not has_float8(device),

@@ -144,10 +144,74 @@ def same_option(cls, name, **changes):
     return option(**{"default": default, **f.metadata, **changes})
 
 
+# A name in diffusers, NeMo or sd-scripts: ours, of which the first that is known counts.
+OTHER_NAMES = {
+    "blocks_to_swap": "parallel.swap_blocks",
+    "callback_on_step_end": "on_step",
+    "checkpointing_steps": "checkpoint.every",
+    "ckpt_path": "model.checkpoint",
+    "clip_version": "model.clip",
+    "conditioning_scale": "controlnet.scale",
+    "context_parallel_size": "parallel.cp",
+    "control_guidance_end": "controlnet.end controls",
+    "control_guidance_start": "controlnet.start controls",
+    "control_mode": "controlnet.mode controls",
+    "controlnet_conditioning_scale": "controlnet.scale controls",
+    "discrete_flow_shift": "flow.shift",
+    "factory": "recipe",
+    "flux_ckpt": "model.checkpoint",
+    "fp8_base": "model.quantize",
+    "generator": "seed",
+    "gradient_checkpointing": "parallel.activation_checkpointing",
+    "guidance_scale": "flow.guidance guidance",
+    "image_dir": "data.path",
+    "inference_steps": "sample.steps steps",
+    "instance_data_dir": "data.path",
+    "instance_prompt": "data.template",
+    "learning_rate": "optim.lr",
+    "lr_scheduler": "optim.schedule",
+    "lr_warmup_steps": "optim.warmup",
+    "mask_image": "mask",
+    "max_grad_norm": "optim.clip",
+    "max_steps": "steps",
+    "max_train_steps": "steps",
+    "mixed_precision": "dtype",
+    "network_alpha": "lora.alpha",
+    "network_dim": "lora.rank",
+    "network_weights": "lora.checkpoint",
+    "num_images_per_prompt": "images_per_prompt",
+    "num_inference_steps": "sample.steps steps",
+    "num_joint_layers": "model.num_double_blocks",
+    "num_repeats": "data.repeats",
+    "optimizer_type": "optim.kind",
+    "output_type": "decode",
+    "padding_mask_crop": "crop",
+    "pretrained_model_name_or_path": "model.checkpoint",
+    "quantization_config": "quantize",
+    "resume_from_checkpoint": "resume",
+    "sample_every_n_steps": "sample.every",
+    "save_every_n_steps": "checkpoint.every",
+    "sigmas": "times",
+    "t5_version": "model.t5",
+    "tensor_model_parallel_size": "parallel.tp",
+    "text_encoder": "clip",
+    "text_encoder_2": "t5",
+    "torch_dtype": "dtype",
+    "train_batch_size": "data.micro_batch",
+    "train_data_dir": "data.path",
+    "true_cfg_scale": "true_cfg",
+    "vae": "autoencoder",
+    "vae_ckpt": "model.autoencoder",
+}
+
+
 def nearest_key(key, known, otherwise=""):
-    """`: did you mean …?` for a key that is unknown; `otherwise` where none is like it."""
+    """`: did you mean …?` for a key that is unknown: what is ours of another program's, else the
+    nearest; `otherwise` where none is like it.
+    """
     tail, tails = key.split(".")[-1], [k.split(".")[-1] for k in known]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    ours = OTHER_NAMES.get(tail.lstrip("-"), "").split()
+    close = [k for k in ours if k in known] or difflib.get_close_matches(key, known, 1, 0.6)
     like = [tail] if tail in tails else difflib.get_close_matches(tail, tails, n=1, cutoff=0.8)
     if like and (not close or ("." not in key and tail in tails)):
         close = [k for k, of in zip(known, tails) if of == like[0]]
@@ -285,6 +349,8 @@ def typed_value(value, hint, key):
 
 
 def _name_of(kind):
+    if typing.get_origin(kind) is list:
+        return "a list, as [a,b]"
     return "null" if kind is type(None) else getattr(kind, "__name__", str(kind))
 
 

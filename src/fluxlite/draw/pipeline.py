@@ -42,19 +42,6 @@ PIPELINE_FOLDERS = "transformer", "vae", "text_encoder*", "tokenizer*", "schedul
 PIPELINE_FILES = [*(f"{folder}/*" for folder in PIPELINE_FOLDERS), "model_index.json"]
 BESIDE_FOLDERS = {"t5": "text_encoder_2", "clip": "text_encoder", "autoencoder": "vae"}
 NAMED_PARTS = *BESIDE_FOLDERS, "tokenizers"
-DIFFUSERS_NAMES = {  # a name of diffusers' pipelines: ours
-    "num_inference_steps": "steps",
-    "guidance_scale": "guidance",
-    "true_cfg_scale": "true_cfg",
-    "num_images_per_prompt": "images_per_prompt",
-    "generator": "seed",
-    "sigmas": "times",
-    "output_type": "decode",
-    "mask_image": "mask",
-    "padding_mask_crop": "crop",
-    "callback_on_step_end": "on_step",
-    "torch_dtype": "dtype",
-}
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -78,12 +65,13 @@ class PartsConfig:
     )
     t5: str | None = option(
         None,
-        "T5 encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
+        "T5 encoder, if not that beside the transformer: a folder, a pipeline folder, a file or a "
+        "hub id",
         path=True,
     )
     clip: str | None = option(
         None,
-        "CLIP text encoder: a folder, a pipeline folder, a file or a hub id; flux-tiny is shipped",
+        "CLIP text encoder, likewise: a folder, a pipeline folder, a file or a hub id",
         path=True,
     )
     tokenizers: str | None = option(
@@ -94,7 +82,7 @@ class PartsConfig:
     )
     autoencoder: str | None = option(
         None,
-        "autoencoder: ae.safetensors, a vae/ folder or a pipeline folder; flux-tiny is shipped",
+        "autoencoder, likewise: ae.safetensors, a vae/ folder, a pipeline folder or a hub id",
         path=True,
     )
     ema: bool = option(True, "use the moving average of a run, where it has one")
@@ -296,9 +284,8 @@ def check_tile(tile, cell):
 def check_names(given, known, function):
     """Raise `ValueError` with the nearest name for an option that a function has not."""
     for name in given:
-        ours = DIFFUSERS_NAMES.get(name)
-        near = f": did you mean {ours}?" if ours in known else nearest_key(name, known)
         if name not in known:
+            near = nearest_key(name, known)
             raise ValueError(f"{name}= is no argument of {function}{near}")
 
 

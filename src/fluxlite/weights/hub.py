@@ -45,6 +45,11 @@ def is_repository(where):
     )
 
 
+def is_pipeline(where):
+    """Whether `where` reads as a repository or a folder of one, and not as a file there."""
+    return is_repository(where) and not str(where).endswith(MODEL_SUFFIXES)
+
+
 def fetch_repository(where, patterns, *, key):
     """The local folder of the hub repository `owner/name[/folder…]` with the files in that folder
     that match `patterns`; of `owner/name[/folder…]/x.safetensors` or `.gguf` that file.

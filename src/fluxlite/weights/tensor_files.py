@@ -67,7 +67,7 @@ def files_of(path):
     return indexed_files(indices[0])
 
 
-OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx")
+OTHER_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".distcp")
 
 
 def indexed_files(index):
