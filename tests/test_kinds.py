@@ -14,12 +14,14 @@ from diffusers import FluxControlNetModel, FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
 from PIL import Image
 from reference import our_controlnet_from, randomise
+from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import fluxlite
 from fluxlite.data import images
 from fluxlite.draw import canvas
+from fluxlite.draw.redux import open_redux
 from fluxlite.nets.latents import position_ids
 from fluxlite.weights.hub import ASSETS
 
@@ -235,6 +237,35 @@ def redux(ours, tmp_path_factory):
     linears = ReduxImageEncoder(redux_dim=24, txt_in_features=width)
     randomise(linears, seed=1).save_pretrained(folder / "image_embedder")
     return folder
+
+
+CHANGED_LINEARS = {  # what becomes of the tensors, and what is said
+    "a bias that is gone": (
+        lambda t: t.pop("redux_up.bias"),
+        "redux_up.bias is of shape None, not",
+    ),
+    "of another SigLIP": (
+        lambda t: t.update({"redux_up.weight": torch.ones(len(t["redux_up.bias"]), 32)}),
+        "redux_up.weight is of shape .*, 32., not .*, 24.",
+    ),
+    "a flat one": (
+        lambda t: t.update({"redux_down.weight": torch.ones(len(t["redux_down.bias"]))}),
+        "redux_up.weight is of shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED_LINEARS)
+def test_linears_that_do_not_fit_siglip_are_refused_at_once(name, ours, redux, photo, tmp_path):
+    change, said = CHANGED_LINEARS[name]
+    folder = shutil.copytree(redux, tmp_path / "redux")
+    file = folder / "image_embedder" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    width = ours["plain"].model_config.text_width
+    with pytest.raises(ValueError, match=said):
+        open_redux(fluxlite.Redux(folder, photo), width)
 
 
 @pytest.mark.parametrize("true_cfg", [1.0, 2.5])

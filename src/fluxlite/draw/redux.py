@@ -21,7 +21,13 @@ from fluxlite.data import images
 from fluxlite.data.transfers import send_tensor
 from fluxlite.draw import canvas
 from fluxlite.weights import hub, tensor_files
-from fluxlite.weights.encoder_files import SIGLIP, load_model, open_encoder, quiet_transformers
+from fluxlite.weights.encoder_files import (
+    SIGLIP,
+    OpenEncoder,
+    load_model,
+    open_encoder,
+    quiet_transformers,
+)
 
 FILES = ["image_encoder/*", "image_embedder/*"]
 
@@ -56,7 +62,7 @@ class OpenRedux:
     """A `Redux` whose files are found and checked, and its picture in RGB."""
 
     redux: Redux
-    folder: Path
+    siglip: OpenEncoder
     linears: tensor_files.Tensors
     picture: Image.Image
 
@@ -70,6 +76,13 @@ def open_redux(redux, text_width) -> OpenRedux:
         if not (folder / name).is_dir():
             raise ValueError(f"{where} has no folder {name}: name that of FLUX.1-Redux-dev")
     linears = tensor_files.Tensors(folder / "image_embedder")
+    siglip = open_encoder(folder / SIGLIP.encoder, SIGLIP)
+    check_linears(where, linears, siglip.values["hidden_size"], text_width)
+    return OpenRedux(redux, siglip, linears, canvas.read_rgb(redux.image, "redux"))
+
+
+def check_linears(where, linears, width, text_width):
+    """Raise `ValueError` unless two linears lead from SigLIP's width to that of the text."""
     shape = linears.shape("redux_down.weight")
     if not shape or linears.shape("redux_up.weight") is None:
         raise ValueError(f"{where}: image_embedder lacks redux_up or redux_down: fetch it again")
@@ -78,7 +91,16 @@ def open_redux(redux, text_width) -> OpenRedux:
             f"{where} gives {shape[0]} channels, but the transformer has "
             f"model.text_width={text_width}"
         )
-    return OpenRedux(redux, folder, linears, canvas.read_rgb(redux.image, "redux"))
+    inner = shape[-1]
+    needed = {"up.weight": (inner, width), "up.bias": (inner,)}
+    needed |= {"down.weight": (text_width, inner), "down.bias": (text_width,)}
+    for name, needs in needed.items():
+        found = linears.shape(f"redux_{name}")
+        if found != needs:
+            raise ValueError(
+                f"{where}: redux_{name} is of shape {found and list(found)}, not {list(needs)}: "
+                "fetch image_embedder and image_encoder again"
+            )
 
 
 @torch.inference_mode()
@@ -103,8 +125,7 @@ def picture_tokens(opened, device, dtype):
     with quiet_transformers():
         from transformers import SiglipVisionModel
 
-        siglip = open_encoder(opened.folder / SIGLIP.encoder, SIGLIP)
-        encoder = load_model(SiglipVisionModel, siglip, dtype)
+        encoder = load_model(SiglipVisionModel, opened.siglip, dtype)
     size = encoder.config.image_size
     square = opened.picture.resize((size, size), Image.Resampling.BICUBIC)
     pixels = send_tensor(images.picture_pixels(square)[None], device).to(dtype)
