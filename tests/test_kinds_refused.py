@@ -53,6 +53,9 @@ def place(tmp_path_factory):
     (folder / "text.png").write_text("no picture")
     (folder / "cut.png").write_bytes((folder / "photo.png").read_bytes()[:60])
     (folder / "empty").mkdir()
+    shutil.copytree(TINY / "text_encoder_2", folder / "cut" / "text_encoder_2")
+    shutil.copytree(TINY / "tokenizer_2", folder / "cut" / "tokenizer_2")
+    os.truncate(folder / "cut" / "text_encoder_2" / "model.safetensors", 100_000)
     part = load_file(TINY / "text_encoder_2" / "model.safetensors")
     save_file(part, folder / "t5.safetensors")
     named = {f"text_encoders.t5xxl.transformer.{key}": part[key] for key in part}
@@ -70,10 +73,13 @@ def place(tmp_path_factory):
         "nested": '{"prompt": "a", "model": {"save_converted": "x"}}',
         "hollow": '{"prompt": "a", "seed": {}}',
         "spelled": '{"prompt": "a", "lora": "x", "lora.file": "y"}',
+        "encoder": '{"prompt": "a"}\n{"prompt": "a", "model.t5": "CUT"}',
         "picture": '{"prompt": "a"}\n{"prompt": "a", "mask": "MASK"}',
     }
     for name, text in jobs.items():
-        (folder / f"{name}.jsonl").write_text(text.replace("MASK", f"{folder}/mask.png"))
+        (folder / f"{name}.jsonl").write_text(
+            text.replace("MASK", f"{folder}/mask.png").replace("CUT", f"{folder}/cut")
+        )
     for name, text in (("old", '{"prompt": "a"}'), ("odd", '{"again": {"pormpt": "a"}}')):
         info = PngInfo()
         info.add_itxt("fluxlite", text)
@@ -152,6 +158,10 @@ MISUSES = [
     ("-prompt jobs={p}/nested.jsonl", "line 1: model.save_converted belongs to the command line"),
     ("-prompt jobs={p}/hollow.jsonl", "line 1: seed={{}} must be int, not dict"),
     ("-prompt jobs={p}/spelled.jsonl", "line 1: lora.file is there twice: name it once"),
+    (
+        "-prompt jobs={p}/encoder.jsonl",
+        "line 2: model.t5: the weights do not load whole: {p}/cut/te",
+    ),
     ("-prompt jobs={p}/picture.jsonl", "line 2: mask= needs image="),
     ("model.checkpoint={p}/t5.safetensors", "it is a T5 text encoder (it has encoder.block.0"),
     ("model.checkpoint={p}/encoders.safetensors", "an all-in-one checkpoint without transformer"),

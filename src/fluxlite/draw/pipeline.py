@@ -331,6 +331,13 @@ class Pipeline:
         return lora_merging.merge_encoders(encoders, self.loras)
 
     @cached_property
+    def text_files(self):
+        """The `OpenEncoder`s of "t5" and "clip"."""
+        names = "t5", "clip", "tokenizers"
+        opened = open_encoders(*(self.sources[name] for name in names))
+        return {part: encoder for part, (encoder, _) in zip(names, opened)}
+
+    @cached_property
     def transformer(self):
         """The `Flux` with its LoRAs, as this rank holds it."""
         load = sources.load_transformer
@@ -422,12 +429,14 @@ class Pipeline:
 
     def check_texts(self, opened):
         """Raise `ValueError` where LoRAs change other text encoders than these; none is loaded."""
-        parts = [part for part in ("t5", "clip") if any(one.adapters(part) for one in opened)]
-        if parts:
-            names = ("t5", "clip", "tokenizers")
-            found = dict(zip(names, open_encoders(*(self.sources[name] for name in names))))
-        for part in parts:
-            lora_merging.check_text_files(opened, part, found[part][0].tensors)
+        for part in ("t5", "clip"):
+            if any(one.adapters(part) for one in opened):
+                lora_merging.check_text_files(opened, part, self.text_files[part].tensors)
+
+    def check_encoders(self):
+        """Raise `ValueError` where text encoders on this disk are not whole; none is loaded."""
+        if all(Path(self.sources[part]).exists() for part in ("t5", "clip")):
+            _ = self.text_files
 
     def check_widened(self, opened):
         """Raise `ValueError` where LoRAs make a transformer that cannot be drawn with."""

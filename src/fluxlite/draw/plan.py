@@ -113,6 +113,7 @@ def plan_drawing(
     noise = start_latents(latents, times, pictures, shape, from_noise=bool(inputs.image))
     draws = kinds.check_posteriors(posteriors, pictures, controls, shape)
     batches = list_batches(len(pictures), config)
+    pipeline.check_encoders()
     found = sample, scene, times, controls, opened, pictures, noise, draws, batches, strength
     return Plan(pipeline, config, prompts, inputs, *found, find_solver(solver), likened)
 
