@@ -598,6 +598,23 @@ def test_a_lora_kept_apart_computes_what_a_merged_one_does(name, theirs, base, s
         assert all(torch.equal(held[n], t) for n, t in sources.load_state(base).items())
 
 
+@pytest.mark.parametrize("per_output", [True, False])
+def test_a_dora_kept_apart_in_bfloat16_keeps_weak_changes_of_norms(per_output):
+    """Of which a ratio in bfloat16, nearly 1, would have no digit."""
+    draw, axis = write.Draw(1), 1 if per_output else 0
+    linear = torch.nn.Linear(256, 256, bias=False).to(torch.bfloat16).requires_grad_(False)
+    weight = linear.weight.double()
+    ratio = 1 + 0.075 * draw(*((256, 1) if per_output else (1, 256)))  # 0.0015 from 1
+    form = LowRank(torch.zeros(4, 256), torch.zeros(256, 4))
+    model = torch.nn.ModuleDict({"linear": linear})
+    term = nets_lora.AdapterTerm(form, ratio=ratio)
+    [found] = nets_lora.adapt_linears(model, {"linear": [term]})["linear"].terms
+    x = torch.eye(256, dtype=torch.bfloat16)
+    added = found(x, torch.nn.functional.linear(x, linear.weight), linear.weight).T.double()
+    gains = (added * weight).sum(axis) / weight.square().sum(axis)
+    assert relative_error(gains, (ratio.double() - 1).flatten()) < 0.01
+
+
 def test_kept_apart_nothing_of_the_base_is_copied(base, tmp_path):
     file = save(write.peft(), tmp_path)
     mapped = {name: t.data_ptr() for name, t in sources.load_state(base).items()}

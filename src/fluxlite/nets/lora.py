@@ -169,7 +169,8 @@ class AdapterTerm(nn.Module):
     """A form, its scale, and the strength with which it is added to a linear.
 
     Without `ratio` it adds strength · scale · ΔW·x. With one, DoRA's, W + strength · (W' − W) is
-    meant, W' = ratio ∘ (W + scale · ΔW): a ratio (out, 1) rescales rows, one (1, in) columns.
+    meant, W' = ratio ∘ (W + scale · ΔW): a ratio (out, 1) rescales rows, one (1, in) columns. What
+    is kept is its excess over 1, of which bfloat16 holds more digits than of what is nearly 1.
     """
 
     def __init__(self, form, scale=1.0, strength=1.0, ratio=None):
@@ -179,7 +180,7 @@ class AdapterTerm(nn.Module):
             if _has_values(tensor):
                 tensor = nn.Parameter(tensor, requires_grad=False)
             setattr(self, name, tensor)
-        self.ratio = None if ratio is None else nn.Parameter(ratio, requires_grad=False)
+        self.excess = None if ratio is None else nn.Parameter(ratio - 1, requires_grad=False)
 
     def form(self):
         return self.form_type(*(getattr(self, name) for name in self.form_type._fields))
@@ -187,14 +188,14 @@ class AdapterTerm(nn.Module):
     def forward(self, x, base, weight):
         """What is added for inputs x (…, in); a ratio needs base = W·x, without bias."""
         form = self.form()
-        if self.ratio is None:
+        if self.excess is None:
             return form.apply(x) * (self.scale * self.strength)
-        if self.ratio.shape[1] == 1:
-            changed = (base + self.scale * form.apply(x)) * self.ratio[:, 0]
-        else:
-            x = x * self.ratio[0]
-            changed = F.linear(x, weight) + self.scale * form.apply(x)
-        return self.strength * (changed - base)
+        if self.excess.shape[1] == 1:
+            added = self.scale * form.apply(x)
+            return self.strength * (added + (base + added) * self.excess[:, 0])
+        further = x * self.excess[0]
+        added = F.linear(further, weight) + self.scale * form.apply(x + further)
+        return self.strength * added
 
 
 class AdaptedLinear(nn.Linear):
@@ -211,7 +212,7 @@ class AdaptedLinear(nn.Linear):
 
     def forward(self, x):
         out, base = super().forward(x), None
-        if any(term.ratio is not None for term in self.terms):
+        if any(term.excess is not None for term in self.terms):
             base = F.linear(x, self.weight)
         for term in self.terms:
             out = out + term(x, base, self.weight)
