@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import logging
 import multiprocessing
@@ -364,6 +365,19 @@ def test_a_profile_stays_with_the_colours_that_it_is_of(mode):
     image, stream = Image.new(mode, (8, 8)), io.BytesIO()
     image.save(stream, "jpeg", icc_profile=b"profile")
     assert ("icc_profile" in decode_picture(stream.getvalue()).info) == (mode == "RGB")
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_frame_lies_in_its_picture_whatever_is_rounded(flip):
+    """As of a photograph of 4032 x 3024 in a bucket of 1472 x 256: PIL takes no offset below 0."""
+    generator = torch.Generator().manual_seed(0)
+    for size in ((4032, 3024), (89, 178), (1920, 1080), (427, 640), (1, 1000)):
+        for height, width in itertools.product(range(64, 1600, 64), repeat=2):
+            crop = dict(crop="random", flip=True, generator=generator) if flip else {}
+            left, top, right, bottom = choose_frame(size, height, width, **crop).box
+            assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
+    framed = choose_frame((4032, 3024), 256, 1472).of(Image.new("L", (4032, 3024)))
+    assert framed.size == (1472, 256)
 
 
 def test_a_picture_without_pixels_is_refused():

@@ -143,7 +143,9 @@ def choose_frame(size, height, width, *, crop="center", flip=False, generator=No
     draw = torch.rand(3, generator=generator) if crop == "random" or flip else None
     left, top = draw[:2].tolist() if crop == "random" else (0.5, 0.5)
     scale = min(size[0] / width, size[1] / height)  # pixels of the picture per pixel of the result
-    x, y = left * (size[0] - width * scale), top * (size[1] - height * scale)
+    # of the side that is covered the rest is 0, or by rounding a little less
+    x, y = (max(0.0, rest) for rest in (size[0] - width * scale, size[1] - height * scale))
+    x, y = left * x, top * y
     if scale == 1:
         x, y = (size[0] - width) // 2, (size[1] - height) // 2
         if crop == "random":
