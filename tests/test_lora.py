@@ -536,6 +536,25 @@ def test_what_was_read_for_another_model_is_refused(base, tmp_path):
         lora_merging.open_loras([Lora(read_lora(file, deep))], base)
 
 
+@pytest.mark.parametrize("last", [20, 10**9])
+def test_a_file_of_few_blocks_is_exchanged_and_one_of_a_billion_refused(last, tmp_path):
+    """As ai-toolkit trains layers 7 and 20 alone: four keys."""
+    linears = {f"single_transformer_blocks.{i}.proj_out": (48, 240) for i in (7, last)}
+    made = write.low_rank_file(linears, write.dotted("transformer."), write.AB)
+    file, out = save(made, tmp_path), tmp_path / "out.safetensors"
+    if last > 20:
+        with pytest.raises(ValueError, match="block 1000000000 among 4 keys: the file is damaged"):
+            read_lora(file)
+        return
+    lora_writing.exchange_lora(read_lora(file), out, "kohya")
+    found = load_file(out)
+    down, up = (
+        found[f"lora_unet_single_blocks_20_linear2.lora_{x}.weight"] for x in ("down", "up")
+    )
+    meant = made.meant["single_transformer_blocks.20.proj_out.weight"]
+    assert relative_error(up.double() @ down.double(), meant) < 1e-6
+
+
 MISSHAPEN = {  # (key, shape, what is said) in a file of double blocks whose all else is right
     "a factor of another width": (
         "transformer.transformer_blocks.1.attn.to_v.lora_B.weight",

@@ -14,6 +14,7 @@ BLOCKS = {
     "num_double_blocks": r"(?:^|[._])(?:double_blocks|(?<!single_)transformer_blocks)[._](\d+)[._]",
     "num_single_blocks": r"(?:^|[._])(?:single_blocks|single_transformer_blocks)[._](\d+)[._]",
 }
+MOST_BLOCKS = 128  # of a file that changes few of them: FLUX.1 has 38
 # the linears of ours whose outputs have the hidden width; of all others the inputs do
 HIDDEN_OUTPUTS = r"(img_in|txt_in|\w+_in\.linear_(in|out)|.*\.proj|.*\.mlp\.linear_out)\.weight"
 # our linears, of how many parts they are in the file's layout, the side, and what its width is
@@ -50,7 +51,7 @@ def infer_lora_config(tensors):
     keys = tensors.keys()
     counts = {name: 1 + _last_number(pattern, keys) for name, pattern in BLOCKS.items()}
     for count in counts.values():
-        if count > len(keys):
+        if count > max(len(keys), MOST_BLOCKS):
             raise ValueError(f"block {count - 1} among {len(keys)} keys: the file is damaged")
     shapes = linear_shapes(tensors, FluxConfig(**counts))
     hidden = next(filter(None, map(hidden_width, shapes)), FluxConfig.hidden_size)
