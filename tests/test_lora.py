@@ -588,6 +588,13 @@ def test_a_shape_that_is_none_of_a_models_is_one_line(name, base, tmp_path):
             use()
 
 
+def test_a_lora_of_guidance_for_a_model_without_is_told_so(base, tmp_path):
+    linears = {name: shape for name, shape in BFL.items() if name.startswith("guidance_in")}
+    made = write.low_rank_file(linears, write.underscored("lora_unet_"), write.DOWN_UP)
+    with pytest.raises(ValueError, match="lora_unet_guidance_in_.* and no guidance"):
+        read_lora(save(made, tmp_path), replace(base.config, guidance_embed=False))
+
+
 @pytest.mark.parametrize("role", ["lora_A.weight", "alpha"])
 def test_a_type_that_torch_has_not_is_one_line(role, base, tmp_path):
     key, file = f"transformer.proj_out.{role}", tmp_path / "lora.safetensors"

@@ -248,6 +248,7 @@ def unknown_text(unknown, keys, config):
     if model:
         return model
     blocks = f"{config.num_double_blocks} double and {config.num_single_blocks} single blocks"
+    blocks += "" if config.guidance_embed else " and no guidance input"
     return f"{first}, match no weight of this model, which has {blocks}"
 
 
