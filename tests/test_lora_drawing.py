@@ -381,6 +381,7 @@ def garbage(tmp_path, name):
         "alpha": ({f"transformer.{double}.alpha": torch.tensor(1.0)}, "alpha alone"),
         "patterns": (good, "says rank 9"),
         "began": (good, "init_lora_weights=pissa_niter_4: it adds to weights that peft had"),
+        "vast": (good, "r=4, lora_alpha=a number of 1329 bits of "),
         "reshaped": (good | {"diffusion_model.img_in.lora_A.weight": torch.ones(4, 64),
                              "diffusion_model.img_in.lora_B.weight": torch.ones(256, 4),
                              "diffusion_model.img_in.reshape_weight": torch.tensor([256, 128])},
@@ -391,6 +392,7 @@ def garbage(tmp_path, name):
     tensors, said = cases[name]
     about = {
         "patterns": {"transformer.r": 9, "transformer.lora_alpha": 9},
+        "vast": {"transformer.r": 4, "transformer.lora_alpha": 10**400},
         "began": {"transformer.init_lora_weights": "pissa_niter_4"},
     }
     metadata = {"lora_adapter_metadata": json.dumps(about[name])} if name in about else None
@@ -400,7 +402,17 @@ def garbage(tmp_path, name):
 
 GARBAGE = (
     *("empty", "nan", "wide", "ranks", "half", "unknown", "model", "sdxl", "sd", "wan", "flux2"),
-    *("chroma", "oft", "embedding", "alpha", "patterns", "began", "reshaped", "a shape alone"),
+    *(
+        "chroma",
+        "oft",
+        "embedding",
+        "alpha",
+        "patterns",
+        "began",
+        "reshaped",
+        "a shape alone",
+        "vast",
+    ),
 )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fluxlite.cli.descriptions import parse_json, read_json
+from fluxlite.cli.options import shortened
 from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank
 from fluxlite.weights.layouts import COLUMNS, SAME, Rule
 
@@ -19,6 +20,7 @@ PEFT_NAME = "adapter_model.safetensors"  # beside adapter_config.json
 METADATA_KEY = "lora_adapter_metadata"  # diffusers' JSON of peft's LoraConfigs
 # how peft began adapters that it first took out of the base's weights
 CHANGED_BASES = "pissa", "corda", "olora", "loftq", "lora_ga"
+LARGEST = 1e30  # of ranks and alphas
 FACTORS = {  # forms by the roles of their tensors; a `Kronecker` has some of its six
     LowRank: ("down", "up"),
     Hadamard: tuple(f"hada_{name}" for name in Hadamard._fields),
@@ -248,9 +250,9 @@ def peft_scale(settings, name, rank):
         return 1.0
     alpha = settings.get("lora_alpha", settings.get("alpha", r))  # the second of a LoHa or LoKr
     alpha = _of_pattern(settings, "alpha_pattern", name, alpha)
-    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (r, alpha))
-    if not numbers or not math.isfinite(alpha):
-        raise ValueError(f"its {METADATA_KEY} says r={r}, lora_alpha={alpha} of {name}")
+    if not all(type(x) in (int, float) and abs(x) < LARGEST for x in (r, alpha)):
+        said = f"r={shortened(r)}, lora_alpha={shortened(alpha)}"
+        raise ValueError(f"its {METADATA_KEY} says {said} of {name}")
     if r != (r if rank is None else rank) or r <= 0:
         raise ValueError(f"its {METADATA_KEY} says rank {r} of {name}, which has rank {rank}")
     return alpha / math.sqrt(r) if settings.get("use_rslora") else alpha / r
