@@ -288,9 +288,10 @@ def test_parts_that_are_not_named_are_those_beside_the_transformer(tmp_path):
     assert parts(data, "model.checkpoint=owner/name") == ("owner/name",) * 3
     assert parts(data, "model.checkpoint=owner/name/transformer") == ("owner/name",) * 3
     assert parts("data=mock", own) == (None,) * 3
-    for nowhere in ("owner/name/flux1-dev.safetensors", f"{tmp_path}/missing"):
-        with pytest.raises(ValueError, match="model.t5=, .* as model.checkpoint="):
-            parts(data, f"model.checkpoint={nowhere}")
+    with pytest.raises(ValueError, match="model.t5=, .* as model.checkpoint="):
+        parts(data, "model.checkpoint=owner/name/flux1-dev.safetensors")
+    with pytest.raises(ValueError, match="model.checkpoint=.*missing does not exist"):
+        parts(data, f"{own}/missing")
 
 
 def test_help_lists_the_prompt_first_and_what_a_checkpoint_decides_only_where_all_is_asked():

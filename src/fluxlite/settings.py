@@ -53,7 +53,6 @@ from fluxlite.train.tasks.conditions import CONDITIONS
 from fluxlite.train.tasks.controlnet import ControlNetTrainConfig
 from fluxlite.train.tasks.lora import LoraTrainConfig
 from fluxlite.weights import hub
-from fluxlite.weights.hub import TINY
 from fluxlite.weights.run_folder import CheckpointConfig
 
 MAX_STEPS = 10**9  # of training
@@ -342,7 +341,7 @@ def placed_parts(config):
         return model
     if Path(model.checkpoint).exists():
         found = find_parts(model.checkpoint)
-    elif model.checkpoint == TINY or hub.is_pipeline(model.checkpoint):
+    elif model.checkpoint == hub.TINY or hub.is_pipeline(model.checkpoint):
         found = dict.fromkeys(BESIDE_FOLDERS, "/".join(model.checkpoint.split("/")[:2]))
     else:
         found = {}
@@ -355,6 +354,11 @@ def parts_conflicts(config):
     model, data = placed_parts(config), config.data
     parts = [part for part in BESIDE_FOLDERS if not getattr(model, part)]
     missing = ", ".join(f"model.{part}=" for part in parts)
+    named = model.checkpoint
+    yield (
+        missing and named and not (Path(named).exists() or hub.is_repository(named)),
+        f"model.checkpoint={named} does not exist",
+    )
     yield (
         missing and (data.kind != "mock" or len(parts) < 3),
         f"data={data.kind} needs {missing}: name a folder or a hub id for each, or a whole "
@@ -554,7 +558,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         """The `Control`s to draw with; the shipped pipeline has a net of its own."""
         nets = self.controlnet
         if self.control_image and self._takes_shipped():
-            nets = dataclasses.replace(nets, checkpoint=[TINY])
+            nets = dataclasses.replace(nets, checkpoint=[hub.TINY])
         return nets.controls(self.control_image[self._owns_control() :])
 
     def _takes_shipped(self):
@@ -562,7 +566,7 @@ class InferConfig(PipelineConfig, DrawConfig, PromptConfig):
         the transformer one that follows it, that net is named.
         """
         named = self.controlnet.checkpoint or self.lora.file
-        return not named and self.model.checkpoint == TINY
+        return not named and self.model.checkpoint == hub.TINY
 
     def _owns_control(self):
         """Whether the first picture to follow is the transformer's own: there is a net for each of
