@@ -4,6 +4,8 @@ import json
 import re
 import runpy
 import shutil
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,14 @@ from scipy.ndimage import gaussian_filter
 import fluxlite
 from fluxlite.cli.command_line import flag_of
 from fluxlite.data import circles, rings
-from fluxlite.data.fill50k import disc_coverage, distance_from, draw_sample, rgb
+from fluxlite.data.fill50k import (
+    COLOURS,
+    disc_coverage,
+    distance_from,
+    draw_sample,
+    is_held_out,
+    rgb,
+)
 from fluxlite.draw import proof
 from fluxlite.weights.hub import ASSETS
 
@@ -254,7 +263,7 @@ def test_every_ring_of_the_generator_is_a_ring_and_no_circle_is(smooth):
     for number, pair in enumerate(proof.choose_pairs(20, 1)):
         found = []
         for draw in (rings.draw_ring, rings.draw_circle):
-            array, _ = draw(number, size=64, seed=3, choices=[pair])
+            array, _ = draw(number, pair, size=64, seed=3)
             blurred = gaussian_filter(array.astype(float), (smooth, smooth, 0))
             found.append(circles.measure_ring(Image.fromarray(np.uint8(blurred)), *pair))
         assert [result["ring"] for result in found] == [True, False], pair
@@ -306,7 +315,7 @@ def test_a_rings_hole_and_what_is_around_it_are_of_the_background_and_it_of_its_
 
 def perfect_ring(number, prompt):
     pair = prompt.removesuffix(" background").split(" ring with ")
-    return Image.fromarray(rings.draw_ring(number, size=64, seed=0, choices=[pair])[0])
+    return Image.fromarray(rings.draw_ring(number, pair, size=64, seed=0)[0])
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -334,6 +343,18 @@ def test_a_lora_is_proven_by_rings_with_it_and_circles_as_before(
     assert line["circle_without"] == 1 and (line["circle"] == 1) == kept and line["same_at_0"]
     with pytest.raises(ValueError, match="--lora is measured by rings: leave out --swaps"):
         runpy.run_path(str(PROVE))["body"]([*arguments, "--swaps", "3", "--overwrite"])
+
+
+def test_a_folders_colours_stand_out_and_none_comes_often_while_another_has_not_come():
+    for seed in (0, 1):
+        dealt = rings.deal_pairs(200, seed)
+        assert len(set(dealt)) == 200
+        assert all(np.abs(rgb(a) - rgb(b)).max() >= 64 for a, b in dealt)
+        assert not any(is_held_out(*pair) for pair in dealt)
+        first, every = (Counter(chain.from_iterable(d)) for d in (dealt[:64], dealt))
+        assert max(first.values()) == 1 and max(every.values()) <= 4
+        assert every.keys() == COLOURS.keys()
+    assert rings.deal_pairs(64, 0) != rings.deal_pairs(64, 1)
 
 
 def test_rings_are_proven_with_pairs_that_no_training_sees(tmp_path):

@@ -6,8 +6,9 @@ circles, each with an instruction and the circle before it, as a Kontext model i
     python -m fluxlite.data.rings --dst circles --figure circle --seed 1
     python -m fluxlite.data.rings --dst recoloured --figure recoloured --count 6000
 
-A ring is a circle with a hole of the background's colour, half as wide. Pairs of colours that
-`is_held_out` are never written.
+A ring is a circle with a hole of the background's colour, half as wide. The two colours of a
+picture stand out from each other, and no colour comes often while another has not come. Pairs of
+colours that `is_held_out` are never written.
 """
 
 from dataclasses import MISSING, dataclass
@@ -43,11 +44,25 @@ def ring_caption(ring, background):
     return f"{ring} ring with {background} background"
 
 
-def draw_ring(index, *, size, seed, choices=None):
-    """Sample `index`: a ring as (size, size, 3) uint8, and its caption."""
-    rng = np.random.default_rng((seed, index))
-    choices = choices or colour_pairs(held_out=False)
-    ring, background = choices[rng.integers(len(choices))]
+def deal_pairs(count, seed):
+    """`count` (figure, background) pairs of colours that stand out, none held out.
+
+    They are dealt in rounds, in each of which a colour comes once at most.
+    """
+    rng = np.random.default_rng(seed)
+    pairs, dealt = [pair for pair in colour_pairs(held_out=False) if stands_out(*pair)], []
+    while len(dealt) < count:
+        used = set()
+        for number in rng.permutation(len(pairs)):
+            if used.isdisjoint(pairs[number]):
+                used.update(pairs[number])
+                dealt.append(pairs[number])
+    return dealt[:count]
+
+
+def draw_ring(index, pair, *, size, seed):
+    """Sample `index`: a ring of a pair of colours as (size, size, 3) uint8, and its caption."""
+    rng, (ring, background) = np.random.default_rng((seed, index)), pair
     radius = rng.uniform(*RING_RADIUS) * size
     distance = distance_from(rng.uniform(radius, size - radius, 2), size)
     inside = disc_coverage(distance, radius) - disc_coverage(distance, HOLE * radius)
@@ -55,9 +70,9 @@ def draw_ring(index, *, size, seed, choices=None):
     return np.rint(target).astype(np.uint8), ring_caption(ring, background)
 
 
-def draw_circle(index, *, size, seed, choices=None):
+def draw_circle(index, pair, *, size, seed):
     """The same for a circle of fill50k."""
-    target, _, caption = draw_sample(index, size=size, seed=seed, choices=choices)
+    target, _, caption = draw_sample(index, size=size, seed=seed, choices=[pair])
     return target, caption
 
 
@@ -66,16 +81,14 @@ def recolour_caption(colour):
     return f"colour the circle {colour}"
 
 
-def draw_recoloured(index, *, size, seed, choices=None):
+def draw_recoloured(index, pair, *, size, seed):
     """A circle of fill50k, the instruction that it follows, and the same circle in another colour,
     which stands out too.
     """
-    draw = np.random.default_rng((seed, index, 1))
-    choices = choices or colour_pairs(held_out=False)
-    circle, background = choices[draw.integers(len(choices))]
+    draw, (circle, background) = np.random.default_rng((seed, index, 1)), pair
     others = [name for name in COLOURS if stands_out(name, background)]
-    pairs = (circle, background), (others[draw.integers(len(others))], background)
-    target, before = (draw_sample(index, size=size, seed=seed, choices=[p])[0] for p in pairs)
+    other = others[draw.integers(len(others))], background
+    target, before = (draw_circle(index, p, size=size, seed=seed)[0] for p in (pair, other))
     return target, recolour_caption(circle), before
 
 
@@ -103,13 +116,12 @@ def write_figures(config):
     """Write the folder that a `RingsConfig` names: pictures and a .txt beside each, and what was
     recoloured as .ref.png.
     """
-    choices = colour_pairs(held_out=False)
+    draw = FIGURES[config.figure]
     with atomic_folder(Path(config.dst)) as folder:
         if folder is None:
             raise ValueError(f"--dst {config.dst} exists: remove it or name another folder")
-        for i in range(config.count):
-            draw = FIGURES[config.figure]
-            picture, caption, *before = draw(i, size=config.size, seed=config.seed, choices=choices)
+        for i, pair in enumerate(deal_pairs(config.count, config.seed)):
+            picture, caption, *before = draw(i, pair, size=config.size, seed=config.seed)
             for ending, one in zip(("png", "ref.png"), (picture, *before)):
                 (folder / f"{i:05d}.{ending}").write_bytes(encode_picture(one, "png"))
             (folder / f"{i:05d}.txt").write_text(caption)
