@@ -265,14 +265,14 @@ def learning_rate(config, step, total_steps):
 
 def group_by_share(model):
     """[(share, parameters)] of what is trained, alike in `share_of_rank`, device and kind of
-    tensor.
+    tensor, vectors apart: biases and scales are more than half of all, and small.
 
     Norms of a group are taken by a few kernels, however many parameters it has.
     """
     ranks, groups = dist.get_world_size(), {}
     for p in model.parameters():
         if p.requires_grad:
-            key = share_of_rank(p, ranks), p.device, isinstance(p, DTensor)
+            key = share_of_rank(p, ranks), p.device, isinstance(p, DTensor), p.ndim == 1
             groups.setdefault(key, []).append(p)
     return [(share, parameters) for (share, *_), parameters in groups.items()]
 
@@ -293,11 +293,19 @@ def gradient_norm(groups, loss=0.0):
     for share, parameters in groups:
         parts = local_gradients(parameters)
         if parts:
-            norms = torch.stack(torch._foreach_norm(join_vectors(parts), dtype=torch.float32))
-            total = total + share * norms.dot(norms).to(device)
+            total = total.add(sum_of_squares(parts).to(device), alpha=share)
     if dist.get_world_size() > 1:
         dist.all_reduce(total)
     return total.sqrt_()
+
+
+def sum_of_squares(parts):
+    """Of all values of tensors, vectors or none of them, in float32."""
+    if parts[0].ndim == 1:
+        values = torch.cat(parts).float()
+    else:
+        values = torch.stack(torch._foreach_norm(parts, dtype=torch.float32))
+    return values.dot(values)
 
 
 def local_gradients(parameters):
@@ -310,12 +318,6 @@ def local_gradients(parameters):
         if p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
     return [p.grad.to_local() for p in found]
-
-
-def join_vectors(parts):
-    """The tensors, all vectors as one: biases and scales are more than half of them, and small."""
-    vectors = [part for part in parts if part.ndim == 1]
-    return [part for part in parts if part.ndim != 1] + ([torch.cat(vectors)] if vectors else [])
 
 
 def clip_scale(norm, clip):
