@@ -151,6 +151,8 @@ def exchange(args):
     """Write a LoRA in another dialect."""
     from fluxlite.weights import lora_files, lora_writing
 
+    if args.digests:
+        raise ValueError(f"--digests is for models, and --src {args.src} is a LoRA: name another")
     if args.to not in LORA_DIALECTS:
         raise ValueError(
             f"--src {args.src} is a LoRA: choose --to {', '.join(LORA_DIALECTS)}, or name the "
@@ -170,9 +172,9 @@ def extract(args):
     from fluxlite.weights import lora_extract, lora_writing, sources
 
     check_lora_output(args, ("max_shard_size", "verify", "part"))
-    base = sources.open_part(sources.open_source(args.extract, setting="--extract"), "transformer")
-    tuned = sources.open_source(args.src, setting="--src", ema=not args.no_ema)
-    tuned, to = sources.open_part(tuned, "transformer"), args.to or "peft"
+    base = sources.open_part(args.extract, "transformer", setting="--extract")
+    tuned = sources.open_part(args.src, "transformer", setting="--src", ema=not args.no_ema)
+    to = args.to or "peft"
     dtype = getattr(torch, args.dtype or "float32")
     with bar(base.num_bytes(), "extracting") as progress:
         made = lora_extract.extract_lora(base, tuned, args.rank, to, dtype, progress.update)

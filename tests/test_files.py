@@ -100,6 +100,22 @@ def test_an_all_in_one_file_draws_what_its_parts_draw(named, states, tmp_path):
     assert np.array_equal(np.asarray(ours), np.asarray(theirs)) and np.asarray(ours).std() > 5
 
 
+def test_a_transformer_without_a_prefix_is_that_of_its_all_in_one_file(states, tmp_path, caplog):
+    named = ("", *PREFIXES["today"][1:])
+    save_file(prefixed(states, named), tmp_path / "all.safetensors")
+    ours, plain = (open_source(place) for place in (tmp_path / "all.safetensors", TINY))
+    plain = dict(sources.weights_of(plain))
+    assert ours.layout == "bfl" and not [r for r in caplog.records if "left out" in r.message]
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in sources.weights_of(ours))
+
+
+def test_keys_of_no_part_of_an_all_in_one_file_are_said(states, tmp_path, caplog):
+    others = {"model_ema.decay": torch.zeros(2), "denoiser.sigmas": torch.zeros(3)}
+    save_file(prefixed(states, PREFIXES["today"]) | others, tmp_path / "all.safetensors")
+    assert open_source(tmp_path / "all.safetensors").what == "transformer"
+    assert "2 keys of no part are left out, denoiser.sigmas first" in caplog.text
+
+
 def in_fp8(state):
     """Every tensor as a plain fp8 file has it."""
     return {k: t.to(FP8) if t.is_floating_point() else t for k, t in state.items()}
@@ -201,8 +217,10 @@ def test_encoders_in_files_are_those_in_folders(states, tmp_path):
     save_file(t5 | {"spiece_model": torch.zeros(9, dtype=torch.uint8)} | SAVED, files[0])
     clip = states["text_encoder"] | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     save_file(clip | {"text_projection.weight": torch.zeros(128, 128)}, files[1])
+    save_file(clip | {"text_projection": torch.zeros(128, 128)}, tmp_path / "bare.safetensors")
     theirs = encodings(TINY, TINY)
     assert equal(encodings(*files, tokenizers=TINY), theirs)
+    assert equal(encodings(files[0], tmp_path / "bare.safetensors", tokenizers=TINY), theirs)
     assert equal(encodings(TINY / "text_encoder_2" / "model.safetensors", files[1], TINY), theirs)
     bare = {key.removeprefix("text_model."): tensor for key, tensor in clip.items()}
     save_file(bare, files[1])
@@ -511,6 +529,29 @@ def test_without_the_package_a_gguf_file_says_what_it_needs(tmp_path, monkeypatc
     (tmp_path / "x.gguf").write_bytes(HEADER)
     with pytest.raises(ValueError, match="is a GGUF file, .* pip install gguf"):
         open_source(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("part", ["t5", "clip"])
+def test_an_encoder_of_another_width_is_refused_before_it_is_loaded(part, tmp_path, monkeypatch):
+    """As T5-XL, or CLIP-G."""
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    kinds = {"t5": ("text_encoder_2", T5Config, T5EncoderModel, "d_model")}
+    kinds["clip"] = "text_encoder", CLIPTextConfig, CLIPTextModel, "hidden_size"
+    folder, config, model, width = kinds[part]
+    model(config.from_pretrained(TINY / folder, **{width: 64})).save_pretrained(tmp_path / folder)
+    for name in ("tokenizer", "tokenizer_2"):
+        shutil.copytree(TINY / name, tmp_path / name)
+    monkeypatch.setattr("fluxlite.weights.text_encoders.load_model", None)
+    key = {"t5": "text_width", "clip": "pooled_width"}[part]
+    told = f"model.{part} gives 64 channels, but the transformer has model.{key}=128"
+    named = {part: str(tmp_path)}
+    with pytest.raises(ValueError, match=told):
+        fluxlite.generate(PROMPT, **named, **DRAWN, device="cpu")
+    given = ["model=flux_tiny", "device=cpu", "data=fill50k", "model.autoencoder=flux-tiny"]
+    given += [f"model.{p}={named.get(p, 'flux-tiny')}" for p in ("t5", "clip")]
+    with pytest.raises(ValueError, match=told):
+        load_parts(load_config(TrainConfig, "train", given), "cpu", None)
 
 
 WRONG = {

@@ -106,6 +106,30 @@ def test_jobs_are_drawn_once_each_whatever_is_moved_or_added(tmp_path, capsys):
     assert (pixels(alone) == pixels(same)).all()
 
 
+def test_a_job_that_another_program_has_drawn_meanwhile_stays(tmp_path, monkeypatch, caplog):
+    write_jobs(tmp_path / "jobs.jsonl", 2)
+    arguments = [*FAST, f"jobs={tmp_path}/jobs.jsonl", f"output={tmp_path}/out"]
+    draw = infer["body"].__globals__["draw_pictures"]
+
+    def draw_late(*given, **options):
+        """Another program draws all of them, while this one has begun."""
+        monkeypatch.setitem(infer["body"].__globals__, "draw_pictures", draw)
+        infer["body"](arguments)
+        return draw(*given, **options)
+
+    monkeypatch.setitem(infer["body"].__globals__, "draw_pictures", draw_late)
+    infer["body"](arguments)
+    assert len(saved(tmp_path / "out")) == 2
+    assert caplog.text.count("drawn by another program meanwhile: it stays") == 2
+
+
+def test_a_picture_too_large_to_be_read_is_one_line(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "vast.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="from=.*vast.png is no whole PNG"):
+        infer["body"]([f"from={tmp_path}/vast.png", f"output={tmp_path}/out"])
+
+
 def test_what_the_command_line_gives_is_checked_with_each_line_of_jobs(tmp_path):
     (tmp_path / "jobs.jsonl").write_text("{}")
     given = [f"jobs={tmp_path}/jobs.jsonl", "controlnet.checkpoint=net", "lora.scale=0.5"]

@@ -368,6 +368,11 @@ def garbage(tmp_path, name):
                     "match no weight of this model, which has 2 double and 4 single blocks"),
         "model": (load_file(TINY / "transformer" / "diffusion_pytorch_model.safetensors"),
                   "it is a transformer, not a LoRA: name it as model.checkpoint="),
+        "vae": (load_file(TINY / "vae" / "diffusion_pytorch_model.safetensors"),
+                "it is an autoencoder, not a LoRA: name it as model.autoencoder="),
+        "t5": (load_file(TINY / "text_encoder_2" / "model.safetensors"), "it is a T5 text encoder"),
+        "unet": ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 2)},
+                 "it is a UNet"),
         "sdxl": ({"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(2, 2)}, "SDXL"),
         "sd": ({"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(2, 2)},
                "SDXL"),
@@ -402,6 +407,7 @@ def garbage(tmp_path, name):
 
 GARBAGE = (
     *("empty", "nan", "wide", "ranks", "half", "unknown", "model", "sdxl", "sd", "wan", "flux2"),
+    *("vae", "t5", "unet"),
     *(
         "chroma",
         "oft",
@@ -465,6 +471,11 @@ CONVERT_MISUSES = {
     "a LoRA of a vae": (
         ["--src", "flux-tiny/vae", "--lora", "A", "--dst", "OUT"],
         "changes a transformer",
+    ),
+    "digests of a LoRA": (["--src", "A", "--digests"], "--digests is for models"),
+    "a vae to extract": (
+        ["--src", "flux-tiny", "--extract", "flux-tiny/vae", "--rank", "4", "--dst", "OUT"],
+        "--extract=",
     ),
     "digests of one": (["--src", "flux-tiny", "--lora", "A", "--digests"], "leave out --lora"),
     "no rank": (

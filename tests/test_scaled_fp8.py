@@ -138,6 +138,10 @@ FAULTS = {  # what the error names: what is done to the file
         {f"{MATRIX}.weight": s[f"{MATRIX}.weight"].bfloat16()}
     ),
     "img_in.weight_scale scales nothing": put("img_in.weight_scale", torch.ones(())),
+    f"{MATRIX}.weight is of type I8 with a scale, which is not supp": lambda s: (
+        s.pop(f"{MATRIX}.comfy_quant"),
+        s.update({f"{MATRIX}.weight": s[f"{MATRIX}.weight"].to(torch.int8)}),
+    ),
     "nowhere.weight_scale scales nothing": put("nowhere.weight_scale", torch.ones(())),
     "img_in.input_scale belongs to no weight": put("img_in.input_scale", torch.ones(())),
     f"{MATRIX}.weight has two scales": put(f"{MATRIX}.scale_weight", torch.ones(())),

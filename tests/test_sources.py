@@ -203,6 +203,8 @@ OTHERS = {
     "or its like": ["lycoris_double_blocks_0_img_attn_proj.lokr_w1"],
     "name it as lora=": ["lycoris_double_blocks_0_img_attn_proj.hada_w1_a"],
     "Redux": ["redux_up.weight", "redux_down.weight"],
+    "it is quantised by torchao": ["img_in._weight_qdata", "img_in._weight_scale"],
+    "PuLID": ["pulid_ca.0.to_q.weight"],
     "IP-Adapter": ["double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight"],
     "Chroma": ["distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight"],
     "FLUX.2": ["single_stream_modulation.lin.weight", "time_in.in_layer.weight"],
@@ -214,6 +216,22 @@ OTHERS = {
     "CLIP": ["text_model.embeddings.position_embedding.weight"],
     "language model": ["model.layers.0.self_attn.q_proj.weight"],
     "FLUX.1's ae.safetensors": ["quant_conv.weight", "decoder.conv_in.weight"],
+    # FLUX.2's as BFL writes it, Wan's, LTX-Video's
+    "an autoencoder, but not": ["encoder.quant_conv.weight", "decoder.conv_in.weight"],
+    "an autoencoder, but not FLUX.1's": ["conv1.weight", "encoder.downsamples.0.residual.0.gamma"],
+    "autoencoder, but not FLUX.1's": ["encoder.conv_in.conv.weight"],
+    "LTX-Video": ["model.diffusion_model.patchify_proj.weight", "vae.encoder.conv_in.conv.weight"],
+    "PixArt or LTX-Video": ["caption_projection.linear_1.weight", "scale_shift_table"],
+    "PixArt": ["pos_embed.proj.weight", "adaln_single.linear.weight"],
+    "Sana": ["patch_embed.proj.weight", "transformer_blocks.0.ff.conv_inverted.weight"],
+    "CogVideoX": ["patch_embed.text_proj.weight", "transformer_blocks.0.attn1.to_q.weight"],
+    "AuraFlow": ["pos_embed.pos_embed", "joint_transformer_blocks.0.attn.to_q.weight"],
+    "as Wan": ["condition_embedder.time_embedder.linear_1.weight", "blocks.0.attn1.to_q.weight"],
+    "a video model": ["net.blocks.0.cross_attn.q_proj.weight"],
+    "HunyuanVideo": [
+        "context_embedder.token_refiner.refiner_blocks.0.attn.to_q.weight",
+        "time_text_embed.timestep_embedder.linear_1.weight",
+    ],
 }
 
 
@@ -222,6 +240,24 @@ def test_a_file_of_something_else_is_told_by_its_keys(named, tmp_path):
     save_file({key: torch.zeros(2, 2) for key in OTHERS[named]}, tmp_path / "other.safetensors")
     message = refusal(tmp_path / "other.safetensors")
     assert named in message and message.count(": ") >= 2 and "\n" not in message
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "_orig_mod.", "model.diffusion_model."])
+def test_what_a_program_puts_before_all_keys_is_left_out(bfl_file, prefix):
+    plain = {name: tensor.clone() for name, tensor in sources.weights_of(open_source(bfl_file))}
+    save_state(bfl_file, {prefix + name: t for name, t in load_file(bfl_file).items()})
+    found = dict(sources.weights_of(open_source(bfl_file)))
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+
+
+def test_one_of_several_files_says_that_their_folder_is_named(bfl_file):
+    for name in ("x-00001-of-00003.safetensors", "x-00002-of-00002.gguf"):
+        file = bfl_file.with_name(name)
+        shutil.copy(bfl_file, file)
+        assert f"{file} is one of {name[15]} files: name their folder" in refusal(file)
+    alone = bfl_file.rename(bfl_file.with_name("x-00001-of-00001.safetensors"))
+    assert open_source(alone).what == "transformer"
 
 
 BYTES = {

@@ -40,11 +40,12 @@ def option(default, help, **about):
     The bounds are `at_least`, `above`, `at_most` and `below`. `verbatim`: the command line's text
     is taken as it stands. `path`: so is this, `~` is the home folder, and empty is refused.
     `only_given`: a word, as `pipe:`, with which a value does something and is therefore taken from
-    the command line alone. `resume`: a run that goes on may change it. `group`: the Hydra group
-    that sets it. `only_with`: {another key: its values with which this one is read}; given on a
-    command line with others, it is refused. `key`: what errors call it where it is a flag. `short`:
-    what a command line may call it. `rare`: only `--help all` names it. A default that is a list or
-    a class is made anew for each instance; `MISSING` is none.
+    the command line alone. `resume`: a run that goes on may change it, or with "elsewhere" name
+    another place of the same. `group`: the Hydra group that sets it. `only_with`: {another key: its
+    values with which this one is read}; given on a command line with others, it is refused. `key`:
+    what errors call it where it is a flag. `short`: what a command line may call it. `rare`: only
+    `--help all` names it. A default that is a list or a class is made anew for each instance;
+    `MISSING` is none.
     """
     metadata = {"help": help, **about}
     if isinstance(default, type):
@@ -127,12 +128,18 @@ def resumable_keys(cls, prefix="", everything=False):
     """
     hints, found = typing.get_type_hints(cls), set()
     for f in dataclasses.fields(cls):
-        marked = everything or f.metadata.get("resume", False)
+        marked = everything or f.metadata.get("resume") is True
         if dataclasses.is_dataclass(hints[f.name]):
             found |= resumable_keys(hints[f.name], f"{prefix}{f.name}.", marked)
         elif marked:
             found.add(prefix + f.name)
     return found
+
+
+def place_keys(cls):
+    """The dotted keys of places that a resumed run may name anew: fields marked "elsewhere"."""
+    fields = option_fields(cls).items()
+    return {key for key, f in fields if f.metadata.get("resume") == "elsewhere"}
 
 
 def same_option(cls, name, **changes):

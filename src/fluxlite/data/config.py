@@ -42,6 +42,7 @@ class DataConfig:
         "pipe:COMMAND, a shell command that prints a tar; data=folder: a folder of pictures; "
         "several with :: between them; fill50k: the folder where they are or will be",
         verbatim=True,
+        resume="elsewhere",
         only_given="pipe:",
     )
     repeats: list[float] = option(
@@ -177,6 +178,7 @@ class DataConfig:
         None,
         "folder for latents and texts that are encoded once; null: encode them each time",
         path=True,
+        resume="elsewhere",
     )
     cache_pictures: bool = option(
         False, "keep the pictures themselves in data.cache= too, which model.kind=fill masks"
@@ -187,6 +189,7 @@ class DataConfig:
         "pairs, "
         "or the last samples",
         verbatim=True,
+        resume="elsewhere",
         only_given="pipe:",
     )
     val_count: int = option(

@@ -55,6 +55,7 @@ class PartsConfig:
         None,
         "transformer: a pipeline folder, a transformer's, a run or a file; flux-tiny is shipped",
         path=True,
+        resume="elsewhere",
     )
     save_converted: str | None = option(
         None,
@@ -68,22 +69,26 @@ class PartsConfig:
         "T5 encoder, if not that beside the transformer: a folder, a pipeline folder, a file or a "
         "hub id",
         path=True,
+        resume="elsewhere",
     )
     clip: str | None = option(
         None,
         "CLIP text encoder, likewise: a folder, a pipeline folder, a file or a hub id",
         path=True,
+        resume="elsewhere",
     )
     tokenizers: str | None = option(
         None,
         "pipeline folder or hub id whose tokenizer and tokenizer_2 are read, for encoders in files "
         "that have none beside them",
         path=True,
+        resume="elsewhere",
     )
     autoencoder: str | None = option(
         None,
         "autoencoder, likewise: ae.safetensors, a vae/ folder, a pipeline folder or a hub id",
         path=True,
+        resume="elsewhere",
     )
     ema: bool = option(True, "use the moving average of a run, where it has one")
     attention: str = option("auto", "attention kernel", choices=tuple(ATTENTION), resume=True)
@@ -326,15 +331,15 @@ class Pipeline:
         """The `TextEncoders`, with what LoRAs change of them."""
         paths, tokenizers = (self.sources["t5"], self.sources["clip"]), self.sources["tokenizers"]
         where = dict(device=self.device, dtype=self.dtype, tokenizers=tokenizers)
-        encoders = load_text_encoders(*paths, **where)
-        check_widths(self.model_config, encoders=encoders)
+        encoders = load_text_encoders(*paths, **where, fitting=self.model_config)
         return lora_merging.merge_encoders(encoders, self.loras)
 
     @cached_property
     def text_files(self):
         """The `OpenEncoder`s of "t5" and "clip"."""
         names = "t5", "clip", "tokenizers"
-        opened = open_encoders(*(self.sources[name] for name in names))
+        places = [self.sources[name] for name in names]
+        opened = open_encoders(*places, fitting=self.sources["transformer"].config)
         return {part: encoder for part, (encoder, _) in zip(names, opened)}
 
     @cached_property
@@ -596,7 +601,7 @@ def find_sources(model):
             "each"
         )
     vae = sources.open_part(parts["autoencoder"], "autoencoder")
-    check_widths(transformer.config, vae)
+    check_latents(transformer.config, vae)
     for where, kind in ((parts["t5"], T5), (parts["clip"], CLIP)):
         if Path(where).is_file():
             locate_encoder(where, kind, parts["tokenizers"])
@@ -632,24 +637,16 @@ def check_expected(config, expected, checkpoint):
             raise ValueError(f"model.{name}={value}, but {checkpoint} has {getattr(config, name)}")
 
 
-def check_widths(config, autoencoder=None, encoders=None):
-    """Raise `ValueError` where a part's width does not fit a transformer of configuration `config`.
-
-    Each part is loaded, a `Source` or left out.
+def check_latents(config, autoencoder):
+    """Raise `ValueError` where an autoencoder, loaded or a `Source`, has other latents than a
+    transformer of such a configuration.
     """
-    widths = []
-    if autoencoder:
-        channels = PATCH**2 * autoencoder.config.latent_channels
-        widths.append(("autoencoder", channels, "out_channels"))
-    if encoders:
-        widths.append(("t5", encoders.text_width, "text_width"))
-        widths.append(("clip", encoders.pooled_width, "pooled_width"))
-    for part, theirs, key in widths:
-        if theirs != getattr(config, key):
-            raise ValueError(
-                f"model.{part} gives {theirs} channels, but the transformer has "
-                f"model.{key}={getattr(config, key)}"
-            )
+    channels = PATCH**2 * autoencoder.config.latent_channels
+    if channels != config.out_channels:
+        raise ValueError(
+            f"model.autoencoder gives {channels} channels, but the transformer has "
+            f"model.out_channels={config.out_channels}"
+        )
 
 
 def default_settings(transformer):

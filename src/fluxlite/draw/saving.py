@@ -6,6 +6,7 @@ of a file of jobs. The chunk `parameters` holds what other programs show.
 
 import hashlib
 import json
+import logging
 import re
 from collections import Counter
 
@@ -17,6 +18,8 @@ from fluxlite.cli.atomic import locked
 from fluxlite.cli.descriptions import parse_json, read_text
 from fluxlite.weights.tensor_files import atomic_weights
 
+log = logging.getLogger("fluxlite")
+
 REDRAWN_REMEDY = "name a PNG that infer.py of this version has written"
 
 
@@ -24,7 +27,8 @@ def save_picture(picture, folder, name, settings=None, path=None):
     """Write a PNG under a name that is free, or to a `path`, whole or not at all, with its
     settings.
 
-    Programs that save to one folder at once take turns, so that none takes another's name.
+    Programs that save to one folder at once take turns, so that none takes another's name. What
+    another has written to the `path` meanwhile stays, and that is said.
     """
     info = PngInfo()
     if settings:
@@ -33,6 +37,8 @@ def save_picture(picture, folder, name, settings=None, path=None):
     stem = file_stem(name)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / f".{stem}.lock"):
+        if path and path.exists():
+            return log.warning("%s has been drawn by another program meanwhile: it stays", path)
         path = path or free_path(folder, stem)
         with atomic_weights(path) as part:
             picture.save(part, "PNG", pnginfo=info)
@@ -79,7 +85,7 @@ def read_again(path):
         with Image.open(path, formats=["PNG"]) as image:
             image.load()
             text = getattr(image, "text", {}).get("fluxlite")
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         if getattr(error, "strerror", None):  # of the disk
             raise
         raise ValueError(f"from={path} is no whole PNG: {REDRAWN_REMEDY}") from None

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from fluxlite import __version__, parallel
 from fluxlite.cli.messages import warn_for_all
-from fluxlite.cli.options import flat_values, resumable_keys
+from fluxlite.cli.options import flat_values, place_keys, resumable_keys
 from fluxlite.train import run_state
 from fluxlite.train.building import changed_keys, list_changes
 from fluxlite.weights import run_folder
@@ -21,7 +21,8 @@ def check_resume(saved, config):
     defaults = dict(flat_values(json.loads(json.dumps(asdict(type(config)())))))
     old = defaults | dict(flat_values(saved))
     changed = changed_keys(old, new)
-    accepted = changed & resumable_keys(type(config))
+    moved = {key for key in changed & place_keys(type(config)) if old.get(key) and new[key]}
+    accepted = changed & resumable_keys(type(config)) | moved
     refused = changed - accepted
     if refused:
         listed = list_changes(old, new, refused)
@@ -29,6 +30,9 @@ def check_resume(saved, config):
             f"resume=auto: {config.output} was started with other settings ({listed}); restore "
             "them, or set another output="
         )
+    if moved:
+        told = list_changes(old, new, moved)
+        warn_for_all("resuming with other places, taken for copies of the same: %s", told)
     if accepted - {"resume"}:
         log.info("resuming with changed %s", ", ".join(sorted(accepted - {"resume"})))
     if "steps" in changed and config.optim.schedule != "constant":

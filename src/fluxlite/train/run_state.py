@@ -9,6 +9,7 @@
 of itself: a changed byte is noticed wherever a checkpoint is read.
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -56,12 +57,21 @@ log = logging.getLogger("fluxlite")
 # what a run writes at once or adds to, beside its checkpoints
 WRITTEN = {"config.json", "metrics.jsonl", "images", "losses.png", "control.png"}
 
+# what a file system without links says
+NO_LINKS = errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS
+
 # --- going on -------------------------------------------------------------------------------------
 
 
 def held_names(run):
-    """What lies among a run's checkpoints, less what killed writers left there."""
+    """What lies among a run's checkpoints, less what killed writers left there; raises `ValueError`
+    where their folder is a file, or a link to what is not there, as a disk that is not mounted.
+    """
     root = Path(run) / "checkpoints"
+    if os.path.lexists(root) and not root.is_dir():
+        linked = root.is_symlink() and f"a link to {os.readlink(root)}, which is no folder"
+        what = linked or "a file"
+        raise ValueError(f"output={run}: {root} is {what}: bring it back, or set another output=")
     return [p.name for p in root.iterdir() if not p.name.startswith(".")] if root.is_dir() else []
 
 
@@ -189,10 +199,17 @@ def free_name(path):
 
 
 def point_last(root, name):
-    """Make the link `last` name a checkpoint, in one step."""
+    """Make the link `last` name a checkpoint, in one step. A file system without links, as of a USB
+    stick, has none, which is said: readers take the newest step.
+    """
     link = root / ".last"
     link.unlink(missing_ok=True)
-    link.symlink_to(name)
+    try:
+        link.symlink_to(name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return log.warning("%s gets no link `last` (%s): %s counts", root, error.strerror, name)
     os.replace(link, root / "last")
     sync_folder(root)
 

@@ -16,7 +16,7 @@ from fluxlite.data.loading import make_loader
 from fluxlite.data.mock import MockSamples
 from fluxlite.data.opening import open_dataset, prepare_data
 from fluxlite.data.transfers import send_tensor
-from fluxlite.draw.pipeline import check_widths
+from fluxlite.draw.pipeline import check_latents
 from fluxlite.nets.flux import rope_table
 from fluxlite.nets.latents import position_ids
 from fluxlite.parallel import ParallelConfig
@@ -160,10 +160,9 @@ def load_parts(config, device, mesh):
     where = dict(dtype=getattr(torch, config.dtype), device=device)
     names, tokenizers = (config.model.t5, config.model.clip), config.model.tokenizers
     places = dict(t5_device="cpu" if sharded else device, tokenizers=tokenizers)
-    encoders = load_text_encoders(*names, **places, **where)
+    encoders = load_text_encoders(*names, **places, **where, fitting=config.model.shape())
     if sharded:
         parallel.shard_frozen(encoders.t5, encoders.t5.encoder.block, mesh.node)
-    check_widths(config.model.shape(), encoders=encoders)
     return FrozenParts(sources.load_autoencoder(source, **where), encoders)
 
 
@@ -173,7 +172,7 @@ def open_autoencoder(config):
     """
     where = config.model.autoencoder
     source = sources.open_part(where, "autoencoder")
-    check_widths(config.model.shape(), source)
+    check_latents(config.model.shape(), source)
     cell = source.config.downsampling
     if cell != config.model.downsampling:
         raise ValueError(

@@ -76,6 +76,8 @@ class EncoderKind:
     # of files without a config.json: ({name: value} that shapes show, `Tensors`) → further ones
     infer: Callable = lambda shown, tensors: {}
     renames: tuple = ()  # (in llama.cpp's names, here)
+    width: str = ""  # of what it gives, in config.json
+    width_key: str = ""  # in a transformer's configuration
 
 
 def infer_t5(shown, tensors):
@@ -114,6 +116,8 @@ T5 = EncoderKind(
         ((T5_QUERIES,), {1: "d_model"}),
     ),
     what=foreign.T5,
+    width="d_model",
+    width_key="text_width",
     infer=infer_t5,
     renames=(
         (r"^token_embd\.", "shared."),
@@ -137,7 +141,7 @@ CLIP = EncoderKind(
     other_weights=(
         "vision_model.",
         "visual_projection.",
-        "text_projection.",
+        "text_projection",
         "logit_scale",
         "text_model.embeddings.position_ids",
         "embeddings.position_ids",
@@ -154,6 +158,8 @@ CLIP = EncoderKind(
         (("encoder.layers.0.mlp.fc1.weight",), {0: "intermediate_size"}),
     ),
     what=foreign.CLIP,
+    width="hidden_size",
+    width_key="pooled_width",
     infer=infer_clip,
 )
 SIGLIP = EncoderKind(
@@ -377,6 +383,18 @@ def open_encoder(encoder, kind, tokenizer=None):
     except ValueError as error:
         raise ValueError(f"{kind.key}: the weights do not load whole: {error}") from None
     return OpenEncoder(encoder, kind, tensors, file, said or shown | kind.infer(shown, tensors))
+
+
+def check_width(opened, config):
+    """Raise `ValueError` where an `OpenEncoder` does not fit a transformer of such a
+    configuration.
+    """
+    width, key = opened.values[opened.kind.width], opened.kind.width_key
+    if width != getattr(config, key):
+        raise ValueError(
+            f"{opened.kind.key} gives {width} channels, but the transformer has "
+            f"model.{key}={getattr(config, key)}"
+        )
 
 
 def check_said(said, shown, file):

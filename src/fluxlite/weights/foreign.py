@@ -22,14 +22,15 @@ TELLTALE_KEYS = (
     ),
     (r"\.(qweight|qzeros|wscales|smooth_factor|weight_packed)$", "quantised", QUANTIZED_REMEDY),
     (r"\.weight\._(data|scale)$|\.weight_scale_(2|inv)$", "quantised", QUANTIZED_REMEDY),
+    (r"\._weight_(qdata|scale|data)$", "quantised by torchao", QUANTIZED_REMEDY),
     (
         r"(?i)lora|\.hada_|\.lokr_|\.dora_scale|\.oft_(blocks|diag)|\.diff(_b)?$",
         "a LoRA or its like, not a model",
         "name it as lora=, and as this the model that it changes",
     ),
     (
-        r"ip_adapter|^image_proj|\.to_k_ip\.",
-        "an IP-Adapter",
+        r"ip_adapter|^image_proj|\.to_k_ip\.|^pulid_",
+        "an IP-Adapter or PuLID",
         "it is not supported yet: name a transformer or a ControlNet",
     ),
     (
@@ -40,6 +41,12 @@ TELLTALE_KEYS = (
     (r"distilled_guidance_layer\.", "Chroma", f"it is not supported: {OTHER_MODEL}"),
     (r"(single|double)_stream_modulation", "FLUX.2", f"it is not supported: {OTHER_MODEL}"),
     (r"\.img_mod\.1\.|^txt_norm\.", "Qwen-Image", OTHER_MODEL),
+    (r"joint_transformer_blocks\.|\.modX\.", "AuraFlow", OTHER_MODEL),
+    (r"\.conv_inverted\.", "Sana", OTHER_MODEL),
+    (r"^patch_embed\.text_proj\.", "CogVideoX", OTHER_MODEL),
+    (r"(^|\.)patchify_proj\.", "LTX-Video", OTHER_MODEL),
+    (r"\bblocks\.\d+\.cross_attn\.|^condition_embedder\.", "a video model, as Wan", OTHER_MODEL),
+    (r"(^|\.)(caption_projection|adaln_single)\.", "PixArt or LTX-Video", OTHER_MODEL),
     (r"(^|\.)joint_blocks\.|^pos_embed\.(pos_embed|proj)", "Stable Diffusion 3", OTHER_MODEL),
     (
         r"(^|\.)(input_blocks|middle_block|output_blocks)\.\d|^(down|up)_blocks\.\d+\.(att|res)",
@@ -47,14 +54,9 @@ TELLTALE_KEYS = (
         OTHER_MODEL,
     ),
     (r"controlnet_cond_embedding|^control_model\.", "Stable Diffusion's ControlNet", OTHER_MODEL),
-    (r"individual_token_refiner", "HunyuanVideo", OTHER_MODEL),
+    (r"token_refiner\.", "HunyuanVideo", OTHER_MODEL),
     (r"(^|\.)noise_refiner\.|(^|\.)cap_embedder", "Lumina or Z-Image", OTHER_MODEL),
     (r"(^|\.)double_stream_blocks\.", "HiDream", OTHER_MODEL),
-    (
-        r"^(model\.diffusion_model\.)?blocks\.\d+\.cross_attn\.",
-        "a video model, as Wan",
-        OTHER_MODEL,
-    ),
     (
         r"^(text_encoders|cond_stage_model|conditioner|first_stage_model|vae)\.",
         "an all-in-one checkpoint with text encoders or an autoencoder, as ComfyUI loads them",
@@ -72,7 +74,12 @@ TELLTALE_KEYS = (
     ),
     (r"(^|\.)vision_model\.|^embeddings\.patch_", IMAGE_ENCODER, "name a transformer"),
     (r"(^|\.)layers\.\d+\.self_attn\.q_proj|^blk\.\d", "a language model", OTHER_MODEL),
-    (r"^(post_)?quant_conv\.", "an autoencoder, but not FLUX.1's", "fetch FLUX.1's ae.safetensors"),
+    (
+        # FLUX.2's and Stable Diffusion's; of videos, as Wan's and LTX-Video's
+        r"(^|\.)(post_)?quant_conv\.|^(en|de)coder\.(conv_in\.conv|(down|up)samples)\.",
+        "an autoencoder, but not FLUX.1's",
+        "fetch FLUX.1's ae.safetensors",
+    ),
     (r"^(encoder|decoder)\.layers\.\d|^taesd_", "a tiny autoencoder (TAE)", "fetch ae.safetensors"),
     (r"^(clip_l|clip_g|emb_params|t5xxl)$", "a textual inversion", "name a transformer"),
 )

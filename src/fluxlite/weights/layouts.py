@@ -265,7 +265,11 @@ ARTICLED = {
     "controlnet": "a ControlNet",
     "autoencoder": "an autoencoder",
 }
-PREFIXES = ("", "model.diffusion_model.")  # the second: BFL's layout as ComfyUI saves it
+PART_KEYS = {  # that name them
+    "transformer": "model.checkpoint",
+    "controlnet": "controlnet.checkpoint",
+    "autoencoder": "model.autoencoder",
+}
 
 
 # --- tables spelled out for a model ---------------------------------------------------------------
@@ -374,11 +378,14 @@ def first_names(layout):
 def recognise_layout(keys):
     """(part, layout, prefix) of a checkpoint from its keys: transformer, controlnet or autoencoder.
 
-    Raises `ValueError` for keys that are none's, or several layouts'.
+    The prefix is whatever a program puts before all of them, as ComfyUI `model.diffusion_model.`
+    and torch.compile `_orig_mod.`. Raises `ValueError` for keys that are none's, or several
+    layouts'.
     """
     keys, everywhere = set(keys), "time_in.linear_in"  # which each layout names in its own way
-    pairs = itertools.product(LAYOUTS, PREFIXES)
-    found = [(of, prefix) for of, prefix in pairs if prefix + their_name(of, everywhere) in keys]
+    names = [(of, their_name(of, everywhere)) for of in LAYOUTS]
+    pairs = [(of, name, key) for (of, name), key in itertools.product(names, keys)]
+    found = [(of, k.removesuffix(name)) for of, name, k in pairs if f".{k}".endswith(f".{name}")]
     if "decoder.conv_in.weight" in keys:
         if found:
             raise ValueError(
@@ -387,7 +394,8 @@ def recognise_layout(keys):
         bfl = "decoder.mid.block_1.norm1.weight" in keys
         return "autoencoder", "bfl" if bfl else "diffusers", ""
     if len(found) > 1:
-        raise ValueError(f"the keys mix layouts: {' and '.join(layout for layout, _ in found)}")
+        shown = " and ".join(layout + f" ({prefix})" * bool(prefix) for layout, prefix in found)
+        raise ValueError(f"the keys mix layouts: {shown}")
     if not found:
         shown = ", ".join(sorted(keys)[:3]) or "none"
         raise ValueError(

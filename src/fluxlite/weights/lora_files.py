@@ -19,9 +19,9 @@ from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import check_kind, check_options, expand_home, expand_path, option
 from fluxlite.nets.configs import FluxConfig
 from fluxlite.nets.lora import DenseForm, Hadamard, Kronecker, LowRank, float_form
-from fluxlite.weights import hub, lora_keys, run_folder
+from fluxlite.weights import foreign, hub, lora_keys, run_folder
 from fluxlite.weights.dtypes import DTYPES
-from fluxlite.weights.layouts import recognise_layout
+from fluxlite.weights.layouts import ARTICLED, PART_KEYS, recognise_layout
 from fluxlite.weights.lora_adapters import PEFT_NAME, form_rank, make_adapters, peft_settings
 from fluxlite.weights.lora_shapes import infer_lora_config
 from fluxlite.weights.tensor_files import Tensors, check_values
@@ -87,6 +87,11 @@ def locate_lora(where, setting="lora="):
     if not path.exists():
         path = _fetch_lora(str(where), setting)
     path = run_lora(path) or path
+    if run_folder.is_run(path):
+        raise ValueError(
+            f"{setting}{where} is a run, and not of a LoRA: name it as model.checkpoint=, or make "
+            "one of it (convert_hf.py --extract)"
+        )
     if not os.access(path, os.R_OK):
         raise ValueError(f"{setting}{where} cannot be read: no permission")
     if not path.is_dir():
@@ -230,9 +235,20 @@ def dialect_of(meaning):
 def model_text(keys):
     """What is wrong with a file that holds a model; None for other files."""
     try:
-        return f"it is a {recognise_layout(keys)[0]}, not a LoRA: name it as model.checkpoint="
+        what = recognise_layout(keys)[0]
+        return f"it is {ARTICLED[what]}, not a LoRA: name it as {PART_KEYS[what]}="
     except ValueError:
         return None
+
+
+def other_text(keys):
+    """What a file is that has no key of an adapter, as far as `foreign` knows it; or None."""
+    if any(re.search(ADAPTER_KEYS, key) for key in keys):
+        return None
+    try:
+        foreign.check_keys(keys)
+    except ValueError as error:
+        return f"{error}"
 
 
 def unknown_text(unknown, keys, config):
@@ -241,12 +257,12 @@ def unknown_text(unknown, keys, config):
     kinds = [(key, kind) for key in unknown if (kind := lora_keys.refused_kind(key))]
     if kinds:
         return f"it holds {kinds[0][1]} ({kinds[0][0][:120]}), which is not supported"
+    model = model_text(keys) or other_text(keys)
+    if model:
+        return model
     other = lora_keys.other_model(unknown)
     if other:
         return f"it is a LoRA of {other}, not of FLUX.1 ({first})"
-    model = model_text(keys)
-    if model:
-        return model
     blocks = f"{config.num_double_blocks} double and {config.num_single_blocks} single blocks"
     blocks += "" if config.guidance_embed else " and no guidance input"
     return f"{first}, match no weight of this model, which has {blocks}"

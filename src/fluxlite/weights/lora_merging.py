@@ -19,7 +19,7 @@ from fluxlite.cli.messages import warn_for_all
 from fluxlite.nets.lora import AdapterTerm, DenseForm, LowRank, adapt_linears, float_form
 from fluxlite.weights import conversion, sources
 from fluxlite.weights.dtypes import wider_dtype
-from fluxlite.weights.layouts import SAME
+from fluxlite.weights.layouts import ARTICLED, SAME
 from fluxlite.weights.lora_adapters import form_part, moves_columns, part_indices, rule_shape
 from fluxlite.weights.lora_files import Lora, LoraFile, read_lora
 from fluxlite.weights.lora_keys import CLIP_PREFIX
@@ -270,7 +270,8 @@ def our_reader(source):
 def bake_source(source, loras, dtype=None):
     """The `merged_source` to write, of `Lora`s, whose text parts are left out: the log says so."""
     if source.what != "transformer":
-        raise ValueError(f"--lora changes a transformer, and {source.where} is a {source.what}")
+        what = ARTICLED[source.what]
+        raise ValueError(f"--lora changes a transformer, and {source.where} is {what}")
     opened = open_loras(loras, source, "--lora ")
     for lora in opened:
         others = [part for part in lora.file.adapters if part != "transformer"]

@@ -13,6 +13,7 @@ import torch
 
 from fluxlite.cli.descriptions import DAMAGED, parse_json
 from fluxlite.cli.options import shortened
+from fluxlite.weights.dtypes import DTYPES
 
 SCALES = ".weight_scale", ".scale_weight"
 NOTES = ".input_scale", ".scale_input", ".comfy_quant"
@@ -69,7 +70,13 @@ def check_pairs(tensors, found, noted, scales):
 def check_scale(tensors, key, weight):
     """Raise `ValueError` unless a scale has an fp8 matrix, and one value or one for each row."""
     rows = tensors.shape(weight)
-    if not rows or len(rows) != 2 or tensors.header(weight)[0] not in FP8_TYPES:
+    kind = tensors.header(weight)[0] if rows else None
+    if kind not in (None, *FP8_TYPES, *DTYPES):
+        raise ValueError(
+            f"{weight} is of type {kind} with a scale, which is not supported yet: fetch a version "
+            "in bfloat16, fp8 or nf4"
+        )
+    if not rows or len(rows) != 2 or kind not in FP8_TYPES:
         raise ValueError(f"{key} scales nothing: the file has no {weight} in fp8: {DAMAGED}")
     spelled, shape = tensors.header(key)
     if shape not in ((), (1,), (1, 1), rows[:1], (rows[0], 1)):

@@ -275,19 +275,14 @@ def load_quantized(model, weights, kind, dtype, device):
 
 
 PART_FOLDERS = {"transformer": "transformer", "controlnet": "controlnet", "autoencoder": "vae"}
-PART_KEYS = {  # that name them
-    "transformer": "model.checkpoint",
-    "controlnet": "controlnet.checkpoint",
-    "autoencoder": "model.autoencoder",
-}
 
 
-def open_part(where, part, **options):
+def open_part(where, part, *, setting=None, **options):
     """The `Source` of a part from what `open_source` takes, or from a `Source`.
 
-    Raises `ValueError`, naming the part's key, where it is something else.
+    Raises `ValueError`, naming `setting` or the part's key, where it is something else.
     """
-    key = PART_KEYS[part]
+    key = setting or layouts.PART_KEYS[part]
     if not isinstance(where, Source):
         where = open_source(where, setting=key, part=PART_FOLDERS[part], **options)
     if where.what != part:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 from collections import namedtuple
@@ -37,6 +38,7 @@ WRITE_ERRORS = {
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 LONGEST_NOTE = 4096  # bytes
 DIGEST_BYTES = 1 << 26  # read at a time
+SHARD_NAME = re.compile(r"-\d{5}-of-(\d{5})\.\w+$")
 BYTE_UNITS = "bytes", "kB", "MB", "GB", "TB"
 
 
@@ -49,6 +51,9 @@ def files_of(path):
     """
     path = Path(path)
     if not path.is_dir():
+        shard = SHARD_NAME.search(path.name)
+        if shard and int(shard[1]) > 1:
+            raise ValueError(f"{path} is one of {int(shard[1])} files: name their folder")
         return [path]
     indices = sorted(path.glob("*.safetensors.index.json"))
     if not indices:

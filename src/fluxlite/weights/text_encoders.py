@@ -21,6 +21,7 @@ from fluxlite.weights.encoder_files import (
     READ_SUFFIXES,
     T5,
     check_tokens,
+    check_width,
     load_model,
     load_tokenizer,
     locate_encoder,
@@ -95,25 +96,29 @@ class TextEncoders:
         return total.hexdigest()[:16]
 
 
-def open_encoders(t5, clip, tokenizers=None):
+def open_encoders(t5, clip, tokenizers=None, fitting=None):
     """[(`OpenEncoder`, folder of its tokenizer)] of T5 and of CLIP, as `load_text_encoders` takes
     them; nothing is loaded. Raises `ValueError`.
     """
     named = (t5, T5), (clip, CLIP)
     places = [(*locate_encoder(where, kind, tokenizers), kind) for where, kind in named]
-    return [(open_encoder(place, kind, folder), folder) for place, folder, kind in places]
+    opened = [(open_encoder(place, kind, folder), folder) for place, folder, kind in places]
+    for encoder, _ in opened if fitting else ():
+        check_width(encoder, fitting)
+    return opened
 
 
-def load_text_encoders(t5, clip, *, device, dtype, t5_device=None, tokenizers=None):
+def load_text_encoders(t5, clip, *, device, dtype, t5_device=None, tokenizers=None, fitting=None):
     """The encoders in `t5` and `clip`, each a folder, a file or a hub repository, frozen, in
     `dtype`.
 
     T5, by far the larger, may go to a `t5_device` of its own. `tokenizers` is a pipeline whose
-    tokenizers are taken, for files that have none beside them.
+    tokenizers are taken, for files that have none beside them. `fitting` is the configuration of
+    the transformer whose widths they have.
     Raises `ValueError` that names `model.t5` or `model.clip` where one cannot be found, fetched or
     loaded whole.
     """
-    (of_t5, t5_folder), (of_clip, clip_folder) = open_encoders(t5, clip, tokenizers)
+    (of_t5, t5_folder), (of_clip, clip_folder) = open_encoders(t5, clip, tokenizers, fitting)
     with quiet_transformers():
         from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 

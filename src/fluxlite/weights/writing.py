@@ -14,7 +14,7 @@ from fluxlite.cli.options import expand_home
 from fluxlite.weights import conversion, layouts, tensor_files
 from fluxlite.weights.diffusers_configs import config_to_diffusers
 from fluxlite.weights.run_folder import is_run
-from fluxlite.weights.sources import PART_KEYS, SCHEDULER_FILE, open_part, open_source
+from fluxlite.weights.sources import SCHEDULER_FILE, open_part, open_source
 
 log = logging.getLogger("fluxlite")
 
@@ -220,7 +220,7 @@ def open_converted(where, save_converted, *, part="transformer", **options):
     are those of `open_source`. Ranks that share a disk may call this together: one writes, the
     others wait. Raises `ValueError` where the file was made from something else.
     """
-    key = PART_KEYS[part]
+    key = layouts.PART_KEYS[part]
     setting = key.replace("checkpoint", "save_converted")
     source = open_part(where, part, **options)
     if not save_converted:

@@ -57,6 +57,7 @@ class ControlNetTrainConfig:
         None,
         "a ControlNet to start from, of any layout; its depth must be the one below",
         path=True,
+        resume="elsewhere",
     )
     init_from_base: bool = option(
         True,

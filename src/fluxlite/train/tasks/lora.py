@@ -43,6 +43,7 @@ class LoraTrainConfig:
         None,
         "a LoRA to go on from, of any dialect, or a run: its linears, ranks and strength",
         path=True,
+        resume="elsewhere",
     )
     rank: int = option(
         16,
