@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
+from fluxlite.cli.processes import keep_freed_memory
 from fluxlite.cli.programs import run_program, stopping_at_once
 
 LAYOUTS = ("fluxlite", "diffusers", "bfl", "nemo")
@@ -239,6 +240,7 @@ def convert(args):
     to = args.to or "fluxlite"
     size = format_bytes(source.num_bytes())
     print(f"{args.src}: {source.what}, {source.layout} layout, {size}")
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))  # other threads digest and write
     files, digest = writing.write_converted(
         source,
         args.dst,
@@ -260,6 +262,7 @@ def convert(args):
 def body(arguments):
     config = parse_flags(ConvertConfig, arguments)
     config.validate()
+    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     convert(config)
 

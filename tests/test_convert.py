@@ -1,5 +1,7 @@
 import json
+import threading
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
@@ -18,7 +20,7 @@ from fluxlite.nets.configs import AutoencoderConfig, ControlNetConfig
 from fluxlite.nets.controlnet import ControlNet
 from fluxlite.nets.flux import Flux, rope_table
 from fluxlite.nets.latents import position_ids
-from fluxlite.weights import conversion, diffusers_configs, net_configs
+from fluxlite.weights import conversion, diffusers_configs, net_configs, tensor_files
 from fluxlite.weights import layouts as convert
 from fluxlite.weights.lora_writing import DIALECTS
 
@@ -396,3 +398,37 @@ def test_controlnets_as_published_have_the_keys_shapes_and_size_of_diffusers(val
         for k in written
         if not k.startswith("_") and k != "axes_dims_rope"
     )
+
+
+class SlowFile:
+    """A file that takes part k once part k + 1 is asked for."""
+
+    def __init__(self):
+        self.asked, self.written = [threading.Event() for _ in range(9)], []
+
+    def write(self, part):
+        assert self.asked[len(self.written) + 1].wait(10)
+        self.written.append(part)
+        return part.nbytes
+
+
+@pytest.mark.parametrize("held", [1, 3])
+def test_a_tensor_is_written_while_the_next_are_made_and_few_wait(held, monkeypatch):
+    monkeypatch.setattr(tensor_files, "WAITING_BYTES", 8 * held)
+    file, parts = SlowFile(), [np.full(1, i) for i in range(8)]
+
+    def made():
+        for number, part in enumerate(parts):
+            file.asked[number].set()
+            assert len(file.written) >= number - held
+            yield part
+        file.asked[8].set()
+
+    assert list(tensor_files.write_behind(file, made())) == [8] * 8
+    assert all(map(np.array_equal, file.written, parts))
+
+
+def test_a_write_that_fails_is_raised_where_it_was_asked_for(monkeypatch):
+    monkeypatch.setattr(tensor_files, "WAITING_BYTES", 0)
+    with open("/dev/full", "wb", buffering=0) as file, pytest.raises(OSError, match="No space"):
+        list(tensor_files.write_behind(file, iter([np.ones(9)])))

@@ -66,23 +66,6 @@ def test_a_program_of_one_process_is_refused_under_torchrun(script):
     )
 
 
-LARGE_TENSOR = """
-import fluxlite.cli.programs
-import torch
-kept = torch.ones(1 << 24)
-print(*(line.split()[1] for line in open("/proc/self/smaps_rollup") if "AnonHuge" in line))
-"""
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="no huge pages here"
-)
-def test_a_large_tensor_of_a_program_lies_in_huge_pages():
-    out = subprocess.run([sys.executable, "-c", LARGE_TENSOR], capture_output=True, check=True)
-    assert int(out.stdout) >= 60_000, out  # kB, of 65,536
-
-
 def test_an_output_that_nobody_can_take_is_one_line():
     source = "from fluxlite.cli.programs import run_program\nrun_program(lambda _: print('x' * 99))"
     with open("/dev/full", "w") as full:

@@ -17,10 +17,6 @@ from fluxlite.cli.processes import STOP_SIGNALS, die_with_parent, leave_process
 
 BUG = "FLUXLITE_TRACEBACK"  # set to 1: every error with its traceback
 
-# on Linux large tensors of the host in pages of 2 MB: writing new ones of 4 kB costs as much as
-# what is computed. torch reads it at the first of them
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, as an exception: what is half written is removed on the way out, as after Ctrl-C."""

@@ -132,6 +132,7 @@ class LoraResolver:
 
     def __init__(self, loras, part, base, config=None, dtype=None):
         self.base, self.config, self.dtype, self.ratios = base, config, dtype, {}
+        self.buffer = torch.empty(0)
         self.adapters = defaultdict(list)  # {our name: [(OpenLora, Adapter, number in its rule)]}
         for lora in loras:
             for adapter in lora.adapters(part):
@@ -143,13 +144,20 @@ class LoraResolver:
         form = form_part(adapter.form, adapter.rule, number, self.config)
         return pad_form(form, self.config.in_channels) if name == WIDENED else form
 
-    def weight(self, name, base=None):
-        """The base's values in float32, a copy, widened where the LoRAs widen it; `base` where they
-        are read already.
-        """
-        base = self.base(name) if base is None else base
-        weight = base.to(torch.float32, copy=True)
+    def weight(self, name):
+        """The base's values in float32, a copy, widened where the LoRAs widen it."""
+        return self.widened(name, self.base(name).to(torch.float32, copy=True))
+
+    def widened(self, name, weight):
         return pad_columns(weight, self.config.in_channels) if name == WIDENED else weight
+
+    def buffered(self, base):
+        """A tensor's values in float32, in memory that the next call takes again: to have it anew
+        from the system costs more than the sums.
+        """
+        if self.buffer.numel() < base.numel():
+            self.buffer = torch.empty(base.numel())
+        return self.buffer[: base.numel()].view(base.shape).copy_(base)
 
     def ratio(self, adapter, number):
         """By what DoRA rescales the rows (out, 1) or columns (1, in) of a rule's tensor of ours.
@@ -189,14 +197,15 @@ class LoraResolver:
         is computed in.
         """
         base = self.base(name)
-        dtype, total = wider_dtype(base.dtype, self.dtype or base.dtype), self.weight(name, base)
+        dtype = wider_dtype(base.dtype, self.dtype or base.dtype)
+        total = self.widened(name, self.buffered(base))
         for _, adapter, number in self.adapters[name]:
             if adapter.replaces:
                 total = form_values(self.form(name, adapter, number)).clone()
         for lora, adapter, number in self.adapters[name]:
             if not adapter.replaces:
                 self.add_difference(total, lora.scale, name, adapter, number)
-        return total.to(dtype)
+        return total.to(dtype, copy=True)
 
     def add_difference(self, total, strength, name, adapter, number):
         """Add a difference to the float32 `total` in place: of low rank in one pass over it."""

@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import struct
-from collections import namedtuple
+from collections import deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ WRITE_ERRORS = {
 MAX_HEADER = 100_000_000  # bytes, as the safetensors library has it
 LONGEST_NOTE = 4096  # bytes
 DIGEST_BYTES = 1 << 26  # read at a time
+WAITING_BYTES = 1 << 27  # made and not yet written
 BYTE_UNITS = "bytes", "kB", "MB", "GB", "TB"
 
 
@@ -367,10 +368,9 @@ def write_tensors(path, described, pieces, metadata, progress=lambda count: None
     header = _header(described, metadata)
     with open(path, "wb") as file:
         file.write(header)
-        for name, tensor in pieces:
-            data = tensor_bytes(checked_cast(name, tensor, described[name][0]))
-            file.write(data)
-            progress(data.nbytes)
+        parts = (tensor_bytes(checked_cast(name, t, described[name][0])) for name, t in pieces)
+        for count in write_behind(file, parts):
+            progress(count)
         if file.tell() != len(header) + num_bytes(described):
             written = file.tell() - len(header)
             raise RuntimeError(f"{path}: {written} bytes were written, not {num_bytes(described)}")
@@ -382,6 +382,18 @@ def write_tensors(path, described, pieces, metadata, progress=lambda count: None
             file.write(changed)
 
     return rewrite
+
+
+def write_behind(file, parts):
+    """Write arrays to an open file while the next are made; yields the bytes of each."""
+    with ThreadPoolExecutor(1) as writer:
+        waiting = deque()
+        for part in parts:
+            waiting.append((part.nbytes, writer.submit(file.write, part)))
+            while sum(size for size, _ in waiting) > WAITING_BYTES:
+                yield waiting.popleft()[1].result()
+        for _, written in waiting:
+            yield written.result()
 
 
 def write_index(path, shards, names):
