@@ -206,6 +206,27 @@ def test_names_that_are_no_text_are_used_and_logged_safely(tmp_path, caplog):
     assert all(message.isprintable() for message in caplog.messages)
 
 
+def test_tars_joined_are_refused_and_links_in_one_are_told(tmp_path, caplog):
+    link = tarfile.TarInfo("z.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "elsewhere.png"
+    write_members(tmp_path / "0.tar", GOOD)
+    with tarfile.open(tmp_path / "0.tar", "a") as tar:
+        tar.addfile(link)
+    open_dataset(config_for(tmp_path), "train", 0)
+    assert "1 members are links or sparse files and not read, z.png first" in caplog.text
+    whole = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(whole + whole)
+    with pytest.raises(ValueError, match="more behind its end at byte .*, as of tars joined"):
+        open_dataset(config_for(tmp_path), "train", 0)
+
+
+def test_a_folders_tars_end_in_any_case_and_compressed_ones_are_told(tmp_path, caplog):
+    write_members(tmp_path / "0.TAR", GOOD)
+    (tmp_path / "1.tar.gz").write_bytes(b"?")
+    assert len(open_dataset(config_for(tmp_path), "train", 0)) == len(GOOD) // 2 - 1
+    assert "1 compressed tars are not read, 1.tar.gz first" in caplog.text
+
+
 def test_a_tar_that_goes_back_in_its_file_is_refused(tmp_path):
     write_members(tmp_path / "0.tar", GOOD)
     data = bytearray((tmp_path / "0.tar").read_bytes())

@@ -1,6 +1,7 @@
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from fluxlite.train.draws import draw_step
 
 # pictures of three proportions: width and height
 SIZES = ((32, 32), (64, 32), (32, 64))
+LENIENT = dict(max_bad_fraction=0.5)
 
 
 def write_folder(folder, numbers, *, captions=True, sizes=((32, 32),)):
@@ -128,11 +130,12 @@ def test_captions_come_from_txt_caption_and_metadata_and_pictures_are_of_any_kin
     assert captions_of(opened(tmp_path, "val"), 1) == ["d"]
 
 
-def test_a_picture_is_turned_as_its_camera_says_before_its_bucket_is_chosen(tmp_path):
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_a_picture_is_turned_as_its_camera_says_before_its_bucket_is_chosen(tmp_path, ending):
     image, exif = Image.new("RGB", (64, 32), "red"), Image.Exif()
     exif[274] = 6
     for i in range(2):
-        image.save(tmp_path / f"{i}.jpg", exif=exif)
+        image.save(tmp_path / f"{i}.{ending}", exif=exif)
         (tmp_path / f"{i}.txt").write_text("red")
     dataset = opened(tmp_path, height=48, width=48, buckets=True, bucket_step=16)
     assert dataset[0]["images"].shape == (3, 64, 32)
@@ -144,6 +147,101 @@ def test_what_a_folder_holds_beside_samples_is_told(tmp_path, caplog):
     assert len(opened(tmp_path)) == 2
     assert "1 captions have no picture" in caplog.text and "notes first" in caplog.text
     assert "3 files are not read" in caplog.text and "IMG.HEIC first" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["x.jpg", "x.txt", "x.mask.png"])
+@pytest.mark.parametrize("made", [os.mkfifo, partial(os.symlink, "nowhere")])
+def test_what_is_no_file_costs_its_sample_and_is_not_waited_for(tmp_path, caplog, name, made):
+    mask = grey_levels(np.eye(32) * 255)
+    write_folder(tmp_path, range(3))
+    write_files(tmp_path, {"x.jpg": picture(1), "x.txt": b"x", "x.mask.png": mask})
+    write_files(tmp_path, {"a/00.mask.png": mask})
+    (tmp_path / name).unlink()
+    made(tmp_path / name)
+    dataset = opened(tmp_path, mask=None if "mask" not in name else "mask.png", **LENIENT)
+    assert len(dataset) == 2 and not dataset[0]["bad"]
+    assert re.search(r"skipped .*/x: .*x\S+( is not a file|: No such file)", caplog.text)
+
+
+def test_what_is_not_read_changes_no_digest_and_what_is_does(tmp_path):
+    write_folder(tmp_path, range(3))
+    digests = lambda: (opened(tmp_path).digest(), opened(tmp_path).layout_digest())  # noqa: E731
+    before = digests()
+    write_files(tmp_path, {".DS_Store": b"?", "a/Thumbs.db": b"?", "a/b/00.md": b"?"})
+    assert digests() == before and len(captions_of(opened(tmp_path))) == 2
+    write_files(tmp_path, {"a/000.jpg": picture(9), "a/000.txt": b"new"})
+    assert not set(digests()) & set(before)
+
+
+def test_of_two_links_to_a_folder_the_first_by_name_is_followed(tmp_path, monkeypatch):
+    def other_way(*where, **options):
+        for folder, below, files in walk(*where, **options):
+            below.sort(reverse=bool(found))  # as another disk has them
+            yield folder, below, files
+
+    write_folder(tmp_path / "sub", range(3))
+    walk, found = os.walk, []
+    for name in ("link", "zlink"):
+        os.symlink("sub", tmp_path / name)
+    monkeypatch.setattr(os, "walk", other_way)
+    for _ in range(2):
+        found.append(opened(tmp_path)[0]["keys"])
+    assert found[0] == found[1] and "/link/" in found[0]
+
+
+@pytest.mark.parametrize(
+    "data,said",
+    [
+        ("a fóx".encode("utf-16"), None),
+        ("a fox".encode("utf-16-be"), "zero bytes, as UTF-16 .*save it as UTF-8"),
+        ("a fóx".encode("latin-1"), "unreadable caption .*save it as UTF-8"),
+        (b" \r\n", "an empty caption"),
+        (b"x" * (1 << 21), "a file of 2097152 bytes"),
+    ],
+)
+def test_captions_are_read_before_a_run_begins(tmp_path, caplog, data, said):
+    write_folder(tmp_path, range(3))
+    write_files(tmp_path, {"a/00.txt": data})
+    if said:
+        with pytest.raises(ValueError, match=f"1 of 3 samples .*a/00: .*{said}"):
+            opened(tmp_path)
+    else:
+        assert "a fóx" in captions_of(opened(tmp_path))
+
+
+def test_a_line_without_a_picture_is_told_whether_it_has_a_caption_or_not(tmp_path, caplog):
+    write_folder(tmp_path, range(3))
+    lines = b'{"file_name": "gone.jpg"}\n{"file_name": "lost.jpg", "text": "x"}\n'
+    write_files(tmp_path, {"metadata.jsonl": lines})
+    opened(tmp_path)
+    assert "2 captions have no picture: that of" in caplog.text and "gone first" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "files,said",
+    [
+        ({"1.heic": b"", "1.txt": b"x", "2.HEIC": b""}, "2 of .heic, 1 of .txt: convert them"),
+        ({"1.tar": b""}, "1 of .tar: set data=webdataset"),
+        ({"LICENSE": b""}, "1 of no ending: convert"),
+    ],
+)
+def test_a_folder_without_pictures_says_what_it_holds(tmp_path, files, said):
+    write_files(tmp_path, files)
+    with pytest.raises(ValueError, match=rf"holds no picture \(jpg, .*\), but {said}"):
+        opened(tmp_path)
+
+
+def test_pictures_smaller_than_they_are_trained_are_told(tmp_path, caplog):
+    write_folder(tmp_path, range(4), sizes=((32, 32), (64, 32), (8, 40)))
+    opened(tmp_path)
+    assert "1 of 3 samples are smaller" in caplog.text and "a/02 most: 4.0 times" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["output", "data.cache"])
+def test_nothing_is_written_among_the_pictures(tmp_path, key):
+    write_folder(tmp_path, range(3))
+    with pytest.raises(ValueError, match=f"{key}=.*/runs lies in data.path="):
+        configure(*RUN, "data=folder", f"data.path={tmp_path}", f"{key}={tmp_path}/runs")
 
 
 def test_a_bare_png_beside_a_jpg_is_the_control_where_one_is_asked_for(tmp_path):
@@ -173,6 +271,11 @@ def misuse(tmp_path, name):
         "mask without picture": {"x.mask.png": picture(1, "png")},
         "mask of another size": {"a/00.mask.png": picture(1, "png", (32, 20))},
         "unreadable": {"a/00.jpg": b"no picture"},
+        "pointer": {"a/00.jpg": b"version https://git-lfs.github.com/spec/v1\noid sha256:1"},
+        "heic": {"a/00.jpg": b"\0\0\0\x18ftypheic"},
+        "far lines": {"metadata.jsonl": b'\n{"file_name": "../y.jpg", "text": "a"}\n'},
+        "lines twice": {"metadata.jsonl": b'{"file_name": "a/00.jpg", "text": "a"}\n' * 2},
+        "hidden lines": {"metadata.jsonl": b'{"file_name": ".y.jpg", "text": "a"}\n'},
         "no caption": {"x.jpg": picture(1)},
         "two of a name": {"a/00.jpeg": picture(1)},
         "bad lines": {"metadata.jsonl": b'{"text": "a"}\n'},
@@ -190,7 +293,12 @@ def misuse(tmp_path, name):
     [
         ("mask without picture", dict(mask="mask.png"), "x: no picture"),
         ("mask of another size", dict(mask="mask.png"), "a/00: its mask: .*32x20.*32x32"),
-        ("unreadable", {}, "a/00: no picture of a known format"),
+        ("unreadable", {}, "a/00: no picture of a known format, but a text file"),
+        ("pointer", {}, "a/00: no picture of a known format, but a Git LFS pointer"),
+        ("heic", {}, "a/00: no picture of a known format, but HEIC"),
+        ("far lines", {}, "metadata.jsonl line 2: '../y.jpg' is no picture in its folder"),
+        ("lines twice", {}, "metadata.jsonl line 2: 'a/00.jpg' has a line already"),
+        ("hidden lines", {}, "metadata.jsonl line 1: '.y.jpg' is no picture in its folder"),
         ("no caption", {}, "x: no caption"),
         ("lines without a caption", {}, "x: no caption"),
         ("two of a name", {}, "a/00: several pictures"),
@@ -198,6 +306,7 @@ def misuse(tmp_path, name):
         ("", dict(path="{}/nothing"), "nothing does not exist: name a folder of pictures"),
         ("", dict(path="{}/a/00.jpg"), "00.jpg is a file: name a folder of pictures"),
         ("", dict(val_count=4), "holds 4 samples: set data.val_count below that"),
+        ("", dict(mask="alpha"), "data.mask=alpha: no picture has transparency"),
         ("", dict(repeats=[1.0, 2.0]), "data.repeats= is given 2 times, and data.path= names 1"),
         ("", dict(template=["sks {caption}"]), "data.template=sks {caption}: write a caption"),
         ("", dict(template=["[]"]), r"data.template=\[\]: write a caption"),
@@ -215,6 +324,12 @@ def test_a_misuse_is_one_line_that_names_the_fault(tmp_path, name, changes, said
     with pytest.raises(ValueError, match=said) as error:
         opened(path and path.format(folder), **{k: v for k, v in changes.items() if k != "path"})
     assert "\n" not in str(error.value)
+
+
+def test_a_single_picture_is_shown_the_way_that_there_is(tmp_path):
+    write_folder(tmp_path, range(1))
+    with pytest.raises(ValueError, match="holds 1 samples: none is left .*: set data.val_path="):
+        opened(tmp_path)
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
@@ -413,7 +528,38 @@ def test_a_black_mask_is_a_bad_sample(tmp_path):
     write_folder(tmp_path, range(3))
     write_files(tmp_path, {"a/00.mask.png": grey_levels(np.zeros((32, 32)))})
     dataset = opened(tmp_path, mask="mask.png", max_bad_fraction=1.0)
-    assert "is black" in str([dataset[i]["bad"] for i in range(2)])
+    assert "black where its picture is seen" in str([dataset[i]["bad"] for i in range(2)])
+
+
+def test_a_transparent_mask_is_a_bad_sample(tmp_path):
+    """A figure in white on nothing would count whole: nothing is white to a picture."""
+    mask = Image.new("RGBA", (32, 32), "#ffffff00")
+    mask.paste("white", (8, 8, 24, 24))
+    write_folder(tmp_path, range(3))
+    mask.save(tmp_path / "a/00.mask.png")
+    dataset = opened(tmp_path, mask="mask.png", max_bad_fraction=1.0)
+    assert "transparent, which is neither" in str([dataset[i]["bad"] for i in range(2)])
+
+
+@pytest.mark.parametrize("crop", ["center", "random"])
+def test_a_mask_that_is_black_where_its_picture_is_cropped_is_a_bad_sample(tmp_path, crop):
+    mask = np.zeros((32, 96))
+    mask[:, :8] = 255
+    write_folder(tmp_path, range(3), sizes=((96, 32), (32, 32)))
+    write_files(tmp_path, {"a/00.mask.png": grey_levels(mask)})
+    dataset = opened(tmp_path, mask="mask.png", crop=crop, max_bad_fraction=1.0)
+    bad = str([dataset[i]["bad"] for i in range(8)])
+    assert ("black where its picture is seen" in bad) == (crop == "center")
+
+
+def test_alpha_counts_whole_where_a_picture_has_none(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    write_folder(tmp_path, range(3))
+    Image.new("RGBA", (32, 32), "#ff000080").save(tmp_path / "a/0.png")
+    (tmp_path / "a/0.txt").write_text("red")
+    dataset = opened(tmp_path, mask="alpha", shuffle=False)
+    assert [float(dataset[i]["masks"].float().mean()) for i in range(3)] == [128, 255, 255]
+    assert "2 of 3 samples have no mask" in caplog.text
 
 
 def test_the_loss_is_the_mean_of_errors_times_masks_and_weights():

@@ -203,6 +203,7 @@ class TrainConfig(MachineConfig):
         for name in ("cache", "download", *["path"] * (self.data.kind == "fill50k")):
             if folder := getattr(self.data, name):
                 nearest_folder(folder, f"data.{name}=")
+        check_outside(self)
         check_size(self.data.height, self.data.width, self.model.downsampling, "data.")
         check_batch(self.data, self.parallel)
         conflicts = *machine_conflicts(machine), *optim_conflicts(machine), *parts_conflicts(self)
@@ -213,6 +214,18 @@ class TrainConfig(MachineConfig):
             self.parallel.check_model(self.model.shape(), text, tokens)
             self.parallel.check_float8(machine, (text, tokens))
         choose_task(self).check_settings(self)
+
+
+def check_outside(config):
+    """Raise `ValueError` where what is written would lie among the pictures that are read."""
+    data = config.data
+    for key, folder in (("output", config.output), ("data.cache", data.cache)):
+        for place in data.places() if data.kind == "folder" and folder else ():
+            if Path(folder).resolve().is_relative_to(Path(place).expanduser().resolve()):
+                raise ValueError(
+                    f"{key}={folder} lies in data.path={place}, whose pictures are trained on: "
+                    "name a folder outside of it"
+                )
 
 
 def check_batch(data, mesh):

@@ -13,6 +13,7 @@ ARCHIVE = "a compressed archive"
 TAR = "a tar"
 SAFETENSORS = "a safetensors file"
 PICTURE = "a picture"
+HEIC = "HEIC, AVIF or a video"
 TEXT = "a text file"
 
 # in lower case, without white space in front
@@ -53,6 +54,8 @@ def file_kind(start):
         return TAR
     if start[8:9] == b"{":  # the length in front may look like anything
         return SAFETENSORS
+    if start[4:8] == b"ftyp":
+        return HEIC
     plain = start.lstrip().lower()
     found = next((what for magic, what in FIRST_BYTES if plain.startswith(magic)), None)
     return found or (TEXT if is_text(start) else None)

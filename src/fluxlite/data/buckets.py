@@ -47,10 +47,11 @@ def log_samples(samples):
         for numbers, of_shape in order.groups:
             shape = samples.shape(numbers[0])
             log.info("bucket %d x %d: %d samples an epoch", *shape, len(of_shape))
-    if config.mask and config.mask != "alpha":
+    if config.mask:
         lacking, count = count_maskless(samples), samples.starts[-1]
         log.info("%d of %d samples have no mask and count whole", lacking, count)
     warn_of_named_repeats(samples)
+    warn_of_small(samples)
 
 
 def count_maskless(samples):
@@ -61,8 +62,28 @@ def count_maskless(samples):
 def check_masks(samples):
     """Raise `ValueError` where masks are asked for and no picture has one."""
     mask = samples.config.mask
-    if mask not in (None, "alpha") and count_maskless(samples) == samples.starts[-1]:
-        raise ValueError(f"data.mask={mask}: no picture has one beside it: name its ending")
+    if mask and count_maskless(samples) == samples.starts[-1]:
+        why = "no picture has one beside it: name its ending"
+        if mask == "alpha":
+            why = "no picture has transparency: name the ending of a file beside it"
+        raise ValueError(f"data.mask={mask}: {why}")
+
+
+def warn_of_small(samples):
+    """Say so where pictures are smaller than they are trained, as thumbnails are."""
+    found = []
+    for first, shard in zip(samples.starts.tolist(), samples.shards):
+        if shard.sizes is not None:
+            shapes = (samples.config.height, samples.config.width)
+            shapes = shapes if shard.shapes is None else shard.shapes
+            factors = (shapes / shard.sizes[:, ::-1]).max(axis=1)
+            found += [(factors[i], first + int(i)) for i in np.flatnonzero(factors > 1)]
+    if found:
+        most, number = max(found)
+        text = (
+            "%d of %d samples are smaller than they are trained and enlarged, %s most: %.1f times"
+        )
+        warn_for_all(text, len(found), samples.starts[-1], samples.key(number), most)
 
 
 def warn_of_named_repeats(samples):

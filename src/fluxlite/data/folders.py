@@ -5,11 +5,16 @@ picture's folder, as Hugging Face's imagefolder has it: `{"file_name": "a.jpg", 
 """
 
 import os
+from collections import Counter
+from dataclasses import replace
 from functools import cache
 from operator import itemgetter
 
+import numpy as np
+
 from fluxlite.cli.descriptions import MAX_BYTES, check_regular, foreign_json
 from fluxlite.cli.messages import warn_for_all
+from fluxlite.cli.options import shortened
 from fluxlite.data.indexed import index_samples
 from fluxlite.data.parts import CONTROL, IMAGE, JSON, MASK, SampleParts, printable_name
 
@@ -44,21 +49,30 @@ def index_folder(path, parts):
     if not os.path.isdir(path):
         wrong = "is a file" if os.path.exists(path) else "does not exist"
         raise ValueError(f"{path} {wrong}: name a folder of pictures and captions")
-    files = []
-    for name in sorted(_names_below(path), key=os.fsencode):
-        about = os.stat(os.path.join(path, name))
-        files.append((os.path.join(path, name), about.st_size, about.st_mtime_ns))
+    names = sorted(_names_below(path), key=os.fsencode)
+    files = (_known_file(os.path.join(path, name)) for name in names)
     return _indexed_files(path, tuple(files), parts)
 
 
+def _known_file(path):
+    """A file's path, size and time of change; 0 of a link that leads nowhere."""
+    try:
+        about = os.stat(path)
+    except OSError:  # its sample is then skipped by name
+        return path, 0, 0
+    return path, about.st_size, about.st_mtime_ns
+
+
 def _names_below(path):
-    """The names of all files in a folder and below it, links followed; none of hidden folders."""
+    """The names of all files in a folder and below it, links followed; none that is hidden."""
     seen = set()
     for folder, below, files in os.walk(path, followlinks=True, onerror=_raise_error):
         again = os.path.realpath(folder) in seen
         seen.add(os.path.realpath(folder))
-        below[:] = [name for name in below if not again and not name.startswith(".")]
-        yield from (os.path.relpath(os.path.join(folder, n), path) for n in files if not again)
+        # sorted: by which of two links a folder is found must not be the disk's choice
+        below[:] = sorted(name for name in below if not again and name[0] != ".")
+        shown = [name for name in files if not again and name[0] != "."]
+        yield from (os.path.relpath(os.path.join(folder, name), path) for name in shown)
 
 
 def _raise_error(error):
@@ -71,13 +85,34 @@ def _indexed_files(path, files, parts):
     pictures = set().union(*(parts.endings()[column] for column in (IMAGE, CONTROL, MASK)))
     endings = {key: {*map(itemgetter(0), of)} for key, of in found.items()}
     samples = {key: of for key, of in found.items() if endings[key] & pictures}
-    lone = [k for k in found if k not in samples and endings[k] & {parts.text, parts.json}]
+    if files and not samples:
+        raise ValueError(_no_picture_in(path, files, parts))
+    told = {parts.text, parts.json}
+    lone = [k for k in found if k not in samples and (endings[k] & told or not endings[k])]
     if lone:
         shown = len(lone), path, printable_name(lone[0])
         warn_for_all("%d captions have no picture: that of %s/%s first", *shown)
     shard = index_samples(path, files, parts, index_folder, samples)
     _warn_of_unread(shard)
-    return shard
+    return _only_read(shard)
+
+
+def _only_read(shard):
+    """A shard that knows of no files but those it reads: others may come and go."""
+    used = shard.spans[..., 1] >= 0
+    read, numbers = np.unique(shard.places[used], return_inverse=True)
+    places = np.zeros_like(shard.places)
+    places[used] = numbers
+    return replace(shard, files=tuple(shard.files[i] for i in read), places=places)
+
+
+def _no_picture_in(path, files, parts):
+    """What a folder without a picture holds, and what to do."""
+    counts = Counter(os.path.splitext(file)[1].lower() or "no ending" for file, *_ in files)
+    held = ", ".join(f"{count} of {ending}" for ending, count in counts.most_common(3))
+    remedy = "set data=webdataset" if ".tar" in counts else "convert them, or name another folder"
+    pictures = ", ".join(parts.endings()[IMAGE])
+    return f"{path} holds no picture ({pictures}), but {held}: {remedy}"
 
 
 def _parts_by_key(path, files, parts):
@@ -111,18 +146,21 @@ def _described_pictures(path, file, number, parts):
     check_regular(file)
     if os.path.getsize(file) > MAX_BYTES:
         raise ValueError(f"{file} has more than {MAX_BYTES} bytes: use tars for so many pictures")
-    found, offset = [], 0
+    found, offset = {}, 0
     fields = {keys[0] for column, *keys in parts.captions if column == JSON}
     with open(file, "rb") as lines:
         for i, line in enumerate(lines, 1):
             if line.strip():
                 row = _read_line(line, f"{file} line {i}")
                 picture = os.path.join(os.path.dirname(file), row["file_name"])
-                split = split_file(os.path.relpath(picture, path), parts)
+                key, _ = split_file(os.path.relpath(picture, path), parts) or (None, None)
+                if key is None or key in found:
+                    wrong = "has a line already" if key else "is no picture in its folder or below"
+                    raise ValueError(f"{file} line {i}: {shortened(row['file_name'])} {wrong}")
                 ending = parts.json if any(map(row.get, fields)) else UNTOLD
-                found.append((split and (split[0], ending), (number, offset, len(line))))
+                found[key] = ending, (number, offset, len(line))
             offset += len(line)
-    return found
+    return [((key, ending), place) for key, (ending, place) in found.items()]
 
 
 def _read_line(line, where):
@@ -140,8 +178,8 @@ def _warn_of_unread(shard):
     """Say so where files of a folder are part of no sample."""
     read = set(shard.places[shard.spans[..., 1] >= 0].tolist())
     names = [path for path, _, _ in shard.files]
-    unread = [n for i, n in enumerate(names) if i not in read and os.path.basename(n)[0] != "."]
+    unread = [name for i, name in enumerate(names) if i not in read]
     if unread:
-        first = printable_name(unread[0])
-        remedy = "data.control= and data.mask= say what else is"
-        warn_for_all("%d files are not read, %s first: %s", len(unread), first, remedy)
+        pictures = ", ".join(shard.parts.endings()[IMAGE])
+        text = "%d files are not read, %s first: pictures are %s; see data.control= and data.mask="
+        warn_for_all(text, len(unread), printable_name(unread[0]), pictures)

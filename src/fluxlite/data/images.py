@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from fluxlite.cli.file_kinds import KIND_BYTES, PICTURE, file_kind
+
 # of a sample's pictures, in their place where they are encoded: mean and log variance
 POSTERIORS = {"images": ("mean", "logvar"), "controls": ("control_mean", "control_logvar")}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -28,7 +30,13 @@ def open_picture(stream):
     try:
         return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
-        raise BadSample("no picture of a known format") from None
+        stream.seek(0)
+        kind = file_kind(stream.read(KIND_BYTES))
+        but = f", but {kind}" if kind not in (None, PICTURE) else ""
+        raise BadSample(f"no picture of a known format{but}") from None
+    except Image.DecompressionBombError:
+        limit = 2 * Image.MAX_IMAGE_PIXELS
+        raise BadSample(f"a picture of more than {limit} pixels: make it smaller") from None
     except Exception as error:  # PIL's readers raise whatever a damaged file makes them meet
         raise BadSample(f"unreadable picture ({_reason(error)})") from None
 
@@ -39,6 +47,7 @@ def upright_size(stream):
     try:
         # PngImageFile's own would decode the picture first
         turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        turned &= image.format != "TIFF"  # whose size is told as it will be
     except Exception as error:
         raise BadSample(f"unreadable picture ({_reason(error)})") from None
     return image.size[::-1] if turned else image.size
@@ -49,13 +58,26 @@ def decode_alpha(data):
     says nothing of that. Raises `BadSample`.
     """
     try:
-        image = ImageOps.exif_transpose(open_picture(io.BytesIO(data)))
+        image = open_picture(io.BytesIO(data))
+        if not image.has_transparency_data:
+            return None
+        image = ImageOps.exif_transpose(image)
         image = _of_eight_bits(image) if image.mode.startswith("I") else image
-        return image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        return image.convert("RGBA").getchannel("A")
     except BadSample:
         raise
     except Exception as error:
         raise BadSample(f"unreadable picture ({_reason(error)})") from None
+
+
+def decode_mask(data):
+    """An encoded mask as a PIL image of one channel. Raises `BadSample`, also for one that is
+    transparent somewhere: as white it would count, and whoever drew the figure alone meant black.
+    """
+    alpha = decode_alpha(data)
+    if alpha and alpha.getextrema()[0] < 255:
+        raise BadSample("transparent, which is neither black nor white: save it without")
+    return decode_picture(data).convert("L")
 
 
 def to_rgb(image):

@@ -15,11 +15,24 @@ import numpy as np
 from PIL.ContainerIO import ContainerIO
 
 from fluxlite.cli.descriptions import check_regular
-from fluxlite.cli.messages import warn_for_all
+from fluxlite.cli.messages import one_line, warn_for_all
+from fluxlite.data.captions import read_caption
 from fluxlite.data.config import PlaceOptions
-from fluxlite.data.images import BadSample, check_proportions, upright_size
+from fluxlite.data.images import BadSample, check_proportions, open_picture, upright_size
 from fluxlite.data.pairing import choose_parts
-from fluxlite.data.parts import CONTROL, IMAGE, MASK, MAX_KEY, SampleParts, printable_name
+from fluxlite.data.parts import (
+    CONTROL,
+    IMAGE,
+    JSON,
+    MASK,
+    MAX_KEY,
+    TEXT,
+    SampleParts,
+    printable_name,
+)
+
+# of a file
+MAX_PART_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, MASK: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,36 +138,73 @@ def _shard_of(path, files, parts, index, keys, rows, skipped):
 
 def _measured(shard):
     """A shard with its pictures' sizes, where its parts ask for them, and without what cannot be
-    used.
+    used, as far as headers and captions tell.
     """
     if not shard.parts.measured:
         return shard
     with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(partial(_size_of_sample, shard), range(len(shard.keys))))
+        found = list(pool.map(partial(_look_at, shard), range(len(shard.keys))))
     good = np.array([isinstance(size, tuple) for size in found], bool)
     sizes = np.array([size for size in found if isinstance(size, tuple)], np.int32)
     bad = [(key, why) for key, why in zip(shard.keys.tolist(), found) if isinstance(why, str)]
     skipped = (*shard.skipped, *(f"{printable_name(key)}: {why}" for key, why in bad))
-    return replace(shard.rows(good), sizes=sizes.reshape(-1, 2), skipped=skipped)
+    shard = replace(shard.rows(good), sizes=sizes.reshape(-1, 2), skipped=skipped)
+    return _own_masks(shard) if shard.parts.alpha else shard
 
 
-def _size_of_sample(shard, row):
-    """Width and height of a sample's picture, or why it, its control or its mask is none."""
-    sizes = []
-    for column, what in ((IMAGE, ""), (CONTROL, "its control: "), (MASK, "its mask: ")):
-        try:
-            if shard.spans[row, column, 1] >= 0:
-                sizes.append(_size_of_part(shard, row, column))
-                check_proportions(sizes[-1], sizes[0])
-        except (BadSample, OSError) as error:
-            return f"{what}{error}"
+def _look_at(shard, row):
+    """Width and height of a sample's picture, or why it, its control, mask or caption is none."""
+    sizes, what = [], ""
+    try:
+        for column, name in ((IMAGE, ""), (CONTROL, "its control: "), (MASK, "its mask: ")):
+            what = name
+            if size := _part_as(_upright_size, shard, row, column):
+                check_proportions(size, sizes[0] if sizes else size)
+                sizes.append(size)
+        what = ""
+        if shard.parts.captions:
+            read_caption(shard.parts, lambda column: _part_as(read_part, shard, row, column))
+    except (ValueError, OSError) as error:
+        return f"{what}{one_line(error)}"
     return sizes[0]
 
 
-def _size_of_part(shard, row, column):
-    offset, size = shard.spans[row, column].tolist()
-    with open(shard.files[shard.places[row, column]][0], "rb") as file:
-        return upright_size(ContainerIO(file, offset, size))
+def _part_as(read, shard, row, column):
+    """`read(file, column, offset, size)` of a sample's part in its file; None where it has none."""
+    (offset, size), number = shard.spans[row, column].tolist(), shard.places[row, column]
+    if size < 0:
+        return None
+    check_regular(path := shard.files[number][0])
+    with open(path, "rb") as file:
+        return read(file, column, offset, size)
+
+
+def read_part(file, column, offset, size):
+    """The bytes of a sample's part; raises `BadSample` where they are too many, or gone."""
+    if size > MAX_PART_BYTES[column]:
+        raise BadSample(f"a file of {size} bytes")
+    data = os.pread(file.fileno(), size, offset)
+    if len(data) != size:
+        raise BadSample("its file has become shorter")
+    return data
+
+
+def _upright_size(file, _, *span):
+    return upright_size(ContainerIO(file, *span))
+
+
+def _may_be_transparent(file, _, *span):
+    return open_picture(ContainerIO(file, *span)).has_transparency_data
+
+
+def _own_masks(shard):
+    """A shard whose pictures are their own masks, where they can be transparent."""
+    look = partial(_part_as, _may_be_transparent, shard, column=IMAGE)
+    with ThreadPoolExecutor(16) as pool:
+        own = np.array([*pool.map(look, range(len(shard.keys)))], bool)
+    spans, places = shard.spans.copy(), shard.places.copy()
+    spans[own, MASK], places[own, MASK] = spans[own, IMAGE], places[own, IMAGE]
+    return replace(shard, spans=spans, places=places)
 
 
 def open_shards(found, index, *, setting, max_bad_fraction):

@@ -154,9 +154,11 @@ def _split_off(config, split, shards, numbers):
     total = sum(len(shard.keys) for shard in own)
     start = total - config.val_count
     if start < 1:
+        fewer = (
+            "set data.val_count below that, or " if total > 1 else "none is left to hold out: set "
+        )
         raise ValueError(
-            f"data.path={config.places()[0]} holds {total} samples: set data.val_count below that, "
-            "or data.val_path="
+            f"data.path={config.places()[0]} holds {total} samples: {fewer}data.val_path="
         )
     if split == "val":
         return cut_shards(own, start, total)

@@ -8,7 +8,7 @@ ends at the last (`folders.split_file`).
 from dataclasses import dataclass, field
 
 IMAGES = ("jpg", "jpeg", "webp", "png")  # in this order: beside a jpg, a png is the control
-IN_FOLDERS = (*IMAGES, "bmp", "tif", "tiff", "gif")  # there other endings are common too
+IN_FOLDERS = (*IMAGES, "jfif", "bmp", "tif", "tiff", "gif")  # there other endings are common too
 IMAGE, TEXT, JSON, CONTROL, MASK = range(5)  # columns of a shard's `spans`
 MAX_KEY = 1024  # bytes; keys lie in a matrix as wide as the longest
 
@@ -26,6 +26,7 @@ class SampleParts:
     mask: str | None = field(default=None, repr=False)
     # whether the pictures' sizes are read, from their headers
     measured: bool = field(default=False, repr=False)
+    alpha: bool = field(default=False, repr=False)  # whether a picture's own alpha is its mask
 
     def endings(self):
         """The endings of each column: IMAGE, TEXT, JSON, CONTROL, MASK."""
@@ -58,7 +59,8 @@ def config_parts(config, place=0):
         captions=captions if "{}" in config.options_of(place).template else (),
         control=config.control_ending,
         mask=None if config.mask == "alpha" else config.mask,
-        measured=folder or config.buckets,
+        measured=folder or config.buckets or config.mask == "alpha",
+        alpha=config.mask == "alpha",
     )
 
 

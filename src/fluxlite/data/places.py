@@ -13,7 +13,7 @@ from fluxlite.cli.messages import warn_for_all
 from fluxlite.cli.options import expand_home
 from fluxlite.data.braces import expand_braces
 from fluxlite.data.energon import energon_parts, energon_split
-from fluxlite.data.parts import IMAGES
+from fluxlite.data.parts import IMAGES, printable_name
 from fluxlite.data.urls import REMOTE, fetch_tar
 
 
@@ -74,7 +74,7 @@ def _local_tars(name, split, setting):
         listed = energon_split(name, split, setting)
         if listed is not None:
             return [(path, name) for path in listed]
-        found = sorted(glob.glob(os.path.join(glob.escape(name), "*.tar")))
+        found = _tars_in(name)
         if not found:
             raise ValueError(f"{setting}={name} holds {_no_tar_in(name)}")
     elif os.path.exists(name):
@@ -83,6 +83,16 @@ def _local_tars(name, split, setting):
     else:
         return _matching(name, split, setting)
     return [(path, None) for path in found] if split == "train" else []
+
+
+def _tars_in(folder):
+    """The tars of a folder, in order; compressed ones are told."""
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
+    packed = [name for name in names if re.search(r"\.(tar\.\w+|t[bgx]z)$", name.lower())]
+    if packed:
+        text = "%s: %d compressed tars are not read, %s first: unpack them to .tar"
+        warn_for_all(text, folder, len(packed), printable_name(packed[0]))
+    return [os.path.join(folder, name) for name in names if name.lower().endswith(".tar")]
 
 
 def _no_tar_in(folder):

@@ -6,7 +6,7 @@ nothing that was consumed.
 """
 
 import hashlib
-import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,23 +15,24 @@ from PIL import Image
 from fluxlite import rng
 from fluxlite.cli.descriptions import foreign_json
 from fluxlite.cli.options import shortened
+from fluxlite.data.captions import read_caption
 from fluxlite.data.config import PlaceOptions
 from fluxlite.data.images import (
     BadSample,
     canny_edges,
     choose_frame,
     decode_alpha,
+    decode_mask,
     decode_picture,
     picture_levels,
 )
+from fluxlite.data.indexed import read_part
 from fluxlite.data.order import RecentValues, order_samples
-from fluxlite.data.parts import CONTROL, IMAGE, JSON, MASK, TEXT, config_parts, printable_name
+from fluxlite.data.parts import CONTROL, IMAGE, JSON, MASK, config_parts, printable_name
 from fluxlite.data.urls import fetched_description
 from fluxlite.nets.configs import MODES, mode_number
 
 MAX_IN_A_ROW = 100  # bad samples, before a wrong setting is a likelier reason than bad luck
-# of a file
-MAX_PART_BYTES = {IMAGE: 1 << 30, CONTROL: 1 << 30, MASK: 1 << 30, TEXT: 1 << 20, JSON: 1 << 24}
 
 
 def stated_mode(data):
@@ -182,16 +183,16 @@ class Samples:
 
     def _mask(self, number, framed):
         """A sample's mask, an image of one channel; white where it has none."""
-        of_file = self.config.mask != "alpha"
-        data = self._bytes(number, MASK if of_file else IMAGE)
+        decode = decode_alpha if self.config.mask == "alpha" else decode_mask
+        data = self._bytes(number, MASK)
         try:
-            mask = data and (decode_picture(data).convert("L") if of_file else decode_alpha(data))
-            is_black = mask and not mask.getbbox()
-            mask = framed.of(mask or Image.new("L", framed.size, "white"), Image.Resampling.BOX)
+            whole = data and decode(data)
+            mask = framed.of(whole or Image.new("L", framed.size, "white"), Image.Resampling.BOX)
+            seen = whole if self.config.crop == "random" else mask  # another crop may see more
+            if whole and not seen.getbbox():
+                raise BadSample("black where its picture is seen: nothing of it would count")
         except BadSample as error:
             raise BadSample(f"its mask ({self.config.mask}): {error}") from None
-        if is_black:
-            raise BadSample(f"its mask ({self.config.mask}) is black: nothing of it would count")
         return mask
 
     def _control(self, number, framed):
@@ -222,12 +223,7 @@ class Samples:
         offset, size = shard.spans[row, column].tolist()
         if size < 0:
             return None
-        if size > MAX_PART_BYTES[column]:
-            raise BadSample(f"a file of {size} bytes")
-        data = os.pread(self._opened(shard, shard.places[row, column]).fileno(), size, offset)
-        if len(data) != size:
-            raise BadSample("its file has become shorter")
-        return data
+        return read_part(self._opened(shard, shard.places[row, column]), column, offset, size)
 
     def _opened(self, shard, number):
         """A file of a shard, the one that was indexed: in another one the pairs would be wrong."""
@@ -239,51 +235,9 @@ class Samples:
         return file
 
     def _caption(self, number):
-        """What the first of `SampleParts.captions` that the sample has says, in its template."""
+        """A sample's caption in its template."""
         shard = self.shards[self.place(number)[0]]
-        parts, template = shard.parts, shard.options.template
-        if not parts.captions:
+        template = shard.options.template
+        if not shard.parts.captions:
             return template
-        columns = {TEXT: self._bytes(number, TEXT), JSON: self._bytes(number, JSON)}
-        for column, *keys in parts.captions:
-            text = _decoded_text(columns[column], keys)
-            if text is not None:
-                return template.replace("{}", _checked_caption(text))
-        raise BadSample(f"no caption: {parts.wanted()}")
-
-
-def _decoded_text(data, keys):
-    """A file as text, or a json's value behind `keys`; None where it is not there."""
-    if data is None:
-        return None
-    try:
-        if not keys:
-            return data.decode("utf-8-sig")
-        value = foreign_json(data)
-    except ValueError as error:
-        raise BadSample(f"unreadable caption ({error})") from None
-    for key in keys:
-        value = _part_of(value, key)
-    return value
-
-
-def _part_of(value, key):
-    """A member of a json's object or list; None where it is not there."""
-    if isinstance(value, dict):
-        return value.get(key)
-    inside = isinstance(value, list) and key.isdecimal() and int(key) < len(value)
-    return value[int(key)] if inside else None
-
-
-def _checked_caption(text):
-    """A caption without blanks around it; raises `BadSample`."""
-    if not isinstance(text, str):
-        raise BadSample(f"a caption of type {type(text).__name__}")
-    text = text.strip().removeprefix("\ufeff").strip()
-    if not text:
-        raise BadSample("an empty caption")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise BadSample("a caption with half a character, as a cut emoji leaves it") from None
-    return text
+        return template.replace("{}", read_caption(shard.parts, partial(self._bytes, number)))

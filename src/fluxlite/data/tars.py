@@ -6,9 +6,10 @@ from functools import cache
 
 from fluxlite.cli.descriptions import check_regular
 from fluxlite.cli.file_kinds import ARCHIVE, KIND_BYTES, TAR, file_kind
+from fluxlite.cli.messages import warn_for_all
 from fluxlite.data.indexed import index_samples
 from fluxlite.data.pairing import split_name
-from fluxlite.data.parts import SampleParts
+from fluxlite.data.parts import SampleParts, printable_name
 
 MAX_TAR_HEADER = 1 << 20  # bytes of a long name or of attributes
 TAR_DAMAGE = (  # what reading nonsense as a tar can raise
@@ -62,7 +63,7 @@ def _members(path):
 
     tarfile takes a damaged header for the end, so the end's mark is looked at.
     """
-    places, offset = {}, -1
+    places, unread, offset = {}, [], -1
     try:
         with (
             tarfile.open(path, "r:", tarinfo=_CheckedInfo, encoding="utf-8") as tar,
@@ -79,11 +80,26 @@ def _members(path):
                 if place is not None:
                     places[_plain_name(member.name)] = place
                     yield member.name, place
-            file.seek(tar.offset)
-            if file.read(512) != bytes(512):
-                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+                elif not member.isdir():
+                    unread.append(member.name)
+            _check_end(file, tar.offset)
     except TAR_DAMAGE as error:
         raise ValueError(f"{path} is {_fault_of(path, error)}") from None
+    if unread:
+        text = (
+            "%s: %d members are links or sparse files and not read, %s first: write it with tar -h"
+        )
+        warn_for_all(text, path, len(unread), printable_name(unread[0]))
+
+
+def _check_end(file, offset):
+    """Raise `tarfile.ReadError` unless a tar ends at a byte, with nothing but zeros behind it."""
+    file.seek(offset)
+    if file.read(512) != bytes(512):
+        raise tarfile.ReadError(f"no header and no end at byte {offset}")
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"more behind its end at byte {offset}, as of tars joined")
 
 
 def _fault_of(path, error):
