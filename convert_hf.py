@@ -33,7 +33,6 @@ from tqdm import tqdm
 
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
-from fluxlite.cli.processes import keep_freed_memory
 from fluxlite.cli.programs import run_program, stopping_at_once
 
 LAYOUTS = ("fluxlite", "diffusers", "bfl", "nemo")
@@ -264,7 +263,6 @@ def convert(args):
 def body(arguments):
     config = parse_flags(ConvertConfig, arguments)
     config.validate()
-    keep_freed_memory()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     convert(config)
 

@@ -244,8 +244,8 @@ def test_a_run_is_previewed_validated_cached_and_drawn_with_as_what_it_is(
     folder = train(*given)
     grid = Image.open(next((folder / "images").rglob("*grid*.png")))
     assert grid.width == 8 + 6 * (128 + 8), "input, target and picture, of two samples"
-    picture = Image.open(recoloured / "00000.ref.png")
-    seen = {name: picture for name in DRAWN[kind]}
+    shown = Image.open(recoloured / "00000.ref.png"), Image.new("L", (64, 64), 255)
+    seen = dict(zip(DRAWN[kind], shown))
     [drawn] = fluxlite.generate("a", checkpoint=folder, steps=1, dtype="float32", **seen)
     assert drawn.size == (64, 64)
     if kind != "kontext":

@@ -179,25 +179,6 @@ def test_a_bug_that_names_gloo_or_nccl_stays_a_bug(text):
 # --- signals --------------------------------------------------------------------------------------
 
 
-TENSORS_AGAIN = """
-import resource, torch
-from fluxlite.cli.processes import keep_freed_memory
-keep_freed_memory()
-for _ in range(4):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(1 << 24)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="of glibc")
-def test_freed_memory_is_handed_out_again():
-    run = [sys.executable, "-c", TENSORS_AGAIN]
-    out = subprocess.run(run, env=ENVIRONMENT, capture_output=True, check=True).stdout
-    first, *_, last = map(int, out.split())
-    assert first >= 64 << 20 >> 12 and last < 100
-
-
 def test_deferred_signals_are_acted_on_after_the_block():
     caught = []
     before = signal.signal(signal.SIGTERM, lambda number, _: caught.append(number))

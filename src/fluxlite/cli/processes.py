@@ -14,7 +14,6 @@ from contextlib import contextmanager
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 @contextmanager
@@ -85,18 +84,6 @@ def end_children_at_exit():
     """
     atexit.unregister(end_children)
     atexit.register(end_children)
-
-
-def keep_freed_memory():
-    """Have malloc hand out again what was freed, and give none of it back to the system.
-
-    For a program that makes large tensors one after another: fresh pages may cost more than what is
-    computed in them. glibc alone can do that. Elsewhere this does nothing.
-    """
-    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def leave_process(code):

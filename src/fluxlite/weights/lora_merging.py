@@ -27,6 +27,7 @@ from fluxlite.weights.lora_keys import CLIP_PREFIX
 log = logging.getLogger("fluxlite")
 
 WIDENED = "img_in.weight"  # the one linear whose inputs a LoRA may widen: BFL's control LoRAs
+BLOCK_VALUES = 3 << 18  # of float32: 3 MB
 
 
 @dataclass
@@ -119,6 +120,11 @@ def pad_form(form, width):
 # --- differences ----------------------------------------------------------------------------------
 
 
+def adds_product(adapter):
+    """Whether an adapter adds a product of low rank and does no more."""
+    return type(adapter.form) is LowRank and adapter.magnitude is None and not adapter.replaces
+
+
 def form_values(form):
     """A form written out, in float32."""
     return float_form(form).dense()
@@ -132,7 +138,7 @@ class LoraResolver:
 
     def __init__(self, loras, part, base, config=None, dtype=None):
         self.base, self.config, self.dtype, self.ratios = base, config, dtype, {}
-        self.buffer = torch.empty(0)
+        self.block = torch.empty(BLOCK_VALUES)  # one for all: many would leave holes in the heap
         self.adapters = defaultdict(list)  # {our name: [(OpenLora, Adapter, number in its rule)]}
         for lora in loras:
             for adapter in lora.adapters(part):
@@ -144,20 +150,13 @@ class LoraResolver:
         form = form_part(adapter.form, adapter.rule, number, self.config)
         return pad_form(form, self.config.in_channels) if name == WIDENED else form
 
-    def weight(self, name):
-        """The base's values in float32, a copy, widened where the LoRAs widen it."""
-        return self.widened(name, self.base(name).to(torch.float32, copy=True))
-
-    def widened(self, name, weight):
-        return pad_columns(weight, self.config.in_channels) if name == WIDENED else weight
-
-    def buffered(self, base):
-        """A tensor's values in float32, in memory that the next call takes again: to have it anew
-        from the system costs more than the sums.
+    def weight(self, name, base=None):
+        """The base's values in float32, a copy, widened where the LoRAs widen it; `base` where they
+        are read already.
         """
-        if self.buffer.numel() < base.numel():
-            self.buffer = torch.empty(base.numel())
-        return self.buffer[: base.numel()].view(base.shape).copy_(base)
+        base = self.base(name) if base is None else base
+        weight = base.to(torch.float32, copy=True)
+        return pad_columns(weight, self.config.in_channels) if name == WIDENED else weight
 
     def ratio(self, adapter, number):
         """By what DoRA rescales the rows (out, 1) or columns (1, in) of a rule's tensor of ours.
@@ -198,22 +197,33 @@ class LoraResolver:
         """
         base = self.base(name)
         dtype = wider_dtype(base.dtype, self.dtype or base.dtype)
-        total = self.widened(name, self.buffered(base))
+        if name != WIDENED and all(adds_product(adapter) for _, adapter, _ in self.adapters[name]):
+            return self.merged_by_rows(name, base, dtype)
+        total = self.weight(name, base)
         for _, adapter, number in self.adapters[name]:
             if adapter.replaces:
                 total = form_values(self.form(name, adapter, number)).clone()
         for lora, adapter, number in self.adapters[name]:
             if not adapter.replaces:
-                self.add_difference(total, lora.scale, name, adapter, number)
-        return total.to(dtype, copy=True)
+                total.add_(self.difference(name, adapter, number), alpha=lora.scale)
+        return total.to(dtype)
 
-    def add_difference(self, total, strength, name, adapter, number):
-        """Add a difference to the float32 `total` in place: of low rank in one pass over it."""
-        if type(adapter.form) is LowRank and adapter.magnitude is None:
-            down, up = float_form(self.form(name, adapter, number))
-            total.addmm_(up, down, alpha=adapter.scale * strength)
-        else:
-            total.add_(self.difference(name, adapter, number), alpha=strength)
+    def merged_by_rows(self, name, base, dtype):
+        """`merged` where each adapter adds a product of low rank: rows so few that they stay in a
+        processor's cache.
+        """
+        merged, rows = torch.empty(base.shape, dtype=dtype), BLOCK_VALUES // base.shape[1]
+        found = [
+            (*float_form(self.form(name, adapter, number)), adapter.scale * lora.scale)
+            for lora, adapter, number in self.adapters[name]
+        ]
+        for first in range(0, len(base), rows):
+            block = slice(first, first + rows)
+            total = self.block[: base[block].numel()].view_as(base[block]).copy_(base[block])
+            for down, up, scale in found:
+                total.addmm_(up[block], down, alpha=scale)
+            merged[block] = total
+        return merged
 
     def terms(self, name):
         """The same as `AdapterTerm`s to keep beside a linear, in the base's type."""
