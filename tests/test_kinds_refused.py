@@ -99,7 +99,10 @@ MISUSES = [
     ("strength=0 image={p}/photo.png", "strength=0.0 must be at least 0.001"),
     ("strength=1.5 image={p}/photo.png", "strength=1.5 must be at least 0.001 and at most 1"),
     ("image={p}/none.png", "image={p}/none.png is not a file"),
-    ("image={p}/text.png", "image={p}/text.png cannot be read (no picture of a known format)"),
+    (
+        "image={p}/text.png",
+        "image={p}/text.png cannot be read (no picture of a known format, but a text file)",
+    ),
     ("image={p}/cut.png", "image={p}/cut.png cannot be read (unreadable picture"),
     ("image={p}/photo.png mask={p}/black.png", "mask= is black"),
     ("image={p}/photo.png mask={p}/wide.png", "mask= has other proportions than image= (64x32"),
