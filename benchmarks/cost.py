@@ -553,7 +553,7 @@ def main():
     torch.set_num_threads(1)
     sizes = {name: getattr(args, name) for name in ("batch", "side", "text")}
     pairs = itertools.product(("diffusers", "ours"), SDPA)
-    update = measure_update(args.rounds)  # first: in a process full of other models it takes a third more
+    update = measure_update(args.rounds)  # first: beside other models it takes a third more
     rows = [count_model(*pair, **sizes) for pair in pairs]
     host = measure_host(args.rounds)
     host["ours"]["update_ms"] = update
