@@ -217,7 +217,8 @@ class FanOut(torch.autograd.Function):
     def backward(ctx, *gradients):
         x, *weights = ctx.saved_tensors
         rows, trained = x.flatten(0, -2), ctx.needs_input_grad[2:]
-        gradients, dx = [g.reshape(len(rows), -1) for g in gradients], None
+        flat, dx = (rows.shape[0], -1), None
+        gradients = [g.reshape(flat) for g in gradients]
         if ctx.needs_input_grad[0]:
             for gradient, weight in zip(gradients, weights):
                 # in place: a sum elsewhere would be copied there first
