@@ -314,7 +314,7 @@ def test_a_rings_hole_and_what_is_around_it_are_of_the_background_and_it_of_its_
 
 
 def perfect_ring(number, prompt):
-    pair = prompt.removesuffix(" background").split(" ring with ")
+    pair = prompt.removesuffix(" background").split(" circle ring with ")
     return Image.fromarray(rings.draw_ring(number, pair, size=64, seed=0)[0])
 
 
@@ -328,7 +328,7 @@ def test_a_lora_is_proven_by_rings_with_it_and_circles_as_before(
             perfect_ring(i, prompt) if "ring" in prompt and strength > i / len(prompts) else None
             for i, prompt in enumerate(prompts)
         ]
-        circles = perfect([prompt.replace("ring", "circle") for prompt in prompts])
+        circles = perfect([prompt.replace("circle ring", "circle") for prompt in prompts])
         if strength == 1 and not kept:
             circles = circles[1:] + circles[:1]
         return [ring or circle for ring, circle in zip(drawn, circles)]

@@ -3,7 +3,7 @@ draw and a LoRA teaches it. With circles, which it can, as the prior to keep. Or
 circles, each with an instruction and the circle before it, as a Kontext model is trained on.
 
     python -m fluxlite.data.rings --dst rings --count 64 --size 64
-    python -m fluxlite.data.rings --dst circles --figure circle --seed 1
+    python -m fluxlite.data.rings --dst circles --figure circle --seed 1 --count 2048
     python -m fluxlite.data.rings --dst recoloured --figure recoloured --count 6000
 
 A ring is a circle with a hole of the background's colour, half as wide. The two colours of a
@@ -40,8 +40,12 @@ VISIBLE = 64  # levels of one channel between two colours
 
 
 def ring_caption(ring, background):
-    """`pale golden rod ring with old lace background`."""
-    return f"{ring} ring with {background} background"
+    """`pale golden rod circle ring with old lace background`.
+
+    The shipped T5 spells `ring`, which it never saw, in five tokens, and in their company it hardly
+    knows a colour; after `circle` it does.
+    """
+    return f"{ring} circle ring with {background} background"
 
 
 def deal_pairs(count, seed):
