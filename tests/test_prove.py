@@ -370,6 +370,13 @@ def test_rings_are_proven_with_pairs_that_no_training_sees(tmp_path):
     assert len(captions) > 25 and not captions & {result["prompt"] for result in results}
     with pytest.raises(ValueError, match="--dst .*rings exists"):
         rings.write_figures(rings.RingsConfig(str(tmp_path / "rings")))
+    mine = tmp_path / "thesis.txt"
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match="thesis.txt is a file: remove it or name a folder"):
+        rings.write_figures(rings.RingsConfig(str(mine), count=1))
+    assert mine.read_text() == "mine" and not list(tmp_path.glob(".*.old"))
+    rings.write_figures(rings.RingsConfig(str(tmp_path / "new" / "deep"), count=1))
+    assert len(list((tmp_path / "new" / "deep").iterdir())) == 2
 
 
 # --- kinds ----------------------------------------------------------------------------------------

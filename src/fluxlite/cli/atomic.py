@@ -114,12 +114,14 @@ def atomic_path(path):
 def atomic_folder(path, *, replace=False):
     """A folder to write into; it is at `path` once the block ends, and gone if it raises.
 
-    With `replace` it takes the place of what is there. Else it is None where another process has
-    written `path` meanwhile.
+    With `replace` it takes the place of a folder that is there. Else it is None where another
+    process has written `path` meanwhile. Raises `ValueError` where `path` is a file.
     """
     path = Path(path)
     aside, old = aside_of(path), path.with_name(f".{path.name}.old")
     with naming_errors(path), locked(path.with_name(f".{path.name}.lock")):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path} is a file: remove it or name a folder")
         _clear_leftovers(path, aside, old)
         if path.is_dir() and any(path.iterdir()) and not replace:
             yield None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fluxlite.cli.atomic import atomic_folder
+from fluxlite.cli.atomic import atomic_folder, naming_setting
 from fluxlite.cli.command_line import flags_help, parse_flags
 from fluxlite.cli.options import option
 from fluxlite.cli.programs import run_program
@@ -120,8 +120,10 @@ def write_figures(config):
     """Write the folder that a `RingsConfig` names: pictures and a .txt beside each, and what was
     recoloured as .ref.png.
     """
-    draw = FIGURES[config.figure]
-    with atomic_folder(Path(config.dst)) as folder:
+    draw, dst = FIGURES[config.figure], Path(config.dst).resolve()
+    with naming_setting(f"--dst {config.dst}", "name another folder"):
+        dst.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_folder(dst) as folder:
         if folder is None:
             raise ValueError(f"--dst {config.dst} exists: remove it or name another folder")
         for i, pair in enumerate(deal_pairs(config.count, config.seed)):

@@ -103,7 +103,7 @@ def read_jobs(path):
     lines = enumerate(read_text(path).split("\n"), start=1)
     found = [(n, parse_json(text, job_place(path, n))) for n, text in lines if text.strip()]
     if not found:
-        raise ValueError(f"jobs={path} holds no job: a line is an object, as in {{'prompt': 'a'}}")
+        raise ValueError(f'jobs={path} holds no job: a line is an object, as in {{"prompt": "a"}}')
     return found
 
 

@@ -439,7 +439,8 @@ def check_replaceable(final, *, overwrite, folder, remedy):
     if not final.exists():
         return
     if final.is_dir() != folder:
-        raise ValueError(f"{final} is a {'folder' if final.is_dir() else 'file'}: {remedy}")
+        kinds = ("folder", "file") if final.is_dir() else ("file", "folder")
+        raise ValueError("{} is a {}, and a {} is written: name another".format(final, *kinds))
     inside = list(final.iterdir()) if folder else []
     if folder and not inside:
         return
