@@ -367,8 +367,9 @@ def test_a_run_is_drawn_with_as_a_lora_and_as_a_checkpoint(tmp_path):
         [picture] = fluxlite.generate("red circle with blue background", **small | options)
         return np.asarray(picture).astype(int), picture.info["sampling"]
 
-    plain, _ = draw()
-    (drawn, about), (as_model, same) = draw(lora=folder), draw(checkpoint=folder)
+    plain, _ = draw(true_cfg=1.5)
+    drawn, about = draw(lora=folder, true_cfg=1.5)
+    as_model, same = draw(checkpoint=folder)  # drawn as its own grids are, and so at 1.5
     assert np.abs(drawn - plain).max() > 8 and np.array_equal(drawn, as_model)
     assert about["loras"] == same["loras"] and str(folder) in about["loras"][0]["file"]
     convert = runpy.run_path(str(ROOT / "convert_hf.py"))["body"]
