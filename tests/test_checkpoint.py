@@ -585,6 +585,12 @@ def test_bad_destinations_are_refused_and_lose_nothing(sources, tmp_path, capfd)
         said = capfd.readouterr()
         refused(code, said.err, named, tmp_path, [existing])
         assert "writing" not in said.out + said.err, "before it is known whether it can be"
+    plain = tmp_path / "plain"
+    plain.write_text("precious")
+    code = run(["--src", source, "--dst", str(plain), "--to", "diffusers", "--overwrite"])
+    named = "plain is a file, and a folder is written: name another"
+    refused(code, capfd.readouterr().err, named, tmp_path, [existing])
+    assert plain.read_text() == "precious"
     full = convert_hf("--src", source, "--dst", existing, "--overwrite", limit=200_000)
     refused(full.returncode, full.stderr, "file too large", tmp_path, [existing])
     assert existing.read_text() == "precious"

@@ -26,7 +26,7 @@ TELLTALE_KEYS = (
     (
         r"(?i)lora|\.hada_|\.lokr_|\.dora_scale|\.oft_(blocks|diag)|\.diff(_b)?$",
         "a LoRA or its like, not a model",
-        "name it as lora= (of convert_hf.py --lora), and as this the model that it changes",
+        "name it as lora= (in convert_hf.py as --lora), and here the model that it changes",
     ),
     (
         r"ip_adapter|^image_proj|\.to_k_ip\.|^pulid_",

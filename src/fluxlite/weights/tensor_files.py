@@ -439,8 +439,8 @@ def check_replaceable(final, *, overwrite, folder, remedy):
     if not final.exists():
         return
     if final.is_dir() != folder:
-        kinds = ("folder", "file") if final.is_dir() else ("file", "folder")
-        raise ValueError("{} is a {}, and a {} is written: name another".format(final, *kinds))
+        there, written = ("file", "folder") if folder else ("folder", "file")
+        raise ValueError(f"{final} is a {there}, and a {written} is written: name another")
     inside = list(final.iterdir()) if folder else []
     if folder and not inside:
         return
